@@ -1,0 +1,208 @@
+"""A recipe: everything that decides a run, as typed fields, read from YAML and from `--set section.key=value`.
+
+Every field has a default; a recipe file states only what differs. Unknown words stop the run and suggest the
+near one. The recipe that a run resolved (every `null` below replaced by what was chosen) is written to the run
+folder and repeats the run.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_genlm.errors import UserError, did_you_mean
+
+
+@dataclass
+class CorpusRecipe:
+    """What is read, and how it is split into training and validation."""
+
+    sources: list[str] = field(default_factory=list)  # files, folders, globs, Hub ids; none: the embedded default
+    validation: list[str] = field(default_factory=list)  # sources held out as they are; none: split `sources`
+    validation_fraction: float = 0.05  # of the bytes, when `sources` are split
+    split_seed: int = 0  # apart from training.seed: runs with other seeds share one split
+    encoding: str = "utf-8"
+    text_column: str = "text"  # the field of .jsonl, .parquet and Hub records that holds the text
+
+
+@dataclass
+class TokenizerRecipe:
+    """The byte-level BPE vocabulary."""
+
+    path: str | None = None  # a tokenizer folder to use instead of training one
+    vocab_size: int | None = None  # None: chosen from the size of the corpus
+    max_characters: int = 50_000_000  # text sampled for training the merges: bounds the memory
+
+
+@dataclass
+class ModelRecipe:
+    """The decoder and its shape. `null` fields follow from `size`."""
+
+    decoder: str = "gated_linear"
+    mixers: list[str] | None = None  # one word per layer; overrides `decoder`
+    size: str | None = None  # tiny, small, base, or a parameter count such as 30M; None: `tiny`
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    intermediate_size: int | None = None
+    embedding_size: int | None = None
+    position_type: str = "rotary"
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = True
+    output_bias: bool = False
+    dropout: float = 0.0
+
+
+@dataclass
+class TrainingRecipe:
+    """The optimisation. Exactly one of `minutes`, `steps`, `tokens` ends it."""
+
+    minutes: float | None = None  # wall-clock of the training phase: steps and what runs between them
+    steps: int | None = None  # optimizer steps
+    tokens: int | None = None  # training tokens seen, repeats counted
+    seed: int = 0
+    row_length: int | None = None  # tokens in one packed row; None: follows from `size`
+    batch_size: int | None = None  # rows in one forward pass, over all processes; None: follows from `size`
+    accumulation: int = 1  # forward passes in one optimizer step
+    optimizer: str = "adamw"
+    learning_rate: float | None = None  # peak; None: follows from the width
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    warmup_fraction: float = 0.02  # of the run
+    decay_fraction: float = 0.5  # of the run, linear to zero at its end
+    dtype: str = "auto"  # auto: bfloat16 autocast where the device computes it natively, else float32
+    validations: int = 4  # passes over a part of the validation split during training
+    samples: int = 2  # texts written at each of them
+    checkpoints: int = 0  # full training states kept on the way
+
+
+@dataclass
+class EvaluationRecipe:
+    """The exact pass at the end."""
+
+    context: int | None = None  # tokens a prediction may look back on; None: the row length
+    stride: int | None = None  # tokens by which the context slides over a long document; None: half the context
+    batch_size: int = 32  # windows in one forward pass; no figure depends on it
+
+
+@dataclass
+class CardRecipe:
+    """What no measurement can know about the model."""
+
+    name: str | None = None
+    license: str | None = None
+    language: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Recipe:
+    """All sections. `Recipe()` is the default run."""
+
+    corpus: CorpusRecipe = field(default_factory=CorpusRecipe)
+    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    training: TrainingRecipe = field(default_factory=TrainingRecipe)
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    card: CardRecipe = field(default_factory=CardRecipe)
+
+    def to_yaml(self) -> str:
+        """Every field, defaults included."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path | None = None, assignments: Iterable[str] = ()) -> Recipe:
+    """The defaults, overlaid with the YAML file at `path`, overlaid with `section.key=value` assignments.
+
+    Raises:
+        UserError: unreadable file, unknown section or key, or a value that does not fit its field.
+    """
+    recipe = Recipe()
+    if path is not None:
+        for section, values in _read_yaml(Path(path)).items():
+            for key, value in _section_items(section, values, path).items():
+                set_field(recipe, f"{section}.{key}", value)
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set {assignment!r}: write section.key=value, for example training.steps=300")
+        set_field(recipe, name.strip(), _parse_scalar(assignment, text))
+    return recipe
+
+
+def set_field(recipe: Recipe, name: str, value: Any) -> None:
+    """Set `section.key`, coercing `value` to the field's type.
+
+    Raises:
+        UserError: unknown section or key (with the near word), or a value of another type.
+    """
+    section_name, _, key = name.partition(".")
+    sections = [f.name for f in dataclasses.fields(recipe)]
+    if section_name not in sections:
+        raise UserError(f"unknown recipe section {section_name!r}{did_you_mean(section_name, sections)}")
+    section = getattr(recipe, section_name)
+    hints = typing.get_type_hints(type(section))
+    if key not in hints:
+        raise UserError(f"unknown recipe key {name!r}{did_you_mean(key, hints)}")
+    setattr(section, key, _coerce(name, value, hints[key]))
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {str(path)!r}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"the recipe {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"the recipe {str(path)!r} must hold sections such as 'training:', not {content!r}")
+    return content
+
+
+def _section_items(section: str, values: Any, path: str | Path) -> Mapping[str, Any]:
+    if not isinstance(values, dict):
+        raise UserError(f"section {section!r} of the recipe {str(path)!r} must hold keys, not {values!r}")
+    return values
+
+
+def _parse_scalar(assignment: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {assignment!r}: the value is not YAML") from error
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`; PyYAML reads `1e-3` as a string and `30` as an int, so go by the field."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    (kind,) = [option for option in options if option is not type(None)]
+    if typing.get_origin(kind) is list:
+        items = value if isinstance(value, list) else str(value).split(",") if value is not None else []
+        return [str(item) for item in items]
+    try:
+        if kind is bool and isinstance(value, bool):
+            return value
+        if kind is int and not isinstance(value, bool) and float(value) == int(float(value)):
+            return int(float(value))
+        if kind is float and not isinstance(value, bool):
+            return float(value)
+        if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+    except (TypeError, ValueError, OverflowError):
+        pass  # falls through to the one message below
+    raise UserError(f"{name} = {value!r}: expected {_name_of(kind)}")
+
+
+def _name_of(kind: type) -> str:
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[kind]

@@ -1,0 +1,131 @@
+"""The run folder: the one place through which the verbs speak to each other.
+
+    RUN/ recipe.yaml  environment.json  corpus.json  log.jsonl  tokenizer/  checkpoints/
+         evaluation.json  samples.md  model/ (exactly what is pushed)
+"""
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hf_genlm.errors import UserError
+
+Listener = Callable[[str, dict[str, Any]], None]
+
+
+class RunFolder:
+    """Paths of one run, and the writers of its small files. `listener(event, fields)` hears all that is logged."""
+
+    def __init__(self, path: str | Path, listener: Listener | None = None):
+        self.path = Path(path)
+        self.listener = listener
+
+    recipe = property(lambda self: self.path / "recipe.yaml")
+    environment = property(lambda self: self.path / "environment.json")
+    corpus = property(lambda self: self.path / "corpus.json")
+    log_file = property(lambda self: self.path / "log.jsonl")
+    tokenizer = property(lambda self: self.path / "tokenizer")
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    evaluation = property(lambda self: self.path / "evaluation.json")
+    samples = property(lambda self: self.path / "samples.md")
+    model = property(lambda self: self.path / "model")
+
+    @classmethod
+    def create(cls, path: str | Path, listener: Listener | None = None) -> "RunFolder":
+        """Make the folder.
+
+        Raises:
+            UserError: it already holds something, or cannot be written.
+        """
+        run = cls(path, listener)
+        try:
+            if run.path.is_dir() and any(run.path.iterdir()):
+                holds = "a run" if run.recipe.exists() else "files"
+                raise UserError(f"--out {str(path)!r} already holds {holds}: name a new folder, or remove it")
+            run.path.mkdir(parents=True, exist_ok=True)
+            if not os.access(run.path, os.W_OK | os.X_OK):
+                raise PermissionError(13, "Permission denied")
+            run.log_file.touch()
+        except OSError as error:
+            raise UserError(
+                f"--out {str(path)!r} cannot be written ({error.strerror}): name a writable folder"
+            ) from error
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunFolder":
+        """An existing run.
+
+        Raises:
+            UserError: no run lies there.
+        """
+        run = cls(path)
+        if not run.recipe.is_file():
+            raise UserError(f"{str(path)!r} is not a run folder: it holds no recipe.yaml; 'train --out' writes one")
+        return run
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Append one line to log.jsonl and tell the listener. `time` is in seconds since the epoch."""
+        with self.log_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}, ensure_ascii=False) + "\n")
+        if self.listener is not None:
+            self.listener(event, fields)
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """All logged events, oldest first."""
+        return [json.loads(line) for line in self.log_file.read_text(encoding="utf-8").splitlines()]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write aside, flush to disk, rename: a reader sees the old file or the whole new one."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """As `write_json`, for text."""
+    aside = path.with_name(path.name + ".part")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Content of a file of the run folder.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{str(path)!r} is damaged: {error}") from error
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions and machine, without host names or paths."""
+    packages = ("hf_genlm", "torch", "transformers", "tokenizers", "datasets", "accelerate", "evaluate", "safetensors")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "packages": {name: _version(name) for name in packages},
+        "implementation": sys.implementation.name,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
