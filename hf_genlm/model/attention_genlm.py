@@ -1,0 +1,100 @@
+"""Causal attention over all earlier tokens or a sliding window of them.
+
+Shapes: B batch, T tokens, S cached and new tokens, N heads, K key-value heads, H head_dim.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_genlm import GenLMConfig
+from .positions_genlm import apply_rotary
+
+
+class GenLMAttention(nn.Module):
+    """Grouped-query attention (Ainslie et al., 2023, arXiv:2305.13245) with normalised queries and keys
+    (Henry et al., 2020, arXiv:2010.04245). `full_attention` and `sliding_attention` differ only in their mask."""
+
+    def __init__(self, config: GenLMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        is_sliding = config.mixer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if is_sliding else None
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.out_proj = nn.Linear(
+            config.num_attention_heads * config.head_dim, config.hidden_size, bias=False
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, hidden_size) to the same, and the weights (B, N, T, S) where the implementation gives them."""
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q_BNTH = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+        k_BKTH = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        v_BKTH = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        q_BNTH = F.rms_norm(q_BNTH, (self.head_dim,), eps=self.config.rms_norm_eps)
+        k_BKTH = F.rms_norm(k_BKTH, (self.head_dim,), eps=self.config.rms_norm_eps)
+        if position_embeddings is not None:
+            q_BNTH = apply_rotary(q_BNTH, *position_embeddings)
+            k_BKTH = apply_rotary(k_BKTH, *position_embeddings)
+        k_BKSH, v_BKSH = k_BKTH, v_BKTH
+        if past_key_values is not None:
+            k_BKSH, v_BKSH = past_key_values.update(k_BKTH, v_BKTH, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
+        mixed_BTNH, weights = attend(
+            self,
+            q_BNTH,
+            k_BKSH,
+            v_BKSH,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.out_proj(mixed_BTNH.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(Q K^T scaling + mask) V, written out: the twin of every fused implementation.
+
+    Returns:
+        (B, T, N, H) and the weights (B, N, T, S).
+    """
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores_BNTS = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores_BNTS = scores_BNTS + attention_mask
+    softmax_dtype = torch.promote_types(query.dtype, torch.float32)
+    weights_BNTS = F.softmax(scores_BNTS, dim=-1, dtype=softmax_dtype).to(query.dtype)
+    weights_BNTS = F.dropout(weights_BNTS, p=dropout, training=module.training)
+    return (weights_BNTS @ value).transpose(1, 2).contiguous(), weights_BNTS

@@ -1,0 +1,137 @@
+"""The cache layer that holds a recurrent state, so that transformers' caches serve RNN layers like any other.
+
+transformers' own linear-attention layer forgets a state that comes without a convolution, cannot tell how many
+tokens it has seen and cannot roll back; this one does all three.
+"""
+
+import torch
+from transformers import cache_utils, masking_utils
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+
+
+class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
+    """State of one recurrent layer: slot 0 holds h, slot 1 holds c of an LSTM, each (batch, recurrent_size).
+
+    While `record_past` is set (assisted decoding), the states after each token since the last `crop` are kept,
+    (batch, 1 + tokens, recurrent_size), so that rejected tokens can be taken back.
+    """
+
+    _layer_type = "genlm_recurrent"
+    is_compileable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, **kwargs):
+        LinearAttentionLayer.__init__(self, number_of_states=2)
+        self.keys = self.values = None
+        self.is_initialized = False
+        # a tensor: a Python number would be a constant to torch.compile and torch.export
+        self.cumulative_length = torch.tensor(0, dtype=torch.int64)
+        self.past_states: dict[int, torch.Tensor | None] = {0: None, 1: None}
+
+    def update_recurrent_state(self, recurrent_states, state_idx=0, n_tokens=1, past_states=None, **kwargs):
+        """Keep the state after `n_tokens` more tokens.
+
+        Args:
+            recurrent_states: (batch, recurrent_size).
+            past_states: (batch, 1 + n_tokens, recurrent_size), the state before and after each of them; needed
+                while recording.
+        """
+        if not self.is_recurrent_states_initialized[state_idx]:
+            self._adopt(recurrent_states)
+        super().update_recurrent_state(recurrent_states, state_idx=state_idx)
+        self.has_previous_state[state_idx] = True
+        if state_idx == 0:
+            self.cumulative_length.add_(n_tokens)
+        if self.record_past:
+            kept = self.past_states[state_idx]
+            self.past_states[state_idx] = (
+                past_states if kept is None else torch.cat([kept, past_states[:, 1:]], dim=1)
+            )
+        return self.recurrent_states[state_idx]
+
+    def _adopt(self, state: torch.Tensor) -> None:
+        self.dtype, self.device, self.batch_size = state.dtype, state.device, state.shape[0]
+        if not self.is_initialized:
+            self.cumulative_length = self.cumulative_length.to(state.device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.cumulative_length)
+            self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Always an error: there are no keys and values here."""
+        raise RuntimeError("a recurrent layer has no keys and values; use update_recurrent_state")
+
+    def get_seq_length(self):
+        """Tokens seen so far."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int):
+        """(tokens seen including this query, 0): the extent of the padding mask."""
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: no maximum."""
+        return -1
+
+    @property
+    def is_croppable(self) -> bool:
+        """A state can be taken back only while its past is recorded."""
+        return self.record_past
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens (a negative number, as transformers passes it)."""
+        if not self.record_past:
+            raise RuntimeError("crop needs activate_past_recording() before the tokens that it takes back")
+        if tokens_to_remove > 0:
+            raise RuntimeError("a recurrent layer is cropped by a negative number: the tokens to remove")
+        for slot, past in self.past_states.items():
+            if past is None:
+                continue
+            kept = past.shape[1] + tokens_to_remove
+            if kept < 1:
+                raise RuntimeError(
+                    f"cannot take back {-tokens_to_remove} tokens: {past.shape[1] - 1} are recorded"
+                )
+            self.past_states[slot] = past[:, kept - 1 : kept]
+            self.recurrent_states[slot].copy_(past[:, kept - 1])
+        self.cumulative_length.add_(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything; the tensors stay at their addresses."""
+        LinearAttentionLayer.reset(self)
+        self.cumulative_length.zero_()
+        self.past_states = dict.fromkeys(self.past_states)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes row beam_idx[i]."""
+        self._map_rows(lambda state: state.index_select(0, beam_idx.to(state.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        self._map_rows(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Only the rows `indices`."""
+        self._map_rows(lambda state: state[indices])
+
+    def _map_rows(self, rows) -> None:
+        for states in (self.recurrent_states, self.past_states):
+            for slot, state in states.items():
+                if state is not None:
+                    states[slot] = rows(state)
+        if self.recurrent_states[0] is not None:
+            self.batch_size = self.recurrent_states[0].shape[0]
+
+    def offload(self) -> None:
+        """States are small and stay where they are."""
+
+    def prefetch(self) -> None:
+        """Nothing was offloaded."""
+
+
+# The base class registers the layer for DynamicCache; StaticCache and the masks have tables of their own.
+cache_utils.STATIC_LAYER_TYPE_MAPPING[RecurrentStateLayer._layer_type] = RecurrentStateLayer
+masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[RecurrentStateLayer._layer_type] = (
+    masking_utils.create_recurrent_attention_mask
+)

@@ -1,0 +1,178 @@
+"""Configuration of a GenLM decoder: the embedding, one mixer word per layer, and their shapes."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+RECURRENT_MIXERS = ("elman", "gru", "lstm", "gated_linear")
+ATTENTION_MIXERS = ("full_attention", "sliding_attention")
+MIXER_TYPES = RECURRENT_MIXERS + ATTENTION_MIXERS
+POSITION_TYPES = ("rotary", "learned", "none")
+
+# A preset's pattern repeats so that it ends on the last layer: a hybrid of any depth ends on attention.
+DECODERS = {
+    "elman": ("elman",),
+    "gru": ("gru",),
+    "lstm": ("lstm",),
+    "gated_linear": ("gated_linear",),
+    "transformer": ("full_attention",),
+    "sliding": ("sliding_attention",),
+    "hybrid": ("gated_linear", "gated_linear", "full_attention"),
+}
+
+# transformers keys caches and masks by these words; "genlm_recurrent" is registered in cache_genlm.py
+_LAYER_TYPE_OF = dict.fromkeys(RECURRENT_MIXERS, "genlm_recurrent") | {
+    name: name for name in ATTENTION_MIXERS
+}
+
+
+def mixers_of(decoder: str, num_hidden_layers: int) -> list[str]:
+    """The mixer words of preset `decoder`, one per layer."""
+    if decoder not in DECODERS:
+        raise ValueError(f"unknown decoder {decoder!r}; known: {', '.join(DECODERS)}")
+    pattern = DECODERS[decoder]
+    return [pattern[(layer - num_hidden_layers) % len(pattern)] for layer in range(num_hidden_layers)]
+
+
+@strict
+class GenLMConfig(PreTrainedConfig):
+    r"""
+    The layers are given by `mixer_types`, or by a preset: `GenLMConfig(decoder="lstm", num_hidden_layers=4)`.
+
+    Args:
+        vocab_size: tokens in the vocabulary, V.
+        hidden_size: width of the residual stream, d.
+        embedding_size: width r of the embedding table E (V x r). When it differs from `hidden_size`, the word
+            embedding is E W + b with W (r x d); when it is None or equal, E alone.
+        embedding_projection: force (True) or forbid (False) E W + b; None follows from `embedding_size`.
+        mixer_types: per layer one of elman, gru, lstm, gated_linear, full_attention, sliding_attention.
+        num_hidden_layers: follows from `mixer_types` where they are given.
+        recurrent_size: width of a recurrent state; None: `hidden_size`.
+        num_attention_heads, num_key_value_heads, head_dim: shape of the attention mixers.
+        sliding_window: tokens that a sliding_attention layer sees, itself included.
+        intermediate_size: width of the MLP; None: 4 * `hidden_size`.
+        hidden_act: activation of the MLP, by transformers' name ("relu2" is the squared ReLU).
+        position_type: rotary (attention layers only), learned (added to the embedding) or none.
+        max_position_embeddings: tokens of context the model was made for.
+        dropout: on the embedding and on the output of every mixer and MLP, in training.
+        output_bias: add a bias to the logits.
+        tie_word_embeddings: the head is E (through W when there is one).
+        initializer_range: standard deviation of new weights.
+
+    Raises:
+        ValueError: a value outside its rule, with the rule.
+    """
+
+    model_type = "genlm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    embedding_size: int | None = None
+    embedding_projection: bool | None = None
+    mixer_types: list[str] | None = None
+    num_hidden_layers: int | None = None
+    recurrent_size: int | None = None
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    sliding_window: int | None = None
+    intermediate_size: int | None = None
+    hidden_act: str = "relu2"
+    position_type: str = "rotary"
+    rope_parameters: dict | None = None
+    max_position_embeddings: int = 1024
+    rms_norm_eps: float = 1e-6
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    output_bias: bool = False
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        decoder = kwargs.pop("decoder", None)
+        if self.mixer_types is None:
+            self.mixer_types = mixers_of(decoder or "gated_linear", self.num_hidden_layers or 4)
+        elif decoder is not None:
+            raise ValueError("give mixer_types or decoder, not both")
+        if self.num_hidden_layers is None:
+            self.num_hidden_layers = len(self.mixer_types)
+        if self.recurrent_size is None:
+            self.recurrent_size = self.hidden_size
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.sliding_window is None and "sliding_attention" in self.mixer_types:
+            self.sliding_window = max(1, self.max_position_embeddings // 4)
+        super().__post_init__(**kwargs)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """transformers' word for each layer: it chooses the cache layer and the mask."""
+        return [_LAYER_TYPE_OF[mixer] for mixer in self.mixer_types]
+
+    @property
+    def has_embedding_projection(self) -> bool:
+        """Whether the word embedding is E W + b."""
+        if self.embedding_projection is not None:
+            return self.embedding_projection
+        return self.embedding_width != self.hidden_size
+
+    @property
+    def embedding_width(self) -> int:
+        """Columns r of the embedding table."""
+        return self.embedding_size or self.hidden_size
+
+    def validate_layer_type(self):
+        """One known mixer word for each layer; replaces transformers' check of its own words."""
+        unknown = [mixer for mixer in self.mixer_types if mixer not in MIXER_TYPES]
+        if unknown:
+            raise ValueError(f"unknown mixer {unknown[0]!r}; known: {', '.join(MIXER_TYPES)}")
+        if not self.mixer_types or self.num_hidden_layers != len(self.mixer_types):
+            raise ValueError(
+                f"num_hidden_layers ({self.num_hidden_layers}) must be the number of mixer_types "
+                f"({len(self.mixer_types)}), at least 1"
+            )
+
+    def validate_shapes(self):
+        """Sizes are positive and divide each other where the layers need it."""
+        for name in ("vocab_size", "hidden_size", "recurrent_size", "intermediate_size", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads != 0:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads})"
+            )
+        if self.num_attention_heads % self.num_key_value_heads != 0:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})"
+            )
+        if self.embedding_projection is False and self.embedding_width != self.hidden_size:
+            raise ValueError(
+                f"embedding_size ({self.embedding_size}) other than hidden_size ({self.hidden_size}) needs "
+                "embedding_projection"
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1, not {self.sliding_window}")
+
+    def validate_positions(self):
+        """A known position type; rotary turns pairs of dimensions."""
+        if self.position_type not in POSITION_TYPES:
+            raise ValueError(
+                f"unknown position_type {self.position_type!r}; known: {', '.join(POSITION_TYPES)}"
+            )
+        attends = any(mixer in ATTENTION_MIXERS for mixer in self.mixer_types)
+        if attends and self.position_type == "rotary" and self.head_dim % 2 != 0:
+            raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
+
+
+__all__ = ["DECODERS", "GenLMConfig", "mixers_of"]

@@ -1,0 +1,300 @@
+"""GenLM: one decoder class for recurrent, attention and hybrid language models.
+
+    e_w = E w (+ W, b)                      word embedding
+    x  <- x + mixer(norm(x))                for each layer: moves information along time
+    x  <- x + mlp(norm(x))                  and over the width
+    P(w_{t+1} | w_1..w_t) = softmax(head norm(x_t))
+
+This folder travels to the Hub with every saved model: it imports torch and transformers, and only its own files.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_recurrent_attention_mask,
+    create_sliding_window_causal_mask,
+    find_packed_sequence_indices,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_genlm import GenLMAttention
+from .cache_genlm import RecurrentStateLayer
+from .configuration_genlm import GenLMConfig
+from .positions_genlm import GenLMRotaryEmbedding
+from .recurrence_genlm import (
+    ElmanCell,
+    GatedLinearRecurrence,
+    GRUCell,
+    LSTMCell,
+    RecurrentMixer,
+    TimeLayout,
+)
+
+MIXERS = {
+    "elman": ElmanCell,
+    "gru": GRUCell,
+    "lstm": LSTMCell,
+    "gated_linear": GatedLinearRecurrence,
+    "full_attention": GenLMAttention,
+    "sliding_attention": GenLMAttention,
+}
+MASKS = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+    RecurrentStateLayer._layer_type: create_recurrent_attention_mask,
+}
+
+
+class GenLMRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019, arXiv:1910.07467), in float32 at least."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        normed = F.rms_norm(hidden_states.to(dtype), self.weight.shape, eps=self.variance_epsilon)
+        return self.weight * normed.to(hidden_states.dtype)
+
+
+class GenLMMLP(nn.Module):
+    """down(act(up(x))); with the default squared ReLU that of So et al., 2021 (arXiv:2109.08668)."""
+
+    def __init__(self, config: GenLMConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class GenLMDecoderLayer(GradientCheckpointingLayer):
+    """norm, mixer, norm, MLP, each pair added to the residual stream."""
+
+    def __init__(self, config: GenLMConfig, layer_idx: int):
+        super().__init__()
+        self.mixer_norm = GenLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mixer = MIXERS[config.mixer_types[layer_idx]](config, layer_idx)
+        self.mlp_norm = GenLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GenLMMLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """(B, T, hidden_size) to the same; `kwargs` as each mixer's forward names them."""
+        mixed, _ = self.mixer(self.mixer_norm(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.dropout(mixed)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+
+class GenLMPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by all GenLM classes."""
+
+    config: GenLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GenLMDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": GenLMDecoderLayer, "attentions": GenLMAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal weights; projections into the residual stream start at zero (Zhang et al., 2019,
+        arXiv:1901.09321), so that every layer begins as the identity."""
+        super()._init_weights(module)
+        if isinstance(module, RecurrentMixer):
+            module.reset_parameters()
+        if isinstance(module, GenLMDecoderLayer):
+            init.zeros_(module.mixer.out_proj.weight)
+            init.zeros_(module.mlp.down_proj.weight)
+
+
+class GenLMModel(GenLMPreTrainedModel):
+    """Embedding and layers, without a head."""
+
+    def __init__(self, config: GenLMConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_width)
+        self.embed_proj = (
+            nn.Linear(config.embedding_width, config.hidden_size) if config.has_embedding_projection else None
+        )
+        self.embed_positions = None
+        if config.position_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.rotary_emb = None
+        if config.position_type == "rotary" and any(MIXERS[m] is GenLMAttention for m in config.mixer_types):
+            self.rotary_emb = GenLMRotaryEmbedding(config)
+        self.embed_dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(GenLMDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = GenLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: (B, T) tokens; or `inputs_embeds`: (B, T, embedding_width), before W and b.
+            attention_mask: (B, past + T), 0 at padding; or one mask per layer type, as `generate` prepares them.
+            position_ids: (B, T) or (1, T). Without mask and cache, a step other than +1 starts a packed document.
+            past_key_values: keys, values and states of the tokens before these.
+
+        Raises:
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        document = None
+        if position_ids is not None and attention_mask is None and past_key_values is None:
+            document = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[0], -1))
+            use_cache = (
+                use_cache and document is None
+            )  # packed rows end in several documents: nothing to go on from
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None and len(past_key_values.layers) == 0:
+            past_key_values.layers.extend(DynamicCache(config=self.config).layers)  # given as DynamicCache()
+        if position_ids is None:
+            n_past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + n_past)[None]
+
+        masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        padding = masks.get(RecurrentStateLayer._layer_type)
+        layout = TimeLayout(None if padding is None else padding.bool(), document)
+        hidden_states = self._embed(inputs_embeds, position_ids)
+        rotation = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
+        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[layer_type],
+                layout=layout,
+                position_embeddings=rotation,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+        )
+
+    def _embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """E w + positions, through W and b where there are any: (B, T, embedding_width) to (B, T, hidden_size)."""
+        hidden_states = inputs_embeds if self.embed_proj is None else self.embed_proj(inputs_embeds)
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self.embed_positions(position_ids)
+        return self.embed_dropout(hidden_states)
+
+    def _masks(self, inputs_embeds, attention_mask, past_key_values, position_ids) -> dict:
+        """One mask for each layer type in use."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        return {
+            layer_type: MASKS[layer_type](
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            for layer_type in set(self.config.layer_types)
+        }
+
+
+class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
+    """The language model: L = - sum_t log P(w_t | w_<t)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: GenLMConfig):
+        super().__init__(config)
+        self.model = GenLMModel(config)
+        self.vocab_size = config.vocab_size
+        head_width = config.embedding_width if config.tie_word_embeddings else config.hidden_size
+        self.lm_head = nn.Linear(head_width, config.vocab_size, bias=config.output_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels: (B, T), not shifted; -100 is ignored. The loss is in nats, the mean over labels, or their sum
+                over `num_items_in_batch` when Trainer gives it.
+            logits_to_keep: compute logits for the last so many tokens, or at these indices; 0 for all.
+            others: as GenLMModel.forward.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self._logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """A tied head is E through W: (h W^T) E^T."""
+        if self.model.embed_proj is not None and self.config.tie_word_embeddings:
+            hidden_states = F.linear(hidden_states, self.model.embed_proj.weight.t())
+        return self.lm_head(hidden_states)
+
+
+__all__ = ["GenLMForCausalLM", "GenLMModel", "GenLMPreTrainedModel"]

@@ -1,0 +1,398 @@
+"""Recurrent mixers: Elman, GRU and LSTM cells, and a gated linear recurrence.
+
+Each has one definition (`step`, or the recurrence that `linear_scan` solves) and a fast path over the same
+parameters. State comes in from the cache and goes out to it, in float32 at least; padding holds it and the start
+of a packed document forgets it.
+
+Shapes: B batch, T tokens, D hidden_size, R recurrent_size, G gates.
+"""
+
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+
+from .configuration_genlm import GenLMConfig
+
+# PackedSequence skips the padding of short segments but costs about 3 times as much per token on a CPU
+_MOST_PADDING = 3.0
+
+
+class Segments(NamedTuple):
+    """The runs of tokens that share one state, as rows of their own. n tokens in S segments of at most L."""
+
+    tokens: torch.Tensor  # (n,) indices into the flattened (B * T) tokens, padding left out
+    lengths: torch.Tensor  # (S,)
+    row: torch.Tensor  # (S,) the batch row that each comes from
+    continues: torch.Tensor  # (S,) whether it goes on from the given state
+    grid: torch.Tensor  # (S, L) indices into `tokens`
+    filled: torch.Tensor  # (S, L) False where `grid` is beyond the segment
+
+
+class TimeLayout:
+    """What the time axis of one forward pass holds, for all recurrent layers of it.
+
+    Args:
+        valid: (B, T) bool, False at padding; None: no padding.
+        document: (B, T) int, rising where a packed document starts, 0 going on from the given state; None: one each.
+    """
+
+    def __init__(self, valid: torch.Tensor | None = None, document: torch.Tensor | None = None):
+        self.valid = valid
+        self.document = document
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every row is one document without padding."""
+        return self.valid is None and self.document is None
+
+    @cached_property
+    def starts(self) -> torch.Tensor | None:
+        """(B, T) bool: where the state is forgotten."""
+        if self.document is None:
+            return None
+        return torch.diff(self.document, dim=1, prepend=torch.zeros_like(self.document[:, :1])) != 0
+
+    @cached_property
+    def segments(self) -> Segments:
+        """The segments of this layout, which must hold at least one token."""
+        some = self.valid if self.valid is not None else self.document
+        n_rows, n_tokens = some.shape
+        document = torch.zeros_like(some, dtype=torch.long) if self.document is None else self.document.long()
+        rows = torch.arange(n_rows, device=some.device)[:, None].expand_as(some)
+        key = (rows * (n_tokens + 1) + document).flatten()
+        valid = torch.ones_like(key, dtype=torch.bool) if self.valid is None else self.valid.flatten()
+        tokens = valid.nonzero().squeeze(1)
+        _, lengths = torch.unique_consecutive(key[tokens], return_counts=True)
+        first = lengths.cumsum(0) - lengths
+        offset = torch.arange(int(lengths.max()), device=some.device)
+        return Segments(
+            tokens=tokens,
+            lengths=lengths,
+            row=rows.flatten()[tokens[first]],
+            continues=document.flatten()[tokens[first]] == 0,
+            grid=(first[:, None] + offset).clamp(max=len(tokens) - 1),
+            filled=offset < lengths[:, None],
+        )
+
+
+class RecurrentMixer(nn.Module):
+    """Reads the state, runs the recurrence, writes the state. Subclasses give `run`."""
+
+    n_states = 1
+
+    def __init__(self, config: GenLMConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.recurrent_size = config.recurrent_size
+        self.out_proj = nn.Linear(config.recurrent_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        layout: TimeLayout | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, None]:
+        """(B, T, D) to the same; the second item stands where attention gives its weights."""
+        states, recording = None, False
+        if past_key_values is not None:
+            read = [
+                past_key_values.get_recurrent_state(self.layer_idx, slot) for slot in range(self.n_states)
+            ]
+            states = None if read[0] is None else tuple(state.clone() for state in read)
+            recording = past_key_values.is_recording_past(self.layer_idx)
+        if states is None:
+            states = self.initial_states(hidden_states)
+        mixed_BTR, states, past = self.run(hidden_states, layout or TimeLayout(), states, recording)
+        if past_key_values is not None:
+            for slot, state in enumerate(states):
+                past_key_values.update_recurrent_state(
+                    state.detach() if not state.requires_grad else state,
+                    self.layer_idx,
+                    slot,
+                    n_tokens=hidden_states.shape[1],
+                    past_states=past[slot] if past else None,
+                )
+        return self.out_proj(mixed_BTR.to(hidden_states.dtype)), None
+
+    def initial_states(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Zeros, (B, R) for each state."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return tuple(x.new_zeros(x.shape[0], self.recurrent_size, dtype=dtype) for _ in range(self.n_states))
+
+    def run(self, x, layout, states, recording):
+        """The recurrence over (B, T, D) inputs.
+
+        Returns:
+            outputs (B, T, R); the last states, each (B, R); and, when recording, per state (B, 1 + T, R): before
+            the first and after each token.
+        """
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Called by PreTrainedModel._init_weights after the projections have had their normal weights."""
+
+
+class ClassicCell(RecurrentMixer):
+    """h_t = cell(in_proj(x_t), rec_proj(h_{t-1})), with torch's fused kernels where they apply."""
+
+    n_gates = 1
+
+    def __init__(self, config: GenLMConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.in_proj = nn.Linear(config.hidden_size, self.n_gates * config.recurrent_size)
+        # only the GRU has a use for a second bias: its reset gate scales what the recurrent product adds
+        self.rec_proj = nn.Linear(
+            config.recurrent_size, self.n_gates * config.recurrent_size, bias=self.n_gates == 3
+        )
+
+    def step(
+        self, u: torch.Tensor, v: torch.Tensor, states: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        """New states from u = in_proj(x_t) and v = rec_proj(h_{t-1}), both (B, G * R)."""
+        raise NotImplementedError
+
+    def kernel(self, *args):
+        """torch's fused kernel of this cell."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Orthogonal recurrent weights for each gate (Saxe et al., 2013, arXiv:1312.6120)."""
+        weight = torch.empty_like(self.rec_proj.weight)
+        for gate in weight.chunk(self.n_gates):
+            torch.nn.init.orthogonal_(gate)
+        init.copy_(
+            self.rec_proj.weight, weight
+        )  # leaves a loaded weight alone, as a write to its parts would not
+
+    def _remember(self, gate: int) -> None:
+        bias = torch.zeros_like(self.in_proj.bias)
+        bias.chunk(self.n_gates)[gate].fill_(1.0)
+        init.copy_(self.in_proj.bias, bias)
+
+    def run(self, x, layout, states, recording):
+        unfusable = x.shape[1] == 1 or recording or torch.compiler.is_compiling() or x.dtype.itemsize < 4
+        if (
+            unfusable
+            or torch.is_autocast_enabled(x.device.type)
+            or not (_is_untouched(self.in_proj) and _is_untouched(self.rec_proj))
+        ):
+            return self.run_stepwise(x, layout, states, recording)
+        if layout.is_plain:
+            outputs, states = self._run_kernel(x, states)
+            return outputs, states, None
+        if layout.valid is not None and not layout.valid.any():
+            return x.new_zeros(*x.shape[:2], self.recurrent_size), states, None
+        return (*self._run_segments(x, layout.segments, states), None)
+
+    def run_stepwise(self, x, layout, states, recording=False):
+        """`run` by the definition, token by token."""
+        u_BTG = self.in_proj(x)
+        past, outputs = [states], []
+        for t in range(x.shape[1]):
+            if layout.starts is not None:
+                keep = ~layout.starts[:, t, None]
+                states = tuple(state * keep for state in states)
+            new = self.step(u_BTG[:, t], self.rec_proj(states[0].to(x.dtype)), states)
+            if layout.valid is not None:
+                is_token = layout.valid[:, t, None]
+                new = tuple(
+                    torch.where(is_token, after, before) for after, before in zip(new, states, strict=True)
+                )
+            states = new
+            outputs.append(states[0])
+            past.append(states)
+        history = [torch.stack(slot, dim=1) for slot in zip(*past, strict=True)] if recording else None
+        return torch.stack(outputs, dim=1), states, history
+
+    def _run_kernel(self, x, states, lengths=None):
+        """(S, L, D) rows and (S, R) states through the fused kernel; with `lengths`, as a PackedSequence."""
+        zero_bias = self.in_proj.bias.new_zeros(self.in_proj.bias.shape)
+        rec_bias = zero_bias if self.rec_proj.bias is None else self.rec_proj.bias
+        weights = [self.in_proj.weight, self.rec_proj.weight, self.in_proj.bias, rec_bias]
+        states = tuple(state[None] for state in states)
+        if lengths is None:
+            given = states if self.n_states > 1 else states[0]
+            outputs, *states = self.kernel(x, given, weights, True, 1, 0.0, self.training, False, True)
+            return outputs, tuple(state[0] for state in states)
+        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        states = tuple(state.index_select(1, packed.sorted_indices) for state in states)
+        given = states if self.n_states > 1 else states[0]
+        data, *states = self.kernel(
+            packed.data, packed.batch_sizes, given, weights, True, 1, 0.0, self.training, False
+        )
+        outputs, _ = pad_packed_sequence(packed._replace(data=data), batch_first=True)
+        return outputs, tuple(state[0].index_select(0, packed.unsorted_indices) for state in states)
+
+    def _run_segments(self, x, segments: Segments, states):
+        n_rows, n_tokens = x.shape[:2]
+        x_SLD = x.flatten(0, 1)[segments.tokens[segments.grid]]
+        begin = tuple(state[segments.row] * segments.continues[:, None] for state in states)
+        # only the packed form returns the c of an LSTM where a short segment ends
+        is_sparse = segments.grid.numel() > _MOST_PADDING * len(segments.tokens)
+        if self.n_states > 1 or is_sparse:
+            outputs_SLR, end = self._run_kernel(x_SLD, begin, segments.lengths)
+        else:
+            outputs_SLR, _ = self._run_kernel(x_SLD, begin)
+            last = (segments.lengths - 1)[:, None, None].expand(-1, 1, self.recurrent_size)
+            end = (outputs_SLR.gather(1, last).squeeze(1),)
+        outputs = outputs_SLR.new_zeros(n_rows * n_tokens, self.recurrent_size)
+        outputs = outputs.index_copy(0, segments.tokens, outputs_SLR[segments.filled])
+        is_last = torch.diff(segments.row, append=segments.row.new_full((1,), n_rows)) != 0
+        states = tuple(
+            state.index_copy(0, segments.row[is_last], after[is_last].to(state.dtype))
+            for state, after in zip(states, end, strict=True)
+        )
+        return outputs.view(n_rows, n_tokens, -1), states
+
+
+class ElmanCell(ClassicCell):
+    """h_t = tanh(W x_t + b + U h_{t-1}) (Elman, 1990, Finding structure in time)."""
+
+    def step(self, u, v, states):
+        return (torch.tanh((u + v).to(states[0].dtype)),)
+
+    def kernel(self, *args):
+        return torch.rnn_tanh(*args)
+
+
+class GRUCell(ClassicCell):
+    """The gated recurrent unit (Cho et al., 2014, arXiv:1406.1078), in torch's form and gate order r, z, n:
+    h_t = (1 - z) * tanh(W_n x + b_n + r * (U_n h + c_n)) + z * h_{t-1}."""
+
+    n_gates = 3
+
+    def step(self, u, v, states):
+        (h,) = states
+        u_r, u_z, u_n = u.to(h.dtype).chunk(3, dim=-1)
+        v_r, v_z, v_n = v.to(h.dtype).chunk(3, dim=-1)
+        reset, update = torch.sigmoid(u_r + v_r), torch.sigmoid(u_z + v_z)
+        candidate = torch.tanh(u_n + reset * v_n)
+        return (candidate + update * (h - candidate),)
+
+    def kernel(self, *args):
+        return torch.gru(*args)
+
+    def reset_parameters(self) -> None:
+        """Starts by keeping the state: a bias of 1 on the update gate."""
+        super().reset_parameters()
+        self._remember(gate=1)
+
+
+class LSTMCell(ClassicCell):
+    """Long short-term memory (Hochreiter and Schmidhuber, 1997) with a forget gate (Gers et al., 2000), in torch's
+    gate order i, f, g, o: c_t = f * c_{t-1} + i * tanh(g), h_t = o * tanh(c_t)."""
+
+    n_gates = 4
+    n_states = 2
+
+    def step(self, u, v, states):
+        _, c = states
+        i, f, g, o = (u + v).to(c.dtype).chunk(4, dim=-1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+    def kernel(self, *args):
+        return torch.lstm(*args)
+
+    def reset_parameters(self) -> None:
+        """Starts by remembering: a bias of 1 on the forget gate (Jozefowicz et al., 2015)."""
+        super().reset_parameters()
+        self._remember(gate=1)
+
+
+class GatedLinearRecurrence(RecurrentMixer):
+    """h_t = f_t * h_{t-1} + (1 - f_t) * v_t with f_t = sigmoid(W_f x_t + b_f), v_t = W_v x_t; output h_t * silu(W_g x_t).
+
+    Gates see only the input, so all steps solve in parallel (Martin and Cundy, 2018, arXiv:1709.04057; the gating
+    is that of Qin et al., 2023, arXiv:2311.04823). A chunked scan serves training and prefill, a step generation.
+    """
+
+    def __init__(self, config: GenLMConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.value_proj = nn.Linear(config.hidden_size, config.recurrent_size, bias=False)
+        self.forget_proj = nn.Linear(config.hidden_size, config.recurrent_size)
+        self.gate_proj = nn.Linear(config.hidden_size, config.recurrent_size, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Forget-gate biases for memories of 1 to 128 tokens, evenly over their logarithm
+        (chrono initialisation; Tallec and Ollivier, 2018, arXiv:1804.11188)."""
+        tokens = torch.logspace(0, 7, self.recurrent_size, base=2.0, device=self.forget_proj.bias.device)
+        init.copy_(self.forget_proj.bias, torch.log(tokens))  # sigmoid(log n) = n / (n + 1)
+
+    def run(self, x, layout, states, recording):
+        (h,) = states
+        forget = torch.sigmoid(self.forget_proj(x).to(h.dtype))
+        new = (1 - forget) * self.value_proj(x).to(h.dtype)
+        if layout.starts is not None:
+            forget = forget.masked_fill(layout.starts[..., None], 0.0)
+        if layout.valid is not None:
+            is_padding = ~layout.valid[..., None]
+            forget, new = forget.masked_fill(is_padding, 1.0), new.masked_fill(is_padding, 0.0)
+        h_BTR = linear_scan(forget, new, h)
+        history = [torch.cat([h[:, None], h_BTR], dim=1)] if recording else None
+        return h_BTR.to(x.dtype) * F.silu(self.gate_proj(x)), (h_BTR[:, -1],), history
+
+
+def linear_scan(decay: torch.Tensor, new: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+    """All h_t = decay_t * h_{t-1} + new_t from h_0 = `initial`: (B, T, R), (B, T, R), (B, R) to (B, T, R)."""
+    if new.shape[1] == 1:
+        return decay * initial[:, None] + new
+    return _LinearScan.apply(decay, new, initial)
+
+
+class _LinearScan(torch.autograd.Function):
+    """Chunks are solved side by side, then joined: about 2 sqrt(T) dependent steps instead of T.
+
+    The gradient is the same recurrence backwards: g_t = grad_t + decay_{t+1} g_{t+1}; d new = g,
+    d decay_t = g_t h_{t-1}, d initial = decay_1 g_1.
+    """
+
+    @staticmethod
+    def forward(ctx, decay, new, initial):
+        h = _chunked_scan(decay, new, initial)
+        ctx.save_for_backward(decay, h, initial)
+        return h
+
+    @staticmethod
+    def backward(ctx, grad):
+        decay, h, initial = ctx.saved_tensors
+        following = torch.cat([torch.zeros_like(decay[:, :1]), decay[:, 1:].flip(1)], dim=1)
+        g = _chunked_scan(following, grad.flip(1), torch.zeros_like(initial)).flip(1)
+        before = torch.cat([initial[:, None], h[:, :-1]], dim=1)
+        return g * before, g, decay[:, 0] * g[:, 0]
+
+
+def _chunked_scan(decay: torch.Tensor, new: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+    n_rows, n_tokens, width = new.shape
+    length = max(1, round(n_tokens**0.5))
+    missing = -n_tokens % length
+    if missing:
+        decay, new = F.pad(decay, (0, 0, 0, missing)), F.pad(new, (0, 0, 0, missing))
+    decay = decay.reshape(n_rows, -1, length, width)
+    local = new.reshape(n_rows, -1, length, width).clone()
+    reach = decay.clone()  # the product of decays from the chunk's start
+    for t in range(1, length):
+        local[:, :, t].addcmul_(decay[:, :, t], local[:, :, t - 1])
+        reach[:, :, t].mul_(reach[:, :, t - 1])
+    carried = [initial]
+    for chunk in range(local.shape[1] - 1):
+        carried.append(torch.addcmul(local[:, chunk, -1], reach[:, chunk, -1], carried[-1]))
+    h = local.addcmul_(reach, torch.stack(carried, dim=1).unsqueeze(2))
+    return h.view(n_rows, -1, width)[:, :n_tokens]
+
+
+def _is_untouched(linear: nn.Module) -> bool:
+    """Whether reading `linear.weight` is the same as calling `linear`: no adapter, quantiser, hook or offloading."""
+    return (
+        type(linear) is nn.Linear
+        and "forward" not in linear.__dict__
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
+    )
