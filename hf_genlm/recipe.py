@@ -22,7 +22,9 @@ from hf_genlm.errors import UserError, did_you_mean
 class CorpusRecipe:
     """What is read, and how it is split into training and validation."""
 
-    sources: list[str] = field(default_factory=list)  # files, folders, globs, Hub ids; none: the embedded default
+    sources: list[str] = field(
+        default_factory=list
+    )  # files, folders, globs, Hub ids; none: the embedded default
     validation: list[str] = field(default_factory=list)  # sources held out as they are; none: split `sources`
     validation_fraction: float = 0.05  # of the bytes, when `sources` are split
     split_seed: int = 0  # apart from training.seed: runs with other seeds share one split
@@ -89,7 +91,9 @@ class EvaluationRecipe:
     """The exact pass at the end."""
 
     context: int | None = None  # tokens a prediction may look back on; None: the row length
-    stride: int | None = None  # tokens by which the context slides over a long document; None: half the context
+    stride: int | None = (
+        None  # tokens by which the context slides over a long document; None: half the context
+    )
     batch_size: int = 32  # windows in one forward pass; no figure depends on it
 
 

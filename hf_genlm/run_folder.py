@@ -1,12 +1,13 @@
 """The run folder: the one place through which the verbs speak to each other.
 
-    RUN/ recipe.yaml  environment.json  corpus.json  log.jsonl  tokenizer/  checkpoints/
-         evaluation.json  samples.md  model/ (exactly what is pushed)
+RUN/ recipe.yaml  environment.json  corpus.json  log.jsonl  tokenizer/  checkpoints/
+     evaluation.json  samples.md  model/ (exactly what is pushed)
 """
 
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -67,13 +68,27 @@ class RunFolder:
         """
         run = cls(path)
         if not run.recipe.is_file():
-            raise UserError(f"{str(path)!r} is not a run folder: it holds no recipe.yaml; 'train --out' writes one")
+            raise UserError(
+                f"{str(path)!r} is not a run folder: it holds no recipe.yaml; 'train --out' writes one"
+            )
         return run
+
+    def discard(self) -> None:
+        """Remove the folder: for a run that ended before it began."""
+        shutil.rmtree(self.path)
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to log.jsonl and tell the listener. `time` is in seconds since the epoch."""
         with self.log_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}, ensure_ascii=False) + "\n")
+            file.write(
+                json.dumps({"event": event, "time": round(time.time(), 3), **fields}, ensure_ascii=False)
+                + "\n"
+            )
+        if self.listener is not None:
+            self.listener(event, fields)
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """Tell the listener alone: progress that is of no use afterwards."""
         if self.listener is not None:
             self.listener(event, fields)
 
@@ -113,7 +128,16 @@ def read_json(path: Path) -> Any:
 
 def describe_environment() -> dict[str, Any]:
     """Versions and machine, without host names or paths."""
-    packages = ("hf_genlm", "torch", "transformers", "tokenizers", "datasets", "accelerate", "evaluate", "safetensors")
+    packages = (
+        "hf_genlm",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "datasets",
+        "accelerate",
+        "evaluate",
+        "safetensors",
+    )
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -177,12 +177,9 @@ class ClassicCell(RecurrentMixer):
         init.copy_(self.in_proj.bias, bias)
 
     def run(self, x, layout, states, recording):
-        unfusable = x.shape[1] == 1 or recording or torch.compiler.is_compiling() or x.dtype.itemsize < 4
-        if (
-            unfusable
-            or torch.is_autocast_enabled(x.device.type)
-            or not (_is_untouched(self.in_proj) and _is_untouched(self.rec_proj))
-        ):
+        stepwise = x.shape[1] == 1 or recording or torch.compiler.is_compiling()
+        # a kernel reads the weights itself: not those of an adapter or quantiser, nor half precision on a CPU
+        if stepwise or self.in_proj.weight.dtype.itemsize < 4 or not self._owns_plain_projections():
             return self.run_stepwise(x, layout, states, recording)
         if layout.is_plain:
             outputs, states = self._run_kernel(x, states)
@@ -190,6 +187,9 @@ class ClassicCell(RecurrentMixer):
         if layout.valid is not None and not layout.valid.any():
             return x.new_zeros(*x.shape[:2], self.recurrent_size), states, None
         return (*self._run_segments(x, layout.segments, states), None)
+
+    def _owns_plain_projections(self) -> bool:
+        return _is_plain_linear(self.in_proj) and _is_plain_linear(self.rec_proj)
 
     def run_stepwise(self, x, layout, states, recording=False):
         """`run` by the definition, token by token."""
@@ -213,20 +213,23 @@ class ClassicCell(RecurrentMixer):
 
     def _run_kernel(self, x, states, lengths=None):
         """(S, L, D) rows and (S, R) states through the fused kernel; with `lengths`, as a PackedSequence."""
+        x = x.to(self.in_proj.weight.dtype)
         zero_bias = self.in_proj.bias.new_zeros(self.in_proj.bias.shape)
         rec_bias = zero_bias if self.rec_proj.bias is None else self.rec_proj.bias
         weights = [self.in_proj.weight, self.rec_proj.weight, self.in_proj.bias, rec_bias]
         states = tuple(state[None] for state in states)
         if lengths is None:
             given = states if self.n_states > 1 else states[0]
-            outputs, *states = self.kernel(x, given, weights, True, 1, 0.0, self.training, False, True)
+            with torch.autocast(x.device.type, enabled=False):
+                outputs, *states = self.kernel(x, given, weights, True, 1, 0.0, self.training, False, True)
             return outputs, tuple(state[0] for state in states)
         packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
         states = tuple(state.index_select(1, packed.sorted_indices) for state in states)
         given = states if self.n_states > 1 else states[0]
-        data, *states = self.kernel(
-            packed.data, packed.batch_sizes, given, weights, True, 1, 0.0, self.training, False
-        )
+        with torch.autocast(x.device.type, enabled=False):
+            data, *states = self.kernel(
+                packed.data, packed.batch_sizes, given, weights, True, 1, 0.0, self.training, False
+            )
         outputs, _ = pad_packed_sequence(packed._replace(data=data), batch_first=True)
         return outputs, tuple(state[0].index_select(0, packed.unsorted_indices) for state in states)
 
@@ -388,11 +391,10 @@ def _chunked_scan(decay: torch.Tensor, new: torch.Tensor, initial: torch.Tensor)
     return h.view(n_rows, -1, width)[:, :n_tokens]
 
 
-def _is_untouched(linear: nn.Module) -> bool:
-    """Whether reading `linear.weight` is the same as calling `linear`: no adapter, quantiser, hook or offloading."""
+def _is_plain_linear(module: nn.Module) -> bool:
     return (
-        type(linear) is nn.Linear
-        and "forward" not in linear.__dict__
-        and not linear._forward_hooks
-        and not linear._forward_pre_hooks
+        type(module) is nn.Linear
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
     )

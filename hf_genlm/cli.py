@@ -1,0 +1,412 @@
+"""The command line: reads arguments, calls the rooms, and is the only module that prints.
+
+    hf-genlm train [SOURCE ...]     hf-genlm evaluate MODEL [SOURCE ...]     hf-genlm card RUN
+    hf-genlm tokenizer SOURCE ...   hf-genlm generate MODEL [PROMPT]
+
+Exit codes: 0 done; 2 the input cannot be used, one line on stderr says why; 1 a fault of ours, with a traceback.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.recipe import Recipe, load_recipe, set_field
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hf_genlm.evaluation.measurement import Measurement
+
+# option of `train` -> recipe field
+_TRAIN_FIELDS = {
+    "decoder": "model.decoder",
+    "mixers": "model.mixers",
+    "size": "model.size",
+    "minutes": "training.minutes",
+    "steps": "training.steps",
+    "tokens": "training.tokens",
+    "seed": "training.seed",
+    "validation": "corpus.validation",
+    "vocab_size": "tokenizer.vocab_size",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (hf-genlm --help lists what there is)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    try:
+        options = _parser().parse_args(arguments)
+        _quiet_libraries()
+        options.run(options)
+    except UserError as error:
+        print(f"hf-genlm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("hf-genlm: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="hf-genlm", description="From a folder of text to your own small generative language model."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+
+    train = verbs.add_parser("train", help="train a tokenizer and a model, and measure it")
+    train.add_argument("sources", nargs="*", metavar="SOURCE", help="files, folders, globs or a Hub dataset id; "
+                       "nothing: the library source and reference topics that Python brings")  # fmt: skip
+    train.add_argument("--decoder", help="gated_linear (default), gru, lstm, elman, transformer, sliding or hybrid")
+    train.add_argument("--mixers", metavar="A,B,..", help="one mixer per layer, instead of --decoder")
+    train.add_argument("--size", help="tiny (default), small, base, or a parameter count such as 30M")
+    train.add_argument("--minutes", metavar="F", help="train for so long (default 3), the rate decaying to its end")
+    train.add_argument("--steps", metavar="N", help="train for so many optimizer steps")
+    train.add_argument("--tokens", metavar="N", help="train on so many tokens")
+    train.add_argument("--validation", action="append", metavar="FILE", help="hold out this, instead of splitting")
+    train.add_argument("--vocab-size", metavar="N", help="tokens in the vocabulary; default: by the size of the text")
+    train.add_argument("--seed", metavar="N", help="of the weights and the order of rows (default 0)")
+    _add_recipe_options(train)
+    train.add_argument("--out", metavar="DIR", help="the run folder to make (default runs/DECODER-DATE)")
+    train.set_defaults(run=_train)
+
+    tokenizer = verbs.add_parser("tokenizer", help="train a byte-level BPE tokenizer")
+    tokenizer.add_argument("sources", nargs="+", metavar="SOURCE")
+    tokenizer.add_argument("--out", required=True, metavar="DIR")
+    tokenizer.add_argument("--vocab-size", metavar="N")
+    _add_recipe_options(tokenizer)
+    tokenizer.set_defaults(run=_tokenizer)
+
+    evaluate = verbs.add_parser("evaluate", help="measure any causal language model, exactly")
+    evaluate.add_argument("model", metavar="MODEL", help="a run folder, a model folder or a Hub id")
+    evaluate.add_argument("sources", nargs="*", metavar="SOURCE", help="default: the run's own validation split")
+    evaluate.add_argument("--json", action="store_true", help="print the measurements as JSON")
+    _add_recipe_options(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+    generate = verbs.add_parser("generate", help="continue a prompt")
+    generate.add_argument("model", metavar="MODEL", help="a run folder, a model folder or a Hub id")
+    generate.add_argument("prompt", nargs="?", default="", metavar="PROMPT", help="nothing: the start of a document")
+    generate.add_argument("--max-new-tokens", type=_count, default=200, metavar="N")
+    generate.add_argument("--temperature", type=_amount, default=0.8, metavar="F", help="0: always the likeliest token")
+    generate.add_argument("--top-p", type=_amount, default=0.95, metavar="F")
+    generate.add_argument("--seed", type=int, metavar="N")
+    generate.set_defaults(run=_generate)
+
+    card = verbs.add_parser("card", help="write the model card of a run again")
+    card.add_argument("run_path", metavar="RUN")
+    card.set_defaults(run=_card)
+    return parser
+
+
+def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", metavar="FILE", help="a YAML recipe")
+    parser.add_argument("--set", action="append", default=[], dest="assignments", metavar="SECTION.KEY=VALUE")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return value
+
+
+def _recipe(options: argparse.Namespace, fields: dict[str, str]) -> Recipe:
+    recipe = load_recipe(options.recipe, options.assignments)
+    for option, name in fields.items():
+        value = getattr(options, option, None)
+        if value is not None:
+            set_field(recipe, name, value)
+    if getattr(options, "sources", None):
+        recipe.corpus.sources = list(options.sources)
+    return recipe
+
+
+def _quiet_libraries() -> None:
+    """Our own bars and messages instead of those of the libraries underneath."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="torch|transformers")
+
+
+def _train(options: argparse.Namespace) -> None:
+    recipe = _recipe(options, _TRAIN_FIELDS)
+    out = options.out or f"runs/{'mixed' if recipe.model.mixers else recipe.model.decoder}-{time.strftime('%Y%m%d-%H%M%S')}"
+    from hf_genlm.evaluation.measurement import read_measurements
+
+    with _Display() as display:
+        display.show("loading torch and transformers")
+        from hf_genlm.publish.card import write_card
+        from hf_genlm.training.train import train
+
+        run = train(recipe, out, display.hear)
+        write_card(run)
+    print(_table(read_measurements(run.evaluation)))
+    print(f"\nmodel:  {run.model}\ncard:   {run.model / 'README.md'}\n")
+    print(f"hf-genlm generate {run.path}\n")
+    print("from transformers import AutoModelForCausalLM\nimport hf_genlm")
+    print(f'model = AutoModelForCausalLM.from_pretrained("{run.model.as_posix()}")')
+
+
+def _tokenizer(options: argparse.Namespace) -> None:
+    recipe = _recipe(options, {"vocab_size": "tokenizer.vocab_size"})
+    out = Path(options.out)
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out {options.out!r} already holds files: name a new folder, or remove it")
+    from hf_genlm.text.corpus import read_documents
+    from hf_genlm.text.tokenizer import encode_documents, train_tokenizer
+
+    with _Display() as display:
+        display.show("reading")
+        documents, _ = read_documents(recipe.corpus.sources, recipe.corpus)
+        n_bytes = sum(document.n_bytes for document in documents)
+        display.show("training the tokenizer")
+        tokenizer = train_tokenizer(documents, recipe.tokenizer, n_bytes)
+        try:
+            tokenizer.save_pretrained(out)
+        except OSError as error:
+            raise UserError(f"--out {options.out!r} cannot be written ({error.strerror})") from error
+        n_tokens = encode_documents(tokenizer, documents).n_tokens
+    print(f"{len(tokenizer):,} tokens in the vocabulary, {n_bytes / n_tokens:.3f} bytes per token on {n_bytes:,} bytes")
+    print(f"tokenizer: {out}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from hf_genlm.evaluation.measurement import write_measurements
+    from hf_genlm.run_folder import RunFolder
+
+    is_run = (Path(options.model) / "recipe.yaml").is_file()
+    if not is_run and not options.sources:
+        raise UserError(f"{options.model!r} is not a run folder: name the SOURCE to measure it on")
+    run = RunFolder.open(options.model) if is_run else None
+    recipe = load_recipe(run.recipe, options.assignments) if run else _recipe(options, {})
+    with _Display() as display:
+        display.show("loading torch and transformers")
+        from hf_genlm.text.corpus import read_corpus, read_documents
+
+        if options.sources:
+            split = "given"
+            documents, _ = read_documents(options.sources, recipe.corpus)
+        else:
+            split = "validation"
+            corpus = read_corpus(recipe.corpus)
+            _check_same_text(run, corpus.report)
+            documents = corpus.validation
+        model, tokenizer = _load(options.model)
+        measurements = _measure(model, tokenizer, documents, recipe, split, display)
+    if run and not options.sources and not options.assignments:
+        write_measurements(run.evaluation, measurements)
+    if options.json:
+        import json
+
+        print(json.dumps({"measurements": [m.to_json() for m in measurements]}, indent=2))
+    else:
+        print(_table(measurements))
+
+
+def _measure(model, tokenizer, documents, recipe: Recipe, split: str, display: "_Display") -> list["Measurement"]:
+    from hf_genlm.evaluation.likelihood import measure_likelihood
+    from hf_genlm.text.tokenizer import encode_documents
+
+    start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start_id is None:
+        raise UserError("this tokenizer has neither a bos nor an eos token: a first token cannot be scored")
+    limit = getattr(model.config, "max_position_embeddings", None) or 1024
+    return measure_likelihood(
+        model,
+        encode_documents(tokenizer, documents),
+        start_id=start_id,
+        context=recipe.evaluation.context or limit,
+        stride=recipe.evaluation.stride,
+        batch_size=recipe.evaluation.batch_size,
+        split=split,
+        on_progress=lambda done, total: display.hear("progress", {"task": "evaluation", "done": done, "total": total}),
+    )
+
+
+def _check_same_text(run: Any, report: dict[str, Any]) -> None:
+    from hf_genlm.run_folder import read_json
+
+    if read_json(run.corpus)["validation"]["sha256"] != report["validation"]["sha256"]:
+        raise UserError(
+            f"the sources of {str(run.path)!r} have changed since it was trained: name the text to measure on"
+        )
+
+
+def _load(name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Model and tokenizer of a run folder, a model folder or a Hub id; no code from there is executed."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import hf_genlm.model  # noqa: F401  registers the Auto classes
+
+    path = Path(name)
+    source = str(path / "model") if (path / "model" / "config.json").is_file() else name
+    if path.exists() and not (Path(source) / "config.json").is_file():
+        raise UserError(f"{name!r} holds no model: neither it nor its model/ has a config.json")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load {name!r}: {' '.join(str(error).split())}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def _generate(options: argparse.Namespace) -> None:
+    if not Path(options.model).exists() and options.model.count("/") != 1:
+        raise UserError(f"no model at {options.model!r}: name a run folder, a model folder or a Hub id")
+    with _Display() as display:
+        display.show("loading torch and transformers")
+        model, tokenizer = _load(options.model)
+    import torch
+    from transformers import TextStreamer
+
+    if options.seed is not None:
+        torch.manual_seed(options.seed)
+    ids = tokenizer(options.prompt, add_special_tokens=False).input_ids
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    prompt = torch.tensor([start + ids], device=model.device)
+    sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=options.max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **(sampling if options.temperature > 0 else {"do_sample": False}),
+    )
+
+
+def _card(options: argparse.Namespace) -> None:
+    from hf_genlm.publish.card import write_card
+    from hf_genlm.run_folder import RunFolder
+
+    print(write_card(RunFolder.open(options.run_path)))
+
+
+def _table(measurements: Sequence["Measurement"]) -> str:
+    """One line a measurement: name, value, standard error, unit, count."""
+    lines = []
+    for m in measurements:
+        error = f"± {m.stderr:.4f}" if m.stderr is not None else ""
+        lines.append(f"{m.name:<16} {m.value:>10.4f} {error:<10} {m.unit:<12} n = {m.n:,} ({m.split})")
+    return "\n".join(lines)
+
+
+class _Display:
+    """Renders the events of a run on stderr: a live bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+        self.console = Console(stderr=True, highlight=False)
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[facts]}", markup=False),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=None, facts="")
+        self._line_s = 0.0
+        self._renderers = {
+            "progress": self._progress,
+            "corpus": self._corpus,
+            "tokenized": self._tokenized,
+            "model": self._model,
+            "step": self._step,
+            "validation": self._validation,
+            "sample": self._sample,
+            "trained": self._trained,
+        }
+
+    def __enter__(self) -> "_Display":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def show(self, description: str) -> None:
+        """Name the stage that begins."""
+        self.bar.update(self.task, description=description, total=None, completed=0, facts="")
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    def hear(self, event: str, fields: dict[str, Any]) -> None:
+        """The listener that `train` wants; events without a row in the table are not shown."""
+        if event in self._renderers:
+            self._renderers[event](**fields)
+
+    def _progress(self, task: str, done: int, total: int | None) -> None:
+        self.bar.update(self.task, description=task, completed=done, total=total, facts="")
+
+    def _corpus(self, description: str, train: dict, validation: dict) -> None:
+        self.say(f"corpus      {description}")
+        for name, split in (("train", train), ("validation", validation)):
+            self.say(f"  {name:<10}{split['documents']:,} documents, {split['bytes']:,} bytes")
+
+    def _tokenized(self, vocab_size: int, train_tokens: int, validation_tokens: int, bytes_per_token: float) -> None:
+        self.say(
+            f"tokenizer   {vocab_size:,} tokens, {bytes_per_token} bytes per token; "
+            f"{train_tokens:,} to train on, {validation_tokens:,} held out"
+        )
+
+    def _model(self, parameters: int, rows: int, row_length: int) -> None:
+        self.say(f"model       {parameters:,} parameters; {rows:,} rows of {row_length} tokens")
+
+    def _step(self, step: int, loss: float, tokens_per_s: int, left_s: float, progress: float, **_: Any) -> None:
+        facts = f"step {step}  loss {loss:.3f}  {tokens_per_s:,} tokens/s  {_clock(left_s)} left"
+        self.bar.update(self.task, description="training", total=1.0, completed=progress, facts=facts)
+        if not self.console.is_terminal and time.monotonic() - self._line_s >= 10:
+            self._line_s = time.monotonic()
+            self.say(f"training    {facts}")
+
+    def _validation(self, step: int, bits_per_byte: float, perplexity: float, tokens: int, **_: Any) -> None:
+        self.say(
+            f"validation  step {step}: {bits_per_byte:.4f} bits per byte, perplexity {perplexity:.2f} "
+            f"(on {tokens:,} tokens of the split)"
+        )
+
+    def _sample(self, text: str, **_: Any) -> None:
+        shown = " ".join(text.split())
+        self.say(f"sample      {shown[:160]}{'…' if len(shown) > 160 else ''}")
+
+    def _trained(self, steps: int, tokens: int, seconds: float, tokens_per_s: int, **_: Any) -> None:
+        self.say(f"trained     {steps:,} steps, {tokens:,} tokens in {seconds:.1f} s, {tokens_per_s:,} tokens/s")
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""What ends a run, the learning rate that follows from it, and the shapes that a size stands for."""
+
+import copy
+import math
+import re
+import time
+from dataclasses import dataclass, field
+
+from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.recipe import ModelRecipe, Recipe, TrainingRecipe
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Width and depth of the decoder, and the rows that train it well."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    row_length: int
+    batch_size: int
+
+
+SIZES = {
+    "tiny": Shape(hidden_size=192, num_hidden_layers=3, row_length=128, batch_size=16),
+    "small": Shape(hidden_size=384, num_hidden_layers=6, row_length=256, batch_size=32),
+    "base": Shape(hidden_size=768, num_hidden_layers=12, row_length=512, batch_size=32),
+}
+DEFAULT_MINUTES = 3.0
+# AdamW's best peak for a width of 256, measured (recipes/README.md); it falls with the root of the width
+_LEARNING_RATE_AT_256 = 3e-3
+_HEAD_DIM = 64
+_LARGEST_STEPS = 10**9
+
+
+@dataclass
+class Budget:
+    """The share of a run that is done: by the clock when `seconds` is given, else by optimizer steps."""
+
+    steps: int = _LARGEST_STEPS
+    seconds: float | None = None
+    _started: float | None = field(default=None, repr=False)
+    _last_step_s: float = field(default=0.0, repr=False)
+    _last_time: float = field(default=0.0, repr=False)
+
+    def start(self) -> None:
+        """Begin the clock."""
+        self._started = self._last_time = time.monotonic()
+
+    def note_step(self) -> None:
+        """A step has ended."""
+        now = time.monotonic()
+        self._last_step_s, self._last_time = now - self._last_time, now
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since `start`; 0 before it."""
+        return 0.0 if self._started is None else time.monotonic() - self._started
+
+    def progress(self, step: int) -> float:
+        """The share done after `step` steps, 0 to 1."""
+        if self.seconds is None:
+            return min(1.0, step / self.steps)
+        return min(1.0, self.elapsed_s / self.seconds)
+
+    def is_spent(self, step: int) -> bool:
+        """Whether another step would overshoot by more than half of itself."""
+        if self.seconds is None:
+            return step >= self.steps
+        return self.elapsed_s + self._last_step_s / 2 >= self.seconds
+
+    def left_s(self, step: int) -> float:
+        """Seconds to the end, by the clock or at the pace so far."""
+        done = self.progress(step)
+        if self.seconds is not None:
+            return max(0.0, self.seconds - self.elapsed_s)
+        return self.elapsed_s * (1 - done) / done if done else math.inf
+
+
+def budget_of(recipe: TrainingRecipe, tokens_per_step: int) -> Budget:
+    """The budget that `minutes`, `steps` or `tokens` states; the default is DEFAULT_MINUTES.
+
+    Raises:
+        UserError: more than one of them, or one that is not positive.
+    """
+    stated = {
+        name: getattr(recipe, name)
+        for name in ("minutes", "steps", "tokens")
+        if getattr(recipe, name) is not None
+    }
+    if len(stated) > 1:
+        raise UserError(f"{' and '.join('--' + name for name in stated)} both end the run: give one of them")
+    for name, value in stated.items():
+        if value <= 0:
+            raise UserError(f"--{name} {value:g} must be more than 0")
+    if recipe.steps is not None:
+        return Budget(steps=recipe.steps)
+    if recipe.tokens is not None:
+        return Budget(steps=math.ceil(recipe.tokens / tokens_per_step))
+    return Budget(seconds=60 * (recipe.minutes or DEFAULT_MINUTES))
+
+
+def trapezoid(progress: float, warmup: float, decay: float) -> float:
+    """The share of the peak rate: up over `warmup`, flat, down to 0 over the last `decay` of the run
+    (Hägele et al., 2024, arXiv:2405.18392)."""
+    up = progress / warmup if warmup > 0 else 1.0
+    down = (1.0 - progress) / decay if decay > 0 else 1.0
+    return max(0.0, min(1.0, up, down))
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """A copy of `recipe` in which every shape and rate that was left open is chosen.
+
+    Raises:
+        UserError: an unknown size, or a number outside its rule.
+    """
+    resolved = copy.deepcopy(recipe)
+    model, training = resolved.model, resolved.training
+    shape = _shape_of(model)
+    model.hidden_size = model.hidden_size or shape.hidden_size
+    if model.mixers is not None:
+        model.num_hidden_layers = len(model.mixers)
+    model.num_hidden_layers = model.num_hidden_layers or shape.num_hidden_layers
+    model.num_attention_heads = model.num_attention_heads or _heads_of(model.hidden_size)
+    training.row_length = training.row_length or shape.row_length
+    training.batch_size = training.batch_size or shape.batch_size
+    if training.learning_rate is None:
+        training.learning_rate = float(f"{_LEARNING_RATE_AT_256 * (256 / model.hidden_size) ** 0.5:.2g}")
+    for name in ("row_length", "batch_size", "accumulation"):
+        if getattr(training, name) < (2 if name == "row_length" else 1):
+            raise UserError(f"training.{name} = {getattr(training, name)} is too small")
+    return resolved
+
+
+def _shape_of(model: ModelRecipe) -> Shape:
+    size = model.size or "tiny"
+    if size in SIZES:
+        return SIZES[size]
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB])", size, flags=re.IGNORECASE)
+    if number is None:
+        raise UserError(f"unknown --size {size!r}{did_you_mean(size, SIZES)}, or a parameter count such as 30M")
+    target = float(number[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[number[2].upper()]
+    # a layer holds about 12 d^2 parameters; depth grows with width as in the named sizes (d = 64 per layer)
+    width = max(64, 64 * round((target / 12 * 64) ** (1 / 3) / 64))
+    layers = max(1, round(target / (12 * width**2)))
+    return Shape(width, layers, *_rows_of(width))
+
+
+def _rows_of(width: int) -> tuple[int, int]:
+    nearest = min(SIZES.values(), key=lambda shape: abs(math.log(shape.hidden_size / width)))
+    return nearest.row_length, nearest.batch_size
+
+
+def _heads_of(hidden_size: int) -> int:
+    most = max(1, hidden_size // _HEAD_DIM)
+    return next(heads for heads in range(most, 0, -1) if hidden_size % heads == 0)

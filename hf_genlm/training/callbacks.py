@@ -1,0 +1,115 @@
+"""What happens between the steps of Trainer's loop: the end, the log, validation and samples."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from hf_genlm.run_folder import RunFolder
+from hf_genlm.training.budget import Budget
+
+_LOG_EVERY_S = 0.5
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How many tokens `step` optimizer steps have trained on."""
+
+    n_rows: int
+    rows_per_step: int
+    targets_per_row: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the rows."""
+        return -(-self.n_rows // self.rows_per_step)
+
+    def tokens(self, step: int) -> int:
+        """Predicted tokens so far, repeats counted; the padding of a corpus's last row is counted too."""
+        epochs, rest = divmod(step, self.steps_per_epoch)
+        rows = epochs * self.n_rows + min(rest * self.rows_per_step, self.n_rows)
+        return rows * self.targets_per_row
+
+
+class BudgetCallback(TrainerCallback):
+    """Starts the clock and stops the loop when the budget is spent."""
+
+    def __init__(self, budget: Budget):
+        self.budget = budget
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.budget.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.budget.note_step()
+        if self.budget.is_spent(state.global_step):
+            control.should_training_stop = True
+
+
+class LogCallback(TrainerCallback):
+    """Writes a `step` event about twice a second, with the mean loss of the steps since the last one."""
+
+    def __init__(self, run: RunFolder, budget: Budget, pace: Pace):
+        self.run, self.budget, self.pace = run, budget, pace
+        self._logged_s = self._logged_tokens = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        since = self.budget.elapsed_s - self._logged_s
+        if since >= _LOG_EVERY_S or state.global_step == 1 or self.budget.is_spent(state.global_step):
+            control.should_log = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return  # Trainer's own summary at the end
+        elapsed_s, tokens = self.budget.elapsed_s, self.pace.tokens(state.global_step)
+        self.run.log(
+            "step",
+            step=state.global_step,
+            loss=logs["loss"],
+            learning_rate=logs["learning_rate"],
+            grad_norm=logs.get("grad_norm"),
+            tokens=tokens,
+            tokens_per_s=round((tokens - self._logged_tokens) / max(elapsed_s - self._logged_s, 1e-9)),
+            elapsed_s=round(elapsed_s, 3),
+            progress=round(self.budget.progress(state.global_step), 5),
+            left_s=round(min(self.budget.left_s(state.global_step), 1e9), 1),
+        )
+        self._logged_s, self._logged_tokens = elapsed_s, tokens
+
+
+class MilestoneCallback(TrainerCallback):
+    """Calls `act(model, step)` at `count` points spread evenly over the run, its end left out."""
+
+    def __init__(self, budget: Budget, count: int, act: Callable[[PreTrainedModel, int], None]):
+        self.budget, self.count, self.act = budget, count, act
+        self._reached = 0
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        reached = int(self.budget.progress(state.global_step) * (self.count + 1))
+        if self._reached < reached <= self.count:
+            self._reached = reached
+            self.act(model, state.global_step)
+
+
+@torch.no_grad()
+def write_samples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, max_new_tokens: int, seed: int
+) -> list[str]:
+    """`count` texts from the start of a document, temperature 0.8. Global random state is left as it was."""
+    was_training = model.training
+    model.eval()
+    start = torch.full((count, 1), tokenizer.bos_token_id, device=model.device)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        rows = model.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            do_sample=True,
+            temperature=0.8,
+            max_new_tokens=max_new_tokens,
+            use_cache=True,
+        )
+    model.train(was_training)
+    return tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=True)

@@ -1,0 +1,55 @@
+"""The optimizer of a recipe, built where Trainer wants it built.
+
+`Trainer(optimizer_cls_and_kwargs=(OptimizerFactory, {"recipe": ...}))` calls `OptimizerFactory()(model, recipe)`
+once the model lies where it will be trained. A new optimizer is a new row of OPTIMIZERS.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.recipe import TrainingRecipe
+
+
+def adamw(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101); weight decay on the matrices of the layers alone."""
+    decayed, kept = split_by_decay(model)
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=recipe.learning_rate,
+        betas=(recipe.beta1, recipe.beta2),
+        fused=True,
+    )
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, TrainingRecipe], torch.optim.Optimizer]] = {"adamw": adamw}
+
+
+class OptimizerFactory:
+    """What Trainer calls with the placed model."""
+
+    def __call__(self, model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
+        """
+        Raises:
+            UserError: `recipe.optimizer` is not in OPTIMIZERS.
+        """
+        if recipe.optimizer not in OPTIMIZERS:
+            known = did_you_mean(recipe.optimizer, OPTIMIZERS)
+            raise UserError(f"unknown training.optimizer {recipe.optimizer!r}{known}")
+        return OPTIMIZERS[recipe.optimizer](model, recipe)
+
+
+def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters: the matrices of the layers, and the rest (embeddings, head, biases, norms)."""
+    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    head = getattr(model, "lm_head", None)
+    tables |= {id(p) for p in head.parameters()} if head is not None else set()
+    decayed, kept = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.ndim >= 2 and id(parameter) not in tables
+            (decayed if is_matrix else kept).append(parameter)
+    return decayed, kept

@@ -1,0 +1,316 @@
+"""The main job: from sources to a measured model in a run folder. Run it with `hf-genlm train [SOURCE ...]`."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
+
+from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.evaluation.likelihood import measure_likelihood
+from hf_genlm.evaluation.measurement import Measurement, write_measurements
+from hf_genlm.model import DECODERS, MIXER_TYPES, GenLMConfig, GenLMForCausalLM, mixers_of
+from hf_genlm.recipe import EvaluationRecipe, Recipe, TrainingRecipe
+from hf_genlm.run_folder import Listener, RunFolder, describe_environment, write_json, write_text
+from hf_genlm.text.corpus import Corpus, read_corpus
+from hf_genlm.text.packing import PackedRows, collate
+from hf_genlm.text.tokenizer import TokenizedDocuments, encode_documents, load_tokenizer, train_tokenizer
+from hf_genlm.training.budget import Budget, budget_of, resolve, trapezoid
+from hf_genlm.training.callbacks import (
+    BudgetCallback,
+    LogCallback,
+    MilestoneCallback,
+    Pace,
+    write_samples,
+)
+from hf_genlm.training.optimizer import OptimizerFactory
+
+_PARTIAL_VALIDATION_TOKENS = 16_384
+_SAMPLE_TOKENS = 64
+
+
+@dataclasses.dataclass
+class TokenizedCorpus:
+    """Both splits as token ids, with the tokenizer that made them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: TokenizedDocuments
+    validation: TokenizedDocuments
+
+
+def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> RunFolder:
+    """Read the corpus, train the tokenizer and the model, measure the saved model, and leave all of it in `out`.
+
+    `listener(event, fields)` hears every logged event and, as `progress` {task, done, total}, how far a stage is.
+
+    Raises:
+        UserError: a recipe, source or folder that cannot be used; nothing is left in `out` then.
+    """
+    recipe = resolve(recipe)
+    mixer_types = _mixer_types(recipe)
+    budget = budget_of(recipe.training, _tokens_per_step(recipe.training))
+    run = RunFolder.create(out, listener)
+    try:
+        run.log("started", decoder=recipe.model.decoder, mixers=mixer_types)
+        corpus = prepare_corpus(run, recipe)
+        rows = PackedRows(
+            corpus.train,
+            row_length=recipe.training.row_length,
+            eos_id=corpus.tokenizer.eos_token_id,
+            pad_id=corpus.tokenizer.pad_token_id,
+        )
+        set_seed(recipe.training.seed)
+        model = GenLMForCausalLM(build_config(recipe, mixer_types, corpus.tokenizer))
+        training_arguments = _training_arguments(run, recipe.training, budget)
+    except UserError:
+        run.discard()
+        raise
+    write_text(run.recipe, recipe.to_yaml())
+    write_json(run.environment, {**describe_environment(), "device": _describe(training_arguments.device)})
+    run.log("model", parameters=model.num_parameters(), rows=len(rows), row_length=recipe.training.row_length)
+    fit(run, model, rows, corpus, recipe, budget, training_arguments)
+    save(run, model, corpus.tokenizer)
+    evaluate_run(run, corpus, recipe)
+    return run
+
+
+def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
+    """Read, split and tokenize the corpus; writes corpus.json and tokenizer/."""
+    corpus = read_corpus(recipe.corpus)
+    run.log("corpus", **{name: corpus.report[name] for name in ("description", "train", "validation")})
+    if recipe.tokenizer.path is not None:
+        tokenizer = load_tokenizer(recipe.tokenizer.path)
+    else:
+        run.tell("progress", task="tokenizer", done=0, total=None)
+        tokenizer = train_tokenizer(corpus.train, recipe.tokenizer, corpus.report["train"]["bytes"])
+    recipe.tokenizer.vocab_size = len(tokenizer)
+    tokenizer.model_max_length = recipe.training.row_length
+    tokenizer.save_pretrained(run.tokenizer)
+    tokenized = TokenizedCorpus(tokenizer, *_encode_splits(run, tokenizer, corpus))
+    write_json(run.corpus, corpus.report)
+    run.log(
+        "tokenized",
+        vocab_size=len(tokenizer),
+        train_tokens=tokenized.train.n_tokens,
+        validation_tokens=tokenized.validation.n_tokens,
+        bytes_per_token=round(corpus.report["validation"]["bytes"] / max(1, tokenized.validation.n_tokens), 3),
+    )
+    return tokenized
+
+
+def build_config(recipe: Recipe, mixer_types: list[str], tokenizer: PreTrainedTokenizerBase) -> GenLMConfig:
+    """The model's config.
+
+    Raises:
+        UserError: shapes that do not fit each other.
+    """
+    given = dataclasses.asdict(recipe.model)
+    for name in ("decoder", "mixers", "size"):
+        del given[name]
+    try:
+        return GenLMConfig(
+            **given,
+            mixer_types=mixer_types,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=recipe.training.row_length,
+            initializer_range=round(recipe.model.hidden_size**-0.5, 4),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    except (ValueError, StrictDataclassError) as error:
+        reason = error.__cause__ or error
+        raise UserError(f"model: {' '.join(str(reason).split())}") from error
+
+
+def fit(
+    run: RunFolder,
+    model: GenLMForCausalLM,
+    rows: PackedRows,
+    corpus: TokenizedCorpus,
+    recipe: Recipe,
+    budget: Budget,
+    arguments: TrainingArguments,
+) -> None:
+    """Train `model` in place."""
+    training = recipe.training
+    pace = Pace(len(rows), training.batch_size * training.accumulation, training.row_length - 1)
+
+    def validate(model: GenLMForCausalLM, step: int) -> None:
+        found = _likelihood(model, corpus, recipe.evaluation, training.row_length, _PARTIAL_VALIDATION_TOKENS)
+        values = {m.name: round(m.value, 5) for m in found}
+        run.log("validation", step=step, partial=True, tokens=found[0].n, **values)
+
+    def sample(model: GenLMForCausalLM, step: int) -> None:
+        texts = write_samples(model, corpus.tokenizer, training.samples, _SAMPLE_TOKENS, training.seed)
+        for text in texts:
+            run.log("sample", step=step, prompt="", text=text)
+        with run.samples.open("a", encoding="utf-8") as file:
+            file.write(_samples_markdown(step, texts))
+
+    trainer = BudgetTrainer(
+        budget=budget,
+        recipe=training,
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=collate,
+        optimizer_cls_and_kwargs=(OptimizerFactory, {"recipe": training}),
+        callbacks=[
+            BudgetCallback(budget),
+            LogCallback(run, budget, pace),
+            MilestoneCallback(budget, training.validations, validate),
+            MilestoneCallback(budget, training.validations if training.samples else 0, sample),
+        ],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    step, seconds = trainer.state.global_step, budget.elapsed_s
+    model.config.use_cache = True  # Trainer turned it off for training
+    sample(model, step)
+    run.log(
+        "trained",
+        steps=step,
+        tokens=pace.tokens(step),
+        epochs=round(step / pace.steps_per_epoch, 3),
+        seconds=round(seconds, 2),
+        tokens_per_s=round(pace.tokens(step) / seconds),
+    )
+
+
+class BudgetTrainer(Trainer):
+    """Trainer with the learning rate tied to the budget, so that it reaches 0 when the time or the steps are up."""
+
+    def __init__(self, budget: Budget, recipe: TrainingRecipe, **kwargs):
+        self.budget, self.recipe = budget, recipe
+        super().__init__(**kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        def share(step: int) -> float:
+            progress = self.budget.progress(step + 0.5)
+            return trapezoid(progress, self.recipe.warmup_fraction, self.recipe.decay_fraction)
+
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
+        return self.lr_scheduler
+
+    def floating_point_ops(self, inputs) -> int:
+        """0: transformers' estimate walks all parameters at every step and is wrong for tied heads."""
+        return 0
+
+
+def save(run: RunFolder, model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write model/: weights, config, tokenizer and the code that loads them without this package."""
+    auto_map = {"AutoModel": "modeling_genlm.GenLMModel"}  # save_pretrained adds the entries of its own class
+    model.config.auto_map = {**getattr(model.config, "auto_map", {}), **auto_map}
+    model.save_pretrained(run.model)
+    tokenizer.save_pretrained(run.model)
+    run.log("saved", bytes=sum(file.stat().st_size for file in run.model.iterdir()))
+
+
+def evaluate_run(run: RunFolder, corpus: TokenizedCorpus, recipe: Recipe) -> list[Measurement]:
+    """Measure the model as it lies on disk, on the whole validation split; writes evaluation.json."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = GenLMForCausalLM.from_pretrained(run.model).to(device)
+
+    def on_progress(done: int, total: int) -> None:
+        run.tell("progress", task="evaluation", done=done, total=total)
+
+    found = _likelihood(
+        model, corpus, recipe.evaluation, recipe.training.row_length, max_tokens=None, on_progress=on_progress
+    )
+    write_measurements(run.evaluation, found)
+    run.log("evaluated", measurements=[m.to_json() for m in found])
+    return found
+
+
+def _likelihood(model, corpus: TokenizedCorpus, recipe: EvaluationRecipe, row_length: int, max_tokens, **kwargs):
+    return measure_likelihood(
+        model,
+        corpus.validation,
+        start_id=corpus.tokenizer.bos_token_id,
+        context=recipe.context or row_length,
+        stride=recipe.stride,
+        batch_size=recipe.batch_size,
+        max_tokens=max_tokens,
+        **kwargs,
+    )
+
+
+def _mixer_types(recipe: Recipe) -> list[str]:
+    model = recipe.model
+    if model.mixers is not None:
+        for mixer in model.mixers:
+            if mixer not in MIXER_TYPES:
+                raise UserError(f"unknown mixer {mixer!r} in --mixers{did_you_mean(mixer, MIXER_TYPES)}")
+        return model.mixers
+    if model.decoder not in DECODERS:
+        raise UserError(f"unknown --decoder {model.decoder!r}{did_you_mean(model.decoder, DECODERS)}")
+    return mixers_of(model.decoder, model.num_hidden_layers)
+
+
+def _tokens_per_step(training: TrainingRecipe) -> int:
+    return training.batch_size * training.accumulation * (training.row_length - 1)
+
+
+def _encode_splits(run: RunFolder, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> Sequence[TokenizedDocuments]:
+    encoded = []
+    for split, documents in (("train", corpus.train), ("validation", corpus.validation)):
+
+        def on_progress(done: int, total: int, split: str = split) -> None:
+            run.tell("progress", task=f"encoding {split}", done=done, total=total)
+
+        encoded.append(encode_documents(tokenizer, documents, on_progress))
+        corpus.report[split]["tokens"] = encoded[-1].n_tokens
+    return encoded
+
+
+def _training_arguments(run: RunFolder, training: TrainingRecipe, budget: Budget) -> TrainingArguments:
+    use_bf16 = {"auto": _computes_bfloat16(), "bfloat16": True, "float32": False}.get(training.dtype)
+    if use_bf16 is None:
+        raise UserError(f"unknown training.dtype {training.dtype!r}; known: auto, bfloat16, float32")
+    arguments = TrainingArguments(
+        output_dir=str(run.checkpoints),
+        max_steps=budget.steps,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.accumulation,
+        learning_rate=training.learning_rate,
+        max_grad_norm=training.max_grad_norm,
+        seed=training.seed,
+        bf16=use_bf16,
+        logging_strategy="no",
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    if arguments.n_gpu > 1:
+        raise UserError(
+            f"{arguments.n_gpu} GPUs in one process would train by nn.DataParallel, which is slow and inexact: "
+            "set CUDA_VISIBLE_DEVICES=0, or start `accelerate launch -m hf_genlm train`"
+        )
+    return arguments
+
+
+def _computes_bfloat16() -> bool:
+    """Whether the device multiplies bfloat16 natively; on CPUs its emulation is 100 times slower than float32."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _describe(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _samples_markdown(step: int, texts: list[str]) -> str:
+    """Each text in a fence longer than any run of backticks in it."""
+    parts = [f"## After step {step}\n"]
+    for text in texts:
+        fence = "```"
+        while fence in text:
+            fence += "`"
+        parts.append(f"{fence}text\n{text}\n{fence}\n")
+    return "\n".join(parts) + "\n"
