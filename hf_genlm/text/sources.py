@@ -1,0 +1,243 @@
+"""From the words a person names as sources to documents: files, folders, globs, Hub ids, the default."""
+
+import glob
+import hashlib
+import os
+import re
+import stat
+import sysconfig
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_genlm.errors import UserError
+from hf_genlm.recipe import CorpusRecipe
+from hf_genlm.text.formats import RawFile, check_column, format_of, text_value, texts_of
+
+# what CPython brings beside its library: its tests, and what was installed into it
+_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_TOPICS_FILE = "pydoc_data/topics.py"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text, exactly as it was read. `source` is shown to people and never an absolute path."""
+
+    text: str
+    source: str
+
+    @property
+    def n_bytes(self) -> int:
+        """Length of the text in UTF-8 bytes."""
+        return len(self.text.encode("utf-8"))
+
+
+@dataclass
+class Reading:
+    """Documents in the order of the sources, and what a report tells about their files."""
+
+    documents: list[Document] = field(default_factory=list)
+    files: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # name, bytes, sha256 (both as on disk), documents
+    empty_skipped: int = 0  # empty records, and empty files inside folders
+    files_skipped: int = 0  # files inside folders whose suffix is not a text's
+
+    def add(self, name: str, texts: list[str], content: bytes | None) -> None:
+        """Take in the texts of one file; `content` is None where there is no file on this disk."""
+        kept = [Document(text, name) for text in texts if text]
+        self.documents += kept
+        self.empty_skipped += len(texts) - len(kept)
+        self.files.append(
+            {
+                "name": name,
+                "bytes": None if content is None else len(content),
+                "sha256": None if content is None else hashlib.sha256(content).hexdigest(),
+                "documents": len(kept),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class _Found:
+    path: Path
+    name: str
+    named: bool  # by the person, not met inside a folder
+
+
+def read_sources(words: Iterable[str], recipe: CorpusRecipe, split: str) -> Reading:
+    """Read every source once, in the order given; folders and globs in the order of their names.
+
+    `split` ("train" or "validation") is the one to take of a Hub data set that has several.
+
+    Raises:
+        UserError: a source is missing, unreadable, or not text.
+    """
+    reading = Reading()
+    seen: set[str] = set()
+    for word in words:
+        found, skipped = _locate(word)
+        reading.files_skipped += skipped
+        if not found:
+            _read_hub(word, recipe, split, reading)
+        for file in found:
+            identity = os.path.realpath(file.path)
+            if identity not in seen:
+                seen.add(identity)
+                _read_file(file, recipe, reading)
+    return reading
+
+
+def read_standard_library() -> Reading:
+    """The embedded default: the library source that this CPython brings, and its reference topics.
+
+    Raises:
+        UserError: this Python comes without the source of its library.
+    """
+    from pydoc_data import topics
+
+    root = Path(sysconfig.get_path("stdlib"))
+    reading = Reading()
+    for path in _walk(root, pruned=_NOT_LIBRARY):
+        name = path.relative_to(root).as_posix()
+        if path.suffix != ".py":
+            continue
+        content = _read_bytes(path)
+        if name == _TOPICS_FILE:
+            texts = {f"topics:{topic}": text for topic, text in sorted(topics.topics.items()) if text}
+            reading.documents += [Document(text, topic) for topic, text in texts.items()]
+            reading.add(name, [], content)
+            reading.files[-1]["documents"] = len(texts)
+        elif content:
+            try:
+                reading.add(name, [content.decode("utf-8")], content)
+            except UnicodeDecodeError:  # a file with another encoding declared; none in CPython 3.10 to 3.14
+                reading.files_skipped += 1
+    if not reading.documents:
+        raise UserError(
+            "this Python comes without the source of its library: name a file or folder of text to read"
+        )
+    return reading
+
+
+def _locate(word: str) -> tuple[list[_Found], int]:
+    """Files of a source and the number of others skipped; no files for the id of a Hub data set."""
+    path = Path(word).expanduser()
+    if word and path.is_dir():
+        return _in_folder(word, path)
+    if word and os.path.lexists(path):
+        return [_Found(path, _shown(path), named=True)], 0
+    if glob.has_magic(word):
+        matches = sorted(glob.glob(os.path.expanduser(word), recursive=True))
+        parts = [_locate(match) for match in matches]
+        found = [file for files, _ in parts for file in files]
+        if found:
+            return found, sum(skipped for _, skipped in parts)
+        raise UserError(f"no file matches {word!r}: check the pattern and the folder it starts from")
+    if _HUB_ID.fullmatch(word) and format_of(word) == (None, None):
+        return [], 0
+    raise UserError(
+        f"{word!r} does not exist: name a file, a folder or a glob, "
+        "or a Hub dataset id, which looks like owner/name"
+    )
+
+
+def _in_folder(word: str, folder: Path) -> tuple[list[_Found], int]:
+    paths = list(_walk(folder))
+    known = [path for path in paths if format_of(path.name)[0] is not None]
+    if not known:
+        raise UserError(
+            f"folder {word!r} holds no readable file ({len(paths)} others): put .txt, .md, .py, .jsonl "
+            "or .parquet there, also compressed, or name a file of another suffix itself"
+        )
+    base = _shown(folder)
+    found = [_Found(path, f"{base}{path.relative_to(folder).as_posix()}", named=False) for path in known]
+    return found, len(paths) - len(known)
+
+
+def _walk(folder: Path, pruned: Iterable[str] = ()) -> list[Path]:
+    """Regular files below `folder`, but hidden ones and `pruned` folders, sorted by relative path."""
+
+    def stop(error: OSError) -> None:
+        raise UserError(
+            f"{error.filename!r} cannot be read ({error.strerror}): change its permissions"
+        ) from error
+
+    found = []
+    for parent, folders, files in os.walk(folder, onerror=stop):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in pruned]
+        found += [Path(parent, name) for name in files if not name.startswith(".")]
+    return sorted(
+        (path for path in found if path.is_file()), key=lambda path: path.relative_to(folder).as_posix()
+    )
+
+
+def _shown(path: Path) -> str:
+    """A name for people: a relative path as given, the last part of any other. A folder ends with `/`."""
+    within = not path.is_absolute() and ".." not in path.parts
+    name = path.as_posix() if within else path.resolve().name
+    if not path.is_dir():
+        return name
+    return "" if name == "." else f"{name}/"
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(
+                f"{str(path)!r} is neither a file nor a folder: save the text to a file and name that"
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{str(path)!r} cannot be read ({error.strerror}): check the file's permissions"
+        ) from error
+
+
+def _read_file(file: _Found, recipe: CorpusRecipe, reading: Reading) -> None:
+    content = _read_bytes(file.path)
+    texts = texts_of(RawFile(str(file.path), file.path.name, content), recipe) if content else [""]
+    if file.named and not any(texts):
+        raise UserError(f"{str(file.path)!r} is empty: a source must hold text, leave it out or fill it")
+    reading.add(file.name, texts, content)
+
+
+def _read_hub(word: str, recipe: CorpusRecipe, split: str, reading: Reading) -> None:
+    """A data set of the Hub, one document a record."""
+    import datasets
+
+    name, _, config = word.partition(":")
+    try:
+        _check_reachable(name)
+        splits = datasets.load_dataset(name, config or None)
+    except Exception as error:  # whatever goes wrong inside lies with the id or the way to the Hub
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"{word!r} is no path here, and as a Hub dataset it cannot be loaded ({reason}): "
+            "check the path, or the id owner/name:config and the network (HF_HUB_OFFLINE=1 uses a "
+            "downloaded copy)"
+        ) from error
+    wanted = {"train": ("train",), "validation": ("validation", "test", "train")}[split]
+    chosen = next((key for key in wanted if key in splits), None)
+    if chosen is None and len(splits) == 1:
+        (chosen,) = splits
+    if chosen is None:
+        raise UserError(
+            f"{word!r} has no split {split!r}, it has {', '.join(splits)}: save the one you mean to a "
+            ".jsonl file"
+        )
+    check_column(word, splits[chosen].column_names, recipe)
+    records = splits[chosen].select_columns([recipe.text_column])
+    batches = records.iter(batch_size=1000)
+    texts = [text_value(word, value, recipe) for batch in batches for value in batch[recipe.text_column]]
+    reading.add(word, texts, None)
+
+
+def _check_reachable(name: str) -> None:
+    """One quick question: `load_dataset` alone asks an unreachable Hub again and again for half a minute."""
+    from huggingface_hub import HfApi, constants
+
+    if not constants.HF_HUB_OFFLINE:
+        HfApi().dataset_info(name, timeout=10)

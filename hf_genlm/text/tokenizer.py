@@ -1,0 +1,293 @@
+"""Byte-level BPE: training a vocabulary, loading one, and documents to token ids.
+
+Any Unicode text comes back unchanged from its ids: there is no normalizer and no unknown token.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, overload
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from hf_genlm.errors import UserError
+from hf_genlm.recipe import TokenizerRecipe
+from hf_genlm.text.corpus import Document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"  # stands before and after every document: both bos and eos
+PAD = "<|pad|>"
+MIN_VOCAB_SIZE = 258  # 256 bytes and the two special tokens
+MAX_CHOSEN_VOCAB_SIZE = 32768
+_MIN_CHOSEN_VOCAB_SIZE = 512
+
+# What a token may not cross. After cl100k of tiktoken, with these changes: marks belong to their letters
+# (Indic scripts); a space may precede digits; line ends go with the punctuation before and the indentation
+# after them, but for the last space, which goes with the word. On CPython's library, 4,096 tokens: 3.66 bytes
+# a token, cl100k's pattern 3.44, GPT-2's 3.41.
+_INDENT = r"(?:[ \t]+(?=[ \t]\S))?"
+PATTERN = "|".join(
+    (
+        r"'(?i:[sdmt]|ll|ve|re)",
+        r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",
+        r" ?\p{N}{1,3}",
+        rf" ?[^\s\p{{L}}\p{{M}}\p{{N}}]+(?:[\r\n]+{_INDENT})?",
+        rf"\s*[\r\n]+{_INDENT}",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+
+_SAMPLE_PIECE = 8192  # characters, when only a part of the text trains the merges
+_ENCODE_PIECE = 1 << 18  # characters after which a long document is cut, where a cut changes no id
+_ENCODE_BATCH = 1 << 22  # characters encoded by one call
+
+
+def choose_vocab_size(n_bytes: int) -> int:
+    """Vocabulary for a corpus of `n_bytes` UTF-8 bytes: it doubles when the corpus grows fourfold.
+
+    1,024 from 0.8 MB, 2,048 from 3.2 MB, 4,096 from 12.8 MB, and so on from 512 to 32,768: a larger one is
+    met too seldom by a small corpus, and costs a small model more than it saves in length.
+    """
+    exponent = math.floor(10 + math.log2(max(n_bytes, 1) / 0.8e6) / 2)
+    return min(max(2**exponent, _MIN_CHOSEN_VOCAB_SIZE), MAX_CHOSEN_VOCAB_SIZE)
+
+
+def train_tokenizer(
+    documents: Iterable[Document], recipe: TokenizerRecipe, n_bytes: int
+) -> "PreTrainedTokenizerFast":
+    """Learn a byte-level BPE vocabulary from at most `recipe.max_characters`, taken evenly from all of the
+    text.
+
+    `n_bytes` is the size of the corpus, from which the vocabulary is chosen when `recipe.vocab_size` is None;
+    a text too small to fill a chosen one gets what it can fill. Encoding adds no special token by itself
+    (GPT-2's convention). `model_max_length` is left for the caller to set on the result.
+
+    Raises:
+        UserError: `vocab_size` below 258, or more than the text can fill; `max_characters` below 1.
+    """
+    if recipe.vocab_size is not None and recipe.vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(
+            f"tokenizer.vocab_size = {recipe.vocab_size}: 256 bytes and 2 special tokens need at least "
+            f"{MIN_VOCAB_SIZE}, or leave it out to have it chosen"
+        )
+    if recipe.max_characters < 1:
+        raise UserError(f"tokenizer.max_characters = {recipe.max_characters}: it must be at least 1")
+    vocab_size = recipe.vocab_size or choose_vocab_size(n_bytes)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = _pre_tokenizer()
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,  # a merge seen once memorises
+        special_tokens=[AddedToken(END_OF_TEXT, normalized=False), AddedToken(PAD, normalized=False)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(sample_evenly(documents, recipe.max_characters), trainer)
+    reached = backend.get_vocab_size()
+    if recipe.vocab_size is not None and reached < recipe.vocab_size:
+        raise UserError(
+            f"tokenizer.vocab_size = {recipe.vocab_size}: this text fills {reached} at most; "
+            f"set it to {reached} or less, or leave it out to have it chosen"
+        )
+    return _wrap(backend)
+
+
+def sample_evenly(documents: Iterable[Document], max_characters: int) -> Iterator[str]:
+    """All texts if they hold at most `max_characters`, otherwise pieces at even distances, as many as fit."""
+    documents = documents if isinstance(documents, Sequence) else list(documents)
+    total = sum(len(document.text) for document in documents)
+    if total <= max_characters:
+        yield from (document.text for document in documents)
+        return
+    piece = max(1, min(_SAMPLE_PIECE, max_characters // 16))
+    passed = taken = 0
+    for document in documents:
+        for start in range(0, len(document.text), piece):
+            text = document.text[start : start + piece]
+            passed += len(text)
+            if (taken + len(text)) * total <= max_characters * passed:
+                taken += len(text)
+                yield text
+
+
+def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
+    """A tokenizer folder to use instead of training one.
+
+    Raises:
+        UserError: nothing loads from `path`, or the tokenizer lacks an end-of-text token or a pad token of
+            its own.
+    """
+    from transformers import AutoTokenizer
+
+    if not Path(path).is_dir():
+        raise UserError(f"tokenizer.path = {str(path)!r} is no folder: name one that save_pretrained wrote")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # a broken folder raises anything, from KeyError to the Rust library's own
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"tokenizer.path = {str(path)!r} holds no tokenizer that loads ({reason}): "
+            "name a folder that save_pretrained wrote"
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"tokenizer.path = {str(path)!r} has no tokenizer.json: convert it to a fast tokenizer"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"tokenizer.path = {str(path)!r} has no eos_token, which ends every document: "
+            "set one and save the tokenizer again"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        raise UserError(
+            f"tokenizer.path = {str(path)!r} has no pad_token of its own, apart from "
+            f"{tokenizer.eos_token!r}: add one "
+            "with tokenizer.add_special_tokens({'pad_token': '<|pad|>'}) and save the tokenizer again"
+        )
+    return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedDocuments(Sequence[tuple[np.ndarray, int]]):
+    """Token ids of n documents in one flat array; `self[i]` is (ids of document i, its UTF-8 bytes).
+
+    `ids` (n_tokens,) uint16 or uint32; `offsets` (n + 1,) int64, where each document begins; `n_bytes` (n,)
+    int64.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    n_bytes: np.ndarray
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all documents, special ones not counted."""
+        return len(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.n_bytes)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> "TokenizedDocuments": ...
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            chosen = range(len(self))[index]
+            parts = [self.ids[self.offsets[i] : self.offsets[i + 1]] for i in chosen]
+            lengths = [len(part) for part in parts]
+            ids = np.concatenate([self.ids[:0], *parts])
+            return TokenizedDocuments(ids, _offsets(lengths), self.n_bytes[index])
+        i = range(len(self))[index]
+        return self.ids[self.offsets[i] : self.offsets[i + 1]], int(self.n_bytes[i])
+
+
+def encode_documents(
+    tokenizer: "PreTrainedTokenizerFast",
+    documents: Sequence[Document],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> TokenizedDocuments:
+    """Token ids of every document, without special tokens; the words of special tokens in the text are plain
+    text.
+
+    Runs on all cores, over batches of a bounded number of characters. `on_progress(done, total)` is told the
+    characters encoded so far and all of them.
+    """
+    backend = tokenizer.backend_tokenizer
+    vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=0) + 1
+    dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    total = sum(len(document.text) for document in documents)
+    parts: list[np.ndarray] = []
+    lengths = np.zeros(len(documents), dtype=np.int64)
+    done = 0
+    before = backend.encode_special_tokens
+    backend.encode_special_tokens = True
+    try:
+        for batch in _batches(documents, cuts_are_exact(backend)):
+            encodings = backend.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
+            for (i, text), encoding in zip(batch, encodings, strict=True):
+                parts.append(np.array(encoding.ids, dtype=dtype))
+                lengths[i] += len(parts[-1])
+                done += len(text)
+            if on_progress is not None:
+                on_progress(done, total)
+    finally:
+        backend.encode_special_tokens = before
+    ids = np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)
+    n_bytes = np.array([document.n_bytes for document in documents], dtype=np.int64)
+    return TokenizedDocuments(ids, _offsets(lengths), n_bytes)
+
+
+def cuts_are_exact(backend: Tokenizer) -> bool:
+    """Whether a text may be encoded in the pieces of `pieces_of`: only with the pre-tokenizer that is trained
+    here.
+
+    Then a line end followed by a visible character is always a border of pre-tokens: no alternative of
+    `PATTERN` goes on past it, none looks ahead across it (the one that starts with `\\s*` takes a whitespace
+    run up to its last line end before the others see it), and none looks back.
+    """
+    state = json.loads(backend.to_str())
+    ours = json.loads(_pre_tokenizer().__getstate__())
+    specials_only = all(token["special"] for token in state["added_tokens"])
+    return state["normalizer"] is None and state["pre_tokenizer"] == ours and specials_only
+
+
+def pieces_of(text: str, length: int = _ENCODE_PIECE) -> Iterator[str]:
+    """Pieces of about `length` characters, cut only between a line end and a visible ASCII character."""
+    start = 0
+    while len(text) - start > length:
+        end = text.find("\n", start + length - 1) + 1
+        while 0 < end < len(text) and not "!" <= text[end] <= "~":
+            end = text.find("\n", end) + 1
+        if not 0 < end < len(text):
+            break
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _batches(documents: Sequence[Document], exact: bool) -> Iterator[list[tuple[int, str]]]:
+    """(index of the document, text) in batches of about `_ENCODE_BATCH` characters, in order."""
+    batch: list[tuple[int, str]] = []
+    size = 0
+    for i, document in enumerate(documents):
+        for piece in pieces_of(document.text) if exact else (document.text,):
+            batch.append((i, piece))
+            size += len(piece)
+            if size >= _ENCODE_BATCH:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+
+
+def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _wrap(backend: Tokenizer) -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        unk_token=None,
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
