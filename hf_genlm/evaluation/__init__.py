@@ -1,0 +1,1 @@
+"""Numbers about a model, each with its unit, count and standard error."""

@@ -1,0 +1,263 @@
+"""The exact likelihood of held-out text: every token scored once, summed by token and not by batch.
+
+Definition. A document w_1..w_T is scored given the start token s (end-of-text used as a beginning):
+nats = - sum_t log P(w_t | s, w_1..w_{t-1}). The end-of-text that closes a document is not scored. This is the
+convention of `loglikelihood_rolling` in lm-evaluation-harness. Bytes are those of the original text.
+
+Long documents. One of more than `context` tokens is read in windows of at most `context` input tokens whose
+beginnings lie `stride` apart. The first window scores all its targets, each later one only those that are not
+scored yet; so each of them has at least context - stride tokens before it, besides the one it follows.
+
+Legend of shapes: B windows in a batch, T input tokens, N scored tokens, V vocabulary, W windows, D documents.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from hf_genlm.errors import UserError
+from hf_genlm.evaluation.measurement import Measurement, ratio_stderr
+
+Document = tuple[np.ndarray, int]
+
+# B * T * V of one forward pass: 128 MiB of float32 logits, and about as much again while they are scored.
+# A single window that is larger still goes through alone.
+MAX_LOGITS = 2**25
+# From so many documents on, documents are the clusters of the standard error.
+MIN_DOCUMENT_CLUSTERS = 20
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+
+class Window(NamedTuple):
+    """Inputs [start, stop) of the start token and a document; the targets [first, stop) are scored."""
+
+    document: int
+    start: int
+    first: int
+    stop: int
+
+
+class _Sums(NamedTuple):
+    """What each window adds up to, in the order of the windows; each (W,) float64."""
+
+    tokens: np.ndarray
+    nats: np.ndarray
+    top1: np.ndarray
+    top5: np.ndarray
+
+
+def measure_likelihood(
+    model: Any,
+    documents: Sequence[Document],
+    *,
+    start_id: int,
+    context: int,
+    stride: int | None = None,
+    batch_size: int = 32,
+    split: str = "validation",
+    max_tokens: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Measurement]:
+    """Score `documents` with a causal language model, on the device and in the number format of its weights.
+
+    Args:
+        model: called as `model(input_ids=(B, T) int64, use_cache=False)`; its `.logits` are (B, T, V).
+            Padding stands on the right, where a causal model cannot see it: no attention mask is passed.
+        documents: (token ids (T,), bytes of the original text) each. Empty ones contribute nothing.
+        start_id: id of the token before each document.
+        context: input tokens that a window holds at most, the start token included.
+        stride: tokens between the beginnings of two windows; None: half the context.
+        batch_size: windows in one forward pass, fewer where their logits would pass `MAX_LOGITS`. No result
+            depends on it, beyond the rounding of float32.
+        max_tokens: score a part only: windows spread evenly over all of them, always the same ones, until so
+            many tokens are scored. Each window's score is what it is in the full pass.
+        on_progress: called with (tokens scored so far, tokens to score) after each forward pass.
+
+    Returns:
+        - nats_per_token (nats/token): the sum of nats over the number of tokens.
+        - perplexity (1): exp(nats_per_token); its standard error by the delta method.
+        - bits_per_byte (bits/byte): nats_per_token / ln 2 * tokens per byte, the last over all `documents`.
+          In a full pass this is total bits over total bytes. A partial pass estimates that figure, and its n
+          is the number of bytes that the scored tokens stand for at that rate.
+        - top1_accuracy, top5_accuracy (fraction): the target counts as among the k best when fewer than k
+          other tokens have a logit at least as high. Ties count against the model: equal logits score 0.
+        Standard errors are clustered (`ratio_stderr`). Clusters are documents where at least
+        `MIN_DOCUMENT_CLUSTERS` of them were scored, otherwise windows. Windows of one document resemble each
+        other, so their error is rather a lower bound. Bytes are known of whole documents only: where the
+        clusters are others, each is taken to have the bytes per token of all `documents`.
+
+    Raises:
+        UserError: context < 2, a stride outside 1..context, no token to score, or logits not finite.
+    """
+    stride = max(1, context // 2) if stride is None else stride
+    _check(context, stride, batch_size, max_tokens)
+    sizes = np.array([(len(ids), n_bytes) for ids, n_bytes in documents], dtype=np.int64).reshape(-1, 2)
+    n_tokens, n_bytes = sizes[:, 0], sizes[:, 1] * (sizes[:, 0] > 0)
+    windows = make_windows(n_tokens, context, stride)
+    if not windows:
+        raise UserError(f"the {split} split holds no token to score: give it a source with text")
+    if max_tokens is not None:
+        windows = _spread(windows, max_tokens)
+    sums = _score(model, documents, windows, start_id, batch_size, on_progress)
+    return _measurements(sums, windows, n_tokens, n_bytes, split)
+
+
+def make_windows(n_tokens: Sequence[int] | np.ndarray, context: int, stride: int) -> list[Window]:
+    """The windows of documents with `n_tokens` tokens each, in reading order; each token is scored in one."""
+    windows = []
+    for document, length in enumerate(n_tokens):
+        start = first = 0
+        while first < length:
+            stop = min(start + context, int(length))
+            windows.append(Window(document, start, first, stop))
+            start, first = start + stride, stop
+    return windows
+
+
+def _check(context: int, stride: int, batch_size: int, max_tokens: int | None) -> None:
+    if context < 2:
+        raise UserError(f"evaluation.context = {context}: a window needs at least 2 tokens")
+    if not 1 <= stride <= context:
+        raise UserError(
+            f"evaluation.stride = {stride}: must lie in 1..{context}, which is evaluation.context"
+        )
+    if batch_size < 1:
+        raise UserError(f"evaluation.batch_size = {batch_size}: must be at least 1")
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"max_tokens = {max_tokens}: must be at least 1")
+
+
+def _spread(windows: list[Window], max_tokens: int) -> list[Window]:
+    """Windows with `max_tokens` targets or just over, spread evenly: a larger part contains a smaller one.
+
+    The i-th of W windows takes rank frac(i * golden ratio): any leading part of that order is near uniform
+    over the text (Niederreiter, Random Number Generation and Quasi-Monte Carlo Methods, 1992, sec. 3.1).
+    """
+    order = np.argsort((np.arange(len(windows)) * _GOLDEN_RATIO) % 1.0, kind="stable")
+    sizes = np.array([windows[i].stop - windows[i].first for i in order])
+    enough = int(np.searchsorted(np.cumsum(sizes), max_tokens)) + 1
+    return [windows[i] for i in sorted(order[:enough])]
+
+
+def _score(
+    model: Any,
+    documents: Sequence[Document],
+    windows: list[Window],
+    start_id: int,
+    batch_size: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> _Sums:
+    """Sums of each window. They are kept apart and added in reading order, whatever the batches were."""
+    tokens = np.array([window.stop - window.first for window in windows], dtype=np.float64)
+    found = np.zeros((3, len(windows)))
+    n_scored = 0
+    with _evaluating(model), torch.inference_mode():
+        for batch in _batches(windows, batch_size, model.config.vocab_size):
+            scores_3N = _score_batch(model, documents, [windows[i] for i in batch], start_id)
+            begins = np.concatenate([[0], np.cumsum(tokens[batch][:-1])]).astype(np.int64)
+            found[:, batch] = np.add.reduceat(scores_3N, begins, axis=1)
+            n_scored += scores_3N.shape[1]
+            if on_progress is not None:
+                on_progress(n_scored, int(tokens.sum()))
+    if not np.isfinite(found).all():
+        raise UserError(
+            "the model's logits are not finite, its training diverged: train with a lower learning_rate"
+        )
+    return _Sums(tokens, *found)
+
+
+def _batches(windows: list[Window], batch_size: int, vocab_size: int) -> Iterator[np.ndarray]:
+    """Indices of windows, longest first: little padding, and a lack of memory shows at once."""
+    lengths = np.array([window.stop - window.start for window in windows])
+    order = np.argsort(-lengths, kind="stable")
+    begin = 0
+    while begin < len(order):
+        rows = min(batch_size, max(1, MAX_LOGITS // (int(lengths[order[begin]]) * vocab_size)))
+        yield order[begin : begin + rows]
+        begin += rows
+
+
+def _score_batch(
+    model: Any, documents: Sequence[Document], windows: list[Window], start_id: int
+) -> np.ndarray:
+    """Per scored token of `windows`, in order: nats, and whether it was the best, and among the best 5.
+
+    Returns:
+        (3, N) float64.
+    """
+    shape = len(windows), max(window.stop - window.start for window in windows)
+    inputs_BT = np.full(shape, start_id, dtype=np.int64)
+    targets_BT = np.zeros(shape, dtype=np.int64)
+    scored_BT = np.zeros(shape, dtype=bool)
+    for row, (document, start, first, stop) in enumerate(windows):
+        ids = np.asarray(documents[document][0])
+        known = 1 if start == 0 else 0  # the start token stands at position 0 of the document's inputs
+        inputs_BT[row, known : stop - start] = ids[start + known - 1 : stop - 1]
+        targets_BT[row, : stop - start] = ids[start:stop]
+        scored_BT[row, first - start : stop - start] = True
+    device = next(model.parameters()).device
+    logits_BTV = model(input_ids=torch.from_numpy(inputs_BT).to(device), use_cache=False).logits
+    mask_BT = torch.from_numpy(scored_BT).to(device)
+    logits_NV = logits_BTV.flatten(0, 1) if scored_BT.all() else logits_BTV[mask_BT]
+    logits_NV = logits_NV.float()
+    targets_N = torch.from_numpy(targets_BT[scored_BT]).to(device)
+    nats_N = cross_entropy(logits_NV, targets_N, reduction="none")
+    at_least_N = (logits_NV >= logits_NV.gather(1, targets_N[:, None])).sum(
+        dim=1
+    )  # the target itself included
+    return torch.stack([nats_N, at_least_N <= 1, at_least_N <= 5]).cpu().double().numpy()
+
+
+def _measurements(
+    sums: _Sums, windows: list[Window], n_tokens: np.ndarray, n_bytes: np.ndarray, split: str
+) -> list[Measurement]:
+    """The five figures from the windows' sums; `n_tokens` and `n_bytes` (D,) are those of whole documents."""
+    n = int(sums.tokens.sum())
+    total_tokens, total_bytes = int(n_tokens.sum()), int(n_bytes.sum())
+    assert total_bytes > 0, "documents with tokens must have bytes"
+    documents, document = np.unique([window.document for window in windows], return_inverse=True)
+    by_document = len(documents) >= MIN_DOCUMENT_CLUSTERS
+    cluster = document if by_document else np.arange(len(windows))
+
+    def clustered(sums_W: np.ndarray) -> np.ndarray:
+        return np.bincount(cluster, sums_W)
+
+    tokens = clustered(sums.tokens)
+    whole_documents = by_document and n == total_tokens
+    sizes = n_bytes[documents] if whole_documents else tokens * (total_bytes / total_tokens)
+    nats_per_token = math.fsum(sums.nats) / n
+    nats_stderr = ratio_stderr(clustered(sums.nats), tokens)
+    bits_per_byte = nats_per_token / math.log(2) * (total_tokens / total_bytes)
+    bits_stderr = ratio_stderr(clustered(sums.nats) / math.log(2), sizes)
+    perplexity = math.exp(nats_per_token) if nats_per_token < 700 else math.inf
+    perplexity_stderr = None if nats_stderr is None else perplexity * nats_stderr
+    scored_bytes = round(n * total_bytes / total_tokens)
+
+    def accuracy(name: str, hits: np.ndarray) -> Measurement:
+        stderr = ratio_stderr(clustered(hits), tokens)
+        return Measurement(name, math.fsum(hits) / n, "fraction", n, stderr, split, True)
+
+    return [
+        Measurement("nats_per_token", nats_per_token, "nats/token", n, nats_stderr, split, False),
+        Measurement("perplexity", perplexity, "1", n, perplexity_stderr, split, False),
+        Measurement("bits_per_byte", bits_per_byte, "bits/byte", scored_bytes, bits_stderr, split, False),
+        accuracy("top1_accuracy", sums.top1),
+        accuracy("top5_accuracy", sums.top5),
+    ]
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module is back in the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

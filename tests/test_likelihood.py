@@ -1,0 +1,339 @@
+"""The promise: every token of held-out text is scored exactly once, and no figure depends on the batching."""
+
+import copy
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from hf_genlm.errors import UserError
+from hf_genlm.evaluation import likelihood
+from hf_genlm.evaluation.likelihood import make_windows, measure_likelihood
+from hf_genlm.evaluation.measurement import Measurement, ratio_stderr, read_measurements, write_measurements
+
+START, VOCAB, CONTEXT = 0, 29, 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Two threads on tensors of this size only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=16, n_embd=16, n_layer=2, n_head=2, initializer_range=0.4
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def make_documents(count: int, longest: int, seed: int = 0) -> list[tuple[np.ndarray, int]]:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, longest + 1, size=count)
+    return [
+        (rng.integers(1, VOCAB, size=n).astype(np.int32), int(n + rng.integers(0, 3 * n + 1)))
+        for n in lengths
+    ]
+
+
+@torch.no_grad()
+def reference_nats(model, ids, context: int, stride: int) -> list[float]:
+    """In float64, from the definition: one forward pass per prediction, no batch, no padding."""
+    model = copy.deepcopy(model).double().eval()
+    text, nats = [START, *map(int, ids)], []
+    for t in range(1, len(text)):
+        # the window that scores token t begins at the smallest multiple of stride from which t is in reach
+        begin = max(0, math.ceil((t - context) / stride)) * stride
+        logits = model(torch.tensor([text[begin:t]]), use_cache=False).logits[0, -1]
+        nats.append(-float(logits.log_softmax(-1)[text[t]]))
+    return nats
+
+
+def by_name(found: list[Measurement]) -> dict[str, Measurement]:
+    assert len({m.name for m in found}) == len(found)
+    return {m.name: m for m in found}
+
+
+def measure(model, documents, **options) -> dict[str, Measurement]:
+    return by_name(measure_likelihood(model, documents, **{"start_id": START, "context": CONTEXT, **options}))
+
+
+class CountingModel(torch.nn.Module):
+    """Unigram logits that name the token; counts what it is asked and refuses masks and caches."""
+
+    def __init__(self, logits_V: torch.Tensor):
+        super().__init__()
+        self.logits_V = torch.nn.Parameter(logits_V)
+        self.config = SimpleNamespace(vocab_size=len(logits_V))
+        self.shapes: list[tuple[int, ...]] = []
+
+    def forward(self, input_ids, use_cache):
+        assert use_cache is False
+        assert torch.is_inference_mode_enabled()
+        assert not self.training
+        self.shapes.append(tuple(input_ids.shape))
+        return SimpleNamespace(logits=self.logits_V.expand(*input_ids.shape, -1))
+
+
+@pytest.mark.parametrize(
+    ("longest", "stride"), [(9, None), (12, None), (50, None), (50, 1), (50, 5), (50, 12)]
+)
+def test_equals_the_definition_in_float64(model, longest, stride):
+    documents = make_documents(6, longest)
+    nats = [reference_nats(model, ids, CONTEXT, stride or CONTEXT // 2) for ids, _ in documents]
+    total, tokens = math.fsum(x for row in nats for x in row), sum(map(len, nats))
+    n_bytes = sum(size for _, size in documents)
+    found = measure(model, documents, stride=stride)
+    assert found["nats_per_token"].value == pytest.approx(total / tokens, rel=1e-6)
+    assert found["perplexity"].value == pytest.approx(math.exp(total / tokens), rel=1e-5)
+    assert found["bits_per_byte"].value == pytest.approx(total / math.log(2) / n_bytes, rel=1e-6)
+    assert [found[name].n for name in found] == [tokens, tokens, n_bytes, tokens, tokens]
+
+
+def test_a_document_that_fits_is_one_plain_cross_entropy(model):
+    ids = np.arange(1, CONTEXT + 1)
+    inputs = torch.tensor([[START, *ids[:-1]]])
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(model(inputs).logits[0], torch.tensor(ids))
+    assert measure(model, [(ids, 30)])["nats_per_token"].value == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_no_figure_depends_on_the_batch_size(model, monkeypatch):
+    documents = make_documents(25, 30)
+    one = measure(model, documents, batch_size=1)
+    monkeypatch.setattr(likelihood, "MAX_LOGITS", 3 * CONTEXT * VOCAB)
+    bounded = measure(model, documents, batch_size=64)
+    monkeypatch.undo()
+    for other in (measure(model, documents, batch_size=3), measure(model, documents, batch_size=64), bounded):
+        for name, expected in one.items():
+            assert other[name].value == pytest.approx(expected.value, rel=1e-6)
+            assert other[name].stderr == pytest.approx(expected.stderr, rel=1e-5)
+
+
+def test_order_of_documents_changes_nothing(model):
+    documents = make_documents(30, 30)
+    assert measure(model, documents[::-1])["bits_per_byte"].value == pytest.approx(
+        measure(model, documents)["bits_per_byte"].value, rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("stride", [1, 5, 6, 12])
+def test_every_token_is_scored_once_with_enough_before_it(stride):
+    lengths = [0, 1, 11, 12, 13, 100]
+    scored: dict[tuple[int, int], int] = {}
+    for window in make_windows(lengths, CONTEXT, stride):
+        assert window.stop - window.start <= CONTEXT
+        for target in range(window.first, window.stop):
+            scored[window.document, target] = scored.get((window.document, target), 0) + 1
+            assert window.start == 0 or target - window.start >= CONTEXT - stride
+    assert scored == {(d, t): 1 for d, length in enumerate(lengths) for t in range(length)}
+
+
+def test_sums_of_an_instrumented_model_name_each_token_once():
+    # log P(token k) = -k up to a constant that all tokens share: the sum of nats is the sum of scored ids
+    logits = -torch.arange(VOCAB, dtype=torch.float32)
+    model = CountingModel(logits)
+    documents = make_documents(25, 60, seed=3)
+    found = measure(model, documents, batch_size=4)
+    ids = np.concatenate([ids for ids, _ in documents])
+    constant = float(logits.double().logsumexp(0))
+    assert found["nats_per_token"].value == pytest.approx(constant + ids.mean(), rel=1e-6)
+    assert found["top1_accuracy"].value == pytest.approx((ids == 0).mean())
+    assert found["top5_accuracy"].value == pytest.approx((ids < 5).mean())
+    assert max(rows for rows, _ in model.shapes) == 4
+    assert max(length for _, length in model.shapes) == CONTEXT
+
+
+def test_memory_bound_splits_batches(monkeypatch):
+    model = CountingModel(torch.zeros(VOCAB))
+    monkeypatch.setattr(likelihood, "MAX_LOGITS", 2 * CONTEXT * VOCAB)
+    measure(model, make_documents(10, 60), batch_size=64)
+    assert max(rows * length for rows, length in model.shapes) <= 2 * CONTEXT
+    monkeypatch.setattr(likelihood, "MAX_LOGITS", 1)  # a window larger than the bound still goes through
+    measure(model, make_documents(2, 60))
+    assert model.shapes[-1][0] == 1
+
+
+def test_ties_count_against_the_model():
+    found = measure(CountingModel(torch.zeros(VOCAB)), make_documents(5, 20))
+    assert found["nats_per_token"].value == pytest.approx(math.log(VOCAB), rel=1e-6)
+    assert found["top1_accuracy"].value == found["top5_accuracy"].value == 0.0
+
+
+def test_empty_documents_contribute_nothing(model):
+    documents = make_documents(30, 20)
+    padded = [(np.array([], dtype=np.int32), 7), *documents, (np.array([], dtype=np.int32), 0)]
+    assert measure(model, padded) == measure(model, documents)
+
+
+def test_units_splits_and_directions(model):
+    found = measure(model, make_documents(4, 20), split="test")
+    assert {m.split for m in found.values()} == {"test"}
+    assert {name: (m.unit, m.higher_is_better) for name, m in found.items()} == {
+        "nats_per_token": ("nats/token", False),
+        "perplexity": ("1", False),
+        "bits_per_byte": ("bits/byte", False),
+        "top1_accuracy": ("fraction", True),
+        "top5_accuracy": ("fraction", True),
+    }
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_of_all_modules_are_restored(model, training):
+    model.train(training)
+    model.transformer.h[0].train(not training)  # a part that its owner keeps in another mode
+    before = [module.training for module in model.modules()]
+    random_state = torch.get_rng_state()
+    measure(model, make_documents(2, 9))
+    assert [module.training for module in model.modules()] == before
+    assert torch.equal(torch.get_rng_state(), random_state)
+    model.eval()
+
+
+def test_mode_is_restored_after_an_error():
+    model = CountingModel(torch.full((VOCAB,), math.nan)).train()
+    with pytest.raises(UserError, match="diverged"):
+        measure(model, make_documents(2, 9))
+    assert model.training
+
+
+class TestPartial:
+    def test_is_the_full_pass_when_it_covers_all(self, model):
+        documents = make_documents(30, 30)
+        assert measure(model, documents, max_tokens=10**9) == measure(model, documents)
+
+    @pytest.mark.parametrize("max_tokens", [1, 100, 1000])
+    def test_scores_just_enough_and_repeats(self, model, max_tokens):
+        documents = make_documents(60, 60)
+        found = measure(model, documents, max_tokens=max_tokens)
+        assert max_tokens <= found["nats_per_token"].n < max_tokens + CONTEXT
+        assert measure(model, documents, max_tokens=max_tokens, batch_size=2)[
+            "perplexity"
+        ].value == pytest.approx(found["perplexity"].value, rel=1e-6)
+
+    def test_windows_score_as_in_the_full_pass(self, model):
+        """The parts of one long document, each scored by the definition, make up the figure."""
+        documents = [*make_documents(1, 1, seed=5), (np.tile(np.arange(1, VOCAB), 6), 300)]
+        windows = make_windows([len(ids) for ids, _ in documents], CONTEXT, CONTEXT // 2)
+        chosen = likelihood._spread(windows, 40)
+        assert chosen != windows[: len(chosen)], "the part is spread, not the beginning"
+        nats = [reference_nats(model, ids, CONTEXT, CONTEXT // 2) for ids, _ in documents]
+        parts = [x for w in chosen for x in nats[w.document][w.first : w.stop]]
+        found = measure(model, documents, max_tokens=40)
+        assert found["nats_per_token"].value == pytest.approx(np.mean(parts), rel=1e-6)
+        bytes_per_token = sum(size for _, size in documents) / sum(len(ids) for ids, _ in documents)
+        assert found["bits_per_byte"].value == pytest.approx(
+            np.mean(parts) / math.log(2) / bytes_per_token, rel=1e-6
+        )
+        assert found["bits_per_byte"].n == round(len(parts) * bytes_per_token)
+
+    def test_lies_near_the_full_pass(self, model):
+        documents = make_documents(120, 60)
+        full, part = measure(model, documents), measure(model, documents, max_tokens=900)
+        for name, whole in full.items():
+            assert abs(part[name].value - whole.value) < 4 * part[name].stderr, name
+
+
+class TestStandardError:
+    def test_is_that_of_a_bootstrap_over_documents(self):
+        logits = torch.linspace(2, -2, VOCAB)  # a unigram model: the nats of a document are a sum in numpy
+        nats_of = -logits.double().log_softmax(0).numpy()
+        documents = make_documents(80, 40)
+        found = measure(CountingModel(logits), documents)
+        nats = np.array([nats_of[ids].sum() for ids, _ in documents])
+        tokens = np.array([len(ids) for ids, _ in documents])
+        sizes = np.array([size for _, size in documents])
+        hits = np.array([(ids < 5).sum() for ids, _ in documents])
+        draws = np.random.default_rng(0).integers(0, 80, size=(8000, 80))
+        per_token = nats[draws].sum(1) / tokens[draws].sum(1)
+        per_byte = nats[draws].sum(1) / math.log(2) / sizes[draws].sum(1)
+        assert found["nats_per_token"].stderr == pytest.approx(per_token.std(), rel=0.05)
+        assert found["bits_per_byte"].stderr == pytest.approx(per_byte.std(), rel=0.05)
+        assert found["perplexity"].stderr == pytest.approx(np.exp(per_token).std(), rel=0.08)
+        top5 = hits[draws].sum(1) / tokens[draws].sum(1)
+        assert found["top5_accuracy"].stderr == pytest.approx(top5.std(), rel=0.05)
+
+    def test_windows_are_the_clusters_of_few_documents(self, model):
+        (ids, size) = (np.tile(np.arange(1, VOCAB), 4), 280)
+        found = measure(model, [(ids, size)])
+        nats = np.array(reference_nats(model, ids, CONTEXT, 6))
+        parts = [nats[w.first : w.stop] for w in make_windows([len(ids)], CONTEXT, 6)]
+        expected = ratio_stderr([p.sum() for p in parts], [len(p) for p in parts])
+        assert found["nats_per_token"].stderr == pytest.approx(expected, rel=1e-4)
+        assert found["bits_per_byte"].stderr == pytest.approx(
+            expected / math.log(2) * len(ids) / size, rel=1e-4
+        )
+
+    def test_is_unknown_for_one_cluster(self, model):
+        assert {m.stderr for m in measure(model, [(np.array([3]), 1)]).values()} == {None}
+
+    def test_of_a_mean_is_the_textbook_one(self):
+        y = np.random.default_rng(1).normal(size=50)
+        assert ratio_stderr(y, np.ones(50)) == pytest.approx(y.std(ddof=1) / math.sqrt(50))
+        assert ratio_stderr([2.0, 4.0, 6.0], [1, 2, 3]) == pytest.approx(0.0, abs=1e-12)
+        assert ratio_stderr([1.0], [1.0]) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": 1}, "context = 1"),
+        ({"stride": 0}, "stride = 0"),
+        ({"stride": CONTEXT + 1}, "stride = 13"),
+        ({"batch_size": 0}, "batch_size = 0"),
+        ({"max_tokens": 0}, "max_tokens = 0"),
+    ],
+)
+def test_wrong_input_is_named(model, options, message):
+    with pytest.raises(UserError, match=message):
+        measure(model, make_documents(1, 5), **options)
+
+
+@pytest.mark.parametrize("documents", [[], [(np.array([], dtype=np.int32), 0)]])
+def test_nothing_to_score_is_named(model, documents):
+    with pytest.raises(UserError, match="no token to score"):
+        measure(model, documents)
+
+
+def test_progress_reaches_its_total(model):
+    seen: list[tuple[int, int]] = []
+    found = measure(model, make_documents(9, 30), batch_size=2, on_progress=lambda *at: seen.append(at))
+    assert seen == sorted(seen)
+    assert seen[-1] == (found["nats_per_token"].n,) * 2
+
+
+class TestFile:
+    def test_round_trip(self, model, tmp_path):
+        found = measure_likelihood(model, make_documents(3, 9), start_id=START, context=CONTEXT)
+        write_measurements(tmp_path / "evaluation.json", found)
+        assert read_measurements(tmp_path / "evaluation.json") == found
+        assert list(json.loads((tmp_path / "evaluation.json").read_text())) == ["measurements"]
+        assert [file.name for file in tmp_path.iterdir()] == ["evaluation.json"]
+
+    def test_what_is_not_finite_stays_json(self, tmp_path):
+        write_measurements(
+            tmp_path / "e.json", [Measurement("perplexity", math.inf, "1", 3, None, "validation", False)]
+        )
+        json.loads((tmp_path / "e.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+        assert math.isnan(read_measurements(tmp_path / "e.json")[0].value)
+
+    @pytest.mark.parametrize(
+        "content", ["", "[]", "{}", '{"measurements": 3}', '{"measurements": [{"name": "x"}]}', "\xff\xfe"]
+    )
+    def test_damage_is_named(self, tmp_path, content):
+        (tmp_path / "e.json").write_text(content, encoding="latin-1")
+        with pytest.raises(UserError, match=r"e\.json"):
+            read_measurements(tmp_path / "e.json")
+
+    def test_a_missing_file_is_named(self, tmp_path):
+        with pytest.raises(UserError, match="cannot be read"):
+            read_measurements(tmp_path / "none.json")
