@@ -1,6 +1,7 @@
 """The corpus of a run: documents from its sources, split in two, and the report on both."""
 
 import hashlib
+import itertools
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ def cut(text: str, length: int, reach: int) -> list[str]:
         ends.append(start)
     if start < len(text):
         ends.append(len(text))
-    return [text[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    return [text[a:b] for a, b in itertools.pairwise([0, *ends])]
 
 
 def _choose(sizes: Sequence[int], target: float, seed: int) -> set[int]:
@@ -189,7 +190,8 @@ def _read(sources: Sequence[str], recipe: CorpusRecipe, split: str) -> Reading:
     reading = read_sources(sources, recipe, split) if sources else read_standard_library()
     if not reading.documents:
         raise UserError(
-            f"no text was found in {', '.join(map(repr, sources))}: all records and files are empty, name others"
+            f"no text was found in {', '.join(map(repr, sources))}: "
+            "every record and file is empty, name other sources"
         )
     return reading
 
