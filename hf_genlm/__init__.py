@@ -1,6 +1,7 @@
 """hf_genlm: from a folder of text to your own small generative language model.
 
-`import hf_genlm` registers the model with transformers, so that `AutoModelForCausalLM.from_pretrained` loads it:
+`import hf_genlm` registers the model with transformers, so that `AutoModelForCausalLM.from_pretrained`
+loads it:
 
     import hf_genlm
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -3,7 +3,8 @@
     hf-genlm train [SOURCE ...]     hf-genlm evaluate MODEL [SOURCE ...]     hf-genlm card RUN
     hf-genlm tokenizer SOURCE ...   hf-genlm generate MODEL [PROMPT]
 
-Exit codes: 0 done; 2 the input cannot be used, one line on stderr says why; 1 a fault of ours, with a traceback.
+Exit codes: 0 done; 2 the input cannot be used, one line on stderr says why; 1 a fault of ours, with a
+traceback.
 """
 
 import argparse
@@ -64,14 +65,22 @@ def _parser() -> argparse.ArgumentParser:
     train = verbs.add_parser("train", help="train a tokenizer and a model, and measure it")
     train.add_argument("sources", nargs="*", metavar="SOURCE", help="files, folders, globs or a Hub dataset id; "
                        "nothing: the library source and reference topics that Python brings")  # fmt: skip
-    train.add_argument("--decoder", help="gated_linear (default), gru, lstm, elman, transformer, sliding or hybrid")
+    train.add_argument(
+        "--decoder", help="gated_linear (default), gru, lstm, elman, transformer, sliding or hybrid"
+    )
     train.add_argument("--mixers", metavar="A,B,..", help="one mixer per layer, instead of --decoder")
     train.add_argument("--size", help="tiny (default), small, base, or a parameter count such as 30M")
-    train.add_argument("--minutes", metavar="F", help="train for so long (default 3), the rate decaying to its end")
+    train.add_argument(
+        "--minutes", metavar="F", help="train for so long (default 3), the rate decaying to its end"
+    )
     train.add_argument("--steps", metavar="N", help="train for so many optimizer steps")
     train.add_argument("--tokens", metavar="N", help="train on so many tokens")
-    train.add_argument("--validation", action="append", metavar="FILE", help="hold out this, instead of splitting")
-    train.add_argument("--vocab-size", metavar="N", help="tokens in the vocabulary; default: by the size of the text")
+    train.add_argument(
+        "--validation", action="append", metavar="FILE", help="hold out this, instead of splitting"
+    )
+    train.add_argument(
+        "--vocab-size", metavar="N", help="tokens in the vocabulary; default: by the size of the text"
+    )
     train.add_argument("--seed", metavar="N", help="of the weights and the order of rows (default 0)")
     _add_recipe_options(train)
     train.add_argument("--out", metavar="DIR", help="the run folder to make (default runs/DECODER-DATE)")
@@ -86,16 +95,22 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = verbs.add_parser("evaluate", help="measure any causal language model, exactly")
     evaluate.add_argument("model", metavar="MODEL", help="a run folder, a model folder or a Hub id")
-    evaluate.add_argument("sources", nargs="*", metavar="SOURCE", help="default: the run's own validation split")
+    evaluate.add_argument(
+        "sources", nargs="*", metavar="SOURCE", help="default: the run's own validation split"
+    )
     evaluate.add_argument("--json", action="store_true", help="print the measurements as JSON")
     _add_recipe_options(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     generate = verbs.add_parser("generate", help="continue a prompt")
     generate.add_argument("model", metavar="MODEL", help="a run folder, a model folder or a Hub id")
-    generate.add_argument("prompt", nargs="?", default="", metavar="PROMPT", help="nothing: the start of a document")
+    generate.add_argument(
+        "prompt", nargs="?", default="", metavar="PROMPT", help="nothing: the start of a document"
+    )
     generate.add_argument("--max-new-tokens", type=_count, default=200, metavar="N")
-    generate.add_argument("--temperature", type=_amount, default=0.8, metavar="F", help="0: always the likeliest token")
+    generate.add_argument(
+        "--temperature", type=_amount, default=0.8, metavar="F", help="0: always the likeliest token"
+    )
     generate.add_argument("--top-p", type=_amount, default=0.95, metavar="F")
     generate.add_argument("--seed", type=int, metavar="N")
     generate.set_defaults(run=_generate)
@@ -155,7 +170,10 @@ def _quiet_libraries() -> None:
 
 def _train(options: argparse.Namespace) -> None:
     recipe = _recipe(options, _TRAIN_FIELDS)
-    out = options.out or f"runs/{'mixed' if recipe.model.mixers else recipe.model.decoder}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = (
+        options.out
+        or f"runs/{'mixed' if recipe.model.mixers else recipe.model.decoder}-{time.strftime('%Y%m%d-%H%M%S')}"
+    )
     from hf_genlm.evaluation.measurement import read_measurements
 
     with _Display() as display:
@@ -191,7 +209,9 @@ def _tokenizer(options: argparse.Namespace) -> None:
         except OSError as error:
             raise UserError(f"--out {options.out!r} cannot be written ({error.strerror})") from error
         n_tokens = encode_documents(tokenizer, documents).n_tokens
-    print(f"{len(tokenizer):,} tokens in the vocabulary, {n_bytes / n_tokens:.3f} bytes per token on {n_bytes:,} bytes")
+    print(
+        f"{len(tokenizer):,} tokens in the vocabulary, {n_bytes / n_tokens:.3f} bytes per token on {n_bytes:,} bytes"
+    )
     print(f"tokenizer: {out}")
 
 
@@ -228,7 +248,9 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(_table(measurements))
 
 
-def _measure(model, tokenizer, documents, recipe: Recipe, split: str, display: "_Display") -> list["Measurement"]:
+def _measure(
+    model, tokenizer, documents, recipe: Recipe, split: str, display: "_Display"
+) -> list["Measurement"]:
     from hf_genlm.evaluation.likelihood import measure_likelihood
     from hf_genlm.text.tokenizer import encode_documents
 
@@ -244,7 +266,9 @@ def _measure(model, tokenizer, documents, recipe: Recipe, split: str, display: "
         stride=recipe.evaluation.stride,
         batch_size=recipe.evaluation.batch_size,
         split=split,
-        on_progress=lambda done, total: display.hear("progress", {"task": "evaluation", "done": done, "total": total}),
+        on_progress=lambda done, total: display.hear(
+            "progress", {"task": "evaluation", "done": done, "total": total}
+        ),
     )
 
 
@@ -374,7 +398,9 @@ class _Display:
         for name, split in (("train", train), ("validation", validation)):
             self.say(f"  {name:<10}{split['documents']:,} documents, {split['bytes']:,} bytes")
 
-    def _tokenized(self, vocab_size: int, train_tokens: int, validation_tokens: int, bytes_per_token: float) -> None:
+    def _tokenized(
+        self, vocab_size: int, train_tokens: int, validation_tokens: int, bytes_per_token: float
+    ) -> None:
         self.say(
             f"tokenizer   {vocab_size:,} tokens, {bytes_per_token} bytes per token; "
             f"{train_tokens:,} to train on, {validation_tokens:,} held out"
@@ -383,7 +409,9 @@ class _Display:
     def _model(self, parameters: int, rows: int, row_length: int) -> None:
         self.say(f"model       {parameters:,} parameters; {rows:,} rows of {row_length} tokens")
 
-    def _step(self, step: int, loss: float, tokens_per_s: int, left_s: float, progress: float, **_: Any) -> None:
+    def _step(
+        self, step: int, loss: float, tokens_per_s: int, left_s: float, progress: float, **_: Any
+    ) -> None:
         facts = f"step {step}  loss {loss:.3f}  {tokens_per_s:,} tokens/s  {_clock(left_s)} left"
         self.bar.update(self.task, description="training", total=1.0, completed=progress, facts=facts)
         if not self.console.is_terminal and time.monotonic() - self._line_s >= 10:
@@ -401,7 +429,9 @@ class _Display:
         self.say(f"sample      {shown[:160]}{'…' if len(shown) > 160 else ''}")
 
     def _trained(self, steps: int, tokens: int, seconds: float, tokens_per_s: int, **_: Any) -> None:
-        self.say(f"trained     {steps:,} steps, {tokens:,} tokens in {seconds:.1f} s, {tokens_per_s:,} tokens/s")
+        self.say(
+            f"trained     {steps:,} steps, {tokens:,} tokens in {seconds:.1f} s, {tokens_per_s:,} tokens/s"
+        )
 
 
 def _clock(seconds: float) -> str:

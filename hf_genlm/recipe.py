@@ -1,8 +1,9 @@
-"""A recipe: everything that decides a run, as typed fields, read from YAML and from `--set section.key=value`.
+"""A recipe: everything that decides a run, as typed fields, read from YAML and from `--set
+section.key=value`.
 
 Every field has a default; a recipe file states only what differs. Unknown words stop the run and suggest the
-near one. The recipe that a run resolved (every `null` below replaced by what was chosen) is written to the run
-folder and repeats the run.
+near one. The recipe that a run resolved (every `null` below replaced by what was chosen) is written to the
+run folder and repeats the run.
 """
 
 import dataclasses

@@ -12,12 +12,14 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_genlm import GenLMConfig
+from .initialization_genlm import start_at_zero
 from .positions_genlm import apply_rotary
 
 
 class GenLMAttention(nn.Module):
     """Grouped-query attention (Ainslie et al., 2023, arXiv:2305.13245) with normalised queries and keys
-    (Henry et al., 2020, arXiv:2010.04245). `full_attention` and `sliding_attention` differ only in their mask."""
+    (Henry et al., 2020, arXiv:2010.04245). `full_attention` and `sliding_attention` differ only in their
+    mask."""
 
     def __init__(self, config: GenLMConfig, layer_idx: int):
         super().__init__()
@@ -35,6 +37,7 @@ class GenLMAttention(nn.Module):
         self.out_proj = nn.Linear(
             config.num_attention_heads * config.head_dim, config.hidden_size, bias=False
         )
+        self.out_proj.start = start_at_zero
 
     def forward(
         self,
@@ -44,7 +47,8 @@ class GenLMAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, hidden_size) to the same, and the weights (B, N, T, S) where the implementation gives them."""
+        """(B, T, hidden_size) to the same, and the weights (B, N, T, S) where the implementation gives
+        them."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         q_BNTH = self.q_proj(hidden_states).view(heads).transpose(1, 2)
         k_BKTH = self.k_proj(hidden_states).view(heads).transpose(1, 2)

@@ -1,7 +1,7 @@
 """The cache layer that holds a recurrent state, so that transformers' caches serve RNN layers like any other.
 
-transformers' own linear-attention layer forgets a state that comes without a convolution, cannot tell how many
-tokens it has seen and cannot roll back; this one does all three.
+transformers' own linear-attention layer forgets a state that comes without a convolution, cannot tell how
+many tokens it has seen and cannot roll back; this one does all three.
 """
 
 import torch
@@ -12,8 +12,8 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
     """State of one recurrent layer: slot 0 holds h, slot 1 holds c of an LSTM, each (batch, recurrent_size).
 
-    While `record_past` is set (assisted decoding), the states after each token since the last `crop` are kept,
-    (batch, 1 + tokens, recurrent_size), so that rejected tokens can be taken back.
+    While `record_past` is set (assisted decoding), the states after each token since the last `crop` are
+    kept, (batch, 1 + tokens, recurrent_size), so that rejected tokens can be taken back.
     """
 
     _layer_type = "genlm_recurrent"
@@ -34,8 +34,8 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
 
         Args:
             recurrent_states: (batch, recurrent_size).
-            past_states: (batch, 1 + n_tokens, recurrent_size), the state before and after each of them; needed
-                while recording.
+            past_states: (batch, 1 + n_tokens, recurrent_size), the state before and after each of them;
+                needed while recording.
         """
         if not self.is_recurrent_states_initialized[state_idx]:
             self._adopt(recurrent_states)

@@ -19,10 +19,26 @@ DECODERS = {
     "hybrid": ("gated_linear", "gated_linear", "full_attention"),
 }
 
-# transformers keys caches and masks by these words; "genlm_recurrent" is registered in cache_genlm.py
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "recurrent_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+# transformers keys caches and masks by these words; cache_genlm.py registers "genlm_recurrent"
 _LAYER_TYPE_OF = dict.fromkeys(RECURRENT_MIXERS, "genlm_recurrent") | {
     name: name for name in ATTENTION_MIXERS
 }
+
+
+def _heads_of(hidden_size: int) -> int:
+    most = max(1, hidden_size // 64)
+    return next(heads for heads in range(most, 0, -1) if hidden_size % heads == 0)
 
 
 def mixers_of(decoder: str, num_hidden_layers: int) -> list[str]:
@@ -47,7 +63,8 @@ class GenLMConfig(PreTrainedConfig):
         mixer_types: per layer one of elman, gru, lstm, gated_linear, full_attention, sliding_attention.
         num_hidden_layers: follows from `mixer_types` where they are given.
         recurrent_size: width of a recurrent state; None: `hidden_size`.
-        num_attention_heads, num_key_value_heads, head_dim: shape of the attention mixers.
+        num_attention_heads: of the attention mixers; None: one per 64 of width, as nearly as they divide it.
+        num_key_value_heads, head_dim: the other shapes of attention.
         sliding_window: tokens that a sliding_attention layer sees, itself included.
         intermediate_size: width of the MLP; None: 4 * `hidden_size`.
         hidden_act: activation of the MLP, by transformers' name ("relu2" is the squared ReLU).
@@ -72,7 +89,7 @@ class GenLMConfig(PreTrainedConfig):
     mixer_types: list[str] | None = None
     num_hidden_layers: int | None = None
     recurrent_size: int | None = None
-    num_attention_heads: int = 4
+    num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     sliding_window: int | None = None
@@ -104,12 +121,15 @@ class GenLMConfig(PreTrainedConfig):
             self.recurrent_size = self.hidden_size
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        if self.num_attention_heads is None:
+            self.num_attention_heads = _heads_of(self.hidden_size)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.sliding_window is None and "sliding_attention" in self.mixer_types:
             self.sliding_window = max(1, self.max_position_embeddings // 4)
+        self.validate_layer_type()  # before transformers reads layer_types
         super().__post_init__(**kwargs)
 
     @property
@@ -123,6 +143,11 @@ class GenLMConfig(PreTrainedConfig):
         if self.embedding_projection is not None:
             return self.embedding_projection
         return self.embedding_width != self.hidden_size
+
+    @property
+    def has_rotary_positions(self) -> bool:
+        """Whether any layer turns its queries and keys."""
+        return self.position_type == "rotary" and any(mixer in ATTENTION_MIXERS for mixer in self.mixer_types)
 
     @property
     def embedding_width(self) -> int:
@@ -142,8 +167,7 @@ class GenLMConfig(PreTrainedConfig):
 
     def validate_shapes(self):
         """Sizes are positive and divide each other where the layers need it."""
-        for name in ("vocab_size", "hidden_size", "recurrent_size", "intermediate_size", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
+        for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads != 0:
@@ -165,14 +189,16 @@ class GenLMConfig(PreTrainedConfig):
             raise ValueError(f"sliding_window must be at least 1, not {self.sliding_window}")
 
     def validate_positions(self):
-        """A known position type; rotary turns pairs of dimensions."""
+        """A known position type."""
         if self.position_type not in POSITION_TYPES:
-            raise ValueError(
-                f"unknown position_type {self.position_type!r}; known: {', '.join(POSITION_TYPES)}"
-            )
-        attends = any(mixer in ATTENTION_MIXERS for mixer in self.mixer_types)
-        if attends and self.position_type == "rotary" and self.head_dim % 2 != 0:
-            raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
+            known = ", ".join(POSITION_TYPES)
+            raise ValueError(f"unknown position_type {self.position_type!r}; known: {known}")
+
+    def validate_rope(self):
+        """transformers' check of the rotary parameters, where they are used, after the plainer ones."""
+        self.validate_shapes()
+        if self.has_rotary_positions:
+            super().validate_rope()
 
 
 __all__ = ["DECODERS", "GenLMConfig", "mixers_of"]

@@ -5,14 +5,14 @@
     x  <- x + mlp(norm(x))                  and over the width
     P(w_{t+1} | w_1..w_t) = softmax(head norm(x_t))
 
-This folder travels to the Hub with every saved model: it imports torch and transformers, and only its own files.
+This folder travels to the Hub with every saved model: it imports torch and transformers, and only its own
+files.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import (
@@ -30,13 +30,13 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_genlm import GenLMAttention
 from .cache_genlm import RecurrentStateLayer
 from .configuration_genlm import GenLMConfig
+from .initialization_genlm import start_at_zero
 from .positions_genlm import GenLMRotaryEmbedding
 from .recurrence_genlm import (
     ElmanCell,
     GatedLinearRecurrence,
     GRUCell,
     LSTMCell,
-    RecurrentMixer,
     TimeLayout,
 )
 
@@ -56,7 +56,8 @@ MASKS = {
 
 
 class GenLMRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019, arXiv:1910.07467), in float32 at least."""
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019, arXiv:1910.07467), in float32 at
+    least."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -76,6 +77,7 @@ class GenLMMLP(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj.start = start_at_zero
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -117,14 +119,11 @@ class GenLMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights; projections into the residual stream start at zero (Zhang et al., 2019,
-        arXiv:1901.09321), so that every layer begins as the identity."""
+        """Normal weights of deviation `initializer_range`, then what a module's own `start` makes of them."""
         super()._init_weights(module)
-        if isinstance(module, RecurrentMixer):
-            module.reset_parameters()
-        if isinstance(module, GenLMDecoderLayer):
-            init.zeros_(module.mixer.out_proj.weight)
-            init.zeros_(module.mlp.down_proj.weight)
+        start = getattr(module, "start", None)
+        if start is not None:
+            start(module)
 
 
 class GenLMModel(GenLMPreTrainedModel):
@@ -142,7 +141,7 @@ class GenLMModel(GenLMPreTrainedModel):
         if config.position_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.rotary_emb = None
-        if config.position_type == "rotary" and any(MIXERS[m] is GenLMAttention for m in config.mixer_types):
+        if config.has_rotary_positions:
             self.rotary_emb = GenLMRotaryEmbedding(config)
         self.embed_dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(GenLMDecoderLayer(config, i) for i in range(config.num_hidden_layers))
@@ -165,8 +164,10 @@ class GenLMModel(GenLMPreTrainedModel):
         """
         Args:
             input_ids: (B, T) tokens; or `inputs_embeds`: (B, T, embedding_width), before W and b.
-            attention_mask: (B, past + T), 0 at padding; or one mask per layer type, as `generate` prepares them.
-            position_ids: (B, T) or (1, T). Without mask and cache, a step other than +1 starts a packed document.
+            attention_mask: (B, past + T), 0 at padding; or one mask per layer type, as `generate` prepares
+                them.
+            position_ids: (B, T) or (1, T). Without mask and cache, a step other than +1 starts a packed
+                document.
             past_key_values: keys, values and states of the tokens before these.
 
         Raises:
@@ -212,7 +213,8 @@ class GenLMModel(GenLMPreTrainedModel):
         )
 
     def _embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """E w + positions, through W and b where there are any: (B, T, embedding_width) to (B, T, hidden_size)."""
+        """E w + positions, through W and b where there are any: (B, T, embedding_width) to (B, T,
+        hidden_size)."""
         hidden_states = inputs_embeds if self.embed_proj is None else self.embed_proj(inputs_embeds)
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(position_ids)
@@ -262,8 +264,8 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """
         Args:
-            labels: (B, T), not shifted; -100 is ignored. The loss is in nats, the mean over labels, or their sum
-                over `num_items_in_batch` when Trainer gives it.
+            labels: (B, T), not shifted; -100 is ignored. The loss is in nats, the mean over labels, or
+                their sum over `num_items_in_batch` when Trainer gives it.
             logits_to_keep: compute logits for the last so many tokens, or at these indices; 0 for all.
             others: as GenLMModel.forward.
         """

@@ -1,23 +1,28 @@
 """Recurrent mixers: Elman, GRU and LSTM cells, and a gated linear recurrence.
 
 Each has one definition (`step`, or the recurrence that `linear_scan` solves) and a fast path over the same
-parameters. State comes in from the cache and goes out to it, in float32 at least; padding holds it and the start
-of a packed document forgets it.
+parameters. State comes in from the cache and goes out to it, in float32 at least; padding holds it and the
+start of a packed document forgets it.
 
 Shapes: B batch, T tokens, D hidden_size, R recurrent_size, G gates.
 """
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from .configuration_genlm import GenLMConfig
+from .initialization_genlm import (
+    start_at_zero,
+    start_orthogonal,
+    start_remembering,
+    start_with_spread_memories,
+)
 
 # PackedSequence skips the padding of short segments but costs about 3 times as much per token on a CPU
 _MOST_PADDING = 3.0
@@ -39,7 +44,8 @@ class TimeLayout:
 
     Args:
         valid: (B, T) bool, False at padding; None: no padding.
-        document: (B, T) int, rising where a packed document starts, 0 going on from the given state; None: one each.
+        document: (B, T) int, rising where a packed document starts, 0 going on from the given state; None:
+            one each.
     """
 
     def __init__(self, valid: torch.Tensor | None = None, document: torch.Tensor | None = None):
@@ -91,6 +97,7 @@ class RecurrentMixer(nn.Module):
         self.layer_idx = layer_idx
         self.recurrent_size = config.recurrent_size
         self.out_proj = nn.Linear(config.recurrent_size, config.hidden_size, bias=False)
+        self.out_proj.start = start_at_zero
 
     def forward(
         self,
@@ -130,27 +137,26 @@ class RecurrentMixer(nn.Module):
         """The recurrence over (B, T, D) inputs.
 
         Returns:
-            outputs (B, T, R); the last states, each (B, R); and, when recording, per state (B, 1 + T, R): before
-            the first and after each token.
+            outputs (B, T, R); the last states, each (B, R); and, when recording, per state (B, 1 + T, R):
+            before the first and after each token.
         """
         raise NotImplementedError
-
-    def reset_parameters(self) -> None:
-        """Called by PreTrainedModel._init_weights after the projections have had their normal weights."""
 
 
 class ClassicCell(RecurrentMixer):
     """h_t = cell(in_proj(x_t), rec_proj(h_{t-1})), with torch's fused kernels where they apply."""
 
     n_gates = 1
+    remembering_gate: int | None = None  # starts with a bias of 1, so that the state is kept
 
     def __init__(self, config: GenLMConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.in_proj = nn.Linear(config.hidden_size, self.n_gates * config.recurrent_size)
+        width = self.n_gates * config.recurrent_size
+        self.in_proj = nn.Linear(config.hidden_size, width)
+        self.in_proj.start = partial(start_remembering, n_gates=self.n_gates, gate=self.remembering_gate)
         # only the GRU has a use for a second bias: its reset gate scales what the recurrent product adds
-        self.rec_proj = nn.Linear(
-            config.recurrent_size, self.n_gates * config.recurrent_size, bias=self.n_gates == 3
-        )
+        self.rec_proj = nn.Linear(config.recurrent_size, width, bias=self.n_gates == 3)
+        self.rec_proj.start = partial(start_orthogonal, n_gates=self.n_gates)
 
     def step(
         self, u: torch.Tensor, v: torch.Tensor, states: tuple[torch.Tensor, ...]
@@ -161,20 +167,6 @@ class ClassicCell(RecurrentMixer):
     def kernel(self, *args):
         """torch's fused kernel of this cell."""
         raise NotImplementedError
-
-    def reset_parameters(self) -> None:
-        """Orthogonal recurrent weights for each gate (Saxe et al., 2013, arXiv:1312.6120)."""
-        weight = torch.empty_like(self.rec_proj.weight)
-        for gate in weight.chunk(self.n_gates):
-            torch.nn.init.orthogonal_(gate)
-        init.copy_(
-            self.rec_proj.weight, weight
-        )  # leaves a loaded weight alone, as a write to its parts would not
-
-    def _remember(self, gate: int) -> None:
-        bias = torch.zeros_like(self.in_proj.bias)
-        bias.chunk(self.n_gates)[gate].fill_(1.0)
-        init.copy_(self.in_proj.bias, bias)
 
     def run(self, x, layout, states, recording):
         stepwise = x.shape[1] == 1 or recording or torch.compiler.is_compiling()
@@ -270,6 +262,7 @@ class GRUCell(ClassicCell):
     h_t = (1 - z) * tanh(W_n x + b_n + r * (U_n h + c_n)) + z * h_{t-1}."""
 
     n_gates = 3
+    remembering_gate = 1
 
     def step(self, u, v, states):
         (h,) = states
@@ -282,18 +275,15 @@ class GRUCell(ClassicCell):
     def kernel(self, *args):
         return torch.gru(*args)
 
-    def reset_parameters(self) -> None:
-        """Starts by keeping the state: a bias of 1 on the update gate."""
-        super().reset_parameters()
-        self._remember(gate=1)
-
 
 class LSTMCell(ClassicCell):
-    """Long short-term memory (Hochreiter and Schmidhuber, 1997) with a forget gate (Gers et al., 2000), in torch's
+    """Long short-term memory (Hochreiter and Schmidhuber, 1997) with a forget gate (Gers et al., 2000), in
+    torch's
     gate order i, f, g, o: c_t = f * c_{t-1} + i * tanh(g), h_t = o * tanh(c_t)."""
 
     n_gates = 4
     n_states = 2
+    remembering_gate = 1
 
     def step(self, u, v, states):
         _, c = states
@@ -304,30 +294,22 @@ class LSTMCell(ClassicCell):
     def kernel(self, *args):
         return torch.lstm(*args)
 
-    def reset_parameters(self) -> None:
-        """Starts by remembering: a bias of 1 on the forget gate (Jozefowicz et al., 2015)."""
-        super().reset_parameters()
-        self._remember(gate=1)
-
 
 class GatedLinearRecurrence(RecurrentMixer):
-    """h_t = f_t * h_{t-1} + (1 - f_t) * v_t with f_t = sigmoid(W_f x_t + b_f), v_t = W_v x_t; output h_t * silu(W_g x_t).
+    """h_t = f_t * h_{t-1} + (1 - f_t) * v_t with f_t = sigmoid(W_f x_t + b_f), v_t = W_v x_t; output h_t *
+    silu(W_g x_t).
 
-    Gates see only the input, so all steps solve in parallel (Martin and Cundy, 2018, arXiv:1709.04057; the gating
-    is that of Qin et al., 2023, arXiv:2311.04823). A chunked scan serves training and prefill, a step generation.
+    Gates see only the input, so all steps solve in parallel (Martin and Cundy, 2018, arXiv:1709.04057; the
+    gating is that of Qin et al., 2023, arXiv:2311.04823). A chunked scan serves training and prefill, a
+    step generation.
     """
 
     def __init__(self, config: GenLMConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.value_proj = nn.Linear(config.hidden_size, config.recurrent_size, bias=False)
         self.forget_proj = nn.Linear(config.hidden_size, config.recurrent_size)
+        self.forget_proj.start = start_with_spread_memories
         self.gate_proj = nn.Linear(config.hidden_size, config.recurrent_size, bias=False)
-
-    def reset_parameters(self) -> None:
-        """Forget-gate biases for memories of 1 to 128 tokens, evenly over their logarithm
-        (chrono initialisation; Tallec and Ollivier, 2018, arXiv:1804.11188)."""
-        tokens = torch.logspace(0, 7, self.recurrent_size, base=2.0, device=self.forget_proj.bias.device)
-        init.copy_(self.forget_proj.bias, torch.log(tokens))  # sigmoid(log n) = n / (n + 1)
 
     def run(self, x, layout, states, recording):
         (h,) = states

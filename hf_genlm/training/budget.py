@@ -28,7 +28,6 @@ SIZES = {
 DEFAULT_MINUTES = 3.0
 # AdamW's best peak for a width of 256, measured (recipes/README.md); it falls with the root of the width
 _LEARNING_RATE_AT_256 = 3e-3
-_HEAD_DIM = 64
 _LARGEST_STEPS = 10**9
 
 
@@ -120,7 +119,6 @@ def resolve(recipe: Recipe) -> Recipe:
     if model.mixers is not None:
         model.num_hidden_layers = len(model.mixers)
     model.num_hidden_layers = model.num_hidden_layers or shape.num_hidden_layers
-    model.num_attention_heads = model.num_attention_heads or _heads_of(model.hidden_size)
     training.row_length = training.row_length or shape.row_length
     training.batch_size = training.batch_size or shape.batch_size
     if training.learning_rate is None:
@@ -137,7 +135,9 @@ def _shape_of(model: ModelRecipe) -> Shape:
         return SIZES[size]
     number = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB])", size, flags=re.IGNORECASE)
     if number is None:
-        raise UserError(f"unknown --size {size!r}{did_you_mean(size, SIZES)}, or a parameter count such as 30M")
+        raise UserError(
+            f"unknown --size {size!r}{did_you_mean(size, SIZES)}, or a parameter count such as 30M"
+        )
     target = float(number[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[number[2].upper()]
     # a layer holds about 12 d^2 parameters; depth grows with width as in the named sizes (d = 64 per layer)
     width = max(64, 64 * round((target / 12 * 64) ** (1 / 3) / 64))
@@ -148,8 +148,3 @@ def _shape_of(model: ModelRecipe) -> Shape:
 def _rows_of(width: int) -> tuple[int, int]:
     nearest = min(SIZES.values(), key=lambda shape: abs(math.log(shape.hidden_size / width)))
     return nearest.row_length, nearest.batch_size
-
-
-def _heads_of(hidden_size: int) -> int:
-    most = max(1, hidden_size // _HEAD_DIM)
-    return next(heads for heads in range(most, 0, -1) if hidden_size % heads == 0)

@@ -1,7 +1,7 @@
 """The optimizer of a recipe, built where Trainer wants it built.
 
-`Trainer(optimizer_cls_and_kwargs=(OptimizerFactory, {"recipe": ...}))` calls `OptimizerFactory()(model, recipe)`
-once the model lies where it will be trained. A new optimizer is a new row of OPTIMIZERS.
+`Trainer(optimizer_cls_and_kwargs=(OptimizerFactory, {"recipe": ...}))` calls `OptimizerFactory()(model,
+recipe)` once the model lies where it will be trained. A new optimizer is a new row of OPTIMIZERS.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,8 @@ from hf_genlm.recipe import TrainingRecipe
 
 
 def adamw(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101); weight decay on the matrices of the layers alone."""
+    """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101); weight decay on the matrices of the layers
+    alone."""
     decayed, kept = split_by_decay(model)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return torch.optim.AdamW(

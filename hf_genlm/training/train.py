@@ -1,4 +1,5 @@
-"""The main job: from sources to a measured model in a run folder. Run it with `hf-genlm train [SOURCE ...]`."""
+"""The main job: from sources to a measured model in a run folder. Run it with `hf-genlm train [SOURCE
+...]`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -42,9 +43,11 @@ class TokenizedCorpus:
 
 
 def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> RunFolder:
-    """Read the corpus, train the tokenizer and the model, measure the saved model, and leave all of it in `out`.
+    """Read the corpus, train the tokenizer and the model, measure the saved model, and leave all of it in
+    `out`.
 
-    `listener(event, fields)` hears every logged event and, as `progress` {task, done, total}, how far a stage is.
+    `listener(event, fields)` hears every logged event and, as `progress` {task, done, total}, how far a
+    stage is.
 
     Raises:
         UserError: a recipe, source or folder that cannot be used; nothing is left in `out` then.
@@ -96,7 +99,9 @@ def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
         vocab_size=len(tokenizer),
         train_tokens=tokenized.train.n_tokens,
         validation_tokens=tokenized.validation.n_tokens,
-        bytes_per_token=round(corpus.report["validation"]["bytes"] / max(1, tokenized.validation.n_tokens), 3),
+        bytes_per_token=round(
+            corpus.report["validation"]["bytes"] / max(1, tokenized.validation.n_tokens), 3
+        ),
     )
     return tokenized
 
@@ -182,7 +187,8 @@ def fit(
 
 
 class BudgetTrainer(Trainer):
-    """Trainer with the learning rate tied to the budget, so that it reaches 0 when the time or the steps are up."""
+    """Trainer with the learning rate tied to the budget, so that it reaches 0 when the time or the steps
+    are up."""
 
     def __init__(self, budget: Budget, recipe: TrainingRecipe, **kwargs):
         self.budget, self.recipe = budget, recipe
@@ -226,7 +232,9 @@ def evaluate_run(run: RunFolder, corpus: TokenizedCorpus, recipe: Recipe) -> lis
     return found
 
 
-def _likelihood(model, corpus: TokenizedCorpus, recipe: EvaluationRecipe, row_length: int, max_tokens, **kwargs):
+def _likelihood(
+    model, corpus: TokenizedCorpus, recipe: EvaluationRecipe, row_length: int, max_tokens, **kwargs
+):
     return measure_likelihood(
         model,
         corpus.validation,
@@ -255,7 +263,9 @@ def _tokens_per_step(training: TrainingRecipe) -> int:
     return training.batch_size * training.accumulation * (training.row_length - 1)
 
 
-def _encode_splits(run: RunFolder, tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> Sequence[TokenizedDocuments]:
+def _encode_splits(
+    run: RunFolder, tokenizer: PreTrainedTokenizerBase, corpus: Corpus
+) -> Sequence[TokenizedDocuments]:
     encoded = []
     for split, documents in (("train", corpus.train), ("validation", corpus.validation)):
 
@@ -297,7 +307,8 @@ def _training_arguments(run: RunFolder, training: TrainingRecipe, budget: Budget
 
 
 def _computes_bfloat16() -> bool:
-    """Whether the device multiplies bfloat16 natively; on CPUs its emulation is 100 times slower than float32."""
+    """Whether the device multiplies bfloat16 natively; on CPUs its emulation is 100 times slower than
+    float32."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 

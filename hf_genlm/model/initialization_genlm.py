@@ -1,0 +1,39 @@
+"""How a Linear starts where the usual normal draw is not best.
+
+A layer sets `linear.start = start_...`; PreTrainedModel._init_weights calls it after the draw. Each writes
+a whole tensor through transformers' `init`, which leaves loaded weights alone. (A module without tensors
+of its own is never asked.)
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+
+def start_at_zero(linear: nn.Linear) -> None:
+    """A projection into the residual stream starts its layer as the identity (Zhang et al., 2019,
+    arXiv:1901.09321)."""
+    init.zeros_(linear.weight)
+
+
+def start_orthogonal(linear: nn.Linear, n_gates: int) -> None:
+    """Recurrent weights, orthogonal for each gate (Saxe et al., 2013, arXiv:1312.6120)."""
+    weight = torch.empty_like(linear.weight)
+    for gate in weight.chunk(n_gates):
+        torch.nn.init.orthogonal_(gate)
+    init.copy_(linear.weight, weight)
+
+
+def start_remembering(linear: nn.Linear, n_gates: int, gate: int | None) -> None:
+    """A bias of 1 on the gate that keeps the state (Jozefowicz et al., 2015)."""
+    bias = torch.zeros_like(linear.bias)
+    if gate is not None:
+        bias.chunk(n_gates)[gate].fill_(1.0)
+    init.copy_(linear.bias, bias)
+
+
+def start_with_spread_memories(linear: nn.Linear) -> None:
+    """Forget-gate biases for memories of 1 to 128 tokens, evenly over their logarithm
+    (chrono initialisation; Tallec and Ollivier, 2018, arXiv:1804.11188)."""
+    tokens = torch.logspace(0, 7, linear.out_features, base=2.0, device=linear.bias.device)
+    init.copy_(linear.bias, torch.log(tokens))  # sigmoid(log n) = n / (n + 1)

@@ -1,0 +1,42 @@
+"""What several promises need: small models of every kind, with weights that make a difference."""
+
+import os
+
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # before transformers is imported: no test may reach for a network
+
+import pytest
+import torch
+
+from hf_genlm.model import MIXERS, GenLMConfig, GenLMForCausalLM
+
+# every mixer of the table by itself, so that a new one is tested unasked, and mixtures of them
+STACKS = {mixer: [mixer, mixer] for mixer in MIXERS}
+STACKS["hybrid"] = ["gated_linear", "full_attention", "lstm"]
+STACKS["recurrent_first"] = ["gru", "sliding_attention", "elman"]
+VOCAB, PAD, EOS = 61, 0, 1
+
+
+def build_model(mixers: list[str], seed: int = 0, **overrides) -> GenLMForCausalLM:
+    """A small model in eval mode. New models start as the identity: give every matrix something to do."""
+    shapes = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "sliding_window": 5, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": EOS}  # fmt: skip
+    config = GenLMConfig(mixer_types=mixers, **{**shapes, **overrides})
+    torch.manual_seed(seed)
+    model = GenLMForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+@pytest.fixture(params=STACKS)
+def model(request) -> GenLMForCausalLM:
+    return build_model(STACKS[request.param])
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    """(3, 12) random ids without pad and end of text."""
+    return torch.randint(2, VOCAB, (3, 12), generator=torch.Generator().manual_seed(1))
