@@ -219,7 +219,8 @@ def test_hub_out_of_reach_is_one_line(hub):
 
 def test_bad_sources(tmp_path, monkeypatch):
     assert "owner/name" in complaint(tmp_path / "missing.txt")
-    assert "owner/name" in complaint("")
+    for word in ("", "x" * 5000, "a\0b", "~nobody-of-this-name/a.txt", "data/"):
+        assert "owner/name" in complaint(word)
     assert "owner/name" in complaint("corpus/missing.jsonl")
     assert "pattern" in complaint(tmp_path / "*.txt")
     write(tmp_path / "pictures/a.png", b"\x89PNG")
@@ -245,7 +246,7 @@ def test_bad_text(tmp_path):
     assert "binary" in binary
     wrong = complaint(write(tmp_path / "latin.txt", b"abc\xe9 d"))
     assert all(word in wrong for word in ("0xe9", "offset 3", "latin.txt", "--set corpus.encoding=latin-1"))
-    for encoding in ("no-such-thing", "hex", "utf\0-8", ""):
+    for encoding in ("no-such-thing", "hex", "utf\0-8", "", "undefined"):
         assert "corpus.encoding" in complaint(tmp_path / "latin.txt", encoding=encoding)
     surrogate = write(tmp_path / "half.jsonl", '{"text": "a\\ud800"}\n')
     assert "U+D800" in complaint(surrogate)
@@ -260,6 +261,8 @@ def test_bad_records(tmp_path):
     message = complaint(write(tmp_path / "c.jsonl", good + '{"body": "x", "id": 1}\n'))
     assert all(word in message for word in ("line 2", "'body'", "'id'", "--set corpus.text_column=body"))
     assert "int" in complaint(write(tmp_path / "d.jsonl", '{"text": 3}\n'))
+    assert "line 1" in complaint(write(tmp_path / "g.jsonl", '{"text": ' + "9" * 5000 + "}\n"))
+    assert "line 1" in complaint(write(tmp_path / "h.jsonl", "[" * 100_000))
     assert "'body'" in complaint(write(tmp_path / "e.parquet", parquet_of({"body": ["a"]})))
     assert "int" in complaint(write(tmp_path / "f.parquet", parquet_of({"text": [1, 2]})))
 

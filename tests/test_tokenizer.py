@@ -184,6 +184,14 @@ def test_tokenized_documents(tokenizer, documents):
         tokens[len(documents)]
 
 
+def test_batches_leave_nothing_out(tokenizer, documents, monkeypatch):
+    whole = encode_documents(tokenizer, documents)
+    monkeypatch.setattr("hf_genlm.text.tokenizer._ENCODE_BATCH", 20_000)
+    batched = encode_documents(tokenizer, documents)
+    assert batched.ids.tolist() == whole.ids.tolist()
+    assert batched.offsets.tolist() == whole.offsets.tolist()
+
+
 def test_progress_ends_at_the_total(tokenizer, documents):
     heard = []
     encode_documents(tokenizer, documents, lambda done, total: heard.append((done, total)))

@@ -1,6 +1,5 @@
 """Bytes of one file to its texts: decompression, decoding, and the records of JSONL and parquet."""
 
-import codecs
 import io
 import json
 import lzma
@@ -66,10 +65,7 @@ def check_encoding(encoding: str) -> None:
         UserError: Python knows no text encoding of that name.
     """
     try:
-        codecs.lookup(encoding)
-        b"\0\0\0\0".decode(encoding)
-    except UnicodeError:
-        pass  # a real encoding, to which the probe means nothing
+        "a".encode(encoding).decode(encoding)
     except (LookupError, ValueError) as error:
         raise UserError(
             f"corpus.encoding = {encoding!r} is no text encoding that Python knows: "
@@ -159,10 +155,11 @@ def _decode(label: str, content: bytes, recipe: CorpusRecipe) -> str:
         )
     try:
         text = content.decode(recipe.encoding)
-    except UnicodeDecodeError as error:
-        remedy = "utf-8" if recipe.encoding.lower() == "latin-1" else "latin-1"
+    except UnicodeError as error:
+        start = getattr(error, "start", 0)
+        remedy = "latin-1" if recipe.encoding.lower() in ("utf-8", "utf8") else "utf-8"
         raise UserError(
-            f"{label!r} is not {recipe.encoding}: byte 0x{content[error.start]:02x} at offset {error.start}; "
+            f"{label!r} is not {recipe.encoding}: byte 0x{content[start]:02x} at offset {start}; "
             f"name its encoding, for example --set corpus.encoding={remedy}"
         ) from error
     _check_unicode(label, text)
@@ -192,7 +189,7 @@ def _jsonl(label: str, content: bytes, recipe: CorpusRecipe) -> list[str]:
         where = f"{label}, line {number}"
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{where!r} is not JSON ({_one_line(error)}): a .jsonl file holds one object a line; "
                 "mend the line, or rename the file to .txt to read it as text"

@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hf_genlm.errors import UserError
 from hf_genlm.recipe import CorpusRecipe
@@ -124,8 +124,10 @@ def read_standard_library() -> Reading:
 
 def _locate(word: str) -> tuple[list[_Found], int]:
     """Files of a source and the number of others skipped; no files for the id of a Hub data set."""
-    path = Path(word).expanduser()
-    if word and path.is_dir():
+    path = Path(os.path.expanduser(word))
+    if word and os.path.isdir(
+        path
+    ):  # pathlib's own questions raise on a name too long or a closed parent folder
         return _in_folder(word, path)
     if word and os.path.lexists(path):
         return [_Found(path, _shown(path), named=True)], 0
@@ -160,7 +162,7 @@ def _in_folder(word: str, folder: Path) -> tuple[list[_Found], int]:
 def _walk(folder: Path, pruned: Iterable[str] = ()) -> list[Path]:
     """Regular files below `folder`, but hidden ones and `pruned` folders, sorted by relative path."""
 
-    def stop(error: OSError) -> None:
+    def stop(error: OSError) -> NoReturn:
         raise UserError(
             f"{error.filename!r} cannot be read ({error.strerror}): change its permissions"
         ) from error
@@ -169,9 +171,11 @@ def _walk(folder: Path, pruned: Iterable[str] = ()) -> list[Path]:
     for parent, folders, files in os.walk(folder, onerror=stop):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in pruned]
         found += [Path(parent, name) for name in files if not name.startswith(".")]
-    return sorted(
-        (path for path in found if path.is_file()), key=lambda path: path.relative_to(folder).as_posix()
-    )
+    try:
+        regular = [path for path in found if path.is_file()]
+    except OSError as error:  # a folder that may be listed but not entered
+        stop(error)
+    return sorted(regular, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def _shown(path: Path) -> str:
