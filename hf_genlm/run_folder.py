@@ -136,7 +136,6 @@ def describe_environment() -> dict[str, Any]:
         "tokenizers",
         "datasets",
         "accelerate",
-        "evaluate",
         "safetensors",
     )
     return {

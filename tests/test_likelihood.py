@@ -36,6 +36,26 @@ def model() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
+@pytest.fixture(scope="module", params=["gpt2", "lstm", "gated_linear", "hybrid", "sliding"])
+def any_model(request, model):
+    """GPT-2 of transformers and models of ours: recurrent, attending and both."""
+    if request.param == "gpt2":
+        return model
+    from hf_genlm.model import GenLMConfig, GenLMForCausalLM
+
+    torch.manual_seed(0)
+    config = GenLMConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        decoder=request.param,
+        max_position_embeddings=16,
+        initializer_range=0.4,
+    )
+    return GenLMForCausalLM(config).eval()
+
+
 def make_documents(count: int, longest: int, seed: int = 0) -> list[tuple[np.ndarray, int]]:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, longest + 1, size=count)
@@ -87,12 +107,12 @@ class CountingModel(torch.nn.Module):
 @pytest.mark.parametrize(
     ("longest", "stride"), [(9, None), (12, None), (50, None), (50, 1), (50, 5), (50, 12)]
 )
-def test_equals_the_definition_in_float64(model, longest, stride):
+def test_equals_the_definition_in_float64(any_model, longest, stride):
     documents = make_documents(6, longest)
-    nats = [reference_nats(model, ids, CONTEXT, stride or CONTEXT // 2) for ids, _ in documents]
+    nats = [reference_nats(any_model, ids, CONTEXT, stride or CONTEXT // 2) for ids, _ in documents]
     total, tokens = math.fsum(x for row in nats for x in row), sum(map(len, nats))
     n_bytes = sum(size for _, size in documents)
-    found = measure(model, documents, stride=stride)
+    found = measure(any_model, documents, stride=stride)
     assert found["nats_per_token"].value == pytest.approx(total / tokens, rel=1e-6)
     assert found["perplexity"].value == pytest.approx(math.exp(total / tokens), rel=1e-5)
     assert found["bits_per_byte"].value == pytest.approx(total / math.log(2) / n_bytes, rel=1e-6)
@@ -107,13 +127,17 @@ def test_a_document_that_fits_is_one_plain_cross_entropy(model):
     assert measure(model, [(ids, 30)])["nats_per_token"].value == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_no_figure_depends_on_the_batch_size(model, monkeypatch):
+def test_no_figure_depends_on_the_batch_size(any_model, monkeypatch):
     documents = make_documents(25, 30)
-    one = measure(model, documents, batch_size=1)
+    one = measure(any_model, documents, batch_size=1)
     monkeypatch.setattr(likelihood, "MAX_LOGITS", 3 * CONTEXT * VOCAB)
-    bounded = measure(model, documents, batch_size=64)
+    bounded = measure(any_model, documents, batch_size=64)
     monkeypatch.undo()
-    for other in (measure(model, documents, batch_size=3), measure(model, documents, batch_size=64), bounded):
+    for other in (
+        measure(any_model, documents, batch_size=3),
+        measure(any_model, documents, batch_size=64),
+        bounded,
+    ):
         for name, expected in one.items():
             assert other[name].value == pytest.approx(expected.value, rel=1e-6)
             assert other[name].stderr == pytest.approx(expected.stderr, rel=1e-5)

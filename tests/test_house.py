@@ -1,0 +1,94 @@
+"""Promise: the house stays as drawn. Imports go down the table, files and functions stay readable."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "hf_genlm"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# room -> what it may import from hf_genlm; a room may always import itself
+MAY_IMPORT = {
+    "errors": set(),
+    "recipe": {"errors"},
+    "run_folder": {"errors"},
+    "text": {"recipe", "errors"},
+    "model": set(),
+    "evaluation": {"recipe", "errors"},
+    "training": {"recipe", "errors", "run_folder", "text", "model", "evaluation"},
+    "publish": {"recipe", "errors", "run_folder", "evaluation.measurement"},
+}
+TOP = {"cli", "__init__", "__main__"}  # may import everything
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(file: Path) -> set[str]:
+    """Dotted names below hf_genlm that `file` imports anywhere, inside functions too."""
+    package = ("hf_genlm", *file.relative_to(PACKAGE).parts[:-1])
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return {name.removeprefix("hf_genlm.") for name in names if name.startswith("hf_genlm.")}
+
+
+def forbidden(room: str, names: set[str]) -> set[str]:
+    allowed = MAY_IMPORT[room] | {room}
+    return {n for n in names if not any(n == a or n.startswith(a + ".") or a.startswith(n + ".") for a in allowed)}
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if room_of(f) not in TOP], ids=lambda f: f.relative_to(PACKAGE).as_posix())
+def test_imports_go_down(file):
+    assert not forbidden(room_of(file), imports_of(file))
+
+
+def test_the_check_of_imports_can_fail():
+    assert forbidden("text", {"model.modeling_genlm"}) and forbidden("publish", {"evaluation.likelihood"})
+    assert not forbidden("publish", {"evaluation.measurement", "evaluation.measurement.Measurement"})
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE / "model").glob("*_genlm.py")), ids=lambda f: f.name)
+def test_what_travels_to_the_hub_stands_alone(file):
+    """transformers copies files that `from .name import` names, and checks every absolute import."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1
+            assert node.module is not None and "." not in node.module, "only `from .name import x` is copied"
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            roots = {(node.module or "").split(".")[0]} if isinstance(node, ast.ImportFrom) else {
+                alias.name.split(".")[0] for alias in node.names
+            }  # fmt: skip
+            assert roots <= {"torch", "transformers", "huggingface_hub", "functools", "typing", "collections", "math"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.relative_to(PACKAGE).as_posix())
+def test_files_and_functions_stay_readable(file):
+    assert file.stem not in {"utils", "helpers", "common", "misc"}
+    source = file.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 420
+    tree = ast.parse(source)
+    assert file.stat().st_size == 0 or ast.get_docstring(tree), "a module's first line says what it is for"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 70, f"{node.name} is too long"
+
+
+def test_importing_the_rooms_is_free_of_torch():
+    """--help and a wrong argument answer at once because these modules do not load torch."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.argv[0] = 'hf-genlm'; import hf_genlm.cli, hf_genlm.recipe, hf_genlm.run_folder;"
+        "import hf_genlm.evaluation.measurement; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

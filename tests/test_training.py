@@ -1,0 +1,261 @@
+"""Promise: one call goes from text to a measured model, the same way every time."""
+
+import dataclasses
+import json
+from pydoc_data.topics import topics
+
+import pytest
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
+
+from hf_genlm.errors import UserError
+from hf_genlm.evaluation.measurement import read_measurements
+from hf_genlm.model import DECODERS, GenLMForCausalLM
+from hf_genlm.recipe import Recipe, TrainingRecipe, load_recipe
+from hf_genlm.training import budget as budget_module
+from hf_genlm.training.budget import Budget, budget_of, resolve, trapezoid
+from hf_genlm.training.callbacks import MilestoneCallback, Pace
+from hf_genlm.training.optimizer import OptimizerFactory
+from hf_genlm.training.train import train
+
+SMALL = [
+    "tokenizer.vocab_size=400",
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=2",
+    "training.row_length=32",
+    "training.batch_size=8",
+    "training.steps=30",
+    "training.validations=1",
+]
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory):
+    """Forty documents of the reference that CPython brings."""
+    folder = tmp_path_factory.mktemp("text")
+    for name, text in sorted(topics.items())[:40]:
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def small_recipe(text_folder, *assignments: str) -> Recipe:
+    return load_recipe(None, [*SMALL, f"corpus.sources={text_folder}", *assignments])
+
+
+def losses(run) -> list[float]:
+    return [event["loss"] for event in run.read_log() if event["event"] == "step"]
+
+
+@pytest.fixture
+def every_step(monkeypatch):
+    """Log each step instead of twice a second."""
+    monkeypatch.setattr("hf_genlm.training.callbacks._LOG_EVERY_S", 0.0)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_every_decoder_trains_and_is_measured(decoder, text_folder, tmp_path, every_step):
+    heard = []
+    recipe = small_recipe(text_folder, f"model.decoder={decoder}")
+    run = train(recipe, tmp_path / "run", lambda event, fields: heard.append(event))
+    curve = losses(run)
+    assert len(curve) == 30
+    assert sum(curve[-5:]) / 5 < curve[0] - 1.0
+    values = {m.name: m for m in read_measurements(run.evaluation)}
+    assert set(values) == {"nats_per_token", "perplexity", "bits_per_byte", "top1_accuracy", "top5_accuracy"}
+    assert {m.split for m in values.values()} == {"validation"}
+    corpus = json.loads(run.corpus.read_text())
+    assert values["bits_per_byte"].n == corpus["validation"]["bytes"]
+    assert values["nats_per_token"].n == corpus["validation"]["tokens"]
+    for part in ("recipe", "environment", "corpus", "log_file", "evaluation", "samples"):
+        assert getattr(run, part).is_file(), part
+    for event in ("started", "corpus", "tokenized", "model", "step", "validation", "sample", "trained", "evaluated"):
+        assert event in heard
+    model = AutoModelForCausalLM.from_pretrained(run.model)
+    assert type(model) is GenLMForCausalLM
+    assert model.config.use_cache
+    assert load_recipe(run.recipe).model.decoder == decoder
+    ids = AutoTokenizer.from_pretrained(run.model)("import", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
+
+
+def test_accumulation_gives_the_same_losses(text_folder, tmp_path, every_step):
+    curves = {}
+    for batch, accumulation in ((8, 1), (4, 2)):
+        recipe = small_recipe(
+            text_folder,
+            "training.steps=20",
+            f"training.batch_size={batch}",
+            f"training.accumulation={accumulation}",
+        )
+        curves[accumulation] = losses(train(recipe, tmp_path / str(accumulation)))
+    assert len(curves[1]) == 20
+    assert max(abs(a - b) for a, b in zip(curves[1], curves[2], strict=True)) < 1e-5
+
+
+def test_the_same_recipe_gives_the_same_weights_and_another_seed_does_not(text_folder, tmp_path):
+    weights = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run = train(small_recipe(text_folder, "training.steps=5", f"training.seed={seed}"), tmp_path / name)
+        weights.append((run.model / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_a_resolved_recipe_repeats_its_run(text_folder, tmp_path):
+    first = train(small_recipe(text_folder, "training.steps=5"), tmp_path / "a")
+    again = train(load_recipe(first.recipe), tmp_path / "b")
+    assert (first.model / "model.safetensors").read_bytes() == (again.model / "model.safetensors").read_bytes()
+    assert first.recipe.read_text() == again.recipe.read_text()
+
+
+def test_samples_and_validations_do_not_change_training(text_folder, tmp_path, every_step):
+    recipe = small_recipe(text_folder, "training.steps=8", "model.dropout=0.1")
+    with_them = train(recipe, tmp_path / "a")
+    recipe.training.validations = 0
+    recipe.training.samples = 1
+    assert losses(train(recipe, tmp_path / "b")) == losses(with_them)
+
+
+def test_minutes_end_the_run_with_the_rate_at_zero(text_folder, tmp_path, every_step):
+    recipe = small_recipe(text_folder, "training.minutes=0.05")
+    recipe.training.steps = None
+    run = train(recipe, tmp_path / "run")
+    steps = [event for event in run.read_log() if event["event"] == "step"]
+    (trained,) = [event for event in run.read_log() if event["event"] == "trained"]
+    assert trained["seconds"] == pytest.approx(3.0, abs=1.5)
+    assert trained["steps"] == steps[-1]["step"]
+    peak = resolve(recipe).training.learning_rate
+    assert steps[-1]["learning_rate"] < 0.35 * max(step["learning_rate"] for step in steps) <= peak
+
+
+def test_budget_by_the_clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(budget_module.time, "monotonic", lambda: now[0])
+    budget = Budget(seconds=10.0)
+    assert budget.progress(5) == 0.0
+    budget.start()
+    now[0] += 4.0
+    budget.note_step()
+    assert budget.progress(1) == pytest.approx(0.4)
+    assert budget.left_s(1) == pytest.approx(6.0)
+    assert not budget.is_spent(1)
+    now[0] += 4.2
+    budget.note_step()  # another step of 4.2 s from 8.2 s would end at 12.4 s: more than half of it too late
+    assert budget.is_spent(2)
+
+
+def test_budget_by_tokens_rounds_up_to_whole_steps():
+    assert budget_of(TrainingRecipe(tokens=1000), tokens_per_step=300).steps == 4
+    with pytest.raises(UserError, match="--steps and --minutes|--minutes and --steps"):
+        budget_of(TrainingRecipe(minutes=1, steps=3), tokens_per_step=1)
+    with pytest.raises(UserError, match="more than 0"):
+        budget_of(TrainingRecipe(steps=0), tokens_per_step=1)
+
+
+def test_trapezoid():
+    assert [trapezoid(p, 0.1, 0.5) for p in (0.0, 0.05, 0.1, 0.5, 0.75, 1.0)] == [0.0, 0.5, 1.0, 1.0, 0.5, 0.0]
+    assert trapezoid(0.0, 0.0, 0.0) == trapezoid(1.0, 0.0, 0.0) == 1.0
+
+
+def test_pace_counts_the_short_step_at_the_end_of_an_epoch():
+    pace = Pace(n_rows=10, rows_per_step=4, targets_per_row=3)
+    assert [pace.tokens(step) for step in (0, 1, 2, 3, 4)] == [0, 12, 24, 30, 42]
+
+
+def test_milestones_come_once_each_and_never_at_the_end():
+    seen, budget = [], Budget(steps=100)
+    callback = MilestoneCallback(budget, 4, lambda model, step: seen.append(step))
+    for step in range(1, 101):
+        state = type("State", (), {"global_step": step})
+        callback.on_step_end(None, state, None)
+    assert seen == [20, 40, 60, 80]
+
+
+@pytest.mark.parametrize(("size", "millions"), [("tiny", None), ("2M", 2), ("30M", 30), ("120M", 120)])
+def test_sizes_are_what_they_say(size, millions):
+    recipe = Recipe()
+    recipe.model.size = size
+    model = resolve(recipe).model
+    if millions is not None:
+        assert 12 * model.hidden_size**2 * model.num_hidden_layers == pytest.approx(millions * 1e6, rel=0.35)
+
+
+def test_decay_spares_embeddings_biases_and_norms():
+    from conftest import build_model
+
+    model = build_model(["gru", "full_attention"], embedding_size=8)
+    recipe = TrainingRecipe(learning_rate=1e-3)
+    optimizer = OptimizerFactory()(model, recipe)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}
+    assert groups[0.1] | groups[0.0] == set(names.values())
+    assert "model.embed_tokens.weight" in groups[0.0]
+    assert all(name.endswith("proj.weight") for name in groups[0.1])
+    assert all("norm" in name or "bias" in name or "embed_tokens" in name for name in groups[0.0])
+
+
+def test_plain_trainer_fine_tunes_a_saved_model(text_folder, tmp_path):
+    """What the README shows: nothing of ours but the import that registers the model."""
+    run = train(small_recipe(text_folder, "training.steps=10", "model.decoder=lstm"), tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(run.model)
+    tokenizer = AutoTokenizer.from_pretrained(run.model)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    texts = ["The quick brown fox jumps over the lazy dog.", "A short one."] * 8
+    dataset = [tokenizer(text + tokenizer.eos_token) for text in texts]
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(tmp_path / "tuned"), max_steps=30, per_device_train_batch_size=4, learning_rate=1e-2,
+            gradient_accumulation_steps=2, logging_steps=1, report_to="none", disable_tqdm=True, save_steps=30,
+        ),
+        train_dataset=dataset,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )  # fmt: skip
+    trainer.train()
+    curve = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert curve[-1] < curve[0] / 2
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned" / "checkpoint-30")
+    prompt = tokenizer("The quick brown", return_tensors="pt")
+    text = tokenizer.decode(tuned.generate(**prompt, max_new_tokens=30, do_sample=False)[0], skip_special_tokens=True)
+    assert text == texts[0]
+
+
+@pytest.mark.parametrize(
+    ("assignments", "words"),
+    [
+        (["model.decoder=lstmm"], "did you mean 'lstm'"),
+        (["model.mixers=lstm,full_atention"], "did you mean 'full_attention'"),
+        (["model.decoder=transformer", "model.num_attention_heads=5"], "multiple of num_attention_heads"),
+        (["training.optimizer=adam"], "did you mean 'adamw'"),
+        (["training.row_length=100000000"], "row_length"),
+        (["tokenizer.vocab_size=30000"], "vocab"),
+        (["model.size=tinny"], "did you mean 'tiny'"),
+        (["training.dtype=float15"], "dtype"),
+    ],
+)
+def test_recipes_that_cannot_work_leave_no_folder(assignments, words, text_folder, tmp_path):
+    with pytest.raises(UserError, match=words) as caught:
+        train(small_recipe(text_folder, *assignments), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(text_folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("mine")
+    with pytest.raises(UserError, match="already holds a run"):
+        train(small_recipe(text_folder), tmp_path / "run")
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == "mine"
+
+
+def test_recipe_fields_cover_each_other():
+    """Every field of the model section is a field of the config, so that none is silently ignored."""
+    from hf_genlm.model import GenLMConfig
+
+    names = {field.name for field in dataclasses.fields(Recipe().model)} - {"decoder", "mixers", "size"}
+    assert names <= {field.name for field in dataclasses.fields(GenLMConfig)}
