@@ -1,0 +1,194 @@
+"""The model card, `hf-genlm card RUN`: written from the files of the run folder and from nothing else.
+
+The same run folder gives the same card. A figure on it is read from a file of the run, never typed.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from hf_genlm.errors import UserError
+from hf_genlm.evaluation.measurement import Measurement, read_measurements
+from hf_genlm.publish import markdown
+from hf_genlm.publish.parameters import parts_of, read_sizes
+from hf_genlm.recipe import Recipe, load_recipe
+from hf_genlm.run_folder import RunFolder, read_json, write_text
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+MAX_FILES_LISTED = 20
+N_SAMPLES = 2
+MAX_SAMPLE_CHARACTERS = 1500
+
+# What a card says of each measurement: title, definition.
+_DEFINITIONS = {
+    "bits_per_byte": (
+        "Bits per byte",
+        "total -log2 probability of the text over the number of its UTF-8 bytes, those of the original text, "
+        "not of its tokens; models with different vocabularies compare by it",
+    ),
+    "nats_per_token": ("Nats per token", "mean -ln probability of a token of this model's own vocabulary"),
+    "perplexity": ("Perplexity per token", "exp of the nats per token; compares only within one vocabulary"),
+    "top1_accuracy": ("Top-1 accuracy", "share of tokens that the model ranked first; ties count against it"),
+    "top5_accuracy": ("Top-5 accuracy", "share of tokens that the model ranked among its first five"),
+}
+_DECODER_TAGS = {"full_attention": "transformer", "sliding_attention": "sliding"}
+_DIRECTORIES = re.compile(r"(?<![\w.:/\\~])(?:file:|~|[A-Za-z]:)?[/\\]+(?:[^\s/\\]+[/\\]+)+")
+
+
+def write_card(run: RunFolder, repo_id: str | None = None) -> Path:
+    """Write `model/README.md` of a run, without touching the network.
+
+    Args:
+        run: a finished run.
+        repo_id: the Hub id to show in the loading example; None: the example loads the folder it stands in.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        UserError: a file of the run is missing or damaged; the message names the verb that writes it.
+    """
+    recipe = load_recipe(run.recipe)
+    facts = _read_facts(run, recipe)
+    facts["repo"] = "." if repo_id is None else repo_id
+    data = _front_matter(recipe, facts)
+    path = run.model / "README.md"
+    write_text(path, f"---\n{data.to_yaml()}\n---\n\n{_render(facts)}")
+    return path
+
+
+def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
+    """What the template prints, as it is in the run folder, without directories of this machine."""
+    for path in (run.model / "config.json", run.corpus, run.environment, run.evaluation):
+        if not path.is_file():
+            raise UserError(f"{str(path)!r} does not exist: 'train' writes it; was the run interrupted?")
+    config = read_json(run.model / "config.json")
+    audit = run.path / "audit.json"
+    events = _read_log(run)
+    sizes = read_sizes(run.model / "model.safetensors")
+    samples = run.samples.read_text(encoding="utf-8") if run.samples.is_file() else ""
+    return {
+        "name": recipe.card.name or run.path.resolve().name,
+        "license": recipe.card.license,
+        "languages": recipe.card.language,
+        "config": config,
+        "mixers": _counted(config["mixer_types"]),
+        "parts": parts_of(sizes, config["mixer_types"]),
+        "n_parameters": sum(sizes.values()),
+        "is_tied": "lm_head.weight" not in sizes,
+        "measurements": read_measurements(run.evaluation),
+        "context": recipe.evaluation.context or recipe.training.row_length,
+        "audit": read_measurements(audit) if audit.is_file() else None,
+        "corpus": _portable(read_json(run.corpus)),
+        "environment": read_json(run.environment),
+        "trained": next((event for event in reversed(events) if event.get("event") == "trained"), None),
+        "recipe_yaml": yaml.safe_dump(_portable(asdict(recipe)), sort_keys=False, allow_unicode=True),
+        "samples": markdown.fenced_blocks(samples)[-N_SAMPLES:],
+    }
+
+
+def _front_matter(recipe: Recipe, facts: dict[str, Any]) -> "ModelCardData":
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name=facts["corpus"]["description"],
+            dataset_split=measurement.split,
+            dataset_args={"sha256": facts["corpus"][measurement.split]["sha256"]}
+            if measurement.split in facts["corpus"]
+            else None,
+            metric_type=measurement.name,
+            metric_name=_title(measurement),
+            metric_value=measurement.value,
+        )
+        for measurement in facts["measurements"]
+        if math.isfinite(measurement.value)
+    ]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=recipe.card.license,
+        language=recipe.card.language or None,
+        tags=["genlm", "custom_code", *_decoder_tags(facts["config"]["mixer_types"])],
+        metrics=[measurement.name for measurement in facts["measurements"]],
+        model_name=facts["name"],
+        eval_results=results or None,
+    )
+
+
+def _render(facts: dict[str, Any]) -> str:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(
+        prose=markdown.prose, code=markdown.code, fence=markdown.fence, count=markdown.count, figures=_figures
+    )
+    environment.filters.update(title=_title, cut=_cut)
+    template = resources.files("hf_genlm.publish").joinpath("card_template.md").read_text(encoding="utf-8")
+    definitions = [_DEFINITIONS[m.name] for m in facts["measurements"] if m.name in _DEFINITIONS]
+    return environment.from_string(template).render(
+        **facts, definitions=definitions, max_files_listed=MAX_FILES_LISTED
+    )
+
+
+def _title(measurement: Measurement) -> str:
+    return _DEFINITIONS.get(measurement.name, (measurement.name, ""))[0]
+
+
+def _figures(number: float | None, measurement: Measurement) -> str:
+    """`number` to the second figure of its standard error, to 4 decimals where that is unknown."""
+    if number is None or not math.isfinite(number):
+        return "unknown"
+    if not measurement.stderr:
+        return f"{number:.4f}"
+    return f"{number:.{min(8, max(0, 1 - math.floor(math.log10(measurement.stderr))))}f}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_SAMPLE_CHARACTERS else text[:MAX_SAMPLE_CHARACTERS] + "…"
+
+
+def _counted(mixer_types: list[str]) -> str:
+    """`2 gated_linear, 1 full_attention` in the order of first appearance."""
+    return ", ".join(f"{n} {mixer}" for mixer, n in Counter(mixer_types).items())
+
+
+def _decoder_tags(mixer_types: list[str]) -> list[str]:
+    kinds = list(dict.fromkeys(mixer_types))
+    preset = _DECODER_TAGS.get(kinds[0], kinds[0]) if len(kinds) == 1 else "hybrid"
+    return list(dict.fromkeys([preset, *kinds]))
+
+
+def _read_log(run: RunFolder) -> list[dict[str, Any]]:
+    if not run.log_file.is_file():
+        return []
+    try:
+        return run.read_log()
+    except json.JSONDecodeError as error:
+        raise UserError(f"{str(run.log_file)!r} is damaged: {error}") from error
+
+
+def _portable(value: Any) -> Any:
+    """`value` with every absolute path in it, on any system, cut down to its last part."""
+    if isinstance(value, dict):
+        return {key: _portable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_portable(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if PurePosixPath(value).is_absolute() or value.startswith("~"):
+        return PurePosixPath(value).name
+    if PureWindowsPath(value).is_absolute():
+        return PureWindowsPath(value).name
+    return _DIRECTORIES.sub("", value)
