@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from hf_genlm.display import Display, table
 from hf_genlm.errors import UserError
 from hf_genlm.recipe import Recipe, load_recipe, set_field
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hf_genlm.evaluation.measurement import Measurement
+    from hf_genlm.text.corpus import Document
 
 # option of `train` -> recipe field
 _TRAIN_FIELDS = {
@@ -63,8 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
 
     train = verbs.add_parser("train", help="train a tokenizer and a model, and measure it")
-    train.add_argument("sources", nargs="*", metavar="SOURCE", help="files, folders, globs or a Hub dataset id; "
-                       "nothing: the library source and reference topics that Python brings")  # fmt: skip
+    train.add_argument(
+        "sources",
+        nargs="*",
+        metavar="SOURCE",
+        help="files, folders, globs or a Hub dataset id; nothing: the library source that Python brings",
+    )
     train.add_argument(
         "--decoder", help="gated_linear (default), gru, lstm, elman, transformer, sliding or hybrid"
     )
@@ -176,14 +182,14 @@ def _train(options: argparse.Namespace) -> None:
     )
     from hf_genlm.evaluation.measurement import read_measurements
 
-    with _Display() as display:
+    with Display() as display:
         display.show("loading torch and transformers")
         from hf_genlm.publish.card import write_card
         from hf_genlm.training.train import train
 
         run = train(recipe, out, display.hear)
         write_card(run)
-    print(_table(read_measurements(run.evaluation)))
+    print(table(read_measurements(run.evaluation)))
     print(f"\nmodel:  {run.model}\ncard:   {run.model / 'README.md'}\n")
     print(f"hf-genlm generate {run.path}\n")
     print("from transformers import AutoModelForCausalLM\nimport hf_genlm")
@@ -198,7 +204,7 @@ def _tokenizer(options: argparse.Namespace) -> None:
     from hf_genlm.text.corpus import read_documents
     from hf_genlm.text.tokenizer import encode_documents, train_tokenizer
 
-    with _Display() as display:
+    with Display() as display:
         display.show("reading")
         documents, _ = read_documents(recipe.corpus.sources, recipe.corpus)
         n_bytes = sum(document.n_bytes for document in documents)
@@ -210,7 +216,8 @@ def _tokenizer(options: argparse.Namespace) -> None:
             raise UserError(f"--out {options.out!r} cannot be written ({error.strerror})") from error
         n_tokens = encode_documents(tokenizer, documents).n_tokens
     print(
-        f"{len(tokenizer):,} tokens in the vocabulary, {n_bytes / n_tokens:.3f} bytes per token on {n_bytes:,} bytes"
+        f"{len(tokenizer):,} tokens in the vocabulary; "
+        f"{n_bytes / n_tokens:.3f} bytes per token on {n_bytes:,} bytes"
     )
     print(f"tokenizer: {out}")
 
@@ -224,7 +231,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise UserError(f"{options.model!r} is not a run folder: name the SOURCE to measure it on")
     run = RunFolder.open(options.model) if is_run else None
     recipe = load_recipe(run.recipe, options.assignments) if run else _recipe(options, {})
-    with _Display() as display:
+    with Display() as display:
         display.show("loading torch and transformers")
         from hf_genlm.text.corpus import read_corpus, read_documents
 
@@ -235,7 +242,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             split = "validation"
             corpus = read_corpus(recipe.corpus)
             _check_same_text(run, corpus.report)
-            documents = corpus.validation
+            documents = list(corpus.validation)
         model, tokenizer = _load(options.model)
         measurements = _measure(model, tokenizer, documents, recipe, split, display)
     if run and not options.sources and not options.assignments:
@@ -245,11 +252,16 @@ def _evaluate(options: argparse.Namespace) -> None:
 
         print(json.dumps({"measurements": [m.to_json() for m in measurements]}, indent=2))
     else:
-        print(_table(measurements))
+        print(table(measurements))
 
 
 def _measure(
-    model, tokenizer, documents, recipe: Recipe, split: str, display: "_Display"
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    documents: "list[Document]",
+    recipe: Recipe,
+    split: str,
+    display: Display,
 ) -> list["Measurement"]:
     from hf_genlm.evaluation.likelihood import measure_likelihood
     from hf_genlm.text.tokenizer import encode_documents
@@ -303,7 +315,7 @@ def _load(name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
 def _generate(options: argparse.Namespace) -> None:
     if not Path(options.model).exists() and options.model.count("/") != 1:
         raise UserError(f"no model at {options.model!r}: name a run folder, a model folder or a Hub id")
-    with _Display() as display:
+    with Display() as display:
         display.show("loading torch and transformers")
         model, tokenizer = _load(options.model)
     import torch
@@ -329,113 +341,6 @@ def _card(options: argparse.Namespace) -> None:
     from hf_genlm.run_folder import RunFolder
 
     print(write_card(RunFolder.open(options.run_path)))
-
-
-def _table(measurements: Sequence["Measurement"]) -> str:
-    """One line a measurement: name, value, standard error, unit, count."""
-    lines = []
-    for m in measurements:
-        error = f"± {m.stderr:.4f}" if m.stderr is not None else ""
-        lines.append(f"{m.name:<16} {m.value:>10.4f} {error:<10} {m.unit:<12} n = {m.n:,} ({m.split})")
-    return "\n".join(lines)
-
-
-class _Display:
-    """Renders the events of a run on stderr: a live bar on a terminal, plain lines elsewhere."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
-
-        self.console = Console(stderr=True, highlight=False)
-        self.bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[facts]}", markup=False),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
-        self.task = self.bar.add_task("", total=None, facts="")
-        self._line_s = 0.0
-        self._renderers = {
-            "progress": self._progress,
-            "corpus": self._corpus,
-            "tokenized": self._tokenized,
-            "model": self._model,
-            "step": self._step,
-            "validation": self._validation,
-            "sample": self._sample,
-            "trained": self._trained,
-        }
-
-    def __enter__(self) -> "_Display":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def show(self, description: str) -> None:
-        """Name the stage that begins."""
-        self.bar.update(self.task, description=description, total=None, completed=0, facts="")
-
-    def say(self, line: str) -> None:
-        """A line that stays."""
-        self.console.print(line, markup=False, soft_wrap=True)
-
-    def hear(self, event: str, fields: dict[str, Any]) -> None:
-        """The listener that `train` wants; events without a row in the table are not shown."""
-        if event in self._renderers:
-            self._renderers[event](**fields)
-
-    def _progress(self, task: str, done: int, total: int | None) -> None:
-        self.bar.update(self.task, description=task, completed=done, total=total, facts="")
-
-    def _corpus(self, description: str, train: dict, validation: dict) -> None:
-        self.say(f"corpus      {description}")
-        for name, split in (("train", train), ("validation", validation)):
-            self.say(f"  {name:<10}{split['documents']:,} documents, {split['bytes']:,} bytes")
-
-    def _tokenized(
-        self, vocab_size: int, train_tokens: int, validation_tokens: int, bytes_per_token: float
-    ) -> None:
-        self.say(
-            f"tokenizer   {vocab_size:,} tokens, {bytes_per_token} bytes per token; "
-            f"{train_tokens:,} to train on, {validation_tokens:,} held out"
-        )
-
-    def _model(self, parameters: int, rows: int, row_length: int) -> None:
-        self.say(f"model       {parameters:,} parameters; {rows:,} rows of {row_length} tokens")
-
-    def _step(
-        self, step: int, loss: float, tokens_per_s: int, left_s: float, progress: float, **_: Any
-    ) -> None:
-        facts = f"step {step}  loss {loss:.3f}  {tokens_per_s:,} tokens/s  {_clock(left_s)} left"
-        self.bar.update(self.task, description="training", total=1.0, completed=progress, facts=facts)
-        if not self.console.is_terminal and time.monotonic() - self._line_s >= 10:
-            self._line_s = time.monotonic()
-            self.say(f"training    {facts}")
-
-    def _validation(self, step: int, bits_per_byte: float, perplexity: float, tokens: int, **_: Any) -> None:
-        self.say(
-            f"validation  step {step}: {bits_per_byte:.4f} bits per byte, perplexity {perplexity:.2f} "
-            f"(on {tokens:,} tokens of the split)"
-        )
-
-    def _sample(self, text: str, **_: Any) -> None:
-        shown = " ".join(text.split())
-        self.say(f"sample      {shown[:160]}{'…' if len(shown) > 160 else ''}")
-
-    def _trained(self, steps: int, tokens: int, seconds: float, tokens_per_s: int, **_: Any) -> None:
-        self.say(
-            f"trained     {steps:,} steps, {tokens:,} tokens in {seconds:.1f} s, {tokens_per_s:,} tokens/s"
-        )
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 section.key=value`.
 
 Every field has a default; a recipe file states only what differs. Unknown words stop the run and suggest the
-near one. The recipe that a run resolved (every `null` below replaced by what was chosen) is written to the
-run folder and repeats the run.
+near one. A run writes its recipe to the run folder, with every size, rate and length that was left open as it
+was chosen: that file repeats the run.
 """
 
 import dataclasses

@@ -69,7 +69,9 @@ def test_evaluate_measures_a_model_of_transformers(trained, text_folder, tmp_pat
 
 def test_generate_continues_the_prompt(trained, capsys):
     for seed in ("1", "1", "2"):
-        assert main(["generate", str(trained.path), "The import", "--max-new-tokens", "9", "--seed", seed]) == 0
+        assert (
+            main(["generate", str(trained.path), "The import", "--max-new-tokens", "9", "--seed", seed]) == 0
+        )
     first, second, third = capsys.readouterr().out.split("The import")[1:]
     assert first.strip() == second.strip() != third.strip()
     assert main(["generate", str(trained.path), "--max-new-tokens", "5", "--temperature", "0"]) == 0
@@ -116,7 +118,13 @@ MISTAKES = {
     ),
     "unknown key in --set": (lambda p: ["--set", "trainin.steps=3"], "did you mean 'training'"),
     "heads that do not divide": (
-        lambda p: [write(p / "a.txt", PROSE), "--decoder", "transformer", "--set", "model.num_attention_heads=5"],
+        lambda p: [
+            write(p / "a.txt", PROSE),
+            "--decoder",
+            "transformer",
+            "--set",
+            "model.num_attention_heads=5",
+        ],
         "multiple of num_attention_heads",
     ),
     "vocabulary larger than the text": (
@@ -199,5 +207,7 @@ def test_help_is_instant():
 def test_importing_the_package_registers_the_model_in_any_order():
     code = "import {}; from transformers import AutoConfig; print(AutoConfig.for_model('genlm').model_type)"
     for modules in ("hf_genlm", "transformers, hf_genlm"):
-        done = subprocess.run([sys.executable, "-c", code.format(modules)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(modules)], capture_output=True, text=True, check=True
+        )
         assert done.stdout.strip() == "genlm"

@@ -48,7 +48,8 @@ def test_sampling_is_repeatable_and_returns_several(model, tokens):
     for _ in range(2):
         torch.manual_seed(3)
         rows.append(generate(model, tokens, do_sample=True, num_return_sequences=3))
-    assert torch.equal(*rows) and rows[0].shape == (9, 12 + N)
+    assert torch.equal(*rows)
+    assert rows[0].shape == (9, 12 + N)
     torch.manual_seed(3)
     assert torch.equal(
         generate(model, tokens, do_sample=True, num_return_sequences=3, use_cache=False), rows[0]

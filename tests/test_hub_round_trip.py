@@ -63,7 +63,8 @@ def test_missing_weights_are_initialised_and_present_ones_kept(stack, tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor), name
     for name in gone:
         fresh = loaded.state_dict()[name]
-        assert fresh.isfinite().all() and 0 < fresh.std() < 1
+        assert fresh.isfinite().all()
+        assert 0 < fresh.std() < 1
         if "rec_proj" in name:
             gate = fresh[:32].double()
             torch.testing.assert_close(gate @ gate.T, torch.eye(32, dtype=torch.double), atol=1e-5, rtol=0)
@@ -73,7 +74,8 @@ def test_new_models_start_as_documented():
     model = GenLMForCausalLM(GenLMConfig(mixer_types=["lstm", "gru", "gated_linear", "full_attention"]))
     lstm, gru, linear, _ = (layer.mixer for layer in model.model.layers)
     for layer in model.model.layers:
-        assert not layer.mixer.out_proj.weight.any() and not layer.mlp.down_proj.weight.any()
+        assert not layer.mixer.out_proj.weight.any()
+        assert not layer.mlp.down_proj.weight.any()
     assert torch.equal(lstm.in_proj.bias.view(4, -1).mean(1), torch.tensor([0.0, 1.0, 0.0, 0.0]))
     assert torch.equal(gru.in_proj.bias.view(3, -1).mean(1), torch.tensor([0.0, 1.0, 0.0]))
     memory = 1 / (1 - torch.sigmoid(linear.forget_proj.bias.double())) - 1
@@ -88,7 +90,8 @@ def test_half_precision_loads_and_runs(model, tokens, dtype, tmp_path):
     loaded = GenLMForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
     assert loaded.dtype == dtype
     logits = loaded(tokens, use_cache=False).logits
-    assert logits.dtype == dtype and logits.isfinite().all()
+    assert logits.dtype == dtype
+    assert logits.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,17 @@ def test_every_decoder_trains_and_is_measured(decoder, text_folder, tmp_path, ev
     assert values["nats_per_token"].n == corpus["validation"]["tokens"]
     for part in ("recipe", "environment", "corpus", "log_file", "evaluation", "samples"):
         assert getattr(run, part).is_file(), part
-    for event in ("started", "corpus", "tokenized", "model", "step", "validation", "sample", "trained", "evaluated"):
+    for event in (
+        "started",
+        "corpus",
+        "tokenized",
+        "model",
+        "step",
+        "validation",
+        "sample",
+        "trained",
+        "evaluated",
+    ):
         assert event in heard
     model = AutoModelForCausalLM.from_pretrained(run.model)
     assert type(model) is GenLMForCausalLM
@@ -109,7 +119,9 @@ def test_the_same_recipe_gives_the_same_weights_and_another_seed_does_not(text_f
 def test_a_resolved_recipe_repeats_its_run(text_folder, tmp_path):
     first = train(small_recipe(text_folder, "training.steps=5"), tmp_path / "a")
     again = train(load_recipe(first.recipe), tmp_path / "b")
-    assert (first.model / "model.safetensors").read_bytes() == (again.model / "model.safetensors").read_bytes()
+    assert (first.model / "model.safetensors").read_bytes() == (
+        again.model / "model.safetensors"
+    ).read_bytes()
     assert first.recipe.read_text() == again.recipe.read_text()
 
 
@@ -151,14 +163,21 @@ def test_budget_by_the_clock(monkeypatch):
 
 def test_budget_by_tokens_rounds_up_to_whole_steps():
     assert budget_of(TrainingRecipe(tokens=1000), tokens_per_step=300).steps == 4
-    with pytest.raises(UserError, match="--steps and --minutes|--minutes and --steps"):
+    with pytest.raises(UserError, match="--minutes and --steps"):
         budget_of(TrainingRecipe(minutes=1, steps=3), tokens_per_step=1)
     with pytest.raises(UserError, match="more than 0"):
         budget_of(TrainingRecipe(steps=0), tokens_per_step=1)
 
 
 def test_trapezoid():
-    assert [trapezoid(p, 0.1, 0.5) for p in (0.0, 0.05, 0.1, 0.5, 0.75, 1.0)] == [0.0, 0.5, 1.0, 1.0, 0.5, 0.0]
+    assert [trapezoid(p, 0.1, 0.5) for p in (0.0, 0.05, 0.1, 0.5, 0.75, 1.0)] == [
+        0.0,
+        0.5,
+        1.0,
+        1.0,
+        0.5,
+        0.0,
+    ]
     assert trapezoid(0.0, 0.0, 0.0) == trapezoid(1.0, 0.0, 0.0) == 1.0
 
 
@@ -192,7 +211,9 @@ def test_decay_spares_embeddings_biases_and_norms():
     recipe = TrainingRecipe(learning_rate=1e-3)
     optimizer = OptimizerFactory()(model, recipe)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}
+    groups = {
+        group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups
+    }
     assert groups[0.1] | groups[0.0] == set(names.values())
     assert "model.embed_tokens.weight" in groups[0.0]
     assert all(name.endswith("proj.weight") for name in groups[0.1])
@@ -210,8 +231,9 @@ def test_plain_trainer_fine_tunes_a_saved_model(text_folder, tmp_path):
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(tmp_path / "tuned"), max_steps=30, per_device_train_batch_size=4, learning_rate=1e-2,
-            gradient_accumulation_steps=2, logging_steps=1, report_to="none", disable_tqdm=True, save_steps=30,
+            output_dir=str(tmp_path / "tuned"), max_steps=30, per_device_train_batch_size=4,
+            learning_rate=1e-2, gradient_accumulation_steps=2, logging_steps=1, report_to="none",
+            disable_tqdm=True, save_steps=30,
         ),
         train_dataset=dataset,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
@@ -221,7 +243,9 @@ def test_plain_trainer_fine_tunes_a_saved_model(text_folder, tmp_path):
     assert curve[-1] < curve[0] / 2
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned" / "checkpoint-30")
     prompt = tokenizer("The quick brown", return_tensors="pt")
-    text = tokenizer.decode(tuned.generate(**prompt, max_new_tokens=30, do_sample=False)[0], skip_special_tokens=True)
+    text = tokenizer.decode(
+        tuned.generate(**prompt, max_new_tokens=30, do_sample=False)[0], skip_special_tokens=True
+    )
     assert text == texts[0]
 
 

@@ -333,28 +333,44 @@ def linear_scan(decay: torch.Tensor, new: torch.Tensor, initial: torch.Tensor) -
 
 
 class _LinearScan(torch.autograd.Function):
-    """Chunks are solved side by side, then joined: about 2 sqrt(T) dependent steps instead of T.
-
-    The gradient is the same recurrence backwards: g_t = grad_t + decay_{t+1} g_{t+1}; d new = g,
+    """The gradient is the same recurrence backwards: g_t = grad_t + decay_{t+1} g_{t+1}; d new = g,
     d decay_t = g_t h_{t-1}, d initial = decay_1 g_1.
     """
 
     @staticmethod
     def forward(ctx, decay, new, initial):
-        h = _chunked_scan(decay, new, initial)
+        h = _scan(decay, new, initial)
         ctx.save_for_backward(decay, h, initial)
         return h
 
     @staticmethod
     def backward(ctx, grad):
         decay, h, initial = ctx.saved_tensors
-        following = torch.cat([torch.zeros_like(decay[:, :1]), decay[:, 1:].flip(1)], dim=1)
-        g = _chunked_scan(following, grad.flip(1), torch.zeros_like(initial)).flip(1)
+        following = torch.cat([decay[:, 1:], torch.zeros_like(decay[:, :1])], dim=1)
+        g = _scan(following, grad, torch.zeros_like(initial), backwards=True)
         before = torch.cat([initial[:, None], h[:, :-1]], dim=1)
         return g * before, g, decay[:, 0] * g[:, 0]
 
 
+def _scan(decay: torch.Tensor, new: torch.Tensor, initial: torch.Tensor, backwards: bool = False):
+    """An accelerator pays for each dependent step, a CPU for each pass over memory that its cores must share."""
+    if new.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _sequential_scan(decay, new, initial, backwards)
+    if backwards:
+        return _chunked_scan(decay.flip(1), new.flip(1), initial).flip(1)
+    return _chunked_scan(decay, new, initial)
+
+
+def _sequential_scan(decay, new, state, backwards=False):
+    h = torch.empty_like(new)
+    steps = list(zip(decay.unbind(1), new.unbind(1), h.unbind(1), strict=True))
+    for decay_t, new_t, h_t in reversed(steps) if backwards else steps:
+        state = torch.addcmul(new_t, decay_t, state, out=h_t)
+    return h
+
+
 def _chunked_scan(decay: torch.Tensor, new: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+    """Chunks are solved side by side, then joined: about 2 sqrt(T) dependent steps instead of T."""
     n_rows, n_tokens, width = new.shape
     length = max(1, round(n_tokens**0.5))
     missing = -n_tokens % length

@@ -18,6 +18,7 @@ from hf_genlm.text.formats import RawFile, check_column, format_of, text_value, 
 # what CPython brings beside its library: its tests, and what was installed into it
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _TOPICS_FILE = "pydoc_data/topics.py"
+_BUILD_FILE = "_sysconfigdata_"  # what the build wrote: paths of the machine that built this Python
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
 
@@ -102,7 +103,7 @@ def read_standard_library() -> Reading:
     reading = Reading()
     for path in _walk(root, pruned=_NOT_LIBRARY):
         name = path.relative_to(root).as_posix()
-        if path.suffix != ".py":
+        if path.suffix != ".py" or path.name.startswith(_BUILD_FILE):
             continue
         content = _read_bytes(path)
         if name == _TOPICS_FILE:

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 
 from hf_genlm.errors import UserError, did_you_mean
-from hf_genlm.recipe import ModelRecipe, Recipe, TrainingRecipe
+from hf_genlm.recipe import Recipe, TrainingRecipe
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Budget:
         """Seconds since `start`; 0 before it."""
         return 0.0 if self._started is None else time.monotonic() - self._started
 
-    def progress(self, step: int) -> float:
+    def progress(self, step: float) -> float:
         """The share done after `step` steps, 0 to 1."""
         if self.seconds is None:
             return min(1.0, step / self.steps)
@@ -76,7 +76,7 @@ class Budget:
 
 
 def budget_of(recipe: TrainingRecipe, tokens_per_step: int) -> Budget:
-    """The budget that `minutes`, `steps` or `tokens` states; the default is DEFAULT_MINUTES.
+    """The budget that `minutes`, `steps` or `tokens` of a resolved recipe states.
 
     Raises:
         UserError: more than one of them, or one that is not positive.
@@ -95,7 +95,7 @@ def budget_of(recipe: TrainingRecipe, tokens_per_step: int) -> Budget:
         return Budget(steps=recipe.steps)
     if recipe.tokens is not None:
         return Budget(steps=math.ceil(recipe.tokens / tokens_per_step))
-    return Budget(seconds=60 * (recipe.minutes or DEFAULT_MINUTES))
+    return Budget(seconds=60 * recipe.minutes)
 
 
 def trapezoid(progress: float, warmup: float, decay: float) -> float:
@@ -114,7 +114,10 @@ def resolve(recipe: Recipe) -> Recipe:
     """
     resolved = copy.deepcopy(recipe)
     model, training = resolved.model, resolved.training
-    shape = _shape_of(model)
+    if (training.minutes, training.steps, training.tokens) == (None, None, None):
+        training.minutes = DEFAULT_MINUTES
+    model.size = model.size or "tiny"
+    shape = _shape_of(model.size)
     model.hidden_size = model.hidden_size or shape.hidden_size
     if model.mixers is not None:
         model.num_hidden_layers = len(model.mixers)
@@ -123,14 +126,15 @@ def resolve(recipe: Recipe) -> Recipe:
     training.batch_size = training.batch_size or shape.batch_size
     if training.learning_rate is None:
         training.learning_rate = float(f"{_LEARNING_RATE_AT_256 * (256 / model.hidden_size) ** 0.5:.2g}")
+    resolved.evaluation.context = resolved.evaluation.context or training.row_length
+    resolved.evaluation.stride = resolved.evaluation.stride or max(1, resolved.evaluation.context // 2)
     for name in ("row_length", "batch_size", "accumulation"):
         if getattr(training, name) < (2 if name == "row_length" else 1):
             raise UserError(f"training.{name} = {getattr(training, name)} is too small")
     return resolved
 
 
-def _shape_of(model: ModelRecipe) -> Shape:
-    size = model.size or "tiny"
+def _shape_of(size: str) -> Shape:
     if size in SIZES:
         return SIZES[size]
     number = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB])", size, flags=re.IGNORECASE)

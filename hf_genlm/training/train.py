@@ -2,8 +2,9 @@
 ...]`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -14,7 +15,7 @@ from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.model import DECODERS, MIXER_TYPES, GenLMConfig, GenLMForCausalLM, mixers_of
-from hf_genlm.recipe import EvaluationRecipe, Recipe, TrainingRecipe
+from hf_genlm.recipe import Recipe, TrainingRecipe
 from hf_genlm.run_folder import Listener, RunFolder, describe_environment, write_json, write_text
 from hf_genlm.text.corpus import Corpus, read_corpus
 from hf_genlm.text.packing import PackedRows, collate
@@ -145,7 +146,7 @@ def fit(
     pace = Pace(len(rows), training.batch_size * training.accumulation, training.row_length - 1)
 
     def validate(model: GenLMForCausalLM, step: int) -> None:
-        found = _likelihood(model, corpus, recipe.evaluation, training.row_length, _PARTIAL_VALIDATION_TOKENS)
+        found = _likelihood(model, corpus, recipe, _PARTIAL_VALIDATION_TOKENS)
         values = {m.name: round(m.value, 5) for m in found}
         run.log("validation", step=step, partial=True, tokens=found[0].n, **values)
 
@@ -190,11 +191,13 @@ class BudgetTrainer(Trainer):
     """Trainer with the learning rate tied to the budget, so that it reaches 0 when the time or the steps
     are up."""
 
-    def __init__(self, budget: Budget, recipe: TrainingRecipe, **kwargs):
+    def __init__(self, budget: Budget, recipe: TrainingRecipe, **kwargs: Any):
         self.budget, self.recipe = budget, recipe
         super().__init__(**kwargs)
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LambdaLR:
         def share(step: int) -> float:
             progress = self.budget.progress(step + 0.5)
             return trapezoid(progress, self.recipe.warmup_fraction, self.recipe.decay_fraction)
@@ -202,7 +205,7 @@ class BudgetTrainer(Trainer):
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
         return self.lr_scheduler
 
-    def floating_point_ops(self, inputs) -> int:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """0: transformers' estimate walks all parameters at every step and is wrong for tied heads."""
         return 0
 
@@ -224,26 +227,28 @@ def evaluate_run(run: RunFolder, corpus: TokenizedCorpus, recipe: Recipe) -> lis
     def on_progress(done: int, total: int) -> None:
         run.tell("progress", task="evaluation", done=done, total=total)
 
-    found = _likelihood(
-        model, corpus, recipe.evaluation, recipe.training.row_length, max_tokens=None, on_progress=on_progress
-    )
+    found = _likelihood(model, corpus, recipe, on_progress=on_progress)
     write_measurements(run.evaluation, found)
     run.log("evaluated", measurements=[m.to_json() for m in found])
     return found
 
 
 def _likelihood(
-    model, corpus: TokenizedCorpus, recipe: EvaluationRecipe, row_length: int, max_tokens, **kwargs
-):
+    model: GenLMForCausalLM,
+    corpus: TokenizedCorpus,
+    recipe: Recipe,
+    max_tokens: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Measurement]:
     return measure_likelihood(
         model,
         corpus.validation,
         start_id=corpus.tokenizer.bos_token_id,
-        context=recipe.context or row_length,
-        stride=recipe.stride,
-        batch_size=recipe.batch_size,
+        context=recipe.evaluation.context,
+        stride=recipe.evaluation.stride,
+        batch_size=recipe.evaluation.batch_size,
         max_tokens=max_tokens,
-        **kwargs,
+        on_progress=on_progress,
     )
 
 
@@ -300,7 +305,7 @@ def _training_arguments(run: RunFolder, training: TrainingRecipe, budget: Budget
     )
     if arguments.n_gpu > 1:
         raise UserError(
-            f"{arguments.n_gpu} GPUs in one process would train by nn.DataParallel, which is slow and inexact: "
+            f"{arguments.n_gpu} GPUs in one process would train by nn.DataParallel, slowly and inexactly: "
             "set CUDA_VISIBLE_DEVICES=0, or start `accelerate launch -m hf_genlm train`"
         )
     return arguments
