@@ -353,7 +353,7 @@ class _LinearScan(torch.autograd.Function):
 
 
 def _scan(decay: torch.Tensor, new: torch.Tensor, initial: torch.Tensor, backwards: bool = False):
-    """An accelerator pays for each dependent step, a CPU for each pass over memory that its cores must share."""
+    """An accelerator pays for each dependent step, a CPU for each operation that its cores must share."""
     if new.device.type == "cpu" and not torch.compiler.is_compiling():
         return _sequential_scan(decay, new, initial, backwards)
     if backwards:

@@ -33,14 +33,16 @@ class OptimizerFactory:
     """What Trainer calls with the placed model."""
 
     def __call__(self, model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
-        """
-        Raises:
-            UserError: `recipe.optimizer` is not in OPTIMIZERS.
-        """
-        if recipe.optimizer not in OPTIMIZERS:
-            known = did_you_mean(recipe.optimizer, OPTIMIZERS)
-            raise UserError(f"unknown training.optimizer {recipe.optimizer!r}{known}")
         return OPTIMIZERS[recipe.optimizer](model, recipe)
+
+
+def check_optimizer(name: str) -> None:
+    """
+    Raises:
+        UserError: `name` is not in OPTIMIZERS.
+    """
+    if name not in OPTIMIZERS:
+        raise UserError(f"unknown training.optimizer {name!r}{did_you_mean(name, OPTIMIZERS)}")
 
 
 def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -28,7 +28,7 @@ from hf_genlm.training.callbacks import (
     Pace,
     write_samples,
 )
-from hf_genlm.training.optimizer import OptimizerFactory
+from hf_genlm.training.optimizer import OptimizerFactory, check_optimizer
 
 _PARTIAL_VALIDATION_TOKENS = 16_384
 _SAMPLE_TOKENS = 64
@@ -55,6 +55,7 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
     """
     recipe = resolve(recipe)
     mixer_types = _mixer_types(recipe)
+    check_optimizer(recipe.training.optimizer)
     budget = budget_of(recipe.training, _tokens_per_step(recipe.training))
     run = RunFolder.create(out, listener)
     try:
@@ -145,17 +146,20 @@ def fit(
     training = recipe.training
     pace = Pace(len(rows), training.batch_size * training.accumulation, training.row_length - 1)
 
-    def validate(model: GenLMForCausalLM, step: int) -> None:
-        found = _likelihood(model, corpus, recipe, _PARTIAL_VALIDATION_TOKENS)
-        values = {m.name: round(m.value, 5) for m in found}
-        run.log("validation", step=step, partial=True, tokens=found[0].n, **values)
-
     def sample(model: GenLMForCausalLM, step: int) -> None:
+        if training.samples == 0:
+            return
         texts = write_samples(model, corpus.tokenizer, training.samples, _SAMPLE_TOKENS, training.seed)
         for text in texts:
             run.log("sample", step=step, prompt="", text=text)
         with run.samples.open("a", encoding="utf-8") as file:
             file.write(_samples_markdown(step, texts))
+
+    def look(model: GenLMForCausalLM, step: int) -> None:
+        found = _likelihood(model, corpus, recipe, _PARTIAL_VALIDATION_TOKENS)
+        values = {m.name: round(m.value, 5) for m in found}
+        run.log("validation", step=step, partial=True, tokens=found[0].n, **values)
+        sample(model, step)
 
     trainer = BudgetTrainer(
         budget=budget,
@@ -168,8 +172,7 @@ def fit(
         callbacks=[
             BudgetCallback(budget),
             LogCallback(run, budget, pace),
-            MilestoneCallback(budget, training.validations, validate),
-            MilestoneCallback(budget, training.validations if training.samples else 0, sample),
+            MilestoneCallback(budget, training.validations, look),
         ],
     )
     trainer.remove_callback(PrinterCallback)
