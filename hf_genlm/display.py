@@ -71,20 +71,20 @@ class Display:
         self.bar.update(self.task, description=task, completed=done, total=total, facts="")
 
     def _corpus(self, description: str, train: dict, validation: dict) -> None:
-        self.say(f"corpus      {description}")
+        self.say(f"corpus        {description}")
         for name, split in (("train", train), ("validation", validation)):
-            self.say(f"  {name:<10}{split['documents']:,} documents, {split['bytes']:,} bytes")
+            self.say(f"  {name:<12}{split['documents']:,} documents, {split['bytes']:,} bytes")
 
     def _tokenized(
         self, vocab_size: int, train_tokens: int, validation_tokens: int, bytes_per_token: float
     ) -> None:
         self.say(
-            f"tokenizer   {vocab_size:,} tokens, {bytes_per_token} bytes per token; "
+            f"tokenizer     {vocab_size:,} tokens, {bytes_per_token} bytes per token; "
             f"{train_tokens:,} to train on, {validation_tokens:,} held out"
         )
 
     def _model(self, parameters: int, rows: int, row_length: int) -> None:
-        self.say(f"model       {parameters:,} parameters; {rows:,} rows of {row_length} tokens")
+        self.say(f"model         {parameters:,} parameters; {rows:,} rows of {row_length} tokens")
 
     def _step(
         self, step: int, loss: float, tokens_per_s: int, left_s: float, progress: float, **_: Any
@@ -93,21 +93,21 @@ class Display:
         self.bar.update(self.task, description="training", total=1.0, completed=progress, facts=facts)
         if not self.console.is_terminal and time.monotonic() - self._line_s >= 10:
             self._line_s = time.monotonic()
-            self.say(f"training    {facts}")
+            self.say(f"training      {facts}")
 
     def _validation(self, step: int, bits_per_byte: float, perplexity: float, tokens: int, **_: Any) -> None:
         self.say(
-            f"validation  step {step}: {bits_per_byte:.4f} bits per byte, perplexity {perplexity:.2f} "
+            f"validation    step {step}: {bits_per_byte:.4f} bits per byte, perplexity {perplexity:.2f} "
             f"(on {tokens:,} tokens of the split)"
         )
 
     def _sample(self, text: str, **_: Any) -> None:
         shown = " ".join(text.split())
-        self.say(f"sample      {shown[:160]}{'…' if len(shown) > 160 else ''}")
+        self.say(f"sample        {shown[:160]}{'…' if len(shown) > 160 else ''}")
 
     def _trained(self, steps: int, tokens: int, seconds: float, tokens_per_s: int, **_: Any) -> None:
         self.say(
-            f"trained     {steps:,} steps, {tokens:,} tokens in {seconds:.1f} s, {tokens_per_s:,} tokens/s"
+            f"trained       {steps:,} steps, {tokens:,} tokens in {seconds:.1f} s, {tokens_per_s:,} tokens/s"
         )
 
 

@@ -17,10 +17,11 @@ SMALL_OPTIONS = [word for assignment in SMALL for word in ("--set", assignment)]
 
 
 def last_line(capsys) -> str:
-    """The one line on stderr, of a command that must have printed nothing else there."""
+    """The error on stderr: one line of ours, the last one, and no traceback before it."""
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
+    assert [line.startswith("hf-genlm: ") for line in lines].index(True) == len(lines) - 1, lines
+    assert "Traceback" not in "".join(lines)
+    return lines[-1]
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +130,7 @@ MISTAKES = {
     ),
     "vocabulary larger than the text": (
         lambda p: [write(p / "a.txt", PROSE), "--vocab-size", "20000"],
-        "--vocab-size",
+        "20000: this text fills",
     ),
     "folder that holds a run": (
         lambda p: ["--out", write(p / "recipe.yaml", b"") and str(p)],

@@ -54,12 +54,12 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
         UserError: a recipe, source or folder that cannot be used; nothing is left in `out` then.
     """
     recipe = resolve(recipe)
-    mixer_types = _mixer_types(recipe)
+    config = build_config(recipe, _mixer_types(recipe))
     check_optimizer(recipe.training.optimizer)
     budget = budget_of(recipe.training, _tokens_per_step(recipe.training))
     run = RunFolder.create(out, listener)
     try:
-        run.log("started", decoder=recipe.model.decoder, mixers=mixer_types)
+        run.log("started", decoder=recipe.model.decoder, mixers=config.mixer_types)
         corpus = prepare_corpus(run, recipe)
         rows = PackedRows(
             corpus.train,
@@ -67,8 +67,9 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
             eos_id=corpus.tokenizer.eos_token_id,
             pad_id=corpus.tokenizer.pad_token_id,
         )
+        adopt_vocabulary(config, corpus.tokenizer)
         set_seed(recipe.training.seed)
-        model = GenLMForCausalLM(build_config(recipe, mixer_types, corpus.tokenizer))
+        model = GenLMForCausalLM(config)
         training_arguments = _training_arguments(run, recipe.training, budget)
     except UserError:
         run.discard()
@@ -108,8 +109,8 @@ def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
     return tokenized
 
 
-def build_config(recipe: Recipe, mixer_types: list[str], tokenizer: PreTrainedTokenizerBase) -> GenLMConfig:
-    """The model's config.
+def build_config(recipe: Recipe, mixer_types: list[str]) -> GenLMConfig:
+    """The model's config, but for the vocabulary.
 
     Raises:
         UserError: shapes that do not fit each other.
@@ -121,16 +122,19 @@ def build_config(recipe: Recipe, mixer_types: list[str], tokenizer: PreTrainedTo
         return GenLMConfig(
             **given,
             mixer_types=mixer_types,
-            vocab_size=len(tokenizer),
             max_position_embeddings=recipe.training.row_length,
             initializer_range=round(recipe.model.hidden_size**-0.5, 4),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
         )
     except (ValueError, StrictDataclassError) as error:
         reason = error.__cause__ or error
         raise UserError(f"model: {' '.join(str(reason).split())}") from error
+
+
+def adopt_vocabulary(config: GenLMConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Take the number of tokens and the special ones from the tokenizer."""
+    config.vocab_size = len(tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
 
 
 def fit(
