@@ -190,11 +190,11 @@ def test_sdpa_equals_eager_with_gradients(stack, tokens):
 
 
 def test_attention_equals_its_definition(tokens):
-    """Grouped heads, rotation and window against a loop over queries."""
+    """Grouped heads, rotation and window against a loop over queries, with gradients."""
     for stack, window in (("full_attention", 99), ("sliding_attention", 5)):
         model = build_model(STACKS[stack][:1]).double()
         mixer = model.model.layers[0].mixer
-        x = torch.randn(1, 12, 32, dtype=torch.double)
+        x = torch.randn(1, 12, 32, dtype=torch.double, requires_grad=True)
         rotation = model.model.rotary_emb(x, torch.arange(12)[None])
         span = torch.arange(12)[:, None] - torch.arange(12)
         visible = (span >= 0) & (span < window)
@@ -226,6 +226,13 @@ def test_attention_equals_its_definition(tokens):
             rows.append(torch.cat(heads))
         expected = mixer.out_proj(torch.stack(rows))
         torch.testing.assert_close(ours[0], expected, atol=1e-6, rtol=1e-5)
+        weights = torch.randn(12, 32, dtype=torch.double)
+        inputs = [x, *mixer.parameters()]
+        gradients = torch.autograd.grad((ours[0] * weights).sum(), inputs)
+        for fused, naive in zip(
+            gradients, torch.autograd.grad((expected * weights).sum(), inputs), strict=True
+        ):
+            torch.testing.assert_close(fused, naive, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mixer", RECURRENT)
