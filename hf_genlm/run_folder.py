@@ -21,8 +21,7 @@ Listener = Callable[[str, dict[str, Any]], None]
 
 
 class RunFolder:
-    """Paths of one run, and the writers of its small files. `listener(event, fields)` hears all that is
-    logged."""
+    """Paths of one run, and the writers of its small files. `listener(event, fields)` hears the log."""
 
     def __init__(self, path: str | Path, listener: Listener | None = None):
         self.path = Path(path)

@@ -125,6 +125,19 @@ def test_a_resolved_recipe_repeats_its_run(text_folder, tmp_path):
     assert first.recipe.read_text() == again.recipe.read_text()
 
 
+def test_a_tokenizer_of_ones_own_is_used(text_folder, tmp_path):
+    """One of GPT-2's kind, which names no beginning of text."""
+    first = train(small_recipe(text_folder, "training.steps=2"), tmp_path / "a")
+    tokenizer = AutoTokenizer.from_pretrained(first.tokenizer)
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    again = train(
+        small_recipe(text_folder, "training.steps=2", f"tokenizer.path={tmp_path / 'tokenizer'}"),
+        tmp_path / "b",
+    )
+    assert read_measurements(again.evaluation) == read_measurements(first.evaluation)
+
+
 def test_samples_and_validations_do_not_change_training(text_folder, tmp_path, every_step):
     recipe = small_recipe(text_folder, "training.steps=8", "model.dropout=0.1")
     with_them = train(recipe, tmp_path / "a")

@@ -18,8 +18,7 @@ from .positions_genlm import apply_rotary
 
 class GenLMAttention(nn.Module):
     """Grouped-query attention (Ainslie et al., 2023, arXiv:2305.13245) with normalised queries and keys
-    (Henry et al., 2020, arXiv:2010.04245). `full_attention` and `sliding_attention` differ only in their
-    mask."""
+    (Henry et al., 2020, arXiv:2010.04245). Full and sliding attention differ only in their mask."""
 
     def __init__(self, config: GenLMConfig, layer_idx: int):
         super().__init__()
@@ -47,8 +46,7 @@ class GenLMAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, hidden_size) to the same, and the weights (B, N, T, S) where the implementation gives
-        them."""
+        """(B, T, hidden_size) to the same, and the weights (B, N, T, S) of implementations that keep them."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         q_BNTH = self.q_proj(hidden_states).view(heads).transpose(1, 2)
         k_BKTH = self.k_proj(hidden_states).view(heads).transpose(1, 2)

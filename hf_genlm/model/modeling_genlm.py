@@ -5,8 +5,7 @@
     x  <- x + mlp(norm(x))                  and over the width
     P(w_{t+1} | w_1..w_t) = softmax(head norm(x_t))
 
-This folder travels to the Hub with every saved model: it imports torch and transformers, and only its own
-files.
+This folder travels to the Hub with every saved model: it imports torch, transformers and its own files.
 """
 
 import torch
@@ -56,8 +55,7 @@ MASKS = {
 
 
 class GenLMRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019, arXiv:1910.07467), in float32 at
-    least."""
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 at least (Zhang, Sennrich, 2019, arXiv:1910.07467)."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -164,10 +162,9 @@ class GenLMModel(GenLMPreTrainedModel):
         """
         Args:
             input_ids: (B, T) tokens; or `inputs_embeds`: (B, T, embedding_width), before W and b.
-            attention_mask: (B, past + T), 0 at padding; or one mask per layer type, as `generate` prepares
-                them.
-            position_ids: (B, T) or (1, T). Without mask and cache, a step other than +1 starts a packed
-                document.
+            attention_mask: (B, past + T), 0 at padding; or a dict with one mask for each layer type.
+            position_ids: (B, T) or (1, T). A step other than +1 starts a packed document, where there is
+                neither mask nor cache.
             past_key_values: keys, values and states of the tokens before these.
 
         Raises:
@@ -213,8 +210,7 @@ class GenLMModel(GenLMPreTrainedModel):
         )
 
     def _embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """E w + positions, through W and b where there are any: (B, T, embedding_width) to (B, T,
-        hidden_size)."""
+        """From (B, T, embedding_width) to (B, T, hidden_size): W and b where there are any, and positions."""
         hidden_states = inputs_embeds if self.embed_proj is None else self.embed_proj(inputs_embeds)
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(position_ids)

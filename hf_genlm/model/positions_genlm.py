@@ -35,8 +35,7 @@ class GenLMRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(batch, tokens) positions to cosines and sines, each (batch, tokens, head_dim), in the dtype of
-        `x`."""
+        """(batch, tokens) positions to cosines and sines in the dtype of `x`, (batch, tokens, head_dim)."""
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         angles = torch.cat((angles, angles), dim=-1)
         return (

@@ -14,8 +14,7 @@ from hf_genlm.recipe import TrainingRecipe
 
 
 def adamw(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101); weight decay on the matrices of the layers
-    alone."""
+    """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101); only matrices of the layers decay."""
     decayed, kept = split_by_decay(model)
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return torch.optim.AdamW(

@@ -44,11 +44,9 @@ class TokenizedCorpus:
 
 
 def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> RunFolder:
-    """Read the corpus, train the tokenizer and the model, measure the saved model, and leave all of it in
-    `out`.
+    """Read the corpus, train tokenizer and model, measure the saved model, and leave all of it in `out`.
 
-    `listener(event, fields)` hears every logged event and, as `progress` {task, done, total}, how far a
-    stage is.
+    `listener(event, fields)` hears every logged event, and `progress` {task, done, total} within a stage.
 
     Raises:
         UserError: a recipe, source or folder that cannot be used; nothing is left in `out` then.
@@ -89,6 +87,8 @@ def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
     run.log("corpus", **{name: corpus.report[name] for name in ("description", "train", "validation")})
     if recipe.tokenizer.path is not None:
         tokenizer = load_tokenizer(recipe.tokenizer.path)
+        if tokenizer.bos_token is None:
+            tokenizer.bos_token = tokenizer.eos_token  # as in our own: what stands before a document
     else:
         run.tell("progress", task="tokenizer", done=0, total=None)
         tokenizer = train_tokenizer(corpus.train, recipe.tokenizer, corpus.report["train"]["bytes"])
@@ -195,8 +195,7 @@ def fit(
 
 
 class BudgetTrainer(Trainer):
-    """Trainer with the learning rate tied to the budget, so that it reaches 0 when the time or the steps
-    are up."""
+    """Trainer with the learning rate tied to the budget: it reaches 0 when the time or the steps are up."""
 
     def __init__(self, budget: Budget, recipe: TrainingRecipe, **kwargs: Any):
         self.budget, self.recipe = budget, recipe
@@ -319,8 +318,7 @@ def _training_arguments(run: RunFolder, training: TrainingRecipe, budget: Budget
 
 
 def _computes_bfloat16() -> bool:
-    """Whether the device multiplies bfloat16 natively; on CPUs its emulation is 100 times slower than
-    float32."""
+    """Whether the device multiplies bfloat16 natively; emulated on a CPU it can be 100 times slower."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 

@@ -1,0 +1,1 @@
+"""From a recipe to a trained, measured model: the loop is Trainer's, the decisions are here."""
