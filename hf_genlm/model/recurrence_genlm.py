@@ -24,7 +24,7 @@ from .initialization_genlm import (
     start_with_spread_memories,
 )
 
-# PackedSequence skips the padding of short segments but costs about 3 times as much per token on a CPU
+# PackedSequence skips the padding of short segments but costs an Elman or GRU several times as much per token
 _MOST_PADDING = 3.0
 
 
