@@ -84,7 +84,6 @@ class TrainingRecipe:
     dtype: str = "auto"  # auto: bfloat16 autocast where the device computes it natively, else float32
     validations: int = 4  # passes over a part of the validation split during training
     samples: int = 2  # texts written at each of them
-    checkpoints: int = 0  # full training states kept on the way
 
 
 @dataclass
