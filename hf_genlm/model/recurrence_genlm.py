@@ -120,7 +120,7 @@ class RecurrentMixer(nn.Module):
         if past_key_values is not None:
             for slot, state in enumerate(states):
                 past_key_values.update_recurrent_state(
-                    state.detach() if not state.requires_grad else state,
+                    state,
                     self.layer_idx,
                     slot,
                     n_tokens=hidden_states.shape[1],
@@ -300,8 +300,8 @@ class GatedLinearRecurrence(RecurrentMixer):
     silu(W_g x_t).
 
     Gates see only the input, so all steps solve in parallel (Martin and Cundy, 2018, arXiv:1709.04057; the
-    gating is that of Qin et al., 2023, arXiv:2311.04823). A chunked scan serves training and prefill, a
-    step generation.
+    gating is that of Qin et al., 2023, arXiv:2311.04823). A scan serves training and prefill, a step
+    generation.
     """
 
     def __init__(self, config: GenLMConfig, layer_idx: int):
