@@ -15,6 +15,14 @@ from hf_genlm.model import MIXERS, GenLMConfig, GenLMForCausalLM
 STACKS = {mixer: [mixer, mixer] for mixer in MIXERS}
 STACKS["hybrid"] = ["gated_linear", "full_attention", "lstm"]
 STACKS["recurrent_first"] = ["gru", "sliding_attention", "elman"]
+# the kinds of config that transformers' own tests run over
+KINDS = {mixer: {"mixer_types": [mixer, mixer]} for mixer in MIXERS}
+KINDS["hybrid"] = {"mixer_types": ["gated_linear", "full_attention"]}
+KINDS["factorised"] = {
+    "mixer_types": ["lstm", "sliding_attention"],
+    "embedding_size": 16,
+    "output_bias": True,
+}
 VOCAB, PAD, EOS = 61, 0, 1
 
 

@@ -13,12 +13,6 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from hf_genlm.model import GenLMConfig, GenLMForCausalLM, GenLMModel
 
 
-def export(model: GenLMForCausalLM, folder) -> None:
-    """As `training.train.save` does it."""
-    model.config.auto_map = {"AutoModel": "modeling_genlm.GenLMModel"}
-    model.save_pretrained(folder)
-
-
 def test_weights_return_bit_equal(model, tokens, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -74,8 +68,8 @@ def test_new_models_start_as_documented():
     model = GenLMForCausalLM(GenLMConfig(mixer_types=["lstm", "gru", "gated_linear", "full_attention"]))
     lstm, gru, linear, _ = (layer.mixer for layer in model.model.layers)
     for layer in model.model.layers:
-        assert not layer.mixer.out_proj.weight.any()
-        assert not layer.mlp.down_proj.weight.any()
+        for projection in (layer.mixer.out_proj, layer.mlp.down_proj):
+            assert projection.weight.std().item() == pytest.approx(0.1 * 0.02 / 8**0.5, rel=0.05)
     assert torch.equal(lstm.in_proj.bias.view(4, -1).mean(1), torch.tensor([0.0, 1.0, 0.0, 0.0]))
     assert torch.equal(gru.in_proj.bias.view(3, -1).mean(1), torch.tensor([0.0, 1.0, 0.0]))
     memory = 1 / (1 - torch.sigmoid(linear.forget_proj.bias.double())) - 1
@@ -147,7 +141,7 @@ for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
 def test_loads_by_remote_code_where_our_package_is_not_installed(tokens, tmp_path):
     for name, mixers in STACKS.items():
         model, folder = build_model(mixers), tmp_path / "models" / name
-        export(model, folder)
+        model.save_pretrained(folder)
         expected = {
             "tokens": tokens,
             "logits": model(tokens, use_cache=False).logits.detach(),
@@ -164,6 +158,6 @@ def test_loads_by_remote_code_where_our_package_is_not_installed(tokens, tmp_pat
 
 
 def test_our_package_wins_over_remote_code(tmp_path):
-    export(build_model(["gru"]), tmp_path)
+    build_model(["gru"]).save_pretrained(tmp_path)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)) is GenLMForCausalLM
     assert type(AutoModel.from_pretrained(tmp_path, trust_remote_code=True)) is GenLMModel

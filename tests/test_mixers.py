@@ -5,7 +5,8 @@ import torch
 from conftest import STACKS, VOCAB, build_model
 
 from hf_genlm.model import MIXERS, GenLMConfig, GenLMForCausalLM
-from hf_genlm.model.recurrence_genlm import ClassicCell, RecurrentMixer, TimeLayout, linear_scan
+from hf_genlm.model.recurrence_genlm import ClassicCell, RecurrentMixer, TimeLayout
+from hf_genlm.model.scan_genlm import linear_scan
 
 CLASSIC = [name for name, mixer in MIXERS.items() if issubclass(mixer, ClassicCell)]
 RECURRENT = [name for name, mixer in MIXERS.items() if issubclass(mixer, RecurrentMixer)]

@@ -3,21 +3,23 @@
 Every file here but this one travels to the Hub with a saved model.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig
 
 from .configuration_genlm import DECODERS, MIXER_TYPES, GenLMConfig, mixers_of
-from .modeling_genlm import MIXERS, GenLMForCausalLM, GenLMModel, GenLMPreTrainedModel
+from .modeling_genlm import (
+    AUTO_CLASSES,
+    MIXERS,
+    GenLMForCausalLM,
+    GenLMForSequenceClassification,
+    GenLMForTokenClassification,
+    GenLMModel,
+    GenLMPreTrainedModel,
+)
 
 AutoConfig.register(GenLMConfig.model_type, GenLMConfig, exist_ok=True)
-AutoModel.register(GenLMConfig, GenLMModel, exist_ok=True)
-AutoModelForCausalLM.register(GenLMConfig, GenLMForCausalLM, exist_ok=True)
-# AutoModelForCausalLM.register leaves this table alone, and Trainer's label smoothing reads it
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GenLMConfig.model_type] = GenLMForCausalLM.__name__
-
 GenLMConfig.register_for_auto_class()
-GenLMModel.register_for_auto_class("AutoModel")
-GenLMForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+for _auto, _model_class in AUTO_CLASSES.items():
+    _model_class.register_for_auto_class(_auto.__name__)
 
 __all__ = [
     "DECODERS",
@@ -25,6 +27,8 @@ __all__ = [
     "MIXER_TYPES",
     "GenLMConfig",
     "GenLMForCausalLM",
+    "GenLMForSequenceClassification",
+    "GenLMForTokenClassification",
     "GenLMModel",
     "GenLMPreTrainedModel",
     "mixers_of",

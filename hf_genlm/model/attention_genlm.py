@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, S cached and new tokens, N heads, K key-value heads, 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_genlm import GenLMConfig
-from .initialization_genlm import start_at_zero
+from .initialization_genlm import start_near_zero
 from .positions_genlm import apply_rotary
 
 
@@ -36,7 +37,7 @@ class GenLMAttention(nn.Module):
         self.out_proj = nn.Linear(
             config.num_attention_heads * config.head_dim, config.hidden_size, bias=False
         )
-        self.out_proj.start = start_at_zero
+        self.out_proj.start = partial(start_near_zero, config=config)
 
     def forward(
         self,

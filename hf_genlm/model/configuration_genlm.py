@@ -69,6 +69,7 @@ class GenLMConfig(PreTrainedConfig):
         intermediate_size: width of the MLP; None: 4 * `hidden_size`.
         hidden_act: activation of the MLP, by transformers' name ("relu2" is the squared ReLU).
         position_type: rotary (attention layers only), learned (added to the embedding) or none.
+        rope_parameters: base and scaling of the rotary positions, as transformers' models take them.
         max_position_embeddings: tokens of context the model was made for.
         dropout: on the embedding and on the output of every mixer and MLP, in training.
         output_bias: add a bias to the logits.
@@ -96,7 +97,6 @@ class GenLMConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     hidden_act: str = "relu2"
     position_type: str = "rotary"
-    rope_parameters: dict | None = None
     max_position_embeddings: int = 1024
     rms_norm_eps: float = 1e-6
     dropout: float = 0.0
@@ -111,6 +111,7 @@ class GenLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         decoder = kwargs.pop("decoder", None)
+        rope_parameters = kwargs.pop("rope_parameters", None)
         if self.mixer_types is None:
             self.mixer_types = mixers_of(decoder or "gated_linear", self.num_hidden_layers or 4)
         elif decoder is not None:
@@ -130,6 +131,8 @@ class GenLMConfig(PreTrainedConfig):
         if self.sliding_window is None and "sliding_attention" in self.mixer_types:
             self.sliding_window = max(1, self.max_position_embeddings // 4)
         self.validate_layer_type()  # before transformers reads layer_types
+        if self.has_rotary_positions:  # no field: elsewhere there is nothing that it could change
+            self.rope_parameters = rope_parameters
         super().__post_init__(**kwargs)
 
     @property

@@ -5,15 +5,20 @@ a whole tensor through transformers' `init`, which leaves loaded weights alone. 
 of its own is never asked.)
 """
 
+import math
+
 import torch
 from torch import nn
 from transformers import initialization as init
 
+from .configuration_genlm import GenLMConfig
 
-def start_at_zero(linear: nn.Linear) -> None:
-    """A projection into the residual stream starts its layer as the identity (Zhang et al., 2019,
-    arXiv:1901.09321)."""
-    init.zeros_(linear.weight)
+
+def start_near_zero(linear: nn.Linear, config: GenLMConfig) -> None:
+    """A projection into the residual stream starts its layer near the identity (Zhang et al., 2019,
+    arXiv:1901.09321): with a tenth of the deviation of GPT-2 (Radford et al., 2019)."""
+    std = 0.1 * config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+    init.normal_(linear.weight, mean=0.0, std=std)
 
 
 def start_orthogonal(linear: nn.Linear, n_gates: int) -> None:

@@ -8,10 +8,19 @@
 This folder travels to the Hub with every saved model: it imports torch, transformers and its own files.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import (
@@ -20,16 +29,26 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
     find_packed_sequence_indices,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_genlm import GenLMAttention
 from .cache_genlm import RecurrentStateLayer
 from .configuration_genlm import GenLMConfig
-from .initialization_genlm import start_at_zero
+from .initialization_genlm import start_near_zero
 from .positions_genlm import GenLMRotaryEmbedding
 from .recurrence_genlm import (
     ElmanCell,
@@ -75,7 +94,7 @@ class GenLMMLP(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.down_proj.start = start_at_zero
+        self.down_proj.start = partial(start_near_zero, config=config)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -114,6 +133,14 @@ class GenLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": GenLMDecoderLayer, "attentions": GenLMAttention}
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As PreTrainedModel.save_pretrained; the folder serves every Auto class that has a GenLM class."""
+        self.config.auto_map = {
+            auto.__name__: f"modeling_genlm.{model_class.__name__}"
+            for auto, model_class in AUTO_CLASSES.items()
+        }
+        super().save_pretrained(save_directory, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -295,4 +322,36 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
         return self.lm_head(hidden_states)
 
 
-__all__ = ["GenLMForCausalLM", "GenLMModel", "GenLMPreTrainedModel"]
+class GenLMForSequenceClassification(GenericForSequenceClassification, GenLMPreTrainedModel):
+    """Scores the last token of each row that is not padding, on whichever side the padding is."""
+
+
+class GenLMForTokenClassification(GenericForTokenClassification, GenLMPreTrainedModel):
+    """Scores every token."""
+
+
+AUTO_CLASSES = {
+    AutoModel: GenLMModel,
+    AutoModelForCausalLM: GenLMForCausalLM,
+    AutoModelForSequenceClassification: GenLMForSequenceClassification,
+    AutoModelForTokenClassification: GenLMForTokenClassification,
+}
+# Here, for a copy of this file from the Hub too: the heads build their decoder through AutoModel, which must
+# not ask whether it may trust this file; label smoothing and the pipelines know a class by these names.
+for _auto, _model_class in AUTO_CLASSES.items():
+    _auto.register(GenLMConfig, _model_class, exist_ok=True)
+for _names, _model_class in (
+    (MODEL_MAPPING_NAMES, GenLMModel),
+    (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, GenLMForCausalLM),
+    (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, GenLMForSequenceClassification),
+    (MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, GenLMForTokenClassification),
+):
+    _names[GenLMConfig.model_type] = _model_class.__name__
+
+__all__ = [
+    "GenLMForCausalLM",
+    "GenLMForSequenceClassification",
+    "GenLMForTokenClassification",
+    "GenLMModel",
+    "GenLMPreTrainedModel",
+]

@@ -18,11 +18,12 @@ from transformers.cache_utils import Cache
 
 from .configuration_genlm import GenLMConfig
 from .initialization_genlm import (
-    start_at_zero,
+    start_near_zero,
     start_orthogonal,
     start_remembering,
     start_with_spread_memories,
 )
+from .scan_genlm import linear_scan, scan_steps
 
 # PackedSequence skips the padding of short segments but costs an Elman or GRU several times as much per token
 _MOST_PADDING = 3.0
@@ -97,7 +98,7 @@ class RecurrentMixer(nn.Module):
         self.layer_idx = layer_idx
         self.recurrent_size = config.recurrent_size
         self.out_proj = nn.Linear(config.recurrent_size, config.hidden_size, bias=False)
-        self.out_proj.start = start_at_zero
+        self.out_proj.start = partial(start_near_zero, config=config)
 
     def forward(
         self,
@@ -185,23 +186,23 @@ class ClassicCell(RecurrentMixer):
 
     def run_stepwise(self, x, layout, states, recording=False):
         """`run` by the definition, token by token."""
-        u_BTG = self.in_proj(x)
-        past, outputs = [states], []
-        for t in range(x.shape[1]):
+        inputs = [self.in_proj(x)]
+        inputs += [mask for mask in (layout.starts, layout.valid) if mask is not None]
+
+        def advance(states, inputs):
+            u, *masks = inputs
+            before = states
             if layout.starts is not None:
-                keep = ~layout.starts[:, t, None]
-                states = tuple(state * keep for state in states)
-            new = self.step(u_BTG[:, t], self.rec_proj(states[0].to(x.dtype)), states)
+                states = tuple(state * ~masks[0][:, None] for state in states)
+            states = self.step(u, self.rec_proj(states[0].to(x.dtype)), states)
             if layout.valid is not None:
-                is_token = layout.valid[:, t, None]
-                new = tuple(
-                    torch.where(is_token, after, before) for after, before in zip(new, states, strict=True)
-                )
-            states = new
-            outputs.append(states[0])
-            past.append(states)
-        history = [torch.stack(slot, dim=1) for slot in zip(*past, strict=True)] if recording else None
-        return torch.stack(outputs, dim=1), states, history
+                is_token = masks[-1][:, None]
+                states = tuple(torch.where(is_token, *pair) for pair in zip(states, before, strict=True))
+            return states
+
+        states, history = scan_steps(advance, states, inputs)
+        outputs = history[0][:, 1:]
+        return outputs, states, history if recording else None
 
     def _run_kernel(self, x, states, lengths=None):
         """(S, L, D) rows and (S, R) states through the fused kernel; with `lengths`, as a PackedSequence."""
@@ -323,70 +324,6 @@ class GatedLinearRecurrence(RecurrentMixer):
         h_BTR = linear_scan(forget, new, h)
         history = [torch.cat([h[:, None], h_BTR], dim=1)] if recording else None
         return h_BTR.to(x.dtype) * F.silu(self.gate_proj(x)), (h_BTR[:, -1],), history
-
-
-def linear_scan(decay: torch.Tensor, new: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
-    """All h_t = decay_t * h_{t-1} + new_t from h_0 = `initial`: (B, T, R), (B, T, R), (B, R) to (B, T, R)."""
-    if new.shape[1] == 1:
-        return decay * initial[:, None] + new
-    return _LinearScan.apply(decay, new, initial)
-
-
-class _LinearScan(torch.autograd.Function):
-    """The gradient is the same recurrence backwards: g_t = grad_t + decay_{t+1} g_{t+1}; d new = g,
-    d decay_t = g_t h_{t-1}, d initial = decay_1 g_1.
-    """
-
-    @staticmethod
-    def forward(ctx, decay, new, initial):
-        h = _scan(decay, new, initial)
-        ctx.save_for_backward(decay, h, initial)
-        return h
-
-    @staticmethod
-    def backward(ctx, grad):
-        decay, h, initial = ctx.saved_tensors
-        following = torch.cat([decay[:, 1:], torch.zeros_like(decay[:, :1])], dim=1)
-        g = _scan(following, grad, torch.zeros_like(initial), backwards=True)
-        before = torch.cat([initial[:, None], h[:, :-1]], dim=1)
-        return g * before, g, decay[:, 0] * g[:, 0]
-
-
-def _scan(decay: torch.Tensor, new: torch.Tensor, initial: torch.Tensor, backwards: bool = False):
-    """An accelerator pays for each dependent step, a CPU for each operation that its cores must share."""
-    if new.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _sequential_scan(decay, new, initial, backwards)
-    if backwards:
-        return _chunked_scan(decay.flip(1), new.flip(1), initial).flip(1)
-    return _chunked_scan(decay, new, initial)
-
-
-def _sequential_scan(decay, new, state, backwards=False):
-    h = torch.empty_like(new)
-    steps = list(zip(decay.unbind(1), new.unbind(1), h.unbind(1), strict=True))
-    for decay_t, new_t, h_t in reversed(steps) if backwards else steps:
-        state = torch.addcmul(new_t, decay_t, state, out=h_t)
-    return h
-
-
-def _chunked_scan(decay: torch.Tensor, new: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
-    """Chunks are solved side by side, then joined: about 2 sqrt(T) dependent steps instead of T."""
-    n_rows, n_tokens, width = new.shape
-    length = max(1, round(n_tokens**0.5))
-    missing = -n_tokens % length
-    if missing:
-        decay, new = F.pad(decay, (0, 0, 0, missing)), F.pad(new, (0, 0, 0, missing))
-    decay = decay.reshape(n_rows, -1, length, width)
-    local = new.reshape(n_rows, -1, length, width).clone()
-    reach = decay.clone()  # the product of decays from the chunk's start
-    for t in range(1, length):
-        local[:, :, t].addcmul_(decay[:, :, t], local[:, :, t - 1])
-        reach[:, :, t].mul_(reach[:, :, t - 1])
-    carried = [initial]
-    for chunk in range(local.shape[1] - 1):
-        carried.append(torch.addcmul(local[:, chunk, -1], reach[:, chunk, -1], carried[-1]))
-    h = local.addcmul_(reach, torch.stack(carried, dim=1).unsqueeze(2))
-    return h.view(n_rows, -1, width)[:, :n_tokens]
 
 
 def _is_plain_linear(module: nn.Module) -> bool:

@@ -218,8 +218,6 @@ class BudgetTrainer(Trainer):
 
 def save(run: RunFolder, model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write model/: weights, config, tokenizer and the code that loads them without this package."""
-    auto_map = {"AutoModel": "modeling_genlm.GenLMModel"}  # save_pretrained adds the entries of its own class
-    model.config.auto_map = {**getattr(model.config, "auto_map", {}), **auto_map}
     model.save_pretrained(run.model)
     tokenizer.save_pretrained(run.model)
     run.log("saved", bytes=sum(file.stat().st_size for file in run.model.iterdir()))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from hf_genlm.model.recurrence_genlm import _chunked_scan, _sequential_scan
+from hf_genlm.model.scan_genlm import _chunked_scan, _sequential_scan
 
 ROUNDS = 9
 SHAPES = ((16, 128, 192), (32, 256, 384))  # rows, tokens, width

@@ -1,0 +1,107 @@
+"""Recurrences over the time axis: any step by step, linear ones in whatever way the hardware does fastest.
+
+Shapes: B batch, T tokens, R recurrent_size.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+
+def scan_steps(advance: Callable, states: tuple[torch.Tensor, ...], inputs: Sequence[torch.Tensor]):
+    """All states of s_t = advance(s_{t-1}, inputs at t).
+
+    Args:
+        advance: from states, each (B, R), and the list of `inputs` at one step, to new states.
+        inputs: each (B, T, ...).
+
+    Returns:
+        the last states, each (B, R), and for each the history (B, 1 + T, R), the given one first.
+    """
+    if torch.compiler.is_exporting() and inputs[0].shape[1] != 1:
+        return _exportable_scan(advance, states, inputs)
+    history = [states]
+    for t in range(inputs[0].shape[1]):
+        history.append(advance(history[-1], [x[:, t] for x in inputs]))
+    return history[-1], [torch.stack(slot, dim=1) for slot in zip(*history, strict=True)]
+
+
+def _exportable_scan(advance, states, inputs):
+    """One loop in the graph instead of T copies of the step, so that an exported program takes any length."""
+    from torch._higher_order_ops.scan import scan
+
+    def step(states, inputs):
+        states = advance(tuple(states), inputs)
+        return [state.clone() for state in states], [state.clone() for state in states]
+
+    last, outputs = scan(step, [state.clone() for state in states], list(inputs), dim=1)
+    history = [torch.cat([first[:, None], rest], dim=1) for first, rest in zip(states, outputs, strict=True)]
+    return tuple(last), history
+
+
+def linear_scan(decay: torch.Tensor, new: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+    """All h_t = decay_t * h_{t-1} + new_t from h_0 = `initial`: (B, T, R), (B, T, R), (B, R) to (B, T, R)."""
+    if new.shape[1] == 1:
+        return decay * initial[:, None] + new
+    if torch.compiler.is_exporting():
+        _, (history,) = scan_steps(lambda h, x: (x[0] * h[0] + x[1],), (initial,), [decay, new])
+        return history[:, 1:]
+    return _LinearScan.apply(decay, new, initial)
+
+
+class _LinearScan(torch.autograd.Function):
+    """The gradient is the same recurrence backwards: g_t = grad_t + decay_{t+1} g_{t+1}; d new = g,
+    d decay_t = g_t h_{t-1}, d initial = decay_1 g_1.
+    """
+
+    @staticmethod
+    def forward(ctx, decay, new, initial):
+        h = _scan(decay, new, initial)
+        ctx.save_for_backward(decay, h, initial)
+        return h
+
+    @staticmethod
+    def backward(ctx, grad):
+        decay, h, initial = ctx.saved_tensors
+        following = torch.cat([decay[:, 1:], torch.zeros_like(decay[:, :1])], dim=1)
+        g = _scan(following, grad, torch.zeros_like(initial), backwards=True)
+        before = torch.cat([initial[:, None], h[:, :-1]], dim=1)
+        return g * before, g, decay[:, 0] * g[:, 0]
+
+
+def _scan(decay: torch.Tensor, new: torch.Tensor, initial: torch.Tensor, backwards: bool = False):
+    """An accelerator pays for each dependent step, a CPU for each operation that its cores must share."""
+    if new.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _sequential_scan(decay, new, initial, backwards)
+    if backwards:
+        return _chunked_scan(decay.flip(1), new.flip(1), initial).flip(1)
+    return _chunked_scan(decay, new, initial)
+
+
+def _sequential_scan(decay, new, state, backwards=False):
+    h = torch.empty_like(new)
+    steps = list(zip(decay.unbind(1), new.unbind(1), h.unbind(1), strict=True))
+    for decay_t, new_t, h_t in reversed(steps) if backwards else steps:
+        state = torch.addcmul(new_t, decay_t, state, out=h_t)
+    return h
+
+
+def _chunked_scan(decay: torch.Tensor, new: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+    """Chunks are solved side by side, then joined: about 2 sqrt(T) dependent steps instead of T."""
+    n_rows, n_tokens, width = new.shape
+    length = max(1, round(n_tokens**0.5))
+    missing = -n_tokens % length
+    if missing:
+        decay, new = F.pad(decay, (0, 0, 0, missing)), F.pad(new, (0, 0, 0, missing))
+    decay = decay.reshape(n_rows, -1, length, width)
+    local = new.reshape(n_rows, -1, length, width).clone()
+    reach = decay.clone()  # the product of decays from the chunk's start
+    for t in range(1, length):
+        local[:, :, t].addcmul_(decay[:, :, t], local[:, :, t - 1])
+        reach[:, :, t].mul_(reach[:, :, t - 1])
+    carried = [initial]
+    for chunk in range(local.shape[1] - 1):
+        carried.append(torch.addcmul(local[:, chunk, -1], reach[:, chunk, -1], carried[-1]))
+    h = local.addcmul_(reach, torch.stack(carried, dim=1).unsqueeze(2))
+    return h.view(n_rows, -1, width)[:, :n_tokens]

@@ -1,0 +1,86 @@
+"""transformers' own tests, from the source distribution of the installed version.
+
+`python tests/upstream.py` fetches them once into .cache/ (pip, 11 MB); `load` imports them from there.
+"""
+
+import importlib
+import subprocess
+import sys
+import tarfile
+import tempfile
+import types
+from pathlib import Path
+from unittest import mock
+
+import transformers
+
+FOLDER = Path(__file__).parent.parent / ".cache" / f"transformers-{transformers.__version__}"
+PACKAGE = "transformers_tests"
+
+# What the tests import from files that the source distribution leaves out: two mixins of tests, in place of
+# which stand tests/test_generate.py and tests/test_export.py, and values that a config must keep.
+_CONFIG_VALUES = {
+    "return_dict": False,
+    "output_hidden_states": True,
+    "output_attentions": True,
+    "dtype": "float16",
+    "chunk_size_feed_forward": 5,
+    "architectures": ["AnyModel"],
+    "is_encoder_decoder": False,
+    "id2label": {0: "no", 1: "yes"},
+    "label2id": {"no": 0, "yes": 1},
+    "problem_type": "regression",
+}
+_ABSENT = {
+    "exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
+    "generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
+    "utils.test_configuration_utils": {"config_common_kwargs": _CONFIG_VALUES},
+}
+
+
+def fetch() -> None:
+    """Download the source distribution of the installed transformers and keep its tests."""
+    if FOLDER.exists():
+        return
+    requirement = f"transformers=={transformers.__version__}"
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "transformers",
+             "--dest", folder, requirement],
+            check=True,
+        )  # fmt: skip
+        (archive,) = Path(folder).glob("transformers-*.tar.gz")
+        unpacked = FOLDER.with_suffix(".partial") / PACKAGE
+        unpacked.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(archive) as files:
+            for member in files:
+                parts = Path(member.name).parts
+                if len(parts) == 3 and parts[1] == "tests" and member.isfile():
+                    (unpacked / parts[2]).write_bytes(files.extractfile(member).read())
+    unpacked.parent.rename(FOLDER)
+
+
+def load(module: str) -> types.ModuleType:
+    """The test module `module`, for instance "test_modeling_common".
+
+    Raises:
+        FileNotFoundError: they were not fetched.
+    """
+    if not FOLDER.exists():
+        raise FileNotFoundError(FOLDER)
+    if str(FOLDER) not in sys.path:
+        sys.path.insert(0, str(FOLDER))
+    for name, contents in _ABSENT.items():
+        *parents, _ = name.split(".")
+        for parent in parents:
+            sys.modules.setdefault(f"{PACKAGE}.{parent}", types.ModuleType(f"{PACKAGE}.{parent}"))
+        absent = types.ModuleType(f"{PACKAGE}.{name}")
+        vars(absent).update(contents)
+        sys.modules.setdefault(absent.__name__, absent)
+    # one of them reads transformers from the folder above itself
+    with mock.patch("transformers.utils.direct_transformers_import", return_value=transformers):
+        return importlib.import_module(f"{PACKAGE}.{module}")
+
+
+if __name__ == "__main__":
+    fetch()
