@@ -1,7 +1,8 @@
 """The command line: reads arguments, calls the rooms, and is the only module that prints.
 
-    hf-genlm train [SOURCE ...]     hf-genlm evaluate MODEL [SOURCE ...]     hf-genlm card RUN
-    hf-genlm tokenizer SOURCE ...   hf-genlm generate MODEL [PROMPT]
+    hf-genlm train [SOURCE ...]          hf-genlm generate MODEL [PROMPT]    hf-genlm card RUN
+    hf-genlm tokenizer SOURCE ...        hf-genlm serve MODEL
+    hf-genlm evaluate MODEL [SOURCE ...] hf-genlm chat MODEL
 
 Exit codes: 0 done; 2 the input cannot be used, one line on stderr says why; 1 a fault of ours, with a
 traceback.
@@ -121,10 +122,26 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, metavar="N")
     generate.set_defaults(run=_generate)
 
+    _add_serving(verbs)
     card = verbs.add_parser("card", help="write the model card of a run again")
     card.add_argument("run_path", metavar="RUN")
     card.set_defaults(run=_card)
     return parser
+
+
+def _add_serving(verbs: Any) -> None:
+    model_help = "a run folder, a model folder or a Hub id"
+    serve = verbs.add_parser("serve", help="serve a model by an OpenAI-compatible API")
+    serve.add_argument("model", metavar="MODEL", help=model_help)
+    serve.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="options of transformers serve")
+    serve.set_defaults(run=_serve)
+    chat = verbs.add_parser("chat", help="talk to a model in the terminal")
+    chat.add_argument("--url", help="of a running server; default: one of our own for this talk")
+    chat.add_argument("model", metavar="MODEL", help=model_help)
+    chat.add_argument(
+        "rest", nargs=argparse.REMAINDER, metavar="...", help="settings such as temperature=0.5"
+    )
+    chat.set_defaults(run=_chat)
 
 
 def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
@@ -295,15 +312,12 @@ def _check_same_text(run: Any, report: dict[str, Any]) -> None:
 
 def _load(name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Model and tokenizer of a run folder, a model folder or a Hub id; no code from there is executed."""
+    source = _source_of(name)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import hf_genlm.model  # noqa: F401  registers the Auto classes
 
-    path = Path(name)
-    source = str(path / "model") if (path / "model" / "config.json").is_file() else name
-    if path.exists() and not (Path(source) / "config.json").is_file():
-        raise UserError(f"{name!r} holds no model: neither it nor its model/ has a config.json")
     try:
         model = AutoModelForCausalLM.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -312,9 +326,19 @@ def _load(name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
+def _source_of(name: str) -> str:
+    """The model folder of a run, or the model folder or Hub id itself."""
+    path = Path(name)
+    source = str(path / "model") if (path / "model" / "config.json").is_file() else name
+    if path.exists() and not (Path(source) / "config.json").is_file():
+        raise UserError(f"{name!r} holds no model: neither it nor its model/ has a config.json")
+    if not path.exists() and name.count("/") != 1:
+        raise UserError(f"no model at {name!r}: name a run folder, a model folder or a Hub id")
+    return source
+
+
 def _generate(options: argparse.Namespace) -> None:
-    if not Path(options.model).exists() and options.model.count("/") != 1:
-        raise UserError(f"no model at {options.model!r}: name a run folder, a model folder or a Hub id")
+    _source_of(options.model)  # before the wait for torch
     with Display() as display:
         display.show("loading torch and transformers")
         model, tokenizer = _load(options.model)
@@ -334,6 +358,18 @@ def _generate(options: argparse.Namespace) -> None:
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         **(sampling if options.temperature > 0 else {"do_sample": False}),
     )
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from hf_genlm.serving import serve
+
+    serve(_source_of(options.model), options.rest)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from hf_genlm.serving import chat
+
+    chat(_source_of(options.model), options.url, options.rest)
 
 
 def _card(options: argparse.Namespace) -> None:

@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from accelerate.big_modeling import (
+    _attach_context_parallel_hooks,
+    _refuse_recurrent_layers_under_sequence_parallelism,
+)
 from conftest import EOS, PAD, STACKS, build_model
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 N = 9
 
@@ -88,3 +92,96 @@ def test_rejected_drafts_are_taken_back(model, tokens):
 def test_embeddings_in_place_of_ids(model, tokens):
     embeds = model.get_input_embeddings()(tokens)
     assert torch.equal(generate(model, None, inputs_embeds=embeds), generate(model, tokens)[:, 12:])
+
+
+def test_beam_sampling_equals_beam_sampling_without_cache(model, tokens):
+    rows = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        rows.append(
+            generate(model, tokens, do_sample=True, num_beams=3, num_return_sequences=2, use_cache=use_cache)
+        )
+    assert torch.equal(*rows)
+    assert rows[0].shape == (6, 12 + N)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_every_output_can_be_asked_for(model, tokens, num_beams):
+    model.set_attn_implementation("eager")
+    asked = dict.fromkeys(
+        ["output_scores", "output_logits", "output_hidden_states", "output_attentions"], True
+    )
+    out = generate(model, tokens, num_beams=num_beams, return_dict_in_generate=True, **asked)
+    layer_types = model.config.layer_types
+    n_attention = sum("linear" not in layer_type for layer_type in layer_types)
+    assert len(out.scores) == len(out.logits) == len(out.hidden_states) == len(out.attentions) == N
+    assert {len(step) for step in out.hidden_states} == {len(layer_types) + 1}
+    assert {len(step) for step in out.attentions} == {n_attention}
+    assert out.hidden_states[0][0].shape == (3 * num_beams, 12, 32)
+    assert out.hidden_states[-1][-1].shape == (3 * num_beams, 1, 32)
+    assert len(out.past_key_values) == len(layer_types)
+    assert out.past_key_values.get_seq_length() == 12 + N - 1
+
+
+def test_eager_attention_generates_what_sdpa_does(model, tokens):
+    texts = []
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        texts.append(generate(model, tokens))
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("assistant", ["same", "other"])
+def test_assisted_decoding_gives_the_scores_of_greedy_search(model, tokens, assistant):
+    draft = model if assistant == "same" else build_model(["lstm", "full_attention"], seed=9)
+    draft.generation_config.num_assistant_tokens = 2
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    asked = {"return_dict_in_generate": True, "output_scores": True}
+    expected = generate(model, tokens[:1], **asked)
+    assisted = generate(model, tokens[:1], assistant_model=draft, **asked)
+    assert torch.equal(assisted.sequences, expected.sequences)
+    torch.testing.assert_close(
+        torch.stack(assisted.scores), torch.stack(expected.scores), atol=1e-4, rtol=1e-4
+    )
+    assert generate(model, tokens[:1], assistant_model=draft, do_sample=True).shape == (1, 12 + N)
+
+
+def test_going_on_from_embeddings_and_their_cache(model, tokens):
+    embed = model.get_input_embeddings()
+    embeds = embed(tokens)
+    whole = generate(model, None, inputs_embeds=embeds)
+    first = generate(model, None, inputs_embeds=embeds, max_new_tokens=4, return_dict_in_generate=True)
+    more = torch.cat([embeds, embed(first.sequences)], dim=1)
+    rest = generate(
+        model, None, inputs_embeds=more, past_key_values=first.past_key_values, max_new_tokens=N - 4
+    )
+    assert torch.equal(torch.cat([first.sequences, rest], dim=1), whole)
+
+
+def test_a_static_cache_can_be_reset_and_used_again(model, tokens):
+    cache = StaticCache(model.config, max_cache_len=40)
+    for prompt in (tokens, tokens.flip(0)):
+        assert torch.equal(generate(model, prompt, past_key_values=cache), generate(model, prompt))
+        cache.reset()
+
+
+@pytest.mark.parametrize("mixer", ["full_attention", "sliding_attention"])
+def test_continuous_batching_of_attention_equals_one_by_one(mixer, tokens):
+    model = build_model(STACKS[mixer])
+    prompts = [tokens[0].tolist(), tokens[1, :5].tolist()]
+    settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=PAD)
+    answers = model.generate_batch(prompts, generation_config=settings)
+    for prompt, answer in zip(prompts, answers.values(), strict=True):
+        expected = generate(model, torch.tensor([prompt]), max_new_tokens=4)[0, len(prompt) :]
+        assert answer.generated_tokens == expected.tolist()
+
+
+def test_what_a_recurrent_state_cannot_do_is_refused_by_name():
+    model = build_model(STACKS["hybrid"])
+    with pytest.raises(ValueError, match="genlm_linear_attention"):
+        model.generate_batch([[3, 4, 5]], generation_config=GenerationConfig(max_new_tokens=2))
+    with pytest.raises(ValueError, match="genlm_linear_attention"):
+        _attach_context_parallel_hooks(model)
+    with pytest.raises(ValueError, match="genlm_linear_attention"):
+        _refuse_recurrent_layers_under_sequence_parallelism(model)
+    assert not model.supports_context_parallel

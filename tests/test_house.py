@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "model": set(),
     "evaluation": {"recipe", "errors"},
     "training": {"recipe", "errors", "run_folder", "text", "model", "evaluation"},
+    "serving": {"errors", "model"},
     "publish": {"recipe", "errors", "run_folder", "evaluation.measurement"},
 }
 TOP = {"cli", "__init__", "__main__"}  # may import everything

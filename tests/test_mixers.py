@@ -40,7 +40,7 @@ def test_right_padding_leaves_the_state_of_the_last_token(model, tokens):
     for row, length in ((0, 7), (1, 12), (2, 3)):
         alone = model(tokens[row : row + 1, :length], use_cache=True).past_key_values
         for layer, (mixed, own) in enumerate(zip(cache.layers, alone.layers, strict=True)):
-            if model.config.layer_types[layer] != "genlm_recurrent":
+            if model.config.layer_types[layer] != "genlm_linear_attention":
                 continue
             for slot, state in own.recurrent_states.items():
                 # a layer above attention sees what attention made of the padding: compare the first alone

@@ -72,7 +72,7 @@ class KindTest(common.ModelTesterMixin, TrainingTesterMixin):
         self.model_tester = ModelTester(self, self.overrides)
         self.config_tester = ConfigTester(self, config_class=GenLMConfig, hidden_size=37)
         layer_types = self.model_tester.get_config().layer_types
-        self.n_attention = sum(layer_type != "genlm_recurrent" for layer_type in layer_types)
+        self.n_attention = sum(layer_type != "genlm_linear_attention" for layer_type in layer_types)
         self.has_attentions = self.n_attention > 0
 
     def test_config(self):

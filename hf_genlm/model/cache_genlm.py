@@ -16,7 +16,8 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
     kept, (batch, 1 + tokens, recurrent_size), so that rejected tokens can be taken back.
     """
 
-    _layer_type = "genlm_recurrent"
+    # for every recurrence: accelerate refuses sequence parallelism by the words linear_attention in it
+    _layer_type = "genlm_linear_attention"
     is_compileable = True
     is_sliding = False
     supports_early_init = False

@@ -30,8 +30,8 @@ _POSITIVE = (
     "max_position_embeddings",
 )
 
-# transformers keys caches and masks by these words; cache_genlm.py registers "genlm_recurrent"
-_LAYER_TYPE_OF = dict.fromkeys(RECURRENT_MIXERS, "genlm_recurrent") | {
+# transformers keys caches and masks by these words; cache_genlm.py registers "genlm_linear_attention"
+_LAYER_TYPE_OF = dict.fromkeys(RECURRENT_MIXERS, "genlm_linear_attention") | {
     name: name for name in ATTENTION_MIXERS
 }
 

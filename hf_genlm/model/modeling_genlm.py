@@ -131,6 +131,7 @@ class GenLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _supports_context_parallel = False  # accelerate takes masks away from modules named self_attn only
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": GenLMDecoderLayer, "attentions": GenLMAttention}
 

@@ -52,18 +52,14 @@ class TimeLayout:
     def __init__(self, valid: torch.Tensor | None = None, document: torch.Tensor | None = None):
         self.valid = valid
         self.document = document
+        self.starts = None  # (B, T) bool: where the state is forgotten
+        if document is not None:
+            self.starts = torch.diff(document, dim=1, prepend=torch.zeros_like(document[:, :1])) != 0
 
     @property
     def is_plain(self) -> bool:
         """Whether every row is one document without padding."""
         return self.valid is None and self.document is None
-
-    @cached_property
-    def starts(self) -> torch.Tensor | None:
-        """(B, T) bool: where the state is forgotten."""
-        if self.document is None:
-            return None
-        return torch.diff(self.document, dim=1, prepend=torch.zeros_like(self.document[:, :1])) != 0
 
     @cached_property
     def segments(self) -> Segments:
@@ -329,6 +325,7 @@ class GatedLinearRecurrence(RecurrentMixer):
 def _is_plain_linear(module: nn.Module) -> bool:
     return (
         type(module) is nn.Linear
+        and type(module.weight) in (nn.Parameter, torch.Tensor)  # a quantiser may put its own tensor there
         and "forward" not in module.__dict__
         and not module._forward_hooks
         and not module._forward_pre_hooks

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"  # stands before and after every document: both bos and eos
 PAD = "<|pad|>"
+# a plain language model knows no roles: a conversation is one document, a line a message, and it goes on
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
+    "{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
+)
 MIN_VOCAB_SIZE = 258  # 256 bytes and the two special tokens
 MAX_CHOSEN_VOCAB_SIZE = 32768
 _MIN_CHOSEN_VOCAB_SIZE = 512
@@ -290,4 +295,5 @@ def _wrap(backend: Tokenizer) -> "PreTrainedTokenizerFast":
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
     )

@@ -1,0 +1,114 @@
+"""Serve a model by transformers' own OpenAI-compatible server, and talk to it with transformers' own client.
+
+The server takes a class by its name from transformers, where an out-of-tree class is not: `expose`
+puts ours there. Everything else is theirs.
+"""
+
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from hf_genlm.errors import UserError
+
+
+def serve(source: str, options: Sequence[str] = ()) -> None:
+    """Serve the model folder or Hub id `source` until stopped, by an OpenAI-compatible API.
+
+    `options` are those of `transformers serve`, such as `["--port", "9000"]`.
+
+    Raises:
+        UserError: the server's libraries are not installed, or it does not know an option.
+    """
+    _check_installed()
+    from transformers.cli.serving.model_manager import ModelManager
+
+    # theirs lists the Hub cache, and fails where there is none; this server has one model
+    served = {"id": source, "object": "model", "created": int(time.time()), "owned_by": ""}
+    ModelManager.get_gen_models = staticmethod(lambda cache_dir=None: [served])
+    _run_transformers(["serve", source, *options])
+
+
+def chat(source: str, url: str | None = None, flags: Sequence[str] = ()) -> None:
+    """Talk to the model `source` as served at `url`, or by a server of our own that ends with the talk.
+
+    `flags` are generation settings in the client's form, such as `["temperature=0.5"]`.
+
+    Raises:
+        UserError: the server's libraries are not installed, or our server does not start.
+    """
+    _check_installed()
+    if url is not None:
+        _run_transformers(["chat", source, url, *flags])
+        return
+    with background_server(source) as url:
+        _run_transformers(["chat", source, url, *flags])
+
+
+def expose() -> None:
+    """Make our classes attributes of transformers, for code that takes a class by the name in a config."""
+    import transformers
+
+    from hf_genlm.model.modeling_genlm import AUTO_CLASSES
+
+    for model_class in AUTO_CLASSES.values():
+        setattr(transformers, model_class.__name__, model_class)
+
+
+def _check_installed() -> None:
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise UserError("serving needs more libraries: pip install 'hf_genlm[serve]'")
+
+
+def _run_transformers(arguments: list[str]) -> None:
+    import click
+    from transformers.cli.transformers import app
+
+    expose()
+    try:
+        app(arguments, standalone_mode=False)
+    except (click.exceptions.Exit, click.Abort):  # --help was asked for; the input of a talk has ended
+        return
+    except click.ClickException as error:
+        raise UserError(f"transformers {arguments[0]}: {error.format_message()}") from error
+
+
+@contextmanager
+def background_server(source: str, timeout_s: float = 300.0) -> Iterator[str]:
+    """The URL of a server of `source` in a process of its own, on a free port, until the block ends.
+
+    Raises:
+        UserError: it ended or did not answer within `timeout_s`; the message is its last line.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    url = f"http://localhost:{port}"
+    command = [sys.executable, "-m", "hf_genlm", "serve", source, "--port", str(port)]
+    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+        try:
+            deadline = time.monotonic() + timeout_s
+            while not _answers(f"{url}/health"):
+                if server.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    last = (log.read().decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+                    raise UserError(f"the server of {source!r} did not start: {last}")
+                time.sleep(0.1)
+            yield url
+        finally:
+            server.terminate()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
