@@ -4,6 +4,7 @@ The server takes a class by its name from transformers, where an out-of-tree cla
 puts ours there. Everything else is theirs.
 """
 
+import os
 import socket
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
+from typing import Any
 
 from hf_genlm.errors import UserError
 
@@ -30,7 +33,8 @@ def serve(source: str, options: Sequence[str] = ()) -> None:
 
     # theirs lists the Hub cache, and fails where there is none; this server has one model
     served = {"id": source, "object": "model", "created": int(time.time()), "owned_by": ""}
-    ModelManager.get_gen_models = staticmethod(lambda cache_dir=None: [served])
+    listing: Any = ModelManager
+    listing.get_gen_models = staticmethod(lambda cache_dir=None: [served])
     _run_transformers(["serve", source, *options])
 
 
@@ -43,10 +47,9 @@ def chat(source: str, url: str | None = None, flags: Sequence[str] = ()) -> None
         UserError: the server's libraries are not installed, or our server does not start.
     """
     _check_installed()
-    if url is not None:
-        _run_transformers(["chat", source, url, *flags])
-        return
-    with background_server(source) as url:
+    with background_server(source) if url is None else nullcontext(url) as url:
+        # the client speaks to this URL alone, which an offline mode meant for the Hub would forbid
+        os.environ.pop("HF_HUB_OFFLINE", None)
         _run_transformers(["chat", source, url, *flags])
 
 
@@ -61,9 +64,7 @@ def expose() -> None:
 
 
 def _check_installed() -> None:
-    from transformers.utils.import_utils import is_serve_available
-
-    if not is_serve_available():
+    if any(find_spec(name) is None for name in ("fastapi", "openai", "pydantic", "uvicorn")):
         raise UserError("serving needs more libraries: pip install 'hf_genlm[serve]'")
 
 

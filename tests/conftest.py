@@ -23,6 +23,8 @@ KINDS["factorised"] = {
     "embedding_size": 16,
     "output_bias": True,
 }
+# one layer of each kind is enough for a tracer; more only takes longer
+SHALLOW = {mixer: [mixer] for mixer in MIXERS} | {"hybrid": ["lstm", "full_attention"]}
 VOCAB, PAD, EOS = 61, 0, 1
 
 

@@ -11,6 +11,9 @@ from conftest import STACKS, build_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from hf_genlm.model import GenLMConfig, GenLMForCausalLM, GenLMModel
+from hf_genlm.recipe import TokenizerRecipe
+from hf_genlm.text.sources import Document
+from hf_genlm.text.tokenizer import train_tokenizer
 
 
 def test_weights_return_bit_equal(model, tokens, tmp_path):
@@ -119,29 +122,66 @@ WITHOUT_US = """
 import sys, pathlib
 sys.modules["hf_genlm"] = None  # as if it were not installed
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import transformers
 for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
-    if not folder.is_dir():
-        continue
     ids = torch.load(folder / "expected.pt", weights_only=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     assert type(model).__module__.startswith("transformers_modules"), type(model)
     assert torch.equal(model(ids["tokens"], use_cache=False).logits, ids["logits"]), folder.name
     text = model.generate(ids["tokens"], max_new_tokens=5, do_sample=False, num_beams=2)
     assert torch.equal(text, ids["text"]), folder.name
-    base = AutoModel.from_pretrained(folder, trust_remote_code=True)
-    assert type(base).__name__ == "GenLMModel", type(base)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert type(config).__module__.startswith("transformers_modules"), type(config)
+    for auto, name in {"AutoModel": "GenLMModel",
+                       "AutoModelForSequenceClassification": "GenLMForSequenceClassification",
+                       "AutoModelForTokenClassification": "GenLMForTokenClassification"}.items():
+        other = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
+        assert type(other).__name__ == name, type(other)
+        assert torch.equal(other.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    table = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    assert type(model).__name__ in table.values()  # or Trainer would smooth labels unshifted
     again = pathlib.Path(sys.argv[2]) / folder.name
     model.save_pretrained(again)
-    assert (again / "modeling_genlm.py").read_bytes() == (folder / "modeling_genlm.py").read_bytes()
+    for file in again.iterdir():
+        assert file.read_bytes() == (folder / file.name).read_bytes(), file
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer("a text").input_ids) == "a text"
     print("loaded", folder.name)
 """
 
 
+def files_of(folder) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_two_saves_give_the_same_files(model, tmp_path):
+    """From new and from loaded models, whatever head they have and wherever they came from."""
+    model.save_pretrained(tmp_path / "first")
+    first = files_of(tmp_path / "first")
+    assert (
+        len(first) == 3 + 8
+    )  # config, generation config, weights; configuration, modeling and their siblings
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    loaded.config.auto_map = {"AutoModel": "someone/elses--modeling_genlm.GenLMModel"}
+    loaded.save_pretrained(tmp_path / "second")
+    assert files_of(tmp_path / "second") == first
+    AutoModel.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "base")
+    base = files_of(tmp_path / "base")
+    assert {name: base[name] for name in base if name.endswith(".py")} == {
+        name: first[name] for name in first if name.endswith(".py")
+    }
+    auto_maps = [json.loads(files["config.json"])["auto_map"] for files in (first, base)]
+    assert auto_maps[0] == auto_maps[1]
+    heads = {"AutoModelForSequenceClassification", "AutoModelForTokenClassification"}
+    assert set(auto_maps[0]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} | heads
+
+
 def test_loads_by_remote_code_where_our_package_is_not_installed(tokens, tmp_path):
+    tokenizer = train_tokenizer([Document("a text", "here")], TokenizerRecipe(), 6)
     for name, mixers in STACKS.items():
         model, folder = build_model(mixers), tmp_path / "models" / name
         model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         expected = {
             "tokens": tokens,
             "logits": model(tokens, use_cache=False).logits.detach(),

@@ -1,0 +1,82 @@
+"""Promise: a saved model is served by an OpenAI-compatible API, and `chat` talks to it."""
+
+import contextlib
+import subprocess
+import sys
+
+import pytest
+from test_cli import last_line, trained  # noqa: F401  the fixture
+from test_training import text_folder  # noqa: F401  the fixture
+
+from hf_genlm.cli import main
+from hf_genlm.serving import background_server
+
+for _name in ("uvicorn", "fastapi", "openai"):
+    pytest.importorskip(_name, reason=f"{_name} is not installed: pip install 'hf_genlm[serve]'")
+
+
+@pytest.fixture(scope="module")
+def server(trained):  # noqa: F811
+    with background_server(str(trained.model)) as url:
+        yield url
+
+
+@pytest.fixture
+def client(server):
+    import openai
+
+    with contextlib.closing(openai.OpenAI(base_url=f"{server}/v1", api_key="none")) as client:
+        yield client
+
+
+def test_the_served_model_is_listed(client, trained):  # noqa: F811
+    assert [model.id for model in client.models.list()] == [str(trained.model)]
+
+
+def test_completion_is_what_generate_gives(client, trained):  # noqa: F811
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(trained.model)
+    tokenizer = AutoTokenizer.from_pretrained(trained.model)
+    prompt = tokenizer("The value of", return_tensors="pt")
+    text = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt.input_ids.shape[1] :]
+    answer = client.completions.create(
+        model=str(trained.model), prompt="The value of", max_tokens=12, temperature=0
+    )
+    assert answer.choices[0].text == tokenizer.decode(text, skip_special_tokens=True)
+    assert answer.usage.completion_tokens == 12
+
+
+def test_chat_streams_what_it_answers_at_once(client, trained):  # noqa: F811
+    asked = {
+        "model": str(trained.model),
+        "messages": [{"role": "user", "content": "The value of"}],
+        "max_tokens": 12,
+        "temperature": 0,
+    }
+    whole = client.chat.completions.create(**asked).choices[0].message.content
+    pieces = [
+        chunk.choices[0].delta.content or ""
+        for chunk in client.chat.completions.create(**asked, stream=True)
+        if chunk.choices
+    ]
+    assert len(pieces) > 3
+    assert "".join(pieces) == whole != ""
+
+
+def test_chat_in_the_terminal(server, trained):  # noqa: F811
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_genlm", "chat", "--url", server, str(trained.path), "max_new_tokens=8"],
+        input="The value of\n", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer = done.stdout.split(f"<{trained.model}>:")[1]
+    assert "8 tokens in" in answer
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path, capsys):
+    assert main(["serve", str(tmp_path / "nothing")]) == 2
+    assert "no model at" in last_line(capsys)
+    (tmp_path / "config.json").write_text('{"model_type": "nobody-knows-this"}')
+    assert main(["chat", str(tmp_path)]) == 2
+    assert "did not start" in last_line(capsys)
