@@ -4,6 +4,7 @@
 """
 
 import importlib
+import re
 import subprocess
 import sys
 import tarfile
@@ -35,6 +36,26 @@ _ABSENT = {
     "exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
     "generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},
     "utils.test_configuration_utils": {"config_common_kwargs": _CONFIG_VALUES},
+}
+
+# Every reason for which one of these tests may skip, as a pattern; any other skip fails (tests/conftest.py).
+SKIPS = {
+    # nothing of the kind in a decoder of text
+    r"composite|subconfigs|sequence-to-sequence|axial RoPE": "other models",
+    r"sparse experts|grouped_mm|router_logits": "other models",
+    r"No conversion found": "our checkpoints have one format",
+    r"_keep_in_fp32_modules": "all weights may be in half precision; states are float32 by themselves",
+    # a kind of config that has no attention, or none that turns
+    r"not support attentions|not output attentions|support output_attentions|support SDPA": "recurrent",
+    r"not have RoPE|not support RoPE scaling": "recurrent",
+    # what our models do not offer
+    r"partial rope": "head_dim turns as a whole",
+    r"does not have position embeddings": "positions can be learned, but not resized",
+    r"sliding window mask": "asks for use_sliding_window; tests/test_mixers.py has the window's definition",
+    r"TP plan": "no plan for tensor parallelism yet",
+    # what this machine lacks
+    r"requires (multiple )?accelerator|requires Flash Attention": "hardware",
+    r"requires deepspeed|kernels library": "libraries for that hardware",
 }
 
 
@@ -80,6 +101,11 @@ def load(module: str) -> types.ModuleType:
     # one of them reads transformers from the folder above itself
     with mock.patch("transformers.utils.direct_transformers_import", return_value=transformers):
         return importlib.import_module(f"{PACKAGE}.{module}")
+
+
+def may_skip(reason: str) -> bool:
+    """Whether `reason` is one of SKIPS."""
+    return any(re.search(pattern, reason) for pattern in SKIPS)
 
 
 if __name__ == "__main__":
