@@ -81,8 +81,7 @@ def test_fused_kernel_equals_the_definition_with_gradients(mixer, kind):
 
     def results(run):
         outputs, last, _ = run(x, layout, states, False)
-        seen = outputs if layout.valid is None else outputs * layout.valid[..., None]
-        seen = seen * torch.linspace(-1, 1, 17, dtype=torch.double)[:, None]
+        seen = outputs * torch.linspace(-1, 1, 17, dtype=torch.double)[:, None]
         total = seen.sum() + sum((state**2).sum() for state in last)
         gradients = torch.autograd.grad(total, inputs, allow_unused=True)
         return [seen, *last, *(g for g in gradients if g is not None)]

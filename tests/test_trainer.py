@@ -8,8 +8,6 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallba
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto import modeling_auto
 
-KINDS = ["gru", "gated_linear", "hybrid"]
-
 
 def rows_of(n: int = 16, seed: int = 0) -> list[dict]:
     generator = torch.Generator().manual_seed(seed)
@@ -48,7 +46,7 @@ def smoothed(model, batch, epsilon: float) -> torch.Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, label_smoothing=epsilon)
 
 
-@pytest.mark.parametrize("stack", KINDS)
+@pytest.mark.parametrize("stack", STACKS)
 def test_label_smoothing_is_shifted(stack, tmp_path):
     model = build_model(STACKS[stack])
     trainer = trainer_of(model, tmp_path, label_smoothing_factor=0.1)
@@ -77,7 +75,7 @@ def test_our_loss_is_the_one_that_trainer_counts_shifted_labels_for():
     torch.testing.assert_close(model(**batch, shift_labels=shifted).loss, expected)
 
 
-@pytest.mark.parametrize("stack", KINDS)
+@pytest.mark.parametrize("stack", STACKS)
 def test_accumulated_steps_equal_one_large_batch(stack, tmp_path):
     """Rows of unequal length: only a loss over num_items_in_batch adds up."""
     weights = []
@@ -111,7 +109,7 @@ def test_noise_on_embeddings_while_training_and_none_after(tmp_path):
     assert torch.equal(embed(ids), F.embedding(ids, embed.weight))
 
 
-@pytest.mark.parametrize("stack", KINDS)
+@pytest.mark.parametrize("stack", STACKS)
 def test_the_best_model_is_loaded_at_the_end(stack, tmp_path):
     """A rate that ruins the model after the first look: an earlier checkpoint must come back."""
     model = build_model(STACKS[stack])

@@ -198,6 +198,8 @@ class ClassicCell(RecurrentMixer):
 
         states, history = scan_steps(advance, states, inputs)
         outputs = history[0][:, 1:]
+        if layout.valid is not None:
+            outputs = outputs * layout.valid[..., None]  # as the segments of the fused path leave it
         return outputs, states, history if recording else None
 
     def _run_kernel(self, x, states, lengths=None):
