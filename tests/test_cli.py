@@ -212,3 +212,10 @@ def test_importing_the_package_registers_the_model_in_any_order():
             [sys.executable, "-c", code.format(modules)], capture_output=True, text=True, check=True
         )
         assert done.stdout.strip() == "genlm"
+
+
+@pytest.mark.parametrize("verb", ["serve", "chat"])
+def test_serving_without_its_libraries_names_the_extra(verb, trained, monkeypatch, capsys):
+    monkeypatch.setattr("hf_genlm.serving.find_spec", lambda name: None)
+    assert main([verb, str(trained.path)]) == 2
+    assert "pip install 'hf_genlm[serve]'" in last_line(capsys)
