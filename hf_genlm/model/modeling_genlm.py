@@ -49,6 +49,7 @@ from .attention_genlm import GenLMAttention
 from .cache_genlm import RecurrentStateLayer
 from .configuration_genlm import GenLMConfig
 from .initialization_genlm import start_near_zero
+from .loss_genlm import chunked_causal_loss
 from .positions_genlm import GenLMRotaryEmbedding
 from .recurrence_genlm import (
     ElmanCell,
@@ -284,6 +285,7 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
@@ -291,6 +293,7 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
             labels: (B, T), not shifted; -100 is ignored. The loss is in nats, the mean over labels, or
                 their sum over `num_items_in_batch` when Trainer gives it.
             logits_to_keep: compute logits for the last so many tokens, or at these indices; 0 for all.
+            skip_logits: with `labels`, give the loss alone, in a fraction of the memory, and no logits.
             others: as GenLMModel.forward.
         """
         outputs = self.model(
@@ -302,12 +305,16 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self._logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+        loss, logits = None, None
+        if labels is not None and skip_logits:
+            head_states = self._head_states(outputs.last_hidden_state)
+            loss = chunked_causal_loss(head_states, self.lm_head.weight, self.lm_head.bias, labels, **kwargs)
+        else:
+            kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+            logits = self.lm_head(self._head_states(kept))
+            if labels is not None:
+                vocab_size = self.config.vocab_size
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -316,11 +323,11 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """A tied head is E through W: (h W^T) E^T."""
+    def _head_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the head reads: (B, T, hidden_size), or through W, so that a tied head is (h W^T) E^T."""
         if self.model.embed_proj is not None and self.config.tie_word_embeddings:
-            hidden_states = F.linear(hidden_states, self.model.embed_proj.weight.t())
-        return self.lm_head(hidden_states)
+            return F.linear(hidden_states, self.model.embed_proj.weight.t())
+        return hidden_states
 
 
 class GenLMForSequenceClassification(GenericForSequenceClassification, GenLMPreTrainedModel):
