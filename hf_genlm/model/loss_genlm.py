@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-# Rows of logits that exist at once, measured by recipes/benchmarks/loss_memory.py: torch's automatic choice takes
-# less memory and twice the time on a CPU.
+# Rows of logits that exist at once, measured by recipes/benchmarks/loss_memory.py: torch's automatic choice
+# takes less memory and twice the time on a CPU.
 _ROWS = 1024
 
 
