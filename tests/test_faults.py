@@ -47,8 +47,9 @@ def test_rejected_drafts_kept_in_the_state(faulty, tokens, monkeypatch):
 
 def test_padding_that_feeds_the_state(faulty, tokens, monkeypatch):
     start = TimeLayout.__init__
-    blind = lambda self, valid=None, document=None: start(self, None, document)  # noqa: E731
-    monkeypatch.setattr(TimeLayout, "__init__", blind)
+    monkeypatch.setattr(
+        TimeLayout, "__init__", lambda self, valid=None, document=None: start(self, None, document)
+    )
     fails(test_generate.test_left_padded_batch_equals_single_prompts, faulty, tokens)
 
 

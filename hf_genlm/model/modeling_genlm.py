@@ -199,7 +199,10 @@ class GenLMModel(GenLMPreTrainedModel):
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`.
         """
-        past_key_values = kwargs.pop("cache", past_key_values)  # its name from transformers 5.24 on
+        if isinstance(kwargs.get("cache"), Cache):  # its name from transformers 5.24 on
+            past_key_values = kwargs.pop(
+                "cache"
+            )  # (continuous batching gives the layers another by this name)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
