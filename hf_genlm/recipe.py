@@ -54,11 +54,14 @@ class ModelRecipe:
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     intermediate_size: int | None = None
-    embedding_size: int | None = None
+    mlp_rank: int | None = None  # of both matrices of the MLP; None: full
+    shared_layers: int = 1  # layers that share each set of weights
+    embedding_size: int | None = None  # width of the embedding table; None: `hidden_size`
     position_type: str = "rotary"
     sliding_window: int | None = None
     tie_word_embeddings: bool = True
     output_bias: bool = False
+    final_logit_softcapping: float | None = None  # bound of the logits; None: unbounded
     dropout: float = 0.0
 
 
@@ -79,6 +82,8 @@ class TrainingRecipe:
     beta1: float = 0.9
     beta2: float = 0.95
     max_grad_norm: float = 1.0
+    label_smoothing: float = 0.0  # share of the target that is spread over the vocabulary
+    z_loss: float = 0.0  # weight of the squared log of the normaliser
     warmup_fraction: float = 0.02  # of the run
     decay_fraction: float = 0.5  # of the run, linear to zero at its end
     dtype: str = "auto"  # auto: bfloat16 autocast where the device computes it natively, else float32

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SHALLOW, STACKS, build_model
+from conftest import SHALLOW, build_model
 from transformers import CompileConfig
 
 BACKEND = (
@@ -48,7 +48,7 @@ def test_decoding_is_one_graph(stack, tokens):
 @pytest.mark.slow
 @pytest.mark.parametrize("stack", ["gated_linear", "full_attention", "hybrid"])
 def test_generated_code_trains_alike(stack, tokens):
-    model = build_model(STACKS[stack]).train()
+    model = build_model(stack).train()
     inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False}
     compiled = torch.compile(model, fullgraph=True)
     for got, expected in zip(

@@ -10,7 +10,7 @@ import test_mixers
 import test_peft
 import test_trainer
 import torch
-from conftest import STACKS, build_model
+from conftest import build_model
 from transformers import PreTrainedModel
 
 from hf_genlm.model import GenLMForCausalLM, GenLMModel, GenLMPreTrainedModel, recurrence_genlm
@@ -32,7 +32,7 @@ def fails(check, *args) -> None:
 @pytest.fixture(params=RECURRENT)
 def faulty(request):
     """A model whose states something goes wrong with."""
-    return build_model(STACKS[request.param])
+    return build_model(request.param)
 
 
 def test_states_left_in_their_rows_by_beam_search(faulty, tokens, monkeypatch):
@@ -79,7 +79,7 @@ def dirty_memory(monkeypatch):
 
 
 def test_rotary_buffers_that_are_not_restored(tokens, tmp_path, monkeypatch, dirty_memory):
-    model = build_model(STACKS["full_attention"])
+    model = build_model("full_attention")
     test_hub_round_trip.test_weights_return_bit_equal(model, tokens, tmp_path)
     restore = PreTrainedModel._init_weights
 
@@ -99,14 +99,14 @@ def test_missing_weights_that_nothing_initialises(tmp_path, monkeypatch, dirty_m
 
 def test_a_folder_that_names_one_auto_class(tmp_path, monkeypatch):
     monkeypatch.setattr(GenLMForCausalLM, "save_pretrained", PreTrainedModel.save_pretrained)
-    fails(test_hub_round_trip.test_two_saves_give_the_same_files, build_model(STACKS["gru"]), tmp_path)
+    fails(test_hub_round_trip.test_two_saves_give_the_same_files, build_model("gru"), tmp_path)
 
 
 def test_a_fused_kernel_that_reads_past_an_adapter(tokens, monkeypatch):
     pytest.importorskip("peft", reason="peft is not installed: pip install 'hf_genlm[test]'")
     monkeypatch.setattr(recurrence_genlm, "_is_plain_linear", lambda module: True)
     with pytest.raises((AssertionError, RuntimeError, AttributeError)):
-        test_peft.test_lora_changes_trains_and_merges(build_model(STACKS["lstm"]), tokens)
+        test_peft.test_lora_changes_trains_and_merges(build_model("lstm"), tokens)
 
 
 def test_a_loss_that_ignores_the_items_in_the_batch(tmp_path, monkeypatch):
@@ -142,6 +142,4 @@ def test_positions_that_start_over_at_every_step(tokens, monkeypatch):
         return forward(self, *args, position_ids=torch.arange(ids.shape[1])[None], **kwargs)
 
     monkeypatch.setattr(GenLMModel, "forward", forgetful)
-    fails(
-        test_generate.test_greedy_equals_greedy_without_cache, build_model(STACKS["full_attention"]), tokens
-    )
+    fails(test_generate.test_greedy_equals_greedy_without_cache, build_model("full_attention"), tokens)

@@ -6,7 +6,7 @@ from accelerate.big_modeling import (
     _attach_context_parallel_hooks,
     _refuse_recurrent_layers_under_sequence_parallelism,
 )
-from conftest import EOS, PAD, STACKS, build_model
+from conftest import EOS, PAD, build_model
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 N = 9
@@ -33,7 +33,7 @@ def test_beam_search_needs_the_reordering(tokens, monkeypatch):
     """The test above can fail: with states left in their rows the beams differ."""
     from hf_genlm.model.cache_genlm import RecurrentStateLayer
 
-    model = build_model(STACKS["gru"])
+    model = build_model("gru")
     right = generate(model, tokens, num_beams=4)
     monkeypatch.setattr(RecurrentStateLayer, "reorder_cache", lambda self, beam_idx: None)
     assert not torch.equal(generate(model, tokens, num_beams=4), right)
@@ -165,9 +165,10 @@ def test_a_static_cache_can_be_reset_and_used_again(model, tokens):
         cache.reset()
 
 
+@pytest.mark.parametrize("shared_layers", [1, 2])
 @pytest.mark.parametrize("mixer", ["full_attention", "sliding_attention"])
-def test_continuous_batching_of_attention_equals_one_by_one(mixer, tokens):
-    model = build_model(STACKS[mixer])
+def test_continuous_batching_of_attention_equals_one_by_one(mixer, shared_layers, tokens):
+    model = build_model(mixer, shared_layers=shared_layers)
     prompts = [tokens[0].tolist(), tokens[1, :5].tolist()]
     settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=PAD)
     answers = model.generate_batch(prompts, generation_config=settings)
@@ -177,7 +178,7 @@ def test_continuous_batching_of_attention_equals_one_by_one(mixer, tokens):
 
 
 def test_what_a_recurrent_state_cannot_do_is_refused_by_name():
-    model = build_model(STACKS["hybrid"])
+    model = build_model("hybrid")
     with pytest.raises(ValueError, match="genlm_linear_attention"):
         model.generate_batch([[3, 4, 5]], generation_config=GenerationConfig(max_new_tokens=2))
     with pytest.raises(ValueError, match="genlm_linear_attention"):

@@ -13,16 +13,16 @@ from transformers import (
 from hf_genlm.model import GenLMForSequenceClassification, GenLMForTokenClassification
 
 
-def with_head(folder, head, mixers, **overrides):
+def with_head(folder, head, stack, **overrides):
     """A model with `head` on the weights of a language model, as a user loads it."""
-    build_model(mixers).save_pretrained(folder)
+    build_model(stack).save_pretrained(folder)
     torch.manual_seed(0)
     return head.from_pretrained(folder, num_labels=3, **overrides).eval()
 
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_one_score_a_row_whatever_the_padding(stack, tokens, tmp_path):
-    model = with_head(tmp_path, AutoModelForSequenceClassification, STACKS[stack])
+    model = with_head(tmp_path, AutoModelForSequenceClassification, stack)
     assert type(model) is GenLMForSequenceClassification
     alone = torch.cat([model(row[None, :n]).logits for row, n in zip(tokens, (4, 12, 7), strict=True)])
     assert alone.shape == (3, 3)
@@ -40,7 +40,7 @@ def test_one_score_a_row_whatever_the_padding(stack, tokens, tmp_path):
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_one_score_a_token(stack, tokens, tmp_path):
-    model = with_head(tmp_path, AutoModelForTokenClassification, STACKS[stack])
+    model = with_head(tmp_path, AutoModelForTokenClassification, stack)
     assert type(model) is GenLMForTokenClassification
     out = model(tokens, labels=tokens % 3)
     assert out.logits.shape == (3, 12, 3)

@@ -48,7 +48,7 @@ def smoothed(model, batch, epsilon: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_label_smoothing_is_shifted(stack, tmp_path):
-    model = build_model(STACKS[stack])
+    model = build_model(stack)
     trainer = trainer_of(model, tmp_path, label_smoothing_factor=0.1)
     batch = Collator()(rows_of(4))
     expected = smoothed(model, batch, 0.1)
@@ -63,7 +63,7 @@ def test_label_smoothing_needs_the_table_of_names(tmp_path, monkeypatch):
 
 
 def test_our_loss_is_the_one_that_trainer_counts_shifted_labels_for():
-    model = build_model(STACKS["gru"])
+    model = build_model("gru")
     assert model.loss_type == "ForCausalLM"
     assert model.loss_function is ForCausalLMLoss
     batch = Collator()(rows_of(4))
@@ -80,7 +80,7 @@ def test_accumulated_steps_equal_one_large_batch(stack, tmp_path):
     """Rows of unequal length: only a loss over num_items_in_batch adds up."""
     weights = []
     for size, accumulation in ((4, 1), (1, 4)):
-        model = build_model(STACKS[stack])
+        model = build_model(stack)
         trainer = trainer_of(
             model, tmp_path, optim="sgd", learning_rate=0.05, train_sampling_strategy="sequential",
             per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
@@ -91,7 +91,7 @@ def test_accumulated_steps_equal_one_large_batch(stack, tmp_path):
 
 
 def test_noise_on_embeddings_while_training_and_none_after(tmp_path):
-    model = build_model(STACKS["gated_linear"])
+    model = build_model("gated_linear")
     noisy = []
 
     class Watch(TrainerCallback):
@@ -112,7 +112,7 @@ def test_noise_on_embeddings_while_training_and_none_after(tmp_path):
 @pytest.mark.parametrize("stack", STACKS)
 def test_the_best_model_is_loaded_at_the_end(stack, tmp_path):
     """A rate that ruins the model after the first look: an earlier checkpoint must come back."""
-    model = build_model(STACKS[stack])
+    model = build_model(stack)
     trainer = trainer_of(
         model, tmp_path, learning_rate=1.0, eval_strategy="steps", eval_steps=1, save_strategy="steps",
         save_steps=1, load_best_model_at_end=True, lr_scheduler_type="constant",
@@ -124,7 +124,7 @@ def test_the_best_model_is_loaded_at_the_end(stack, tmp_path):
 
 
 def test_batch_size_is_found_and_rows_are_grouped_by_length(tmp_path):
-    model = build_model(STACKS["hybrid"])
+    model = build_model("hybrid")
     seen = []
 
     class TooLarge(torch.nn.Module):

@@ -21,7 +21,7 @@ from hf_genlm.training import budget as budget_module
 from hf_genlm.training.budget import Budget, budget_of, resolve, trapezoid
 from hf_genlm.training.callbacks import MilestoneCallback, Pace
 from hf_genlm.training.optimizer import OptimizerFactory
-from hf_genlm.training.train import train
+from hf_genlm.training.train import BudgetTrainer, train
 
 SMALL = [
     "tokenizer.vocab_size=400",
@@ -296,3 +296,46 @@ def test_recipe_fields_cover_each_other():
 
     names = {field.name for field in dataclasses.fields(Recipe().model)} - {"decoder", "mixers", "size"}
     assert names <= {field.name for field in dataclasses.fields(GenLMConfig)}
+
+
+def test_the_loss_of_training_is_that_of_the_plain_path(text_folder, tmp_path, every_step, monkeypatch):
+    """Without logits, which are never made, and with every term."""
+    terms = ("training.z_loss=0.001", "training.label_smoothing=0.1", "model.final_logit_softcapping=20")
+    recipe = small_recipe(text_folder, "training.steps=6", "training.validations=0", *terms)
+    without = losses(train(recipe, tmp_path / "a"))
+    monkeypatch.setattr(
+        BudgetTrainer,
+        "compute_loss",
+        lambda self, model, inputs, num_items_in_batch=None, **_: (
+            model(**inputs, num_items_in_batch=num_items_in_batch, z_loss=1e-3, label_smoothing=0.1).loss
+        ),
+    )
+    assert losses(train(recipe, tmp_path / "b")) == pytest.approx(without, abs=1e-5)
+    recipe.training.label_smoothing = recipe.training.z_loss = 0.0
+    monkeypatch.undo()
+    assert losses(train(recipe, tmp_path / "c"))[0] != pytest.approx(without[0], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "economy",
+    [
+        ["model.embedding_size=8", "model.output_bias=true"],
+        ["model.shared_layers=2", "model.mlp_rank=8"],
+        ["model.decoder=transformer", "model.num_key_value_heads=1"],
+    ],
+)
+def test_smaller_models_train(economy, text_folder, tmp_path, every_step):
+    run = train(small_recipe(text_folder, *economy), tmp_path / "run")
+    curve = losses(run)
+    assert sum(curve[-5:]) / 5 < curve[0] - 1.0
+    model = AutoModelForCausalLM.from_pretrained(run.model)
+    assert load_recipe(run.recipe).model.shared_layers == model.config.shared_layers
+
+
+@pytest.mark.parametrize(
+    "setting", ["training.label_smoothing=1", "training.z_loss=-1", "model.shared_layers=3"]
+)
+def test_terms_outside_their_range_are_refused(setting, text_folder, tmp_path):
+    with pytest.raises(UserError, match=setting.split("=")[0].split(".")[1]):
+        train(small_recipe(text_folder, setting), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

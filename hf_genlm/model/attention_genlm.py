@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, S cached and new tokens, N heads, K key-value heads, H head_dim.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -45,9 +46,13 @@ class GenLMAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        layer_idx: int | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, hidden_size) to the same, and the weights (B, N, T, S) of implementations that keep them."""
+        """(B, T, hidden_size) to the same, and the weights (B, N, T, S) of implementations that keep them.
+
+        `layer_idx` is the layer of the cache, where it is not that of the weights.
+        """
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         q_BNTH = self.q_proj(hidden_states).view(heads).transpose(1, 2)
         k_BKTH = self.k_proj(hidden_states).view(heads).transpose(1, 2)
@@ -57,14 +62,15 @@ class GenLMAttention(nn.Module):
         if position_embeddings is not None:
             q_BNTH = apply_rotary(q_BNTH, *position_embeddings)
             k_BKTH = apply_rotary(k_BKTH, *position_embeddings)
+        at = self.layer_idx if layer_idx is None else layer_idx
         k_BKSH, v_BKSH = k_BKTH, v_BKTH
         if past_key_values is not None:
-            k_BKSH, v_BKSH = past_key_values.update(k_BKTH, v_BKTH, self.layer_idx)
+            k_BKSH, v_BKSH = past_key_values.update(k_BKTH, v_BKTH, at)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
         )
         mixed_BTNH, weights = attend(
-            self,
+            self._seen_at(at) if "cache" in kwargs else self,
             q_BNTH,
             k_BKSH,
             v_BKSH,
@@ -75,6 +81,12 @@ class GenLMAttention(nn.Module):
             **kwargs,
         )
         return self.out_proj(mixed_BTNH.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _seen_at(self, layer_idx: int) -> "GenLMAttention":
+        """This module as continuous batching must see it, which finds its pages by `module.layer_idx`."""
+        seen = copy.copy(self)
+        seen.layer_idx = layer_idx
+        return seen
 
 
 def eager_attention(

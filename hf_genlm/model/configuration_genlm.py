@@ -24,6 +24,7 @@ _POSITIVE = (
     "hidden_size",
     "recurrent_size",
     "intermediate_size",
+    "shared_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
@@ -62,17 +63,21 @@ class GenLMConfig(PreTrainedConfig):
         embedding_projection: force (True) or forbid (False) E W + b; None follows from `embedding_size`.
         mixer_types: per layer one of elman, gru, lstm, gated_linear, full_attention, sliding_attention.
         num_hidden_layers: follows from `mixer_types` where they are given.
+        shared_layers: how many layers share each set of weights: the first `num_hidden_layers` /
+            `shared_layers` layers run so many times, in order, with a state or cache of their own each time.
         recurrent_size: width of a recurrent state; None: `hidden_size`.
         num_attention_heads: of the attention mixers; None: one per 64 of width, as nearly as they divide it.
         num_key_value_heads, head_dim: the other shapes of attention.
         sliding_window: tokens that a sliding_attention layer sees, itself included.
         intermediate_size: width of the MLP; None: 4 * `hidden_size`.
+        mlp_rank: rank of both matrices of the MLP, each then a product of two; None: full matrices.
         hidden_act: activation of the MLP, by transformers' name ("relu2" is the squared ReLU).
         position_type: rotary (attention layers only), learned (added to the embedding) or none.
         rope_parameters: base and scaling of the rotary positions, as transformers' models take them.
         max_position_embeddings: tokens of context the model was made for.
         dropout: on the embedding and on the output of every mixer and MLP, in training.
         output_bias: add a bias to the logits.
+        final_logit_softcapping: bound c of the logits, c tanh(logits / c); None: unbounded.
         tie_word_embeddings: the head is E (through W when there is one).
         initializer_range: standard deviation of new weights.
 
@@ -89,12 +94,14 @@ class GenLMConfig(PreTrainedConfig):
     embedding_projection: bool | None = None
     mixer_types: list[str] | None = None
     num_hidden_layers: int | None = None
+    shared_layers: int = 1
     recurrent_size: int | None = None
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     sliding_window: int | None = None
     intermediate_size: int | None = None
+    mlp_rank: int | None = None
     hidden_act: str = "relu2"
     position_type: str = "rotary"
     max_position_embeddings: int = 1024
@@ -102,6 +109,7 @@ class GenLMConfig(PreTrainedConfig):
     dropout: float = 0.0
     attention_dropout: float = 0.0
     output_bias: bool = False
+    final_logit_softcapping: float | None = None
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -141,6 +149,11 @@ class GenLMConfig(PreTrainedConfig):
         return [_LAYER_TYPE_OF[mixer] for mixer in self.mixer_types]
 
     @property
+    def num_distinct_layers(self) -> int:
+        """Layers with weights of their own."""
+        return self.num_hidden_layers // self.shared_layers
+
+    @property
     def has_embedding_projection(self) -> bool:
         """Whether the word embedding is E W + b."""
         if self.embedding_projection is not None:
@@ -168,6 +181,22 @@ class GenLMConfig(PreTrainedConfig):
                 f"({len(self.mixer_types)}), at least 1"
             )
 
+    def validate_sharing(self):
+        """Layers that share weights are of one kind."""
+        if self.shared_layers < 1 or self.num_hidden_layers % self.shared_layers != 0:
+            raise ValueError(
+                f"shared_layers ({self.shared_layers}) must divide the number of layers "
+                f"({self.num_hidden_layers})"
+            )
+        for layer, mixer in enumerate(self.mixer_types):
+            first = layer % self.num_distinct_layers
+            if mixer != self.mixer_types[first]:
+                raise ValueError(
+                    f"with shared_layers {self.shared_layers}, layer {layer} ({mixer}) would have the "
+                    f"weights of layer {first} ({self.mixer_types[first]}): the mixers must repeat every "
+                    f"{self.num_distinct_layers} layers"
+                )
+
     def validate_shapes(self):
         """Sizes are positive and divide each other where the layers need it."""
         for name in _POSITIVE:
@@ -188,8 +217,10 @@ class GenLMConfig(PreTrainedConfig):
                 f"embedding_size ({self.embedding_size}) other than hidden_size ({self.hidden_size}) needs "
                 "embedding_projection"
             )
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window must be at least 1, not {self.sliding_window}")
+        for name in ("embedding_size", "sliding_window", "mlp_rank", "final_logit_softcapping"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be more than 0, not {value}")
 
     def validate_positions(self):
         """A known position type."""

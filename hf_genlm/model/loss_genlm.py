@@ -1,46 +1,188 @@
-"""The loss without the logits: head and cross-entropy a few rows at a time."""
+"""The loss L = - sum_t log P(w_t | w_<t) of a head, with all logits or without ever holding them all.
+
+Shapes: N rows (tokens), V vocabulary, R what the head reads.
+"""
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-# Rows of logits that exist at once, measured by recipes/benchmarks/loss_memory.py: torch's automatic choice
-# takes less memory and twice the time on a CPU.
-_ROWS = 1024
+# Logits that exist at once where they are not all kept, measured by recipes/benchmarks/loss_memory.py
+_LOGITS_AT_ONCE = 1 << 24
 
 
-def chunked_causal_loss(
-    hidden_states: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+def cap_logits(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118, section 2), or the logits as they are."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def causal_loss(
+    logits: torch.Tensor,
     labels: torch.Tensor,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
     shift_labels: torch.Tensor | None = None,
     **kwargs,
 ) -> torch.Tensor:
-    """transformers' ForCausalLMLoss of hidden_states @ weight.T + bias, which are never all in memory.
+    """Next-token loss of all logits, with both of the terms that transformers' ForCausalLMLoss lacks.
 
     Args:
-        hidden_states: (B, T, r).
-        weight, bias: (V, r) and (V,), or None.
+        logits: (B, T, V), softly capped already where they are.
         labels: (B, T), not shifted; `shift_labels`: (B, T), already shifted, in their place.
+        label_smoothing: share of the target spread evenly over the vocabulary (Szegedy et al., 2015,
+            arXiv:1512.00567).
+        z_loss: weight of log^2 of the normaliser, which keeps it near 1 (PaLM, arXiv:2204.02311, section 5).
         num_items_in_batch: the sum is divided by it; None: the mean over labels.
 
     Returns:
-        the loss in nats; the gradients are those of the plain path, to rounding.
+        the loss in nats.
     """
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
-    targets = shift_labels.reshape(-1).to(hidden_states.device)
-    total = F.linear_cross_entropy(
-        hidden_states.flatten(0, 1),
-        weight,
-        targets,
-        linear_bias=bias,
-        reduction="sum",
-        ignore_index=ignore_index,
-        options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=_ROWS, acc_policy="accurate"),
+    targets = _targets(logits, labels, shift_labels, ignore_index)
+    logits_NV = logits.flatten(0, -2)
+    logits_NV = logits_NV.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(
+        logits_NV, targets, reduction="sum", ignore_index=ignore_index, label_smoothing=label_smoothing
     )
+    if z_loss:
+        log_normalizers = torch.logsumexp(logits_NV, dim=-1).masked_fill(targets == ignore_index, 0.0)
+        total = total + z_loss * log_normalizers.square().sum()
+    return _per_item(total, targets, num_items_in_batch, ignore_index)
+
+
+def causal_loss_without_logits(
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """`causal_loss` of cap_logits(states @ weight.T + bias), a few rows of logits at a time.
+
+    Args:
+        states: (B, T, R).
+        weight, bias: (V, R) and (V,), or None.
+        others: as `causal_loss`.
+
+    Returns:
+        the loss in nats; its gradients are those of the plain path, to rounding. It is differentiable once.
+    """
+    targets = _targets(states, labels, shift_labels, ignore_index)
+    terms = _Terms(softcap, label_smoothing, z_loss, ignore_index, torch.is_grad_enabled())
+    total = _HeadLoss.apply(states.flatten(0, -2), weight, bias, targets, terms)
+    return _per_item(total, targets, num_items_in_batch, ignore_index)
+
+
+class _Terms(NamedTuple):
+    softcap: float | None
+    label_smoothing: float
+    z_loss: float
+    ignore_index: int
+    needs_grad: bool
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Sum over rows of the loss of a head; its gradients are made beside it, while a row's logits are there.
+
+    With u = W x + b, l = c tanh(u / c), p = softmax(l), z = logsumexp(l), target y and smoothing s:
+
+        loss      = z - (1 - s) l_y - s mean(l) + k z^2
+        dloss/dl  = (1 + 2 k z) p - (1 - s) [y] - s / V
+        dl/du     = 1 - (l / c)^2
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, bias, targets, terms):
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        inputs = (states, weight, bias)
+        needed = [terms.needs_grad and needs for needs in ctx.needs_input_grad[:3]]
+        grads = [torch.zeros_like(t, dtype=dtype) if n else None for t, n in zip(inputs, needed, strict=True)]
+        total = torch.zeros((), dtype=dtype, device=states.device)
+        states, weight, bias = _as_autocast(states, weight, bias)
+        n_rows = min(len(targets), max(1, _LOGITS_AT_ONCE // weight.shape[0]))
+        buffer = torch.empty(n_rows, weight.shape[0], dtype=dtype, device=states.device)  # new memory is slow
+        for start in range(0, len(targets), n_rows):
+            rows = slice(start, start + n_rows)
+            logits = buffer[: len(targets[rows])]
+            if weight.dtype == dtype:
+                torch.mm(states[rows], weight.t(), out=logits)
+            else:
+                logits.copy_(states[rows] @ weight.t())
+            if bias is not None:
+                logits.add_(bias)
+            total += _rows_loss(logits, targets[rows], terms, gradient=any(needed))
+            grad = logits.to(weight.dtype)  # `logits` hold their gradient now
+            if needed[0]:
+                grads[0][rows] = grad @ weight
+            if needed[1] and weight.dtype == dtype:
+                grads[1].addmm_(grad.t(), states[rows])
+            elif needed[1]:
+                grads[1] += grad.t() @ states[rows]
+            if needed[2]:
+                grads[2] += logits.sum(0)
+        grads = [None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)]
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_total):
+        grads = [None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors]
+        return (*grads, None, None)
+
+
+def _as_autocast(*tensors):
+    """The tensors in the type that autocast multiplies in, where it is on: a Function must cast by itself."""
+    device, dtype = tensors[0].device.type, tensors[0].dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return [t if t is None else t.to(dtype) for t in tensors]
+
+
+def _rows_loss(logits: torch.Tensor, targets: torch.Tensor, terms: _Terms, gradient: bool) -> torch.Tensor:
+    """The summed loss of these rows; with `gradient`, their logits (N, V) are overwritten by its gradient."""
+    softcap, label_smoothing, z_loss, ignore_index, _ = terms
+    counted = targets != ignore_index
+    index = targets.masked_fill(~counted, 0)[:, None]
+    slope = None
+    if softcap is not None:
+        logits.div_(softcap).tanh_()
+        slope = 1 - logits.square() if gradient else None
+        logits.mul_(softcap)
+    hits = logits.gather(1, index).squeeze(1)
+    mean = logits.mean(-1) if label_smoothing else 0.0
+    largest = logits.amax(-1)
+    torch.softmax(logits, dim=-1, out=logits)
+    normalizer = largest - logits.amax(-1).log()  # logsumexp without another pass of exponentials
+    losses = normalizer - (1 - label_smoothing) * hits - label_smoothing * mean + z_loss * normalizer.square()
+    if gradient:
+        if z_loss:
+            logits.mul_((1 + 2 * z_loss * normalizer)[:, None])
+        if label_smoothing:
+            logits.sub_(label_smoothing / logits.shape[1])
+        logits.scatter_add_(1, index, logits.new_full(index.shape, label_smoothing - 1))
+        if slope is not None:
+            logits.mul_(slope)
+        logits.mul_(counted[:, None])
+    return losses.masked_fill(~counted, 0.0).sum()
+
+
+def _targets(values, labels, shift_labels, ignore_index):
+    """(N,) what each row is to predict."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return shift_labels.reshape(-1).to(values.device)
+
+
+def _per_item(total, targets, num_items_in_batch, ignore_index):
     if num_items_in_batch is None:
         return total / (targets != ignore_index).sum()
     if torch.is_tensor(num_items_in_batch):

@@ -8,8 +8,6 @@
 This folder travels to the Hub with every saved model: it imports torch, transformers and its own files.
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,7 +19,6 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
 )
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import (
     create_causal_mask,
@@ -48,8 +45,9 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_genlm import GenLMAttention
 from .cache_genlm import RecurrentStateLayer
 from .configuration_genlm import GenLMConfig
-from .initialization_genlm import start_near_zero
-from .loss_genlm import chunked_causal_loss
+from .initialization_genlm import start_by_fan_in
+from .loss_genlm import cap_logits, causal_loss, causal_loss_without_logits
+from .mlp_genlm import GenLMMLP
 from .positions_genlm import GenLMRotaryEmbedding
 from .recurrence_genlm import (
     ElmanCell,
@@ -86,20 +84,6 @@ class GenLMRMSNorm(nn.Module):
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         normed = F.rms_norm(hidden_states.to(dtype), self.weight.shape, eps=self.variance_epsilon)
         return self.weight * normed.to(hidden_states.dtype)
-
-
-class GenLMMLP(nn.Module):
-    """down(act(up(x))); with the default squared ReLU that of So et al., 2021 (arXiv:2109.08668)."""
-
-    def __init__(self, config: GenLMConfig):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.down_proj.start = partial(start_near_zero, config=config)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
 
 
 class GenLMDecoderLayer(GradientCheckpointingLayer):
@@ -161,9 +145,10 @@ class GenLMModel(GenLMPreTrainedModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_width)
-        self.embed_proj = (
-            nn.Linear(config.embedding_width, config.hidden_size) if config.has_embedding_projection else None
-        )
+        self.embed_proj = None
+        if config.has_embedding_projection:
+            self.embed_proj = nn.Linear(config.embedding_width, config.hidden_size)
+            self.embed_proj.start = start_by_fan_in
         self.embed_positions = None
         if config.position_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -171,7 +156,7 @@ class GenLMModel(GenLMPreTrainedModel):
         if config.has_rotary_positions:
             self.rotary_emb = GenLMRotaryEmbedding(config)
         self.embed_dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(GenLMDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(GenLMDecoderLayer(config, i) for i in range(config.num_distinct_layers))
         self.norm = GenLMRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -200,9 +185,8 @@ class GenLMModel(GenLMPreTrainedModel):
             ValueError: not exactly one of `input_ids` and `inputs_embeds`.
         """
         if isinstance(kwargs.get("cache"), Cache):  # its name from transformers 5.24 on
-            past_key_values = kwargs.pop(
-                "cache"
-            )  # (continuous batching gives the layers another by this name)
+            # continuous batching gives the layers another by this name
+            past_key_values = kwargs.pop("cache")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -226,9 +210,10 @@ class GenLMModel(GenLMPreTrainedModel):
         layout = TimeLayout(None if padding is None else padding.bool(), document)
         hidden_states = self._embed(inputs_embeds, position_ids)
         rotation = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
-        for layer, layer_type in zip(self.layers, self.config.layer_types, strict=True):
-            hidden_states = layer(
+        for layer_idx, layer_type in enumerate(self.config.layer_types):
+            hidden_states = self.layers[layer_idx % len(self.layers)](
                 hidden_states,
+                layer_idx=layer_idx,
                 attention_mask=masks[layer_type],
                 layout=layout,
                 position_embeddings=rotation,
@@ -290,6 +275,8 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
@@ -298,6 +285,7 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
                 their sum over `num_items_in_batch` when Trainer gives it.
             logits_to_keep: compute logits for the last so many tokens, or at these indices; 0 for all.
             skip_logits: with `labels`, give the loss alone, in a fraction of the memory, and no logits.
+            label_smoothing, z_loss: terms of the loss, as loss_genlm.causal_loss takes them.
             others: as GenLMModel.forward.
         """
         outputs = self.model(
@@ -310,15 +298,21 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         loss, logits = None, None
+        kwargs |= {"label_smoothing": label_smoothing, "z_loss": z_loss}
         if labels is not None and skip_logits:
-            head_states = self._head_states(outputs.last_hidden_state)
-            loss = chunked_causal_loss(head_states, self.lm_head.weight, self.lm_head.bias, labels, **kwargs)
+            loss = causal_loss_without_logits(
+                self._head_states(outputs.last_hidden_state),
+                self.lm_head.weight,
+                self.lm_head.bias,
+                labels,
+                softcap=self.config.final_logit_softcapping,
+                **kwargs,
+            )
         else:
             kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-            logits = self.lm_head(self._head_states(kept))
+            logits = cap_logits(self.lm_head(self._head_states(kept)), self.config.final_logit_softcapping)
             if labels is not None:
-                vocab_size = self.config.vocab_size
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+                loss = self._loss(logits, labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -326,6 +320,12 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
+        """By the model's loss function, which may be another than transformers', unless it lacks a term."""
+        if kwargs["label_smoothing"] or kwargs["z_loss"]:
+            return causal_loss(logits, labels, **kwargs)
+        return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
     def _head_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What the head reads: (B, T, hidden_size), or through W, so that a tied head is (h W^T) E^T."""

@@ -101,16 +101,19 @@ class RecurrentMixer(nn.Module):
         hidden_states: torch.Tensor,
         layout: TimeLayout | None = None,
         past_key_values: Cache | None = None,
+        layer_idx: int | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, None]:
-        """(B, T, D) to the same; the second item stands where attention gives its weights."""
+        """(B, T, D) to the same; the second item stands where attention gives its weights.
+
+        `layer_idx` is the layer of the cache, where it is not that of the weights.
+        """
         states, recording = None, False
+        at = self.layer_idx if layer_idx is None else layer_idx
         if past_key_values is not None:
-            read = [
-                past_key_values.get_recurrent_state(self.layer_idx, slot) for slot in range(self.n_states)
-            ]
+            read = [past_key_values.get_recurrent_state(at, slot) for slot in range(self.n_states)]
             states = None if read[0] is None else tuple(state.clone() for state in read)
-            recording = past_key_values.is_recording_past(self.layer_idx)
+            recording = past_key_values.is_recording_past(at)
         if states is None:
             states = self.initial_states(hidden_states)
         mixed_BTR, states, past = self.run(hidden_states, layout or TimeLayout(), states, recording)
@@ -118,7 +121,7 @@ class RecurrentMixer(nn.Module):
             for slot, state in enumerate(states):
                 past_key_values.update_recurrent_state(
                     state,
-                    self.layer_idx,
+                    at,
                     slot,
                     n_tokens=hidden_states.shape[1],
                     past_states=past[slot] if past else None,

@@ -131,6 +131,12 @@ def resolve(recipe: Recipe) -> Recipe:
     for name in ("row_length", "batch_size", "accumulation"):
         if getattr(training, name) < (2 if name == "row_length" else 1):
             raise UserError(f"training.{name} = {getattr(training, name)} is too small")
+    if not 0 <= training.label_smoothing < 1:
+        raise UserError(
+            f"training.label_smoothing = {training.label_smoothing:g} must be from 0 to less than 1"
+        )
+    if training.z_loss < 0:
+        raise UserError(f"training.z_loss = {training.z_loss:g} must be 0 or more")
     return resolved
 
 
