@@ -211,10 +211,10 @@ class BudgetTrainer(Trainer):
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
         return self.lr_scheduler
 
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], **kwargs: Any) -> Any:
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss without logits, which nothing here reads, and with the recipe's own terms."""
         terms = {"label_smoothing": self.recipe.label_smoothing, "z_loss": self.recipe.z_loss}
-        return super().compute_loss(model, {**inputs, "skip_logits": True, **terms}, **kwargs)
+        return super().compute_loss(model, {**inputs, "skip_logits": True, **terms}, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """0: transformers' estimate walks all parameters at every step and is wrong for tied heads."""
