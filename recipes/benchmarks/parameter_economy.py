@@ -2,9 +2,9 @@
 
     python recipes/benchmarks/parameter_economy.py --seconds 60 --seeds 3 --out RESULTS [SOURCE ...]
 
-Each way trains on the same text with the same tokenizer for so many seconds, one after another, all ways for one
-seed before the next seed, so that a slower hour of the machine meets all of them. RESULTS holds the run folders; a
-run that is finished already is not trained again. Without SOURCE: the library source that Python brings.
+Each way trains on the same text with the same tokenizer for so many seconds, one after another, all ways for
+one seed before the next seed, so that a slower hour of the machine meets all of them. RESULTS holds the run
+folders; a run that is finished already is not trained again. Without SOURCE: the source that Python brings.
 """
 
 import argparse
@@ -55,7 +55,8 @@ def main() -> None:
                 shutil.rmtree(run.path, ignore_errors=True)
                 recipe = load_recipe(None, [
                     *settings, *tokenizer, f"training.seed={seed}",
-                    f"training.minutes={options.seconds / 60}", "training.validations=0", "training.samples=0",
+                    f"training.minutes={options.seconds / 60}", "training.validations=0",
+                    "training.samples=0",
                 ])  # fmt: skip
                 recipe.corpus.sources = options.sources
                 train(recipe, run.path)
