@@ -69,9 +69,13 @@ def test_the_check_of_imports_can_fail():
 
 @pytest.mark.parametrize("file", sorted((PACKAGE / "model").glob("*_genlm.py")), ids=lambda f: f.name)
 def test_what_travels_to_the_hub_stands_alone(file):
-    """transformers copies files that `from .name import` names, and checks every absolute import."""
+    """transformers copies files that `from .name import` names, and checks absolute imports outside try."""
     known = {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tried = [n for t in ast.walk(tree) if isinstance(t, ast.Try) for part in t.body for n in ast.walk(part)]
+    for node in ast.walk(tree):
+        if node in tried:
+            continue
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1
             assert "." not in (node.module or "."), "only `from .name import x` is copied"

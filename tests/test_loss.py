@@ -1,6 +1,9 @@
 """Promise: the loss that never holds all logits is the loss, with every term, and so are its gradients."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -184,6 +187,35 @@ def test_it_compiles_in_one_graph(tokens):
     torch.testing.assert_close(loss, eager)
     for ours, other in zip(torch.autograd.grad(loss, list(model.parameters())), grads, strict=True):
         torch.testing.assert_close(ours, other)
+
+
+WITH_LIGER = """
+import torch, itertools
+from hf_genlm.model import loss_genlm as loss
+
+torch.manual_seed(0)
+states, weight, bias = torch.randn(40, 8), torch.randn(61, 8), torch.randn(61)
+inputs = [tensor.requires_grad_() for tensor in (states, weight, bias)]
+targets = torch.randint(0, 61, (40,))
+targets[:4] = -100
+for smoothing, z_loss in itertools.product((0.0, 0.1), (0.0, 0.01)):
+    terms = loss._Terms(None, smoothing, z_loss, -100, True)
+    totals = [total(*inputs, targets, terms) for total in (loss.liger_loss, loss._HeadLoss.apply)]
+    torch.testing.assert_close(*totals)
+    for ours, theirs in zip(*(torch.autograd.grad(total, inputs) for total in totals)):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+print("equal")
+"""
+
+
+def test_liger_gives_the_same_loss():
+    """By Triton's interpreter, which needs no GPU but cannot run the soft cap."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_LIGER], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.stdout.split()[-1:] == ["equal"], done.stderr[-2000:]
 
 
 def test_an_empty_piece_of_labels_is_nan_as_in_transformers(tokens):

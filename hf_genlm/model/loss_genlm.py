@@ -3,6 +3,8 @@
 Shapes: N rows (tokens), V vocabulary, R what the head reads.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -77,7 +79,9 @@ def causal_loss_without_logits(
     """
     targets = _targets(states, labels, shift_labels, ignore_index)
     terms = _Terms(softcap, label_smoothing, z_loss, ignore_index, torch.is_grad_enabled())
-    total = _HeadLoss.apply(states.flatten(0, -2), weight, bias, targets, terms)
+    is_for_liger = states.is_cuda and states.dtype != torch.float64 and not torch.compiler.is_compiling()
+    sum_of_losses = liger_loss if is_for_liger and _liger_kernel() else _HeadLoss.apply
+    total = sum_of_losses(states.flatten(0, -2), weight, bias, targets, terms)
     return _per_item(total, targets, num_items_in_batch, ignore_index)
 
 
@@ -137,6 +141,31 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_total):
         grads = [None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors]
         return (*grads, None, None)
+
+
+def liger_loss(states, weight, bias, targets, terms: _Terms) -> torch.Tensor:
+    """The sum of `_HeadLoss` by Liger's kernels (Hsu et al., 2024, arXiv:2410.10989), in fewer passes."""
+    return _liger_kernel()(
+        states,
+        weight,
+        targets,
+        bias,
+        ignore_index=terms.ignore_index,
+        lse_square_scale=terms.z_loss,
+        label_smoothing=terms.label_smoothing,
+        reduction="sum",
+        softcap=terms.softcap,
+        accum_dtype=torch.float32,
+    )
+
+
+@functools.cache
+def _liger_kernel() -> Callable | None:
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    except ImportError:
+        return None
+    return liger_fused_linear_cross_entropy
 
 
 def _as_autocast(*tensors):
