@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import STACKS, build_model
 
-from hf_genlm.model import GenLMConfig, GenLMForCausalLM
+from hf_genlm.model import GenLMConfig, GenLMForCausalLM, GenLMModel
 
 V, D, M, R = 97, 32, 128, 8  # vocabulary, width, width of the MLP, rank
 
@@ -60,9 +60,12 @@ def test_a_tied_head_is_e_through_w(tokens):
     """Logits = (h W^T) E^T by hand."""
     model = build_model("factorised")
     out = model(tokens, output_hidden_states=True)
-    h = model.model(tokens).last_hidden_state
+    base = GenLMModel(model.config).eval()
+    base.load_state_dict(model.model.state_dict())
+    h = base(tokens).last_hidden_state
     e, w = model.model.embed_tokens.weight, model.model.embed_proj.weight.T
     torch.testing.assert_close(out.logits, h @ w.T @ e.T + model.lm_head.bias)
+    torch.testing.assert_close(model.lm_head(model.model(tokens).last_hidden_state), out.logits)
     torch.testing.assert_close(out.hidden_states[0], e[tokens] @ w + model.model.embed_proj.bias)
 
 
@@ -75,7 +78,7 @@ def test_a_new_factorised_embedding_has_the_scale_of_a_plain_one():
         torch.manual_seed(0)
         model = GenLMForCausalLM(GenLMConfig(**shapes, embedding_size=rank))
         embedded = model.model._embed(model.model.embed_tokens(torch.arange(2000)[None]), None)
-        scales.append((embedded.std().item(), model.lm_head(model._head_states(h)).std().item()))
+        scales.append((embedded.std().item(), model.lm_head(model.model._read_out(h)).std().item()))
     assert scales[1] == pytest.approx(scales[0], rel=0.15)
 
 

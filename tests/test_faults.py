@@ -104,7 +104,7 @@ def test_a_folder_that_names_one_auto_class(tmp_path, monkeypatch):
 
 def test_a_fused_kernel_that_reads_past_an_adapter(tokens, monkeypatch):
     pytest.importorskip("peft", reason="peft is not installed: pip install 'hf_genlm[test]'")
-    monkeypatch.setattr(recurrence_genlm, "_is_plain_linear", lambda module: True)
+    monkeypatch.setattr(recurrence_genlm, "is_plain_linear", lambda module: True)
     with pytest.raises((AssertionError, RuntimeError, AttributeError)):
         test_peft.test_lora_changes_trains_and_merges(build_model("lstm"), tokens)
 

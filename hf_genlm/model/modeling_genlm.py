@@ -55,6 +55,7 @@ from .recurrence_genlm import (
     GRUCell,
     LSTMCell,
     TimeLayout,
+    is_plain_linear,
 )
 
 MIXERS = {
@@ -138,10 +139,15 @@ class GenLMPreTrainedModel(PreTrainedModel):
 
 
 class GenLMModel(GenLMPreTrainedModel):
-    """Embedding and layers, without a head."""
+    """Embedding and layers, without a head.
 
-    def __init__(self, config: GenLMConfig):
+    Under a language model's head that is tied through W (h W^T E^T), `last_hidden_state` is h W^T, of width
+    r: what a head multiplies is found there by every tool that computes a loss of its own.
+    """
+
+    def __init__(self, config: GenLMConfig, is_under_head: bool = False):
         super().__init__(config)
+        self.reads_out = is_under_head and config.tie_word_embeddings and config.has_embedding_projection
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_width)
@@ -223,7 +229,7 @@ class GenLMModel(GenLMPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
+            last_hidden_state=self._read_out(self.norm(hidden_states)),
             past_key_values=past_key_values,
         )
 
@@ -233,6 +239,17 @@ class GenLMModel(GenLMPreTrainedModel):
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(position_ids)
         return self.embed_dropout(hidden_states)
+
+    def _read_out(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, T, hidden_size) to what the head reads: h W^T for a head that is tied through W."""
+        if not self.reads_out:
+            return hidden_states
+        if is_plain_linear(self.embed_proj):
+            return F.linear(hidden_states, self.embed_proj.weight.t())
+        # an adapter or quantiser shows its W only by what it does
+        unit = torch.eye(self.config.embedding_width, dtype=hidden_states.dtype, device=hidden_states.device)
+        weight_rd = self.embed_proj(unit) - self.embed_proj(torch.zeros_like(unit[:1]))
+        return F.linear(hidden_states, weight_rd)
 
     def _masks(self, inputs_embeds, attention_mask, past_key_values, position_ids) -> dict:
         """One mask for each layer type in use."""
@@ -257,7 +274,7 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: GenLMConfig):
         super().__init__(config)
-        self.model = GenLMModel(config)
+        self.model = GenLMModel(config, is_under_head=True)
         self.vocab_size = config.vocab_size
         head_width = config.embedding_width if config.tie_word_embeddings else config.hidden_size
         self.lm_head = nn.Linear(head_width, config.vocab_size, bias=config.output_bias)
@@ -275,8 +292,6 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
@@ -288,6 +303,8 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
             label_smoothing, z_loss: terms of the loss, as loss_genlm.causal_loss takes them.
             others: as GenLMModel.forward.
         """
+        # not in the signature: Trainer takes every name there that holds "label" for one of its labels
+        terms = {name: kwargs.pop(name, 0.0) for name in ("label_smoothing", "z_loss")}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -298,10 +315,10 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         loss, logits = None, None
-        kwargs |= {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        kwargs |= terms
         if labels is not None and skip_logits:
             loss = causal_loss_without_logits(
-                self._head_states(outputs.last_hidden_state),
+                outputs.last_hidden_state,
                 self.lm_head.weight,
                 self.lm_head.bias,
                 labels,
@@ -310,7 +327,7 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
             )
         else:
             kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-            logits = cap_logits(self.lm_head(self._head_states(kept)), self.config.final_logit_softcapping)
+            logits = cap_logits(self.lm_head(kept), self.config.final_logit_softcapping)
             if labels is not None:
                 loss = self._loss(logits, labels, **kwargs)
         return CausalLMOutputWithPast(
@@ -326,12 +343,6 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
         if kwargs["label_smoothing"] or kwargs["z_loss"]:
             return causal_loss(logits, labels, **kwargs)
         return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-
-    def _head_states(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the head reads: (B, T, hidden_size), or through W, so that a tied head is (h W^T) E^T."""
-        if self.model.embed_proj is not None and self.config.tie_word_embeddings:
-            return F.linear(hidden_states, self.model.embed_proj.weight.t())
-        return hidden_states
 
 
 class GenLMForSequenceClassification(GenericForSequenceClassification, GenLMPreTrainedModel):

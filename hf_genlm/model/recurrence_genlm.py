@@ -181,7 +181,7 @@ class ClassicCell(RecurrentMixer):
         return (*self._run_segments(x, layout.segments, states), None)
 
     def _owns_plain_projections(self) -> bool:
-        return _is_plain_linear(self.in_proj) and _is_plain_linear(self.rec_proj)
+        return is_plain_linear(self.in_proj) and is_plain_linear(self.rec_proj)
 
     def run_stepwise(self, x, layout, states, recording=False):
         """`run` by the definition, token by token."""
@@ -327,7 +327,8 @@ class GatedLinearRecurrence(RecurrentMixer):
         return h_BTR.to(x.dtype) * F.silu(self.gate_proj(x)), (h_BTR[:, -1],), history
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether its weight says all: no adapter, quantiser, hook or offloading stands before it."""
     return (
         type(module) is nn.Linear
         and type(module.weight) in (nn.Parameter, torch.Tensor)  # a quantiser may put its own tensor there
