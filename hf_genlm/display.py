@@ -28,7 +28,7 @@ def installation_lines(found: "Installation") -> list[str]:
     facts.append(("cpu cores", str(environment["cpu_count"])))
     facts += [(name, version or "not installed") for name, version in environment["packages"].items()]
     facts += [("device", device) for device in found.devices]
-    facts.append(("bfloat16", "native" if found.is_bfloat16_native else "not native: emulated, if at all"))
+    facts.append(("bfloat16", "native" if found.is_bfloat16_native else "no GPU here computes it natively"))
     for extra in found.extras:
         state = f"missing {_first(extra.missing)}: {extra.command}" if extra.missing else "installed"
         facts.append((f"[{extra.name}]", f"{extra.purpose}: {state}"))

@@ -1,5 +1,6 @@
 """Promise: what a model will cost is said before it is trained, and is what the real one then costs."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -16,6 +17,7 @@ from transformers import DynamicCache
 
 from hf_genlm import doctor
 from hf_genlm.cli import main
+from hf_genlm.display import installation_lines
 from hf_genlm.model import DECODERS, GenLMForCausalLM
 from hf_genlm.model.recurrence_genlm import ClassicCell
 from hf_genlm.publish.parameters import parts_of, read_sizes
@@ -254,6 +256,14 @@ def test_what_is_missing_and_what_train_chooses(monkeypatch, capsys):
         "pip install 'hf_genlm[zstd]'",
         "pip install 'hf_genlm[test]'",
     ]
+
+
+def test_several_gpus_are_not_promised_to_one_process():
+    """`train` refuses them."""
+    found = dataclasses.replace(doctor.describe_installation(), training_device="cuda", n_training_gpus=2)
+    assert "CUDA_VISIBLE_DEVICES=0" in installation_lines(found)[-1]
+    one = dataclasses.replace(found, n_training_gpus=1)
+    assert "CUDA_VISIBLE_DEVICES" not in "".join(installation_lines(one))
 
 
 def test_the_extras_are_those_of_the_package():
