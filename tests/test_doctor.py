@@ -184,7 +184,10 @@ def test_the_table_says_what_the_json_says(capsys):
     found = doctored(capsys, *arguments)
     assert main(["doctor", *arguments]) == 0
     head, _, *lines = capsys.readouterr().out.splitlines()
-    assert "vocabulary 4,096 assumed: --vocab-size" in head
+    assert head == (
+        "2 gated_linear, 1 sliding_attention layers, width 192, context 128, "
+        "vocabulary 4,096 assumed: --vocab-size"
+    )
     rows = lines[: lines.index("")]
     assert len({len(row) for row in rows}) == 1  # aligned
     cells = [re.split(r"\s{2,}", row) for row in rows]
