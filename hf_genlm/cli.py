@@ -2,20 +2,22 @@
 
     hf-genlm train [SOURCE ...]          hf-genlm generate MODEL [PROMPT]    hf-genlm card RUN
     hf-genlm tokenizer SOURCE ...        hf-genlm serve MODEL
-    hf-genlm evaluate MODEL [SOURCE ...] hf-genlm chat MODEL
+    hf-genlm evaluate MODEL [SOURCE ...] hf-genlm chat MODEL             hf-genlm doctor
 
 Exit codes: 0 done; 2 the input cannot be used, one line on stderr says why; 1 a fault of ours, with a
 traceback.
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from hf_genlm.display import Display, table
+from hf_genlm.arguments import MODEL_FIELDS, TRAIN_FIELDS, VOCABULARY_FIELD, build_parser
+from hf_genlm.display import Display, installation_lines, model_cost_lines, table
 from hf_genlm.errors import UserError
 from hf_genlm.recipe import Recipe, load_recipe, set_field
 
@@ -25,31 +27,13 @@ if TYPE_CHECKING:
     from hf_genlm.evaluation.measurement import Measurement
     from hf_genlm.text.corpus import Document
 
-# option of `train` -> recipe field
-_TRAIN_FIELDS = {
-    "decoder": "model.decoder",
-    "mixers": "model.mixers",
-    "size": "model.size",
-    "minutes": "training.minutes",
-    "steps": "training.steps",
-    "tokens": "training.tokens",
-    "seed": "training.seed",
-    "validation": "corpus.validation",
-    "vocab_size": "tokenizer.vocab_size",
-}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (hf-genlm --help lists what there is)")
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     try:
-        options = _parser().parse_args(arguments)
+        options = build_parser().parse_args(arguments)
         _quiet_libraries()
-        options.run(options)
+        _VERBS[options.verb](options)
     except UserError as error:
         print(f"hf-genlm: {error}", file=sys.stderr)
         return 2
@@ -57,112 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("hf-genlm: stopped", file=sys.stderr)
         return 130
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="hf-genlm", description="From a folder of text to your own small generative language model."
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
-
-    train = verbs.add_parser("train", help="train a tokenizer and a model, and measure it")
-    train.add_argument(
-        "sources",
-        nargs="*",
-        metavar="SOURCE",
-        help="files, folders, globs or a Hub dataset id; nothing: the library source that Python brings",
-    )
-    train.add_argument(
-        "--decoder", help="gated_linear (default), gru, lstm, elman, transformer, sliding or hybrid"
-    )
-    train.add_argument("--mixers", metavar="A,B,..", help="one mixer per layer, instead of --decoder")
-    train.add_argument("--size", help="tiny (default), small, base, or a parameter count such as 30M")
-    train.add_argument(
-        "--minutes", metavar="F", help="train for so long (default 3), the rate decaying to its end"
-    )
-    train.add_argument("--steps", metavar="N", help="train for so many optimizer steps")
-    train.add_argument("--tokens", metavar="N", help="train on so many tokens")
-    train.add_argument(
-        "--validation", action="append", metavar="FILE", help="hold out this, instead of splitting"
-    )
-    train.add_argument(
-        "--vocab-size", metavar="N", help="tokens in the vocabulary; default: by the size of the text"
-    )
-    train.add_argument("--seed", metavar="N", help="of the weights and the order of rows (default 0)")
-    _add_recipe_options(train)
-    train.add_argument("--out", metavar="DIR", help="the run folder to make (default runs/DECODER-DATE)")
-    train.set_defaults(run=_train)
-
-    tokenizer = verbs.add_parser("tokenizer", help="train a byte-level BPE tokenizer")
-    tokenizer.add_argument("sources", nargs="+", metavar="SOURCE")
-    tokenizer.add_argument("--out", required=True, metavar="DIR")
-    tokenizer.add_argument("--vocab-size", metavar="N")
-    _add_recipe_options(tokenizer)
-    tokenizer.set_defaults(run=_tokenizer)
-
-    evaluate = verbs.add_parser("evaluate", help="measure any causal language model, exactly")
-    evaluate.add_argument("model", metavar="MODEL", help="a run folder, a model folder or a Hub id")
-    evaluate.add_argument(
-        "sources", nargs="*", metavar="SOURCE", help="default: the run's own validation split"
-    )
-    evaluate.add_argument("--json", action="store_true", help="print the measurements as JSON")
-    _add_recipe_options(evaluate)
-    evaluate.set_defaults(run=_evaluate)
-
-    generate = verbs.add_parser("generate", help="continue a prompt")
-    generate.add_argument("model", metavar="MODEL", help="a run folder, a model folder or a Hub id")
-    generate.add_argument(
-        "prompt", nargs="?", default="", metavar="PROMPT", help="nothing: the start of a document"
-    )
-    generate.add_argument("--max-new-tokens", type=_count, default=200, metavar="N")
-    generate.add_argument(
-        "--temperature", type=_amount, default=0.8, metavar="F", help="0: always the likeliest token"
-    )
-    generate.add_argument("--top-p", type=_amount, default=0.95, metavar="F")
-    generate.add_argument("--seed", type=int, metavar="N")
-    generate.set_defaults(run=_generate)
-
-    _add_serving(verbs)
-    card = verbs.add_parser("card", help="write the model card of a run again")
-    card.add_argument("run_path", metavar="RUN")
-    card.set_defaults(run=_card)
-    return parser
-
-
-def _add_serving(verbs: Any) -> None:
-    model_help = "a run folder, a model folder or a Hub id"
-    serve = verbs.add_parser("serve", help="serve a model by an OpenAI-compatible API")
-    serve.add_argument("model", metavar="MODEL", help=model_help)
-    serve.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="options of transformers serve")
-    serve.set_defaults(run=_serve)
-    chat = verbs.add_parser("chat", help="talk to a model in the terminal")
-    chat.add_argument("--url", help="of a running server; default: one of our own for this talk")
-    chat.add_argument("model", metavar="MODEL", help=model_help)
-    chat.add_argument(
-        "rest", nargs=argparse.REMAINDER, metavar="...", help="settings such as temperature=0.5"
-    )
-    chat.set_defaults(run=_chat)
-
-
-def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", metavar="FILE", help="a YAML recipe")
-    parser.add_argument("--set", action="append", default=[], dest="assignments", metavar="SECTION.KEY=VALUE")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _amount(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
-    return value
 
 
 def _recipe(options: argparse.Namespace, fields: dict[str, str]) -> Recipe:
@@ -192,7 +70,7 @@ def _quiet_libraries() -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    recipe = _recipe(options, _TRAIN_FIELDS)
+    recipe = _recipe(options, TRAIN_FIELDS)
     out = (
         options.out
         or f"runs/{'mixed' if recipe.model.mixers else recipe.model.decoder}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -214,7 +92,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _tokenizer(options: argparse.Namespace) -> None:
-    recipe = _recipe(options, {"vocab_size": "tokenizer.vocab_size"})
+    recipe = _recipe(options, VOCABULARY_FIELD)
     out = Path(options.out)
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {options.out!r} already holds files: name a new folder, or remove it")
@@ -265,8 +143,6 @@ def _evaluate(options: argparse.Namespace) -> None:
     if run and not options.sources and not options.assignments:
         write_measurements(run.evaluation, measurements)
     if options.json:
-        import json
-
         print(json.dumps({"measurements": [m.to_json() for m in measurements]}, indent=2))
     else:
         print(table(measurements))
@@ -378,6 +254,60 @@ def _card(options: argparse.Namespace) -> None:
 
     print(write_card(RunFolder.open(options.run_path)))
 
+
+def _doctor(options: argparse.Namespace) -> None:
+    _check_doctor(options)
+    if options.parameters is None:
+        with Display() as display:
+            display.show("loading torch and transformers")
+            from hf_genlm.doctor import describe_installation
+
+            installation = describe_installation()
+        lines = installation_lines(installation)
+        content = installation.to_json()
+    else:
+        recipe = _recipe_to_examine(options)
+        with Display() as display:
+            display.show("loading torch and transformers")
+            from hf_genlm.doctor import describe_model
+
+            cost = describe_model(recipe)
+        lines = model_cost_lines(cost)
+        content = cost.to_json()
+    print(json.dumps(content, indent=2) if options.json else "\n".join(lines))
+
+
+def _check_doctor(options: argparse.Namespace) -> None:
+    """The options that describe a model need a model to describe, and one that is not described already."""
+    given = [name for name in (*MODEL_FIELDS, "recipe") if getattr(options, name) is not None]
+    option = "--" + given[0].replace("_", "-") if given else "--set"
+    if options.parameters is None and (given or options.assignments):
+        raise UserError(f"{option} describes a model: add --parameters")
+    if options.parameters and given:
+        raise UserError(
+            f"{option}: the recipe of {options.parameters!r} states it already; "
+            "change a field of it by --set section.key=value"
+        )
+
+
+def _recipe_to_examine(options: argparse.Namespace) -> Recipe:
+    from hf_genlm.run_folder import RunFolder
+
+    if options.parameters:
+        return load_recipe(RunFolder.open(options.parameters).recipe, options.assignments)
+    return _recipe(options, MODEL_FIELDS)
+
+
+_VERBS = {
+    "train": _train,
+    "tokenizer": _tokenizer,
+    "evaluate": _evaluate,
+    "generate": _generate,
+    "serve": _serve,
+    "chat": _chat,
+    "card": _card,
+    "doctor": _doctor,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,11 +1,15 @@
-"""How the command line shows a run: the events on stderr, the measurements as a table."""
+"""How the command line shows a run, the events on stderr, and the tables that verbs print."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_genlm.doctor import Installation, ModelCost, PartCost
     from hf_genlm.evaluation.measurement import Measurement
+
+_COST_WIDTHS = (28, 14, 10, 15, 13, 19)
 
 
 def table(measurements: Sequence["Measurement"]) -> str:
@@ -15,6 +19,95 @@ def table(measurements: Sequence["Measurement"]) -> str:
         error = f"± {m.stderr:.4f}" if m.stderr is not None else ""
         lines.append(f"{m.name:<16} {m.value:>10.4f} {error:<10} {m.unit:<12} n = {m.n:,} ({m.split})")
     return "\n".join(lines)
+
+
+def installation_lines(found: "Installation") -> list[str]:
+    """One line a fact, the last one what `train` makes of them."""
+    environment = found.environment
+    facts = [(name, str(environment[name])) for name in ("python", "platform")]
+    facts.append(("cpu cores", str(environment["cpu_count"])))
+    facts += [(name, version or "not installed") for name, version in environment["packages"].items()]
+    facts += [("device", device) for device in found.devices]
+    facts.append(("bfloat16", "native" if found.is_bfloat16_native else "no GPU here computes it natively"))
+    for extra in found.extras:
+        state = f"missing {_first(extra.missing)}: {extra.command}" if extra.missing else "installed"
+        facts.append((f"[{extra.name}]", f"{extra.purpose}: {state}"))
+    facts.append(("train", f"on {found.training_device}, in {found.training_dtype} by training.dtype=auto"))
+    if found.n_training_gpus > 1:
+        facts.append(
+            ("", f"one of {found.n_training_gpus} GPUs: set CUDA_VISIBLE_DEVICES=0, or accelerate launch")
+        )
+    return [f"{name:<14}{fact}" for name, fact in facts]
+
+
+def model_cost_lines(cost: "ModelCost") -> list[str]:
+    """A head line, a line a part and in all, and below it what training and generating take."""
+    mixers = ", ".join(f"{n} {mixer}" for mixer, n in Counter(cost.mixer_types).items())
+    runs = f" that each run {cost.layer_runs} times" if cost.layer_runs > 1 else ""
+    assumed = " assumed: --vocab-size" if cost.is_vocab_size_assumed else ""
+    rows: list[tuple[str, ...]] = [
+        ("part", "parameters", "share", "FLOPs/token", "state bytes", "cache bytes/token")
+    ]
+    rows += [_cost_row(part, cost.n_parameters) for part in cost.parts]
+    total = (f"{cost.n_parameters:,}", "100.0 %", f"{cost.flops_per_token:,.0f}", f"{cost.state_bytes:,}")
+    rows.append(("total", *total, f"{cost.cache_bytes_per_token:,}"))
+    training = _bytes(cost.training_bytes)
+    generating = _bytes(cost.memory_bytes(cost.context))
+    facts = [
+        ("training", f"{cost.training_flops_per_token:,.0f} FLOPs per token (3 x forward)"),
+        ("", f"{training} of weights, gradients and AdamW's moments in float32, without activations"),
+        ("generating", f"{generating} of state and cache for each sequence of {cost.context:,} tokens"),
+        ("", f"(states in float32, keys and values in {cost.dtype})"),
+    ]
+    facts += [
+        ("", f"{part.name} stops growing at its window: it keeps {part.cache_tokens:,} tokens")
+        for part in cost.parts
+        if part.cache_tokens is not None
+    ]
+    facts += [
+        ("FLOPs", "2 for each weight of a linear layer, and those of attention at the mean number of tokens"),
+        ("", f"seen in a row of {cost.context:,}; not lookups, nor elementwise work (norms, gates ...)"),
+    ]
+    return [
+        f"{mixers} layers{runs}, width {cost.hidden_size:,}, context {cost.context:,}, "
+        f"vocabulary {cost.vocab_size:,}{assumed}",
+        "",
+        *(_columns(row) for row in rows),
+        "",
+        *(f"{name:<12}{fact}" for name, fact in facts),
+    ]
+
+
+def _cost_row(part: "PartCost", n_parameters: int) -> tuple[str, ...]:
+    return (
+        f"{part.name} x{part.n_layers}" if part.n_layers else part.name,
+        f"{part.n_parameters:,}",
+        f"{100 * part.n_parameters / n_parameters:.1f} %",
+        f"{part.flops_per_token:,.0f}",
+        f"{part.state_bytes:,}",
+        f"{part.cache_bytes_per_token:,}",
+    )
+
+
+def _columns(row: tuple[str, ...]) -> str:
+    return "".join(
+        f"{cell:>{width}}" if column else f"{cell:<{width}}"
+        for column, (cell, width) in enumerate(zip(row, _COST_WIDTHS, strict=True))
+    )
+
+
+def _first(words: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
+
+
+def _bytes(n_bytes: float) -> str:
+    """In the largest unit that leaves a figure before the point."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:,.0f} bytes" if unit == "bytes" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:,.1f} TiB"
 
 
 class Display:

@@ -19,6 +19,8 @@ from typing import Any
 
 from hf_genlm.errors import UserError
 
+LIBRARIES = ("fastapi", "openai", "pydantic", "uvicorn")  # what transformers' server and client need
+
 
 def serve(source: str, options: Sequence[str] = ()) -> None:
     """Serve the model folder or Hub id `source` until stopped, by an OpenAI-compatible API.
@@ -64,7 +66,7 @@ def expose() -> None:
 
 
 def _check_installed() -> None:
-    if any(find_spec(name) is None for name in ("fastapi", "openai", "pydantic", "uvicorn")):
+    if any(find_spec(name) is None for name in LIBRARIES):
         raise UserError("serving needs more libraries: pip install 'hf_genlm[serve]'")
 
 

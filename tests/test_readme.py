@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from test_training import SMALL
 
-from hf_genlm.cli import _parser, main
+from hf_genlm.arguments import build_parser
+from hf_genlm.cli import main
 from hf_genlm.evaluation.measurement import read_measurements
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +34,7 @@ def main_command() -> list[str]:
 def test_every_command_is_understood():
     assert len(commands()) >= 5
     for words in commands():
-        _parser().parse_args(words)
+        build_parser().parse_args(words)
 
 
 def test_main_command_and_snippets_in_short_form(tmp_path, monkeypatch):

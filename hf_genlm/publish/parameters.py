@@ -1,4 +1,5 @@
-"""Where a model's parameters are: counted in the header of its safetensors file, without reading a weight."""
+"""The parts of a model by name, and where its parameters are: counted in the header of its safetensors file,
+without reading a weight."""
 
 import math
 from pathlib import Path
@@ -50,20 +51,26 @@ def read_sizes(path: Path) -> dict[str, int]:
 def parts_of(sizes: dict[str, int], mixer_types: list[str]) -> list[Part]:
     """The tensors of `read_sizes` added up by part, in the order in which the model computes them.
 
-    `mixer_types` is the mixer's word for each layer, from config.json.
+    `mixer_types` is the mixer's word for each layer that is stored.
     """
     counts: dict[str, list[int]] = {}
     for name, size in sizes.items():
-        counts.setdefault(_part_of(name, mixer_types), []).append(size)
-    order = [*_PART_OF.values(), _OTHER]
-    at = order.index(_MIXER)
-    order[at : at + 1] = [f"{_MIXER} {kind}" for kind in mixer_types]
+        counts.setdefault(part_of(name, mixer_types), []).append(size)
     return [
-        Part(part, len(counts[part]), sum(counts[part])) for part in dict.fromkeys(order) if part in counts
+        Part(part, len(counts[part]), sum(counts[part])) for part in part_names(mixer_types) if part in counts
     ]
 
 
-def _part_of(name: str, mixer_types: list[str]) -> str:
+def part_names(mixer_types: list[str]) -> list[str]:
+    """Every part that a model of these mixers can have, in the order in which it computes them."""
+    order = [*_PART_OF.values(), _OTHER]
+    at = order.index(_MIXER)
+    order[at : at + 1] = [f"{_MIXER} {kind}" for kind in mixer_types]
+    return list(dict.fromkeys(order))
+
+
+def part_of(name: str, mixer_types: list[str]) -> str:
+    """The part that a tensor or module belongs to, by its dotted name in the model."""
     words = name.split(".")
     part = next((_PART_OF[word] for word in words if word in _PART_OF), _OTHER)
     if part != _MIXER:

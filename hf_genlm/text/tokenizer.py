@@ -76,11 +76,7 @@ def train_tokenizer(
     Raises:
         UserError: `vocab_size` below 258, or more than the text can fill; `max_characters` below 1.
     """
-    if recipe.vocab_size is not None and recipe.vocab_size < MIN_VOCAB_SIZE:
-        raise UserError(
-            f"tokenizer.vocab_size = {recipe.vocab_size}: 256 bytes and 2 special tokens need at least "
-            f"{MIN_VOCAB_SIZE}, or leave it out to have it chosen"
-        )
+    check_vocab_size(recipe.vocab_size)
     if recipe.max_characters < 1:
         raise UserError(f"tokenizer.max_characters = {recipe.max_characters}: it must be at least 1")
     vocab_size = recipe.vocab_size or choose_vocab_size(n_bytes)
@@ -103,6 +99,18 @@ def train_tokenizer(
             f"set it to {reached} or less, or leave it out to have it chosen"
         )
     return _wrap(backend)
+
+
+def check_vocab_size(vocab_size: int | None) -> None:
+    """
+    Raises:
+        UserError: fewer tokens than a vocabulary of our own holds; None is chosen later.
+    """
+    if vocab_size is not None and vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(
+            f"tokenizer.vocab_size = {vocab_size}: 256 bytes and 2 special tokens need at least "
+            f"{MIN_VOCAB_SIZE}, or leave it out to have it chosen"
+        )
 
 
 def sample_evenly(documents: Iterable[Document], max_characters: int) -> Iterator[str]:

@@ -52,7 +52,7 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
         UserError: a recipe, source or folder that cannot be used; nothing is left in `out` then.
     """
     recipe = resolve(recipe)
-    config = build_config(recipe, _mixer_types(recipe))
+    config = build_config(recipe, mixer_types_of(recipe))
     check_optimizer(recipe.training.optimizer)
     budget = budget_of(recipe.training, _tokens_per_step(recipe.training))
     run = RunFolder.create(out, listener)
@@ -261,7 +261,12 @@ def _likelihood(
     )
 
 
-def _mixer_types(recipe: Recipe) -> list[str]:
+def mixer_types_of(recipe: Recipe) -> list[str]:
+    """The mixer's word for each layer, from a resolved recipe.
+
+    Raises:
+        UserError: an unknown mixer or decoder, with the near word.
+    """
     model = recipe.model
     if model.mixers is not None:
         for mixer in model.mixers:
@@ -292,7 +297,7 @@ def _encode_splits(
 
 
 def _training_arguments(run: RunFolder, training: TrainingRecipe, budget: Budget) -> TrainingArguments:
-    use_bf16 = {"auto": _computes_bfloat16(), "bfloat16": True, "float32": False}.get(training.dtype)
+    use_bf16 = {"auto": computes_bfloat16(), "bfloat16": True, "float32": False}.get(training.dtype)
     if use_bf16 is None:
         raise UserError(f"unknown training.dtype {training.dtype!r}; known: auto, bfloat16, float32")
     arguments = TrainingArguments(
@@ -320,7 +325,7 @@ def _training_arguments(run: RunFolder, training: TrainingRecipe, budget: Budget
     return arguments
 
 
-def _computes_bfloat16() -> bool:
+def computes_bfloat16() -> bool:
     """Whether the device multiplies bfloat16 natively; emulated on a CPU it can be 100 times slower."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 

@@ -1,0 +1,162 @@
+"""The verbs of the command line and their options. `cli` gives each verb its meaning."""
+
+import argparse
+from typing import Any, NoReturn
+
+from hf_genlm.errors import UserError
+
+# option -> the recipe field that it sets
+VOCABULARY_FIELD = {"vocab_size": "tokenizer.vocab_size"}
+MODEL_FIELDS = {
+    "decoder": "model.decoder",
+    "mixers": "model.mixers",
+    "size": "model.size",
+    **VOCABULARY_FIELD,
+}
+TRAIN_FIELDS = {
+    **MODEL_FIELDS,
+    "minutes": "training.minutes",
+    "steps": "training.steps",
+    "tokens": "training.tokens",
+    "seed": "training.seed",
+    "validation": "corpus.validation",
+}
+_MODEL_HELP = "a run folder, a model folder or a Hub id"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (hf-genlm --help lists what there is)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs; the one that was given is in `verb` of what it parses."""
+    parser = _Parser(
+        prog="hf-genlm", description="From a folder of text to your own small generative language model."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+    _add_train(verbs)
+    _add_tokenizer(verbs)
+    _add_evaluate(verbs)
+    _add_generate(verbs)
+    _add_serving(verbs)
+    card = verbs.add_parser("card", help="write the model card of a run again")
+    card.add_argument("run_path", metavar="RUN")
+    _add_doctor(verbs)
+    return parser
+
+
+def _add_train(verbs: Any) -> None:
+    train = verbs.add_parser("train", help="train a tokenizer and a model, and measure it")
+    train.add_argument(
+        "sources",
+        nargs="*",
+        metavar="SOURCE",
+        help="files, folders, globs or a Hub dataset id; nothing: the library source that Python brings",
+    )
+    _add_model_options(train)
+    train.add_argument(
+        "--minutes", metavar="F", help="train for so long (default 3), the rate decaying to its end"
+    )
+    train.add_argument("--steps", metavar="N", help="train for so many optimizer steps")
+    train.add_argument("--tokens", metavar="N", help="train on so many tokens")
+    train.add_argument(
+        "--validation", action="append", metavar="FILE", help="hold out this, instead of splitting"
+    )
+    train.add_argument("--seed", metavar="N", help="of the weights and the order of rows (default 0)")
+    train.add_argument("--out", metavar="DIR", help="the run folder to make (default runs/DECODER-DATE)")
+
+
+def _add_tokenizer(verbs: Any) -> None:
+    tokenizer = verbs.add_parser("tokenizer", help="train a byte-level BPE tokenizer")
+    tokenizer.add_argument("sources", nargs="+", metavar="SOURCE")
+    tokenizer.add_argument("--out", required=True, metavar="DIR")
+    _add_vocabulary_option(tokenizer)
+    _add_recipe_options(tokenizer)
+
+
+def _add_evaluate(verbs: Any) -> None:
+    evaluate = verbs.add_parser("evaluate", help="measure any causal language model, exactly")
+    evaluate.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    evaluate.add_argument(
+        "sources", nargs="*", metavar="SOURCE", help="default: the run's own validation split"
+    )
+    evaluate.add_argument("--json", action="store_true", help="print the measurements as JSON")
+    _add_recipe_options(evaluate)
+
+
+def _add_generate(verbs: Any) -> None:
+    generate = verbs.add_parser("generate", help="continue a prompt")
+    generate.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    generate.add_argument(
+        "prompt", nargs="?", default="", metavar="PROMPT", help="nothing: the start of a document"
+    )
+    generate.add_argument("--max-new-tokens", type=_count, default=200, metavar="N")
+    generate.add_argument(
+        "--temperature", type=_amount, default=0.8, metavar="F", help="0: always the likeliest token"
+    )
+    generate.add_argument("--top-p", type=_amount, default=0.95, metavar="F")
+    generate.add_argument("--seed", type=int, metavar="N")
+
+
+def _add_serving(verbs: Any) -> None:
+    serve = verbs.add_parser("serve", help="serve a model by an OpenAI-compatible API")
+    serve.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    serve.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="options of transformers serve")
+    chat = verbs.add_parser("chat", help="talk to a model in the terminal")
+    chat.add_argument("--url", help="of a running server; default: one of our own for this talk")
+    chat.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    chat.add_argument(
+        "rest", nargs=argparse.REMAINDER, metavar="...", help="settings such as temperature=0.5"
+    )
+
+
+def _add_doctor(verbs: Any) -> None:
+    doctor = verbs.add_parser("doctor", help="say what this machine can do, or what a model will cost")
+    doctor.add_argument(
+        "--parameters",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="parameters, FLOPs and memory of the model of this run folder, or that the options below make",
+    )
+    doctor.add_argument("--json", action="store_true", help="print the same as JSON")
+    _add_model_options(doctor)
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What decides the model, for every verb that makes one: MODEL_FIELDS and a recipe."""
+    parser.add_argument(
+        "--decoder", help="gated_linear (default), gru, lstm, elman, transformer, sliding or hybrid"
+    )
+    parser.add_argument("--mixers", metavar="A,B,..", help="one mixer per layer, instead of --decoder")
+    parser.add_argument("--size", help="tiny (default), small, base, or a parameter count such as 30M")
+    _add_vocabulary_option(parser)
+    _add_recipe_options(parser)
+
+
+def _add_vocabulary_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--vocab-size", metavar="N", help="tokens in the vocabulary; default: by the size of the text"
+    )
+
+
+def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", metavar="FILE", help="a YAML recipe")
+    parser.add_argument("--set", action="append", default=[], dest="assignments", metavar="SECTION.KEY=VALUE")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return value
