@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hf_genlm import serving
-from hf_genlm.model import GenLMConfig, GenLMForCausalLM
+from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.model.attention_genlm import GenLMAttention
 from hf_genlm.publish.parameters import part_names, part_of, parts_of
 from hf_genlm.recipe import Recipe, TokenizerRecipe
@@ -30,6 +30,7 @@ TRAINING_BYTES_PER_PARAMETER = 16
 # optional extra of the package: what it is for, and the distributions that it installs
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "zstd": ("sources compressed as .zst", ("zstandard",)),
+    "gpu": ("a faster loss on CUDA", ("liger-kernel",)),
     "serve": ("hf-genlm serve and chat", serving.LIBRARIES),
     "test": (
         "the tests, lint and types",
@@ -49,6 +50,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "lm_eval",
             "onnxscript",
             "onnxruntime",
+            "liger-kernel",
         ),
     ),
 }
@@ -197,7 +199,7 @@ def describe_model(recipe: Recipe) -> ModelCost:
     return ModelCost(
         hidden_size=config.hidden_size,
         mixer_types=_stored_mixers(model),
-        layer_runs=_layer_runs(config),
+        layer_runs=config.shared_layers,
         vocab_size=config.vocab_size,
         is_vocab_size_assumed=vocab_size is None,
         context=config.max_position_embeddings,
@@ -209,7 +211,7 @@ def describe_model(recipe: Recipe) -> ModelCost:
 def count_parts(model: GenLMForCausalLM, context: int) -> list[PartCost]:
     """The parts of `model`, on any device, with what they cost in a row of `context` tokens."""
     words = _stored_mixers(model)
-    runs = _layer_runs(model.config)
+    runs = model.config.shared_layers
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     n_parameters = {part.name: part.n_parameters for part in parts_of(sizes, words)}
     flops = count_flops(model, context)
@@ -239,7 +241,7 @@ def count_flops(model: GenLMForCausalLM, context: int) -> Counter[str]:
     work (norms, activations, gates, rotations, softmax) are not counted.
     """
     words = _stored_mixers(model)
-    runs = _layer_runs(model.config)
+    runs = model.config.shared_layers
     flops: Counter[str] = Counter()
     for name, module in model.named_modules():
         n_runs = runs if name.startswith("model.layers.") else 1
@@ -248,9 +250,9 @@ def count_flops(model: GenLMForCausalLM, context: int) -> Counter[str]:
         elif isinstance(module, GenLMAttention):
             width = model.config.num_attention_heads * module.head_dim
             flops[part_of(name, words)] += 4 * width * visible_pairs(context, module.sliding_window) * n_runs
-    if model.model.embed_proj is not None and model.config.tie_word_embeddings:
-        # the head goes back through W, which no module of its own says
-        flops[part_of("lm_head", words)] += 2 * model.model.embed_proj.weight.numel() * context
+    if model.model.reads_out:
+        # what the head reads goes back through W, which no module of its own says
+        flops[part_of("model.embed_proj", words)] += 2 * model.model.embed_proj.weight.numel() * context
     return flops
 
 
@@ -287,11 +289,6 @@ def _cache_tokens(mixer: nn.Module) -> int | None:
 def _stored_mixers(model: GenLMForCausalLM) -> list[str]:
     """The mixer's word for each layer that has parameters of its own."""
     return [model.config.mixer_types[layer.mixer.layer_idx] for layer in model.model.layers]
-
-
-def _layer_runs(config: GenLMConfig) -> int:
-    """How often one layer runs for one token; a config without the word has layers that run once."""
-    return getattr(config, "shared_layers", 1)
 
 
 def _vocab_size_of(recipe: TokenizerRecipe) -> int | None:

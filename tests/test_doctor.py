@@ -27,8 +27,7 @@ from hf_genlm.training.train import build_config, mixer_types_of
 
 MIXED = ["gated_linear", "full_attention", "lstm", "sliding_attention"]
 # what a config can change in a model's shapes, over every mixer of the table
-CASES = {name: (mixers, {}) for name, mixers in STACKS.items()} | {
-    "factorised": (MIXED, {"embedding_size": 24}),
+CASES: dict[str, tuple] = {name: (name, {}) for name in STACKS} | {
     "factorised, untied": (MIXED, {"embedding_size": 24, "tie_word_embeddings": False}),
     "untied, biased": (MIXED, {"tie_word_embeddings": False, "output_bias": True}),
     "wide states": (["gru", "gated_linear"], {"recurrent_size": 48}),
@@ -39,8 +38,8 @@ CASES = {name: (mixers, {}) for name, mixers in STACKS.items()} | {
 
 @pytest.fixture(params=CASES)
 def case(request) -> GenLMForCausalLM:
-    mixers, overrides = CASES[request.param]
-    return build_model(mixers, **overrides)
+    stack, overrides = CASES[request.param]
+    return build_model(stack, **overrides)
 
 
 def tokens_of(n_tokens: int) -> torch.Tensor:
@@ -126,17 +125,17 @@ def test_half_precision_halves_keys_and_values_but_no_state():
     assert sum(part.memory_bytes(7) for part in doctor.count_parts(model, 12)) == cached_bytes(cache)
 
 
-def test_layers_that_run_again_cost_again_but_have_no_more_parameters():
-    model = build_model(MIXED)
-    once = {part.name: part for part in doctor.count_parts(model, 12)}
-    model.config.shared_layers = 3
-    for part in doctor.count_parts(model, 12):
-        before = once[part.name]
-        n_runs = 1 if part.name in ("token embedding", "output head", "norms") else 3
-        assert part.flops_per_token == n_runs * before.flops_per_token
-        assert part.state_bytes == n_runs * before.state_bytes
-        assert part.cache_bytes_per_token == n_runs * before.cache_bytes_per_token
-        assert (part.n_parameters, part.n_layers) == (before.n_parameters, before.n_layers)
+def test_layers_that_share_cost_as_much_as_others_but_have_fewer_parameters():
+    shared, apart = (
+        {part.name: part for part in doctor.count_parts(build_model("shared", shared_layers=n), 12)}
+        for n in (2, 1)
+    )
+    assert shared.keys() == apart.keys()
+    for name, part in shared.items():
+        costs = ("flops_per_token", "state_bytes", "cache_bytes_per_token")
+        assert [getattr(part, cost) for cost in costs] == [getattr(apart[name], cost) for cost in costs]
+        if "mixer" in name or name == "MLP":
+            assert 2 * part.n_parameters == apart[name].n_parameters
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 8, 20])

@@ -137,7 +137,7 @@ class GenLMConfig(PreTrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.sliding_window is None and "sliding_attention" in self.mixer_types:
-            self.sliding_window = max(1, self.max_position_embeddings // 4)
+            self.sliding_window = max(2, self.max_position_embeddings // 4)
         self.validate_layer_type()  # before transformers reads layer_types
         if self.has_rotary_positions:  # no field: elsewhere there is nothing that it could change
             self.rope_parameters = rope_parameters
@@ -217,6 +217,8 @@ class GenLMConfig(PreTrainedConfig):
                 f"embedding_size ({self.embedding_size}) other than hidden_size ({self.hidden_size}) needs "
                 "embedding_projection"
             )
+        if self.sliding_window == 1:
+            raise ValueError("sliding_window must be at least 2: a token and one before it")
         for name in ("embedding_size", "sliding_window", "mlp_rank", "final_logit_softcapping"):
             value = getattr(self, name)
             if value is not None and value <= 0:

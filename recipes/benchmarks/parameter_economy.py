@@ -2,10 +2,10 @@
 
     python recipes/benchmarks/parameter_economy.py --steps 200 --seeds 3 --out RESULTS [SOURCE ...]
 
-First the pace: steps of every way in turn, many rounds, medians. Then each way trains on the same text with the
-same tokenizer for as many steps as take the time of `--steps` of the first way, so that a busy hour of the machine
-cannot favour one. RESULTS holds pace.json and the run folders; what is finished there is not done again. Without
-SOURCE: the library source that Python brings.
+First the pace: steps of every way in turn, many rounds, medians. Then each way trains on the same text with
+the same tokenizer for as many steps as take the time of `--steps` of the first way, so that a busy hour of
+the machine cannot favour one. RESULTS holds pace.json and the run folders; what is finished there is not
+done again. Without SOURCE: the library source that Python brings.
 """
 
 import argparse
@@ -33,7 +33,7 @@ ROUNDS = 15
 
 
 def measure_pace(ways: dict[str, list[str]], vocab_size: int) -> dict[str, float]:
-    """Seconds of a training step of each way: forward, backward, clipping, optimizer, on rows of random tokens."""
+    """Seconds of a step of each way: forward, backward, clipping, optimizer, on rows of random tokens."""
     import torch
 
     from hf_genlm.model import GenLMForCausalLM
