@@ -36,6 +36,7 @@ _TRAIN_FIELDS = {
     "seed": "training.seed",
     "validation": "corpus.validation",
     "vocab_size": "tokenizer.vocab_size",
+    "vectors": "vectors.path",
 }
 
 
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--vocab-size", metavar="N", help="tokens in the vocabulary; default: by the size of the text"
     )
+    train.add_argument("--vectors", metavar="FILE", help="start the embedding from word vectors")
     train.add_argument("--seed", metavar="N", help="of the weights and the order of rows (default 0)")
     _add_recipe_options(train)
     train.add_argument("--out", metavar="DIR", help="the run folder to make (default runs/DECODER-DATE)")
