@@ -7,6 +7,7 @@ distributed like the others.
 """
 
 import functools
+import itertools
 import re
 import sys
 import unicodedata
@@ -21,6 +22,7 @@ from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.recipe import Recipe
 from hf_genlm.run_folder import RunFolder, write_json
 from hf_genlm.text.corpus import Document
+from hf_genlm.text.tokenizer import pieces_of
 from hf_genlm.text.vector_files import DAMAGED, WordVectors, peek_dimension, read_vectors
 
 if TYPE_CHECKING:
@@ -78,12 +80,11 @@ def count_words(documents: Iterable[Document]) -> dict[str, int]:
     pattern = _word_pattern()
     counts: Counter[str] = Counter()
     for document in documents:
-        for match in pattern.finditer(document.text):
-            if match.end() - match.start() <= _MAX_WORD_CHARACTERS:
-                counts[match[0]] += 1
-                if len(counts) > _COUNTED_AT_ONCE:
-                    counts = Counter(dict(counts.most_common(2 * MAX_WORDS)))
-    return dict(counts.most_common(MAX_WORDS))
+        for piece in pieces_of(document.text):
+            counts.update(pattern.findall(piece))
+            if len(counts) > _COUNTED_AT_ONCE:
+                counts = _most_common(counts, 2 * MAX_WORDS)
+    return dict(_most_common(counts, MAX_WORDS))
 
 
 def token_texts(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
@@ -261,10 +262,20 @@ def _draw_like(sample: np.ndarray, count: int, seed: int) -> np.ndarray:
     return mean + np.random.default_rng(seed).standard_normal((count, len(mean))) @ spread.T
 
 
+def _most_common(counts: Counter[str], n: int) -> Counter[str]:
+    words = Counter({word: count for word, count in counts.items() if len(word) <= _MAX_WORD_CHARACTERS})
+    return Counter(dict(words.most_common(n)))
+
+
 @functools.cache
 def _word_pattern() -> re.Pattern[str]:
     r"""Letters and the marks on them: `\w` knows no marks, without which Indic words fall apart."""
-    marks = "".join(
-        f"\\U{code:08x}" for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] == "M"
+    marks = ""
+    codes = itertools.groupby(
+        range(sys.maxunicode + 1), lambda code: unicodedata.category(chr(code))[0] == "M"
     )
-    return re.compile(rf" ?(?:[^\W\d_]+[{marks}]*)+")
+    for is_mark, group in codes:
+        if is_mark:
+            first, *rest = group
+            marks += f"\\U{first:08x}-\\U{rest[-1] if rest else first:08x}"
+    return re.compile(rf" ?[^\W\d_]+(?:[{marks}]+[^\W\d_]*)*")
