@@ -119,6 +119,14 @@ def test_words_with_spaces_are_split_from_the_right(tmp_path):
     assert np.array_equal(read.vectors, np.float32([[4, 5, 6], [-1e-3, 0.5, 6]]))
 
 
+def test_binary_numbers_without_control_characters_are_binary(tmp_path):
+    """Only bytes beyond ASCII tell them from a line of text."""
+    vectors = np.frombuffer(b"\xc1\xbf\xe1=" * 10, dtype=np.float32).reshape(2, 5)
+    path = tmp_path / "vectors.bin"
+    path.write_bytes(binary(["a", "b"], vectors))
+    assert np.array_equal(read_vectors(path, {"b"}).vectors, vectors[:1])
+
+
 NAN, INF = np.float32([[np.nan] * 5]), np.float32([[np.inf] * 5])
 # name: (content, words of the message, what skipping counts; None: it stops even then)
 DAMAGE = {

@@ -76,7 +76,6 @@ def read_vectors(
     entries, vector_of = FORMATS[layout.format]
     shelf = _Shelf(path, layout, wanted, damaged)
     total = path.stat().st_size
-    number = 0
     with reading(path, layout.is_gzip) as (stream, disk):
         for number, word, payload in entries(stream, layout, path):
             shelf.take(number, word, payload, vector_of)
@@ -100,7 +99,7 @@ class _Shelf:
         self.words: dict[str, int] = {}
         self.data = bytearray()  # the kept vectors, float32
         self.skipped: Counter[str] = Counter()
-        self.n_seen = 0
+        self.n_seen = 0  # entries, damaged ones too
         self._hashes, self._numbers = array("q"), array("q")  # of every good entry
 
     @property
