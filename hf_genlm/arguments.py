@@ -11,6 +11,7 @@ MODEL_FIELDS = {
     "decoder": "model.decoder",
     "mixers": "model.mixers",
     "size": "model.size",
+    "vectors": "vectors.path",
     **VOCABULARY_FIELD,
 }
 TRAIN_FIELDS = {
@@ -131,6 +132,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mixers", metavar="A,B,..", help="one mixer per layer, instead of --decoder")
     parser.add_argument("--size", help="tiny (default), small, base, or a parameter count such as 30M")
+    parser.add_argument("--vectors", metavar="FILE", help="start the embedding from word vectors")
     _add_vocabulary_option(parser)
     _add_recipe_options(parser)
 

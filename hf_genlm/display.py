@@ -133,6 +133,7 @@ class Display:
             "progress": self._progress,
             "corpus": self._corpus,
             "tokenized": self._tokenized,
+            "vectors": self._vectors,
             "model": self._model,
             "step": self._step,
             "validation": self._validation,
@@ -174,6 +175,17 @@ class Display:
         self.say(
             f"tokenizer     {vocab_size:,} tokens, {bytes_per_token} bytes per token; "
             f"{train_tokens:,} to train on, {validation_tokens:,} held out"
+        )
+
+    def _vectors(
+        self, tokens: dict, share_of_text: dict, words: dict, dimension: int, file: str, **_: Any
+    ) -> None:
+        kinds = ", ".join(f"{n:,} {kind}" for kind, n in tokens.items())
+        shares = ", ".join(f"{100 * share:.1f}" for share in share_of_text.values())
+        skipped = sum(words["skipped"].values())
+        self.say(
+            f"vectors       {sum(tokens.values()):,} tokens: {kinds} ({shares} % of the text); "
+            f"{words['read']:,} words of {dimension} in {file}{f', {skipped:,} skipped' if skipped else ''}"
         )
 
     def _model(self, parameters: int, rows: int, row_length: int) -> None:

@@ -22,6 +22,7 @@ from hf_genlm.run_folder import describe_environment
 from hf_genlm.text.tokenizer import check_vocab_size, load_tokenizer
 from hf_genlm.training.budget import resolve
 from hf_genlm.training.train import build_config, computes_bfloat16, mixer_types_of
+from hf_genlm.training.word_vectors import adopt_dimension
 
 ASSUMED_VOCAB_SIZE = 4096
 # float32 weights, their gradients, and the two moments of AdamW
@@ -30,6 +31,7 @@ TRAINING_BYTES_PER_PARAMETER = 16
 # optional extra of the package: what it is for, and the distributions that it installs
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "zstd": ("sources compressed as .zst", ("zstandard",)),
+    "vectors": ("fastText's .bin files of word vectors", ("gensim",)),
     "gpu": ("a faster loss on CUDA", ("liger-kernel",)),
     "serve": ("hf-genlm serve and chat", serving.LIBRARIES),
     "test": (
@@ -42,6 +44,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "mypy",
             "types-PyYAML",
             "zstandard",
+            "gensim",
             *serving.LIBRARIES,
             "parameterized",
             "peft",
@@ -191,6 +194,8 @@ def describe_model(recipe: Recipe) -> ModelCost:
         UserError: a recipe that `train` would refuse for its model or vocabulary.
     """
     recipe = resolve(recipe)
+    if recipe.model.embedding_size is None:
+        adopt_dimension(recipe)
     config = build_config(recipe, mixer_types_of(recipe))
     vocab_size = _vocab_size_of(recipe.tokenizer)
     config.vocab_size = ASSUMED_VOCAB_SIZE if vocab_size is None else vocab_size

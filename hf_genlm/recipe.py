@@ -66,6 +66,16 @@ class ModelRecipe:
 
 
 @dataclass
+class VectorsRecipe:
+    """Word vectors that the embedding starts from; they set `model.embedding_size`."""
+
+    path: str | None = None  # GloVe, word2vec or fastText, as text or binary, gzipped or not
+    damaged: str = "stop"  # skip: leave out bad lines and words, and count them
+    frozen: bool = False  # tokens that have a vector keep it; drawn ones and the projection learn
+    release_step: int | None = None  # with `frozen`: the optimizer step after which all learn
+
+
+@dataclass
 class TrainingRecipe:
     """The optimisation. Exactly one of `minutes`, `steps`, `tokens` ends it."""
 
@@ -118,6 +128,7 @@ class Recipe:
     corpus: CorpusRecipe = field(default_factory=CorpusRecipe)
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
     model: ModelRecipe = field(default_factory=ModelRecipe)
+    vectors: VectorsRecipe = field(default_factory=VectorsRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     card: CardRecipe = field(default_factory=CardRecipe)

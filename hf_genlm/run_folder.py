@@ -1,7 +1,7 @@
 """The run folder: the one place through which the verbs speak to each other.
 
 RUN/ recipe.yaml  environment.json  corpus.json  log.jsonl  tokenizer/  checkpoints/
-     evaluation.json  samples.md  model/ (exactly what is pushed)
+     vectors.json (with word vectors)  evaluation.json  samples.md  model/ (exactly what is pushed)
 """
 
 import json
@@ -30,6 +30,7 @@ class RunFolder:
     recipe = property(lambda self: self.path / "recipe.yaml")
     environment = property(lambda self: self.path / "environment.json")
     corpus = property(lambda self: self.path / "corpus.json")
+    vectors = property(lambda self: self.path / "vectors.json")
     log_file = property(lambda self: self.path / "log.jsonl")
     tokenizer = property(lambda self: self.path / "tokenizer")
     checkpoints = property(lambda self: self.path / "checkpoints")

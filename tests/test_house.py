@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "training": {"recipe", "errors", "run_folder", "text", "model", "evaluation"},
     "serving": {"errors", "model"},
     "doctor": {
+        "training.word_vectors",
         "recipe",
         "run_folder",
         "text.tokenizer",

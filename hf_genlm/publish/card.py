@@ -89,6 +89,7 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         "context": recipe.evaluation.context or recipe.training.row_length,
         "audit": read_measurements(audit) if audit.is_file() else None,
         "corpus": _portable(read_json(run.corpus)),
+        "vectors": _portable(read_json(run.vectors)) if run.vectors.is_file() else None,
         "environment": read_json(run.environment),
         "trained": next((event for event in reversed(events) if event.get("event") == "trained"), None),
         "recipe_yaml": yaml.safe_dump(_portable(asdict(recipe)), sort_keys=False, allow_unicode=True),

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from hf_genlm.run_folder import RunFolder
@@ -76,6 +77,30 @@ class LogCallback(TrainerCallback):
             left_s=round(min(self.budget.left_s(state.global_step), 1e9), 1),
         )
         self._logged_s, self._logged_tokens = elapsed_s, tokens
+
+
+class HoldRowsCallback(TrainerCallback):
+    """Keeps the rows `held` (V,) of the embedding as they are, to the end or through step `release_step`.
+
+    Their gradients are made zero as they arrive, so that neither the clipping nor the optimizer sees them;
+    embeddings do not decay. Nothing of it stays on the model.
+    """
+
+    def __init__(self, held: torch.Tensor, release_step: int | None = None):
+        self.held, self.release_step = held, release_step
+        self._hook: RemovableHandle | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        weight = model.get_input_embeddings().weight
+        rows = self.held.to(weight.device)[:, None]
+        self._hook = weight.register_hook(lambda gradient: gradient.masked_fill(rows, 0.0))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.release_step is not None and state.global_step >= self.release_step:
+            self._hook.remove()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._hook.remove()
 
 
 class MilestoneCallback(TrainerCallback):

@@ -23,12 +23,14 @@ from hf_genlm.text.tokenizer import TokenizedDocuments, encode_documents, load_t
 from hf_genlm.training.budget import Budget, budget_of, resolve, trapezoid
 from hf_genlm.training.callbacks import (
     BudgetCallback,
+    HoldRowsCallback,
     LogCallback,
     MilestoneCallback,
     Pace,
     write_samples,
 )
 from hf_genlm.training.optimizer import OptimizerFactory, check_optimizer
+from hf_genlm.training.word_vectors import adopt_dimension, count_words, start_from_vectors
 
 _PARTIAL_VALIDATION_TOKENS = 16_384
 _SAMPLE_TOKENS = 64
@@ -36,11 +38,15 @@ _SAMPLE_TOKENS = 64
 
 @dataclasses.dataclass
 class TokenizedCorpus:
-    """Both splits as token ids, with the tokenizer that made them."""
+    """Both splits as token ids, with the tokenizer that made them.
+
+    `words` counts those of the training text, for word vectors alone: otherwise it is empty.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     train: TokenizedDocuments
     validation: TokenizedDocuments
+    words: dict[str, int]
 
 
 def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> RunFolder:
@@ -52,6 +58,7 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
         UserError: a recipe, source or folder that cannot be used; nothing is left in `out` then.
     """
     recipe = resolve(recipe)
+    adopt_dimension(recipe)
     config = build_config(recipe, mixer_types_of(recipe))
     check_optimizer(recipe.training.optimizer)
     budget = budget_of(recipe.training, _tokens_per_step(recipe.training))
@@ -68,6 +75,10 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
         adopt_vocabulary(config, corpus.tokenizer)
         set_seed(recipe.training.seed)
         model = GenLMForCausalLM(config)
+        held = None
+        if recipe.vectors.path is not None:
+            found = start_from_vectors(run, model, corpus.tokenizer, corpus.words, corpus.train.ids, recipe)
+            held = torch.from_numpy(found) if recipe.vectors.frozen else None
         training_arguments = _training_arguments(run, recipe.training, budget)
     except UserError:
         run.discard()
@@ -75,7 +86,7 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
     write_text(run.recipe, recipe.to_yaml())
     write_json(run.environment, {**describe_environment(), "device": _describe(training_arguments.device)})
     run.log("model", parameters=model.num_parameters(), rows=len(rows), row_length=recipe.training.row_length)
-    fit(run, model, rows, corpus, recipe, budget, training_arguments)
+    fit(run, model, rows, corpus, recipe, budget, training_arguments, held)
     save(run, model, corpus.tokenizer)
     evaluate_run(run, corpus, recipe)
     return run
@@ -95,7 +106,9 @@ def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
     recipe.tokenizer.vocab_size = len(tokenizer)
     tokenizer.model_max_length = recipe.training.row_length
     tokenizer.save_pretrained(run.tokenizer)
-    tokenized = TokenizedCorpus(tokenizer, *_encode_splits(run, tokenizer, corpus))
+    words = count_words(corpus.train) if recipe.vectors.path is not None else {}
+    train, validation = _encode_splits(run, tokenizer, corpus)
+    tokenized = TokenizedCorpus(tokenizer, train, validation, words)
     write_json(run.corpus, corpus.report)
     run.log(
         "tokenized",
@@ -123,6 +136,7 @@ def build_config(recipe: Recipe, mixer_types: list[str]) -> GenLMConfig:
             **given,
             mixer_types=mixer_types,
             max_position_embeddings=recipe.training.row_length,
+            embedding_projection=True if recipe.vectors.path is not None else None,
             initializer_range=round(recipe.model.hidden_size**-0.5, 4),
         )
     except (ValueError, StrictDataclassError) as error:
@@ -145,8 +159,9 @@ def fit(
     recipe: Recipe,
     budget: Budget,
     arguments: TrainingArguments,
+    held: torch.Tensor | None = None,
 ) -> None:
-    """Train `model` in place."""
+    """Train `model` in place; the rows `held` (V,) of its embedding as the vectors section says."""
     training = recipe.training
     pace = Pace(len(rows), training.batch_size * training.accumulation, training.row_length - 1)
 
@@ -165,6 +180,7 @@ def fit(
         run.log("validation", step=step, partial=True, tokens=found[0].n, **values)
         sample(model, step)
 
+    holding = [HoldRowsCallback(held, recipe.vectors.release_step)] if held is not None else []
     trainer = BudgetTrainer(
         budget=budget,
         recipe=training,
@@ -177,6 +193,7 @@ def fit(
             BudgetCallback(budget),
             LogCallback(run, budget, pace),
             MilestoneCallback(budget, training.validations, look),
+            *holding,
         ],
     )
     trainer.remove_callback(PrinterCallback)

@@ -1,0 +1,281 @@
+"""Word vectors to an embedding table: which token gets which vector, and the report on it.
+
+Each token has one kind. exact: its text, with or without its one leading space, is a word of the file. case:
+it is one after changing its case. composed: it is a piece of words of the training text, and gets the mean of
+their vectors, weighted by how often they occur. drawn: none of these, or a special token; normally
+distributed like the others.
+"""
+
+import functools
+import itertools
+import re
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.recipe import Recipe
+from hf_genlm.run_folder import RunFolder, write_json
+from hf_genlm.text.corpus import Document
+from hf_genlm.text.tokenizer import pieces_of
+from hf_genlm.text.vector_files import DAMAGED, WordVectors, peek_dimension, read_vectors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from hf_genlm.model import GenLMForCausalLM
+
+KINDS = ("exact", "case", "composed", "drawn")
+EXACT, CASE, COMPOSED, DRAWN = range(4)
+MAX_WORDS = 200_000  # of the training text, the most frequent ones
+_MAX_WORD_CHARACTERS = 64  # longer runs of letters are no words of a vector file
+_COUNTED_AT_ONCE = 4 * MAX_WORDS
+_ENCODE_BATCH = 10_000  # words encoded by one call
+
+
+def adopt_dimension(recipe: Recipe) -> None:
+    """Set `model.embedding_size` of a resolved recipe to the dimension of its word vectors, if it has any.
+
+    Raises:
+        UserError: fields of the vectors section that contradict each other, another `embedding_size`, or a
+            file without word vectors.
+    """
+    vectors, model = recipe.vectors, recipe.model
+    if vectors.damaged not in DAMAGED:
+        raise UserError(
+            f"unknown vectors.damaged {vectors.damaged!r}{did_you_mean(vectors.damaged, DAMAGED)}"
+        )
+    if vectors.release_step is not None and not vectors.frozen:
+        raise UserError(
+            f"vectors.release_step = {vectors.release_step} releases frozen rows, and none are frozen: "
+            "add --set vectors.frozen=true, or leave it out"
+        )
+    if vectors.release_step is not None and vectors.release_step < 1:
+        raise UserError(f"vectors.release_step = {vectors.release_step}: it is an optimizer step, at least 1")
+    if vectors.path is None:
+        if vectors.frozen:
+            raise UserError("vectors.frozen holds word vectors, and none are given: add --vectors FILE")
+        return
+    dimension = peek_dimension(vectors.path)
+    if model.embedding_size not in (None, dimension):
+        raise UserError(
+            f"model.embedding_size = {model.embedding_size}, and the vectors in {vectors.path!r} have "
+            f"{dimension} numbers: leave it out, or name vectors of that size"
+        )
+    model.embedding_size = dimension
+
+
+def count_words(documents: Iterable[Document]) -> dict[str, int]:
+    """How often each word occurs, the most frequent `MAX_WORDS` of them, most frequent first.
+
+    A word is a letter with the letters and marks that follow it, of any script. It keeps the one space that
+    stands before it: at the start of a line or behind a bracket it is cut into other tokens, and is counted
+    apart. Where there are very many, words that are rare at the start of the text may be missed.
+    """
+    pattern = _word_pattern()
+    counts: Counter[str] = Counter()
+    for document in documents:
+        for piece in pieces_of(document.text):
+            counts.update(pattern.findall(piece))
+            if len(counts) > _COUNTED_AT_ONCE:
+                counts = _most_common(counts, 2 * MAX_WORDS)
+    return dict(_most_common(counts, MAX_WORDS))
+
+
+def token_texts(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
+    """The text of every token id; empty where it has none of its own: special, or a part of a character."""
+    ids = [[token] for token in range(len(tokenizer))]
+    texts = tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False)
+    special = set(tokenizer.all_special_ids)
+    return ["" if i in special or "\ufffd" in text else text for i, text in enumerate(texts)]
+
+
+def wanted_words(tokenizer: "PreTrainedTokenizerFast", counts: Mapping[str, int]) -> set[str]:
+    """Every word whose vector `token_vectors` can use."""
+    spellings = {word for text in token_texts(tokenizer) for _, word in _spellings(text)}
+    words = {spaced.removeprefix(" ") for spaced in counts}
+    return spellings | words | {word.lower() for word in words}
+
+
+def token_vectors(
+    tokenizer: "PreTrainedTokenizerFast",
+    words: Mapping[str, int],
+    vectors: np.ndarray,
+    counts: Mapping[str, int],
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(table (V, D) float32, kind (V,) an index into KINDS); the file's own scale is kept.
+
+    `words` gives the row of each word in `vectors` (n, D); `counts` is what `count_words` gives; `seed` is
+    that of the drawn rows. They have the mean and covariance of the other rows, or, where those are too few
+    to know D directions by, of all `vectors`.
+
+    Raises:
+        UserError: no token finds a vector.
+    """
+    texts = token_texts(tokenizer)
+    table = np.zeros((len(texts), vectors.shape[1]), dtype=np.float32)
+    kind = np.full(len(texts), DRAWN, dtype=np.int64)
+    for token, text in enumerate(texts):
+        found = next(((k, words[word]) for k, word in _spellings(text) if word in words), None)
+        if found is not None:
+            kind[token], table[token] = found[0], vectors[found[1]]
+    means, weights = _means_of_words(tokenizer, words, vectors, counts)
+    composed = (kind == DRAWN) & (weights > 0)
+    composed[tokenizer.all_special_ids] = False
+    kind[composed], table[composed] = COMPOSED, means[composed]
+    is_found = kind != DRAWN
+    if not is_found.any():
+        raise UserError(
+            f"none of the {len(texts):,} tokens has a word vector, nor do words of the training text: "
+            "name vectors of the text's language"
+        )
+    sample = table[is_found] if is_found.sum() > vectors.shape[1] else vectors
+    table[~is_found] = _draw_like(sample, int((~is_found).sum()), seed)
+    return table, kind
+
+
+def scaled(table: np.ndarray, root_mean_square: float) -> np.ndarray:
+    """`table` times the one factor that gives all its entries this root mean square: directions are kept.
+
+    Raises:
+        UserError: all entries are zero.
+    """
+    now = float(np.sqrt(np.mean(np.square(table, dtype=np.float64))))
+    if now == 0.0:
+        raise UserError("the word vectors of all tokens are zero: name another file")
+    return table * np.float32(root_mean_square / now)
+
+
+def start_from_vectors(
+    run: RunFolder,
+    model: "GenLMForCausalLM",
+    tokenizer: "PreTrainedTokenizerFast",
+    counts: Mapping[str, int],
+    ids: np.ndarray,
+    recipe: Recipe,
+) -> np.ndarray:
+    """Write the word vectors of a recipe into the model's embedding; reports to the log and to vectors.json.
+
+    `counts` and `ids` (n,) are the words and the token ids of the training text.
+
+    Returns:
+        (V,) whether the token was given a vector, not a draw.
+
+    Raises:
+        UserError: the file is damaged or of no use for this text.
+    """
+    import torch
+
+    def on_progress(done: int, total: int) -> None:
+        run.tell("progress", task="word vectors", done=done, total=total)
+
+    wanted = wanted_words(tokenizer, counts)
+    read = read_vectors(recipe.vectors.path, wanted, recipe.vectors.damaged, on_progress)
+    weight = model.model.embed_tokens.weight
+    if read.vectors.shape[1] != weight.shape[1]:
+        raise UserError(f"{recipe.vectors.path!r} has changed since the run began: start it again")
+    table, kind = token_vectors(tokenizer, read.words, read.vectors, counts, recipe.training.seed)
+    table = scaled(table, model.config.initializer_range)
+    with torch.no_grad():
+        weight.copy_(torch.from_numpy(table))
+    report = coverage(read, kind, ids, Path(recipe.vectors.path).name)
+    report |= {"frozen": recipe.vectors.frozen, "release_step": recipe.vectors.release_step}
+    write_json(run.vectors, report)
+    run.log("vectors", **report)
+    return kind != DRAWN
+
+
+def coverage(read: WordVectors, kind: np.ndarray, ids: np.ndarray, file: str) -> dict[str, Any]:
+    """The content of vectors.json: tokens by kind, and the share of `ids` that each has."""
+    occurrences = np.bincount(kind, weights=np.bincount(ids, minlength=len(kind)), minlength=len(KINDS))
+    n_tokens = np.bincount(kind, minlength=len(KINDS))
+    return {
+        "file": file,
+        "sha256": read.sha256,
+        "dimension": read.vectors.shape[1],
+        "words": {"read": read.n_in_file, "kept": len(read.words), "skipped": read.n_skipped},
+        "tokens": {name: int(n) for name, n in zip(KINDS, n_tokens, strict=True)},
+        "share_of_text": {
+            name: round(float(n) / max(1, len(ids)), 5) for name, n in zip(KINDS, occurrences, strict=True)
+        },
+    }
+
+
+def _spellings(text: str) -> Iterator[tuple[int, str]]:
+    """(kind, word) of the words that a token of this text may be, the best first."""
+    bare = text.removeprefix(" ")
+    if bare:
+        yield EXACT, text
+        yield EXACT, bare
+        for word in (bare.lower(), bare.capitalize(), bare.upper()):
+            yield CASE, word
+
+
+def _means_of_words(
+    tokenizer: "PreTrainedTokenizerFast",
+    words: Mapping[str, int],
+    vectors: np.ndarray,
+    counts: Mapping[str, int],
+) -> tuple[np.ndarray, np.ndarray]:
+    """(means (V, D), weights (V,)) over the counted words that have a vector and hold the token."""
+    known = []
+    for spaced in counts:
+        bare = spaced.removeprefix(" ")
+        row = words.get(bare, words.get(bare.lower()))
+        if row is not None:
+            known.append((spaced, row))
+    tokens: list[int] = []
+    rows: list[int] = []
+    weights: list[int] = []
+    for start in range(0, len(known), _ENCODE_BATCH):
+        batch = known[start : start + _ENCODE_BATCH]
+        encodings = tokenizer.backend_tokenizer.encode_batch_fast(
+            [spaced for spaced, _ in batch], add_special_tokens=False
+        )
+        for (spaced, row), encoding in zip(batch, encodings, strict=True):
+            pieces = set(encoding.ids)
+            tokens += pieces
+            rows += [row] * len(pieces)
+            weights += [counts[spaced]] * len(pieces)
+    size = len(tokenizer)
+    total = np.bincount(np.array(tokens, dtype=np.int64), weights=weights, minlength=size)
+    sums = np.zeros((size, vectors.shape[1]))
+    for column in range(vectors.shape[1]):
+        weighted = np.array(weights) * vectors[np.array(rows, dtype=np.int64), column]
+        sums[:, column] = np.bincount(np.array(tokens, dtype=np.int64), weights=weighted, minlength=size)
+    return sums / np.maximum(total, 1)[:, None], total
+
+
+def _draw_like(sample: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """(count, D) from the normal distribution of the mean and covariance of `sample` (n, D)."""
+    mean = sample.mean(axis=0, dtype=np.float64)
+    centred = sample - mean
+    variances, directions = np.linalg.eigh(centred.T @ centred / len(sample))
+    # rounding can make a variance that is zero a little less
+    spread = directions * np.sqrt(np.maximum(variances, 0.0))
+    return mean + np.random.default_rng(seed).standard_normal((count, len(mean))) @ spread.T
+
+
+def _most_common(counts: Counter[str], n: int) -> Counter[str]:
+    words = Counter({word: count for word, count in counts.items() if len(word) <= _MAX_WORD_CHARACTERS})
+    return Counter(dict(words.most_common(n)))
+
+
+@functools.cache
+def _word_pattern() -> re.Pattern[str]:
+    r"""Letters and the marks on them: `\w` knows no marks, without which Indic words fall apart."""
+    marks = ""
+    codes = itertools.groupby(
+        range(sys.maxunicode + 1), lambda code: unicodedata.category(chr(code))[0] == "M"
+    )
+    for is_mark, group in codes:
+        if is_mark:
+            first, *rest = group
+            marks += f"\\U{first:08x}-\\U{rest[-1] if rest else first:08x}"
+    return re.compile(rf" ?[^\W\d_]+(?:[{marks}]+[^\W\d_]*)*")
