@@ -88,6 +88,7 @@ class TrainingRecipe:
     accumulation: int = 1  # forward passes in one optimizer step
     optimizer: str = "adamw"
     learning_rate: float | None = None  # peak; None: follows from the width
+    embedding_rate: float = 2.0  # learning rate of embedding and head, in parts of `learning_rate`
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .configuration_genlm import GenLMConfig
-from .initialization_genlm import start_by_fan_in, start_near_zero
+from .initialization_genlm import start_isometric, start_near_zero
 
 
 class GenLMLowRankLinear(nn.Module):
@@ -18,8 +18,8 @@ class GenLMLowRankLinear(nn.Module):
         super().__init__()
         self.reduce_proj = nn.Linear(in_features, rank, bias=False)
         self.expand_proj = nn.Linear(rank, out_features, bias=False)
-        self.reduce_proj.start = start_by_fan_in
-        self.expand_proj.start = start_by_fan_in
+        self.reduce_proj.start = start_isometric
+        self.expand_proj.start = start_isometric
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.expand_proj(self.reduce_proj(hidden_states))

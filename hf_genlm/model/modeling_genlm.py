@@ -45,7 +45,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_genlm import GenLMAttention
 from .cache_genlm import RecurrentStateLayer
 from .configuration_genlm import GenLMConfig
-from .initialization_genlm import start_by_fan_in
+from .initialization_genlm import start_isometric
 from .loss_genlm import cap_logits, causal_loss, causal_loss_without_logits
 from .mlp_genlm import GenLMMLP
 from .positions_genlm import GenLMRotaryEmbedding
@@ -154,7 +154,7 @@ class GenLMModel(GenLMPreTrainedModel):
         self.embed_proj = None
         if config.has_embedding_projection:
             self.embed_proj = nn.Linear(config.embedding_width, config.hidden_size)
-            self.embed_proj.start = start_by_fan_in
+            self.embed_proj.start = start_isometric
         self.embed_positions = None
         if config.position_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)

@@ -15,8 +15,12 @@ from hf_genlm.recipe import TrainingRecipe
 
 def adamw(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101); only matrices of the layers decay."""
-    decayed, kept = split_by_decay(model)
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    matrices, tables, rest = split_by_role(model)
+    groups: list[dict] = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": tables, "weight_decay": 0.0, "lr": recipe.learning_rate * recipe.embedding_rate},
+        {"params": rest, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=recipe.learning_rate,
@@ -44,15 +48,18 @@ def check_optimizer(name: str) -> None:
         raise UserError(f"unknown training.optimizer {name!r}{did_you_mean(name, OPTIMIZERS)}")
 
 
-def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters: the matrices of the layers, and the rest (embeddings, head, biases, norms)."""
-    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+def split_by_role(
+    model: nn.Module,
+) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters: matrices of the layers; embeddings and head; biases and norms."""
+    of_tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     head = getattr(model, "lm_head", None)
-    tables |= {id(p) for p in head.parameters()} if head is not None else set()
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
+    of_tables |= {id(p) for p in head.parameters()} if head is not None else set()
+    matrices: list[nn.Parameter] = []
+    tables: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            is_matrix = parameter.ndim >= 2 and id(parameter) not in tables
-            (decayed if is_matrix else kept).append(parameter)
-    return decayed, kept
+            role = rest if parameter.ndim < 2 else tables if id(parameter) in of_tables else matrices
+            role.append(parameter)
+    return matrices, tables, rest

@@ -30,12 +30,20 @@ def compare(
     )
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="nothing: the source that Python brings")
     parser.add_argument("--validation", metavar="FILE", help="hold out this, instead of splitting")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for all ways"
+    )
+    parser.add_argument("--only", metavar="WORD", help="the ways whose name holds it")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
     add_options(parser)
     options = parser.parse_args()
-    ways = ways_of(options)
+    ways = {
+        way: [*options.set, *settings]
+        for way, settings in ways_of(options).items()
+        if not options.only or options.only in way
+    }
     found: dict[str, list[dict]] = {way: [] for way in ways}
     tokenizer: list[str] = []
     paces: dict[str, float] = {}
@@ -64,7 +72,7 @@ def compare(
 
 
 def _train(options: argparse.Namespace, folder: Path, settings: list[str]) -> dict:
-    """The last event of each name in the log of a run, trained where it is not there, and its bits per byte."""
+    """The last event of each name in a run's log, trained where it is not there, and its bits per byte."""
     from hf_genlm.evaluation.measurement import read_measurements
     from hf_genlm.recipe import load_recipe
     from hf_genlm.run_folder import RunFolder

@@ -9,18 +9,21 @@ from equal_time import Ways, compare
 
 
 def ways_of(options) -> Ways:
-    """The first is the ordinary embedding; the others hold E of the vectors' dimension, and W and b."""
+    """Tied and untied heads; E has the dimension of the vectors in all ways but the first."""
     from hf_genlm.text.vector_files import peek_dimension
 
+    untied = "model.tie_word_embeddings=false"
     vectors = f"vectors.path={options.vectors}"
     dimension = f"model.embedding_size={peek_dimension(options.vectors)}"
     release = f"vectors.release_step={max(1, options.steps // 4)}"
     return {
         "no vectors, r = d": [],
-        "no vectors, r of the vectors": [dimension],
-        "vectors, trained": [vectors],
-        "vectors, frozen to a quarter": [vectors, "vectors.frozen=true", release],
-        "vectors, frozen": [vectors, "vectors.frozen=true"],
+        "no vectors, tied": [dimension],
+        "vectors, tied": [vectors],
+        "no vectors, untied": [dimension, untied],
+        "vectors, untied": [vectors, untied],
+        "vectors, untied, frozen to a quarter": [vectors, untied, "vectors.frozen=true", release],
+        "vectors, untied, frozen": [vectors, untied, "vectors.frozen=true"],
     }
 
 
