@@ -5,6 +5,7 @@ import json
 from pydoc_data.topics import topics
 
 import pytest
+from conftest import build_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -217,22 +218,6 @@ def test_sizes_are_what_they_say(size, millions):
         assert 12 * model.hidden_size**2 * model.num_hidden_layers == pytest.approx(millions * 1e6, rel=0.35)
 
 
-def test_decay_spares_embeddings_biases_and_norms():
-    from conftest import build_model
-
-    model = build_model(["gru", "full_attention"], embedding_size=8)
-    recipe = TrainingRecipe(learning_rate=1e-3)
-    optimizer = OptimizerFactory()(model, recipe)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = {
-        group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups
-    }
-    assert groups[0.1] | groups[0.0] == set(names.values())
-    assert "model.embed_tokens.weight" in groups[0.0]
-    assert all(name.endswith("proj.weight") for name in groups[0.1])
-    assert all("norm" in name or "bias" in name or "embed_tokens" in name for name in groups[0.0])
-
-
 def test_plain_trainer_fine_tunes_a_saved_model(text_folder, tmp_path):
     """What the README shows: nothing of ours but the import that registers the model."""
     run = train(small_recipe(text_folder, "training.steps=10", "model.decoder=lstm"), tmp_path / "run")
@@ -339,3 +324,16 @@ def test_terms_outside_their_range_are_refused(setting, text_folder, tmp_path):
     with pytest.raises(UserError, match=setting.split("=")[0].split(".")[1]):
         train(small_recipe(text_folder, setting), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_only_matrices_decay_and_embedding_and_head_have_a_rate_of_their_own():
+    model = build_model("factorised", tie_word_embeddings=False)
+    optimizer = OptimizerFactory()(model, TrainingRecipe(learning_rate=1e-3, embedding_rate=3.0))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == sum(len(group["params"]) for group in optimizer.param_groups)
+    assert rates.keys() == {id(p) for p in model.parameters()}
+    for name, parameter in model.named_parameters():
+        is_table = name in ("model.embed_tokens.weight", "lm_head.weight")
+        assert rates[id(parameter)] == pytest.approx(3e-3 if is_table else 1e-3), name
+        assert (decays[id(parameter)] > 0) == (parameter.ndim == 2 and not is_table), name
