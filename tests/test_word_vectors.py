@@ -249,6 +249,7 @@ def test_a_run_from_text_and_vectors_to_a_model_anyone_loads(text_folder, vector
     model = AutoModelForCausalLM.from_pretrained(run.model)
     assert (model.config.embedding_size, model.config.embedding_projection) == (6, True)
     assert model.model.embed_proj.weight.shape == (32, 6)
+    assert not model.config.tie_word_embeddings  # word vectors are a poor head
     before, found = started["before"].numpy(), started["found"]
     assert np.sqrt(np.mean(before**2)) == pytest.approx(model.config.initializer_range, rel=1e-4)
     (row,) = AutoTokenizer.from_pretrained(run.model)(" the").input_ids

@@ -122,6 +122,9 @@ def resolve(recipe: Recipe) -> Recipe:
     if model.mixers is not None:
         model.num_hidden_layers = len(model.mixers)
     model.num_hidden_layers = model.num_hidden_layers or shape.num_hidden_layers
+    if model.tie_word_embeddings is None:
+        # vectors of words are a poor head (recipes/README.md)
+        model.tie_word_embeddings = recipe.vectors.path is None
     training.row_length = training.row_length or shape.row_length
     training.batch_size = training.batch_size or shape.batch_size
     if training.learning_rate is None:
