@@ -89,6 +89,7 @@ class TrainingRecipe:
     optimizer: str = "adamw"
     learning_rate: float | None = None  # peak; None: follows from the width
     embedding_rate: float = 2.0  # learning rate of embedding and head, in parts of `learning_rate`
+    matrix_rate: float = 0.02  # learning rate of the layers' matrices under muon
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95

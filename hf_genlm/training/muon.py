@@ -1,0 +1,152 @@
+"""Muon for the matrices of the layers and AdamW for the rest, as one optimizer.
+
+The momentum of a matrix is made orthogonal before it is added: every direction that its gradients point in
+moves by the same amount (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/).
+
+Shapes: N matrices, R rows, C columns.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+from hf_genlm.errors import UserError
+
+# what a group may leave out, by its `method`
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "muon": {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0, "n_matrices": 1},
+    "adamw": {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "fused": True},
+}
+# (a, b, c) of x <- a x + b (x x^T) x + c (x x^T)^2 x: not a limit but a quick way to singular values near 1
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+_QUINTIC_STEPS = 5
+_LEAST_NORM = 1e-12  # a gradient of zeros stays one
+
+
+class Muon(torch.optim.Optimizer):
+    """Each parameter group names its `method`, "muon" or "adamw", and what differs from DEFAULTS.
+
+    A group of "muon" holds matrices, each of which may be `n_matrices` stacked by rows, such as the gates of
+    a cell: they are made orthogonal one by one. Its momentum is Nesterov's and its weight decay decoupled.
+
+    Under DistributedDataParallel every process makes the same step from the averaged gradients. A matrix of
+    which a process holds only a part (FSDP, ZeRO) is refused.
+
+    Raises:
+        ValueError: an unknown method.
+        UserError: at `step`, for a sharded matrix.
+    """
+
+    def __init__(self, params: list[dict[str, Any]]):
+        super().__init__(params, {})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, with the DEFAULTS of the method."""
+        method = param_group.get("method")
+        if method not in DEFAULTS:
+            raise ValueError(f"a parameter group has the method {method!r}; known: {', '.join(DEFAULTS)}")
+        super().add_param_group({**DEFAULTS[method], **param_group})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of every parameter that has a gradient; the value of `closure`, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        steps = {"muon": self._step_muon, "adamw": self._step_adamw}
+        for group in self.param_groups:
+            steps[group["method"]](group, [p for p in group["params"] if p.grad is not None])
+        return loss
+
+    def _step_muon(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
+        batches = defaultdict(list)  # what can be multiplied at once: the weights and their directions
+        for parameter in parameters:
+            _refuse_sharded(parameter)
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            momentum = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+            direction = parameter.grad.lerp(momentum, group["momentum"])
+            weight_NRC, direction_NRC = (
+                tensor.unflatten(0, (group["n_matrices"], -1)) for tensor in (parameter, direction)
+            )
+            wide_NRC = direction_NRC.mT if _is_tall(direction_NRC) else direction_NRC
+            batches[wide_NRC.shape[1:], wide_NRC.device, wide_NRC.dtype].append((weight_NRC, wide_NRC))
+        for batch in batches.values():
+            orthogonal = orthogonalize(torch.cat([direction for _, direction in batch]))
+            for (weight_NRC, _), step_NRC in zip(
+                batch, orthogonal.split([len(weight) for weight, _ in batch]), strict=True
+            ):
+                step_NRC = step_NRC.mT if _is_tall(weight_NRC) else step_NRC
+                weight_NRC.mul_(1 - group["lr"] * group["weight_decay"])
+                weight_NRC.add_(step_NRC, alpha=-group["lr"] * step_scale(*weight_NRC.shape[1:]))
+
+    def _step_adamw(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter].update(
+                    step=torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    exp_avg=torch.zeros_like(parameter),
+                    exp_avg_sq=torch.zeros_like(parameter),
+                )
+        states = [self.state[parameter] for parameter in parameters]
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=group["fused"],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def orthogonalize(matrices_NRC: torch.Tensor) -> torch.Tensor:
+    """The nearest matrix to each with singular values near 1, by a quintic Newton-Schulz iteration.
+
+    Wide matrices take the fewest operations: the product that it iterates over is R x R. In bfloat16 where
+    a GPU computes it, else in float32 at least.
+    """
+    norms = torch.linalg.matrix_norm(matrices_NRC, keepdim=True).clamp(min=_LEAST_NORM)
+    x_NRC = (matrices_NRC / norms).to(_dtype_of_products(matrices_NRC))
+    a, b, c = _QUINTIC
+    for _ in range(_QUINTIC_STEPS):
+        gram_NRR = x_NRC @ x_NRC.mT
+        poly_NRR = torch.baddbmm(gram_NRR, gram_NRR, gram_NRR, beta=b, alpha=c)
+        x_NRC = torch.baddbmm(x_NRC, poly_NRR, x_NRC, beta=a)
+    return x_NRC.to(matrices_NRC.dtype)
+
+
+def step_scale(rows: int, columns: int) -> float:
+    """What an orthogonal matrix is multiplied by."""
+    return max(1.0, rows / columns) ** 0.5
+
+
+def _is_tall(matrices_NRC: torch.Tensor) -> bool:
+    return matrices_NRC.shape[-2] > matrices_NRC.shape[-1]
+
+
+def _dtype_of_products(tensor: torch.Tensor) -> torch.dtype:
+    if tensor.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _refuse_sharded(matrix: torch.Tensor) -> None:
+    if matrix.ndim != 2 or hasattr(matrix, "full_tensor"):
+        raise UserError(
+            f"training.optimizer 'muon' needs whole matrices, and one of shape {tuple(matrix.shape)} is "
+            "sharded or flattened: train by data parallelism alone (DDP), or with --set "
+            "training.optimizer=adamw"
+        )
