@@ -58,7 +58,7 @@ def naive_muon(weight, gradients, rate, decay, n_matrices) -> None:
 @pytest.mark.parametrize("stack", STACKS)
 def test_steps_are_those_of_the_naive_twin(stack):
     model, twin = build_model(stack).double(), build_model(stack).double()
-    optimizer = muon_of(model, matrix_rate=0.3)
+    optimizer = muon_of(model, matrix_rate=30)
     matrices, tables, rest = split_by_role(twin)
     names = {id(p): name for name, p in twin.named_parameters()}
     generator = torch.Generator().manual_seed(3)

@@ -34,7 +34,11 @@ def muon(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
     """Muon for the matrices of the layers, gate by gate; AdamW for embeddings, head, biases and norms."""
     matrices, tables, rest = split_by_role(model)
     others = {"method": "adamw", "betas": (recipe.beta1, recipe.beta2)}
-    ours = {"method": "muon", "lr": recipe.matrix_rate, "weight_decay": recipe.weight_decay}
+    ours = {
+        "method": "muon",
+        "lr": recipe.learning_rate * recipe.matrix_rate,
+        "weight_decay": recipe.weight_decay,
+    }
     groups: list[dict] = [
         # first: the log shows the rate of the first group as the learning rate
         {**others, "params": rest, "lr": recipe.learning_rate},
