@@ -99,6 +99,17 @@ def test_singular_values_come_near_1(shape):
     assert torch.allclose(found[0], found[4], atol=1e-3)  # the size of a gradient does not matter
 
 
+@pytest.mark.parametrize("shape", [(24, 24), (24, 40), (24, 96), (1, 96)])
+def test_orthogonalising_is_that_of_the_naive_twin(shape):
+    """In float32, with directions that the gradient does not have at all."""
+    torch.manual_seed(0)
+    matrices = torch.randn(3, *shape)
+    matrices[1] = torch.outer(matrices[1, :, 0], matrices[1, 0])
+    matrices[2, 1:] *= 1e-4
+    expected = torch.stack([naive_orthogonal(matrix) for matrix in matrices.double()])
+    assert torch.allclose(orthogonalize(matrices).double(), expected, rtol=0, atol=1e-4)
+
+
 def test_a_gradient_of_zeros_moves_nothing():
     weight = nn.Parameter(torch.ones(4, 6))
     weight.grad = torch.zeros_like(weight)
