@@ -150,7 +150,7 @@ def _iterate_on_gram(x_NRC: torch.Tensor, iterations: int) -> torch.Tensor:
 
 def step_scale(rows: int, columns: int) -> float:
     """What an orthogonal matrix is multiplied by, as in Jordan et al.: every entry of the step then has the
-    root mean square 1 / sqrt(columns), and the best rate hardly depends on the shape.
+    root mean square 1 / sqrt(columns), and the best rate changes little with the width.
 
     Measured against 0.2 sqrt(max(rows, columns)) (Liu et al., 2025, arXiv:2502.16982) in recipes/README.md.
     """
