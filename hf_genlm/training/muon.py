@@ -30,7 +30,7 @@ class Muon(torch.optim.Optimizer):
 
     A group of "muon" holds matrices, each of which may be `n_matrices` stacked by rows, such as the gates of
     a cell: they are made orthogonal one by one, in so many `iterations`. Its momentum is Nesterov's and its
-    weight decay decoupled. Three iterations, and not the five of Jordan et al.: measured in recipes/README.md.
+    weight decay decoupled. Three iterations instead of five: see recipes/README.md.
 
     Under DistributedDataParallel every process makes the same step from the averaged gradients. A matrix of
     which a process holds only a part (FSDP, ZeRO) is refused.
