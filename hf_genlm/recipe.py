@@ -86,9 +86,10 @@ class TrainingRecipe:
     row_length: int | None = None  # tokens in one packed row; None: follows from `size`
     batch_size: int | None = None  # rows in one forward pass, over all processes; None: follows from `size`
     accumulation: int = 1  # forward passes in one optimizer step
-    optimizer: str = "adamw"
+    optimizer: str = "adamw"  # or muon
     learning_rate: float | None = None  # peak; None: follows from the width
     embedding_rate: float = 2.0  # learning rate of embedding and head, in parts of `learning_rate`
+    matrix_rate: float = 5.5  # under muon: learning rate of the layers' matrices, in parts of `learning_rate`
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95

@@ -157,6 +157,8 @@ class ClassicCell(RecurrentMixer):
         # only the GRU has a use for a second bias: its reset gate scales what the recurrent product adds
         self.rec_proj = nn.Linear(config.recurrent_size, width, bias=self.n_gates == 3)
         self.rec_proj.start = partial(start_orthogonal, n_gates=self.n_gates)
+        # an optimizer of matrices must see one for each gate, not the stack that the kernels want
+        self.in_proj.n_matrices = self.rec_proj.n_matrices = self.n_gates
 
     def step(
         self, u: torch.Tensor, v: torch.Tensor, states: tuple[torch.Tensor, ...]

@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.recipe import TrainingRecipe
+from hf_genlm.training.muon import Muon
 
 
 def adamw(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
@@ -29,7 +30,32 @@ def adamw(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
     )
 
 
-OPTIMIZERS: dict[str, Callable[[nn.Module, TrainingRecipe], torch.optim.Optimizer]] = {"adamw": adamw}
+def muon(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
+    """Muon for the matrices of the layers, gate by gate; AdamW for embeddings, head, biases and norms."""
+    matrices, tables, rest = split_by_role(model)
+    others = {"method": "adamw", "betas": (recipe.beta1, recipe.beta2)}
+    ours = {
+        "method": "muon",
+        "lr": recipe.learning_rate * recipe.matrix_rate,
+        "weight_decay": recipe.weight_decay,
+    }
+    groups: list[dict] = [
+        # first: the log shows the rate of the first group as the learning rate
+        {**others, "params": rest, "lr": recipe.learning_rate},
+        {**others, "params": tables, "lr": recipe.learning_rate * recipe.embedding_rate},
+    ]
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    stacked = {id(linear.weight): getattr(linear, "n_matrices", 1) for linear in linears}
+    for n_matrices in sorted(set(stacked.values())):
+        group = [matrix for matrix in matrices if stacked.get(id(matrix), 1) == n_matrices]
+        groups.append({**ours, "params": group, "n_matrices": n_matrices})
+    return Muon([group for group in groups if group["params"]])
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, TrainingRecipe], torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "muon": muon,
+}
 
 
 class OptimizerFactory:
