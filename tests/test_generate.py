@@ -118,7 +118,9 @@ def test_every_output_can_be_asked_for(model, tokens, num_beams):
     assert {len(step) for step in out.hidden_states} == {len(layer_types) + 1}
     assert {len(step) for step in out.attentions} == {n_attention}
     assert out.hidden_states[0][0].shape == (3 * num_beams, 12, 32)
-    assert out.hidden_states[-1][-1].shape == (3 * num_beams, 1, 32)
+    assert out.hidden_states[-1][-2].shape == (3 * num_beams, 1, 32)
+    # the last is what the head reads, which is h W^T for a head that is tied through W (as in OPT)
+    assert out.hidden_states[-1][-1].shape == (3 * num_beams, 1, model.lm_head.in_features)
     assert len(out.past_key_values) == len(layer_types)
     assert out.past_key_values.get_seq_length() == 12 + N - 1
 

@@ -28,12 +28,13 @@ class ModelTester:
     """What transformers' mixins ask of a model's own test: a small config and inputs for it."""
 
     batch_size, seq_length, is_training, num_labels = 13, 7, True, 3
-    vocab_size, hidden_size, num_hidden_layers, num_attention_heads = 99, 32, 2, 4
+    vocab_size, hidden_size, num_attention_heads = 99, 32, 4
     base_model_class, causal_lm_class = GenLMModel, GenLMForCausalLM
 
     def __init__(self, parent, overrides: dict):
         self.parent = parent
         self.overrides = overrides
+        self.num_hidden_layers = len(overrides["mixer_types"])
 
     def get_config(self) -> GenLMConfig:
         shapes = {

@@ -141,8 +141,9 @@ class GenLMPreTrainedModel(PreTrainedModel):
 class GenLMModel(GenLMPreTrainedModel):
     """Embedding and layers, without a head.
 
-    Under a language model's head that is tied through W (h W^T E^T), `last_hidden_state` is h W^T, of width
-    r: what a head multiplies is found there by every tool that computes a loss of its own.
+    Under a language model's head that is tied through W (h W^T E^T), `last_hidden_state`, and so the last of
+    `hidden_states`, is h W^T, of width r, as in OPT: every tool that computes a loss of its own looks there
+    for what the head multiplies.
     """
 
     def __init__(self, config: GenLMConfig, is_under_head: bool = False):
