@@ -27,6 +27,7 @@ from hf_genlm.training.word_vectors import adopt_dimension
 ASSUMED_VOCAB_SIZE = 4096
 # float32 weights, their gradients, and the two moments of AdamW
 TRAINING_BYTES_PER_PARAMETER = 16
+_LAST_TOKEN_BYTES = 4  # float32, as the other states
 
 # optional extra of the package: what it is for, and the distributions that it installs
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -223,13 +224,16 @@ def count_parts(model: GenLMForCausalLM, context: int) -> list[PartCost]:
     mixers: dict[str, list[nn.Module]] = {part: [] for part in part_names(words)}
     for index, layer in enumerate(model.model.layers):
         mixers[part_of(f"layers.{index}.mixer", words)].append(layer.mixer)
+    state_bytes = {part: runs * sum(_state_bytes(mixer, model) for mixer in mixers[part]) for part in mixers}
+    if model.model.embed_bigrams is not None:
+        state_bytes[part_of("model.embed_bigrams", words)] += _LAST_TOKEN_BYTES
     return [
         PartCost(
             name=part,
             n_layers=len(mixers[part]),
             n_parameters=n_parameters.get(part, 0),
             flops_per_token=flops[part] / context,
-            state_bytes=runs * sum(_state_bytes(mixer, model) for mixer in mixers[part]),
+            state_bytes=state_bytes[part],
             cache_bytes_per_token=runs * sum(_cache_bytes(mixer, model) for mixer in mixers[part]),
             cache_tokens=next((_cache_tokens(mixer) for mixer in mixers[part]), None),
         )

@@ -57,6 +57,7 @@ class ModelRecipe:
     mlp_rank: int | None = None  # of both matrices of the MLP; None: full
     shared_layers: int = 1  # layers that share each set of weights
     embedding_size: int | None = None  # width of the embedding table; None: `hidden_size`
+    bigram_size: int | None = None  # rows of a table of token pairs, hashed; None: no table
     position_type: str = "rotary"
     sliding_window: int | None = None
     tie_word_embeddings: bool | None = None  # the head is the embedding; None: unless that is of word vectors

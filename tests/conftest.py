@@ -30,6 +30,7 @@ STACKS["shared"] = {
     "num_key_value_heads": 1,
     "final_logit_softcapping": 20.0,
 }
+STACKS["bigram"] = {"mixer_types": ["gated_linear", "full_attention"], "bigram_size": 32}
 # the kinds of config that transformers' own tests run over
 KINDS = {mixer: {"mixer_types": [mixer, mixer]} for mixer in MIXERS}
 KINDS["hybrid"] = {"mixer_types": ["gated_linear", "full_attention"]}

@@ -14,10 +14,11 @@ from conftest import build_model
 from transformers import PreTrainedModel
 
 from hf_genlm.model import GenLMForCausalLM, GenLMModel, GenLMPreTrainedModel, recurrence_genlm
+from hf_genlm.model.bigram_genlm import GenLMBigramEmbedding
 from hf_genlm.model.cache_genlm import RecurrentStateLayer
 from hf_genlm.model.recurrence_genlm import RecurrentMixer, TimeLayout
 
-RECURRENT = ["gru", "gated_linear", "hybrid"]
+RECURRENT = ["gru", "gated_linear", "hybrid", "bigram"]
 
 
 def ignore(*args, **kwargs) -> None:
@@ -69,6 +70,52 @@ def test_a_state_that_is_not_read_back(faulty, tokens, monkeypatch):
 def test_a_state_that_survives_a_reset(faulty, tokens, monkeypatch):
     monkeypatch.setattr(RecurrentStateLayer, "reset", ignore)
     fails(test_generate.test_a_static_cache_can_be_reset_and_used_again, faulty, tokens)
+
+
+@pytest.mark.parametrize(
+    ("method", "check"),
+    [
+        ("reorder_cache", test_generate.test_beam_search_equals_beam_search_without_cache),
+        ("crop", test_generate.test_rejected_drafts_are_taken_back),
+        ("reset", test_generate.test_a_static_cache_can_be_reset_and_used_again),
+        ("update_recurrent_state", test_generate.test_greedy_equals_greedy_without_cache),
+    ],
+)
+def test_a_last_token_that_is_forgotten(method, check, tokens, monkeypatch):
+    whole = getattr(RecurrentStateLayer, method)
+
+    def faulty(self, *args, **kwargs):
+        token = self.recurrent_states[2]
+        if method == "update_recurrent_state" and args[1:2] == (2,):
+            return None
+        before = None if token is None else token.clone()
+        result = whole(self, *args, **kwargs)
+        if token is not None and method != "update_recurrent_state":
+            self.recurrent_states[2] = before
+            self.has_previous_state[2] = True
+        return result
+
+    monkeypatch.setattr(RecurrentStateLayer, method, faulty)
+    fails(check, build_model("bigram"), tokens)
+
+
+@pytest.mark.parametrize(
+    ("blind_to", "check"),
+    [
+        ("valid", test_generate.test_left_padded_batch_equals_single_prompts),
+        ("starts", test_mixers.test_packed_row_equals_its_documents_apart),
+    ],
+)
+def test_pairs_across_what_parts_them(blind_to, check, tokens, monkeypatch):
+    embed = GenLMBigramEmbedding.forward
+
+    def blind(self, input_ids, layout, past_key_values=None):
+        seen = TimeLayout(layout.valid, layout.document)
+        setattr(seen, blind_to, None)
+        return embed(self, input_ids, seen, past_key_values)
+
+    monkeypatch.setattr(GenLMBigramEmbedding, "forward", blind)
+    fails(check, build_model("bigram"), tokens)
 
 
 @pytest.fixture

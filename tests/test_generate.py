@@ -6,10 +6,11 @@ from accelerate.big_modeling import (
     _attach_context_parallel_hooks,
     _refuse_recurrent_layers_under_sequence_parallelism,
 )
-from conftest import EOS, PAD, build_model
+from conftest import EOS, PAD, STACKS, build_model
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 N = 9
+TAKES_EMBEDDINGS = [stack for stack, config in STACKS.items() if "bigram_size" not in config]
 
 
 def generate(model, prompt, **options):
@@ -89,7 +90,9 @@ def test_rejected_drafts_are_taken_back(model, tokens):
     assert torch.equal(generate(model, prompt, max_new_tokens=20, assistant_model=draft), expected)
 
 
-def test_embeddings_in_place_of_ids(model, tokens):
+@pytest.mark.parametrize("stack", TAKES_EMBEDDINGS)
+def test_embeddings_in_place_of_ids(stack, tokens):
+    model = build_model(stack)
     embeds = model.get_input_embeddings()(tokens)
     assert torch.equal(generate(model, None, inputs_embeds=embeds), generate(model, tokens)[:, 12:])
 
@@ -148,7 +151,9 @@ def test_assisted_decoding_gives_the_scores_of_greedy_search(model, tokens, assi
     assert generate(model, tokens[:1], assistant_model=draft, do_sample=True).shape == (1, 12 + N)
 
 
-def test_going_on_from_embeddings_and_their_cache(model, tokens):
+@pytest.mark.parametrize("stack", TAKES_EMBEDDINGS)
+def test_going_on_from_embeddings_and_their_cache(stack, tokens):
+    model = build_model(stack)
     embed = model.get_input_embeddings()
     embeds = embed(tokens)
     whole = generate(model, None, inputs_embeds=embeds)

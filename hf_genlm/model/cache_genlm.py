@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
     """State of one recurrent layer: slot 0 holds h, slot 1 holds c of an LSTM, each (batch, recurrent_size).
+    Slot 2 of a model's first layer holds the last token, plus 1, where pairs are embedded: (batch, 1).
 
     While `record_past` is set (assisted decoding), the states after each token since the last `crop` are
     kept, (batch, 1 + tokens, recurrent_size), so that rejected tokens can be taken back.
@@ -23,12 +24,12 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, **kwargs):
-        LinearAttentionLayer.__init__(self, number_of_states=2)
+        LinearAttentionLayer.__init__(self, number_of_states=3)
         self.keys = self.values = None
         self.is_initialized = False
         # a tensor: a Python number would be a constant to torch.compile and torch.export
         self.cumulative_length = torch.tensor(0, dtype=torch.int64)
-        self.past_states: dict[int, torch.Tensor | None] = {0: None, 1: None}
+        self.past_states: dict[int, torch.Tensor | None] = dict.fromkeys(range(3))
 
     def update_recurrent_state(self, recurrent_states, state_idx=0, n_tokens=1, past_states=None, **kwargs):
         """Keep the state after `n_tokens` more tokens.

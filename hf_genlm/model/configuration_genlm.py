@@ -61,6 +61,9 @@ class GenLMConfig(PreTrainedConfig):
         embedding_size: width r of the embedding table E (V x r). When it differs from `hidden_size`, the word
             embedding is E W + b with W (r x d); when it is None or equal, E alone.
         embedding_projection: force (True) or forbid (False) E W + b; None follows from `embedding_size`.
+        bigram_size: rows of a table, hashed, with a vector of width d for each pair of a token and the one
+            before it, added to the embedding; None: no such table. For decoders that start with a recurrent
+            layer, whose state remembers the token.
         mixer_types: per layer one of elman, gru, lstm, gated_linear, full_attention, sliding_attention.
         num_hidden_layers: follows from `mixer_types` where they are given.
         shared_layers: how many layers share each set of weights: the first `num_hidden_layers` /
@@ -92,6 +95,7 @@ class GenLMConfig(PreTrainedConfig):
     hidden_size: int = 256
     embedding_size: int | None = None
     embedding_projection: bool | None = None
+    bigram_size: int | None = None
     mixer_types: list[str] | None = None
     num_hidden_layers: int | None = None
     shared_layers: int = 1
@@ -219,10 +223,24 @@ class GenLMConfig(PreTrainedConfig):
             )
         if self.sliding_window == 1:
             raise ValueError("sliding_window must be at least 2: a token and one before it")
-        for name in ("embedding_size", "sliding_window", "mlp_rank", "final_logit_softcapping"):
+        for name in (
+            "embedding_size",
+            "bigram_size",
+            "sliding_window",
+            "mlp_rank",
+            "final_logit_softcapping",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be more than 0, not {value}")
+
+    def validate_bigrams(self):
+        """Where pairs are embedded, the first layer has a state."""
+        if self.bigram_size is not None and self.mixer_types[0] not in RECURRENT_MIXERS:
+            raise ValueError(
+                f"bigram_size needs a first layer that keeps the last token in its state, one of "
+                f"{', '.join(RECURRENT_MIXERS)}, not {self.mixer_types[0]}"
+            )
 
     def validate_positions(self):
         """A known position type."""

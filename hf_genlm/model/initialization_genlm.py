@@ -1,4 +1,4 @@
-"""How a Linear starts where the usual normal draw is not best.
+"""How a Linear or a table starts where the usual normal draw is not best.
 
 A layer sets `linear.start = start_...`; PreTrainedModel._init_weights calls it after the draw. Each writes
 a whole tensor through transformers' `init`, which leaves loaded weights alone. (A module without tensors
@@ -19,6 +19,11 @@ def start_near_zero(linear: nn.Linear, config: GenLMConfig) -> None:
     arXiv:1901.09321): with a tenth of the deviation of GPT-2 (Radford et al., 2019)."""
     std = 0.1 * config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
     init.normal_(linear.weight, mean=0.0, std=std)
+
+
+def start_at_zero(table: nn.Embedding) -> None:
+    """What is added changes nothing at first."""
+    init.zeros_(table.weight)
 
 
 def start_isometric(linear: nn.Linear) -> None:

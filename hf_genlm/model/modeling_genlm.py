@@ -1,6 +1,6 @@
 """GenLM: one decoder class for recurrent, attention and hybrid language models.
 
-    e_w = E w (+ W, b)                      word embedding
+    e_w = E w (+ W, b)                      word embedding (+ that of the pair with the word before)
     x  <- x + mixer(norm(x))                for each layer: moves information along time
     x  <- x + mlp(norm(x))                  and over the width
     P(w_{t+1} | w_1..w_t) = softmax(head norm(x_t))
@@ -43,9 +43,11 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_genlm import GenLMAttention
+from .bigram_genlm import GenLMBigramEmbedding
 from .cache_genlm import RecurrentStateLayer
 from .configuration_genlm import GenLMConfig
 from .initialization_genlm import start_isometric
+from .layout_genlm import TimeLayout
 from .loss_genlm import cap_logits, causal_loss, causal_loss_without_logits
 from .mlp_genlm import GenLMMLP
 from .positions_genlm import GenLMRotaryEmbedding
@@ -54,7 +56,6 @@ from .recurrence_genlm import (
     GatedLinearRecurrence,
     GRUCell,
     LSTMCell,
-    TimeLayout,
     is_plain_linear,
 )
 
@@ -156,6 +157,9 @@ class GenLMModel(GenLMPreTrainedModel):
         if config.has_embedding_projection:
             self.embed_proj = nn.Linear(config.embedding_width, config.hidden_size)
             self.embed_proj.start = start_isometric
+        self.embed_bigrams = None
+        if config.bigram_size is not None:
+            self.embed_bigrams = GenLMBigramEmbedding(config)
         self.embed_positions = None
         if config.position_type == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -189,13 +193,16 @@ class GenLMModel(GenLMPreTrainedModel):
             past_key_values: keys, values and states of the tokens before these.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`.
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`, or these where pairs of tokens
+                are embedded.
         """
         if isinstance(kwargs.get("cache"), Cache):  # its name from transformers 5.24 on
             # continuous batching gives the layers another by this name
             past_key_values = kwargs.pop("cache")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if input_ids is None and self.embed_bigrams is not None:
+            raise ValueError("inputs_embeds do not say which tokens they are: bigram_size needs input_ids")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         document = None
@@ -216,6 +223,9 @@ class GenLMModel(GenLMPreTrainedModel):
         padding = masks.get(RecurrentStateLayer._layer_type)
         layout = TimeLayout(None if padding is None else padding.bool(), document)
         hidden_states = self._embed(inputs_embeds, position_ids)
+        if self.embed_bigrams is not None:
+            hidden_states = hidden_states + self.embed_bigrams(input_ids, layout, past_key_values)
+        hidden_states = self.embed_dropout(hidden_states)
         rotation = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
         for layer_idx, layer_type in enumerate(self.config.layer_types):
             hidden_states = self.layers[layer_idx % len(self.layers)](
@@ -239,7 +249,7 @@ class GenLMModel(GenLMPreTrainedModel):
         hidden_states = inputs_embeds if self.embed_proj is None else self.embed_proj(inputs_embeds)
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(position_ids)
-        return self.embed_dropout(hidden_states)
+        return hidden_states
 
     def _read_out(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, hidden_size) to what the head reads: h W^T for a head that is tied through W."""

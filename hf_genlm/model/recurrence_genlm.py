@@ -7,8 +7,7 @@ start of a packed document forgets it.
 Shapes: B batch, T tokens, D hidden_size, R recurrent_size, G gates.
 """
 
-from functools import cached_property, partial
-from typing import NamedTuple
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,65 +22,11 @@ from .initialization_genlm import (
     start_remembering,
     start_with_spread_memories,
 )
+from .layout_genlm import Segments, TimeLayout
 from .scan_genlm import linear_scan, scan_steps
 
 # PackedSequence skips the padding of short segments but costs an Elman or GRU several times as much per token
 _MOST_PADDING = 3.0
-
-
-class Segments(NamedTuple):
-    """The runs of tokens that share one state, as rows of their own. n tokens in S segments of at most L."""
-
-    tokens: torch.Tensor  # (n,) indices into the flattened (B * T) tokens, padding left out
-    lengths: torch.Tensor  # (S,)
-    row: torch.Tensor  # (S,) the batch row that each comes from
-    continues: torch.Tensor  # (S,) whether it goes on from the given state
-    grid: torch.Tensor  # (S, L) indices into `tokens`
-    filled: torch.Tensor  # (S, L) False where `grid` is beyond the segment
-
-
-class TimeLayout:
-    """What the time axis of one forward pass holds, for all recurrent layers of it.
-
-    Args:
-        valid: (B, T) bool, False at padding; None: no padding.
-        document: (B, T) int, rising where a packed document starts, 0 going on from the given state; None:
-            one each.
-    """
-
-    def __init__(self, valid: torch.Tensor | None = None, document: torch.Tensor | None = None):
-        self.valid = valid
-        self.document = document
-        self.starts = None  # (B, T) bool: where the state is forgotten
-        if document is not None:
-            self.starts = torch.diff(document, dim=1, prepend=torch.zeros_like(document[:, :1])) != 0
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether every row is one document without padding."""
-        return self.valid is None and self.document is None
-
-    @cached_property
-    def segments(self) -> Segments:
-        """The segments of this layout, which must hold at least one token."""
-        some = self.valid if self.valid is not None else self.document
-        n_rows, n_tokens = some.shape
-        document = torch.zeros_like(some, dtype=torch.long) if self.document is None else self.document.long()
-        rows = torch.arange(n_rows, device=some.device)[:, None].expand_as(some)
-        key = (rows * (n_tokens + 1) + document).flatten()
-        valid = torch.ones_like(key, dtype=torch.bool) if self.valid is None else self.valid.flatten()
-        tokens = valid.nonzero().squeeze(1)
-        _, lengths = torch.unique_consecutive(key[tokens], return_counts=True)
-        first = lengths.cumsum(0) - lengths
-        offset = torch.arange(int(lengths.max()), device=some.device)
-        return Segments(
-            tokens=tokens,
-            lengths=lengths,
-            row=rows.flatten()[tokens[first]],
-            continues=document.flatten()[tokens[first]] == 0,
-            grid=(first[:, None] + offset).clamp(max=len(tokens) - 1),
-            filled=offset < lengths[:, None],
-        )
 
 
 class RecurrentMixer(nn.Module):

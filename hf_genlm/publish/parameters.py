@@ -14,6 +14,7 @@ _MIXER = "mixer"
 _PART_OF = {
     "embed_tokens": "token embedding",
     "embed_proj": "embedding projection",
+    "embed_bigrams": "bigram embedding",
     "embed_positions": "position embedding",
     "mixer": _MIXER,
     "mixer_norm": "norms",
