@@ -60,8 +60,8 @@ class ModelRecipe:
     bigram_size: int | None = None  # rows of a table of token pairs, hashed; None: no table
     position_type: str = "rotary"
     sliding_window: int | None = None
-    tie_word_embeddings: bool | None = None  # the head is the embedding; None: unless that is of word vectors
-    output_bias: bool = False
+    tie_word_embeddings: bool | None = None  # the head is the embedding; None: where that was made narrow
+    output_bias: bool | None = None  # None: follows from `training.start`
     final_logit_softcapping: float | None = None  # bound of the logits; None: unbounded
     dropout: float = 0.0
 
@@ -87,6 +87,7 @@ class TrainingRecipe:
     row_length: int | None = None  # tokens in one packed row; None: follows from `size`
     batch_size: int | None = None  # rows in one forward pass, over all processes; None: follows from `size`
     accumulation: int = 1  # forward passes in one optimizer step
+    start: str | None = None  # pairs: with what pairs of tokens say; random; None: pairs, unless tied
     optimizer: str = "adamw"  # or muon
     learning_rate: float | None = None  # peak; None: follows from the width
     embedding_rate: float = 2.0  # learning rate of embedding and head, in parts of `learning_rate`

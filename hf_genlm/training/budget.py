@@ -25,6 +25,7 @@ SIZES = {
     "small": Shape(hidden_size=384, num_hidden_layers=6, row_length=256, batch_size=32),
     "base": Shape(hidden_size=768, num_hidden_layers=12, row_length=512, batch_size=32),
 }
+STARTS = ("pairs", "random")
 DEFAULT_MINUTES = 3.0
 # AdamW's best peak for a width of 256, measured (recipes/README.md); it falls with the root of the width
 _LEARNING_RATE_AT_256 = 3e-3
@@ -123,8 +124,12 @@ def resolve(recipe: Recipe) -> Recipe:
         model.num_hidden_layers = len(model.mixers)
     model.num_hidden_layers = model.num_hidden_layers or shape.num_hidden_layers
     if model.tie_word_embeddings is None:
-        # vectors of words are a poor head (recipes/README.md)
-        model.tie_word_embeddings = recipe.vectors.path is None
+        # vectors of words are a poor head (recipes/README.md); a narrow embedding is there to save parameters
+        model.tie_word_embeddings = model.embedding_size is not None and recipe.vectors.path is None
+    if training.start is None:
+        training.start = "random" if model.tie_word_embeddings else "pairs"
+    if model.output_bias is None:
+        model.output_bias = training.start == "pairs"
     training.row_length = training.row_length or shape.row_length
     training.batch_size = training.batch_size or shape.batch_size
     if training.learning_rate is None:
@@ -134,6 +139,13 @@ def resolve(recipe: Recipe) -> Recipe:
     for name in ("row_length", "batch_size", "accumulation"):
         if getattr(training, name) < (2 if name == "row_length" else 1):
             raise UserError(f"training.{name} = {getattr(training, name)} is too small")
+    if training.start not in STARTS:
+        raise UserError(f"unknown training.start {training.start!r}{did_you_mean(training.start, STARTS)}")
+    if training.start == "pairs" and model.tie_word_embeddings:
+        raise UserError(
+            "training.start = 'pairs' fits the head to the text, and model.tie_word_embeddings makes it the "
+            "embedding: set one of them otherwise"
+        )
     if not 0 <= training.label_smoothing < 1:
         raise UserError(
             f"training.label_smoothing = {training.label_smoothing:g} must be from 0 to less than 1"

@@ -30,6 +30,7 @@ from hf_genlm.training.callbacks import (
     write_samples,
 )
 from hf_genlm.training.optimizer import OptimizerFactory, check_optimizer
+from hf_genlm.training.pair_start import start_from_pairs
 from hf_genlm.training.word_vectors import adopt_dimension, count_words, start_from_vectors
 
 _PARTIAL_VALIDATION_TOKENS = 16_384
@@ -79,6 +80,9 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
         if recipe.vectors.path is not None:
             found = start_from_vectors(run, model, corpus.tokenizer, corpus.words, corpus.train.ids, recipe)
             held = torch.from_numpy(found) if recipe.vectors.frozen else None
+        if recipe.training.start == "pairs":
+            learned = start_from_pairs(model, rows.stream, keep_embedding=recipe.vectors.path is not None)
+            run.log("pairs", tokens=learned.n_tokens, distinct=learned.n_pairs)
         training_arguments = _training_arguments(run, recipe.training, budget)
     except UserError:
         run.discard()

@@ -7,7 +7,7 @@ How the time is made equal: equal_time.py. The first way's time is that of all.
 
 from equal_time import compare
 
-ROWS = (None, 4096, 16384, 65536)
+ROWS = (None, 4096, 16384)
 WAYS = {
     f"{decoder}, {'no table' if rows is None else f'{rows:,} rows'}": [
         f"model.decoder={decoder}",
