@@ -134,6 +134,7 @@ class Display:
             "corpus": self._corpus,
             "tokenized": self._tokenized,
             "vectors": self._vectors,
+            "planned": self._planned,
             "model": self._model,
             "step": self._step,
             "validation": self._validation,
@@ -186,6 +187,14 @@ class Display:
         self.say(
             f"vectors       {sum(tokens.values()):,} tokens: {kinds} ({shares} % of the text); "
             f"{words['read']:,} words of {dimension} in {file}{f', {skipped:,} skipped' if skipped else ''}"
+        )
+
+    def _planned(
+        self, hidden_size: int, num_hidden_layers: int, step_s: float, tokens: int, weights: int, **_: Any
+    ) -> None:
+        self.say(
+            f"planned       width {hidden_size}, {num_hidden_layers} layers: at {1000 * step_s:.0f} ms "
+            f"a step about {tokens:,} tokens for {weights:,} weights"
         )
 
     def _model(self, parameters: int, rows: int, row_length: int) -> None:

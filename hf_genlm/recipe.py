@@ -48,7 +48,7 @@ class ModelRecipe:
 
     decoder: str = "gated_linear"
     mixers: list[str] | None = None  # one word per layer; overrides `decoder`
-    size: str | None = None  # tiny, small, base, or a parameter count such as 30M; None: `tiny`
+    size: str | None = None  # tiny, small, base, or a parameter count such as 30M; None: by the time
     hidden_size: int | None = None
     num_hidden_layers: int | None = None
     num_attention_heads: int | None = None
@@ -57,7 +57,7 @@ class ModelRecipe:
     mlp_rank: int | None = None  # of both matrices of the MLP; None: full
     shared_layers: int = 1  # layers that share each set of weights
     embedding_size: int | None = None  # width of the embedding table; None: `hidden_size`
-    bigram_size: int | None = None  # rows of a table of token pairs, hashed; None: no table
+    bigram_size: int | None = None  # rows of a table of token pairs, hashed; 0: no table; None: by decoder
     position_type: str = "rotary"
     sliding_window: int | None = None
     tie_word_embeddings: bool | None = None  # the head is the embedding; None: where that was made narrow
@@ -101,8 +101,8 @@ class TrainingRecipe:
     warmup_fraction: float = 0.02  # of the run
     decay_fraction: float = 0.5  # of the run, linear to zero at its end
     dtype: str = "auto"  # auto: bfloat16 autocast where the device computes it natively, else float32
-    validations: int = 4  # passes over a part of the validation split during training
-    samples: int = 2  # texts written at each of them
+    validations: int | None = None  # on a part of the validation split; None: 4 in half a minute or more
+    samples: int = 2  # texts written at each of them, and at the end
 
 
 @dataclass
@@ -142,6 +142,9 @@ class Recipe:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
 
 
+_ENDS = ("training.minutes", "training.steps", "training.tokens")
+
+
 def load_recipe(path: str | Path | None = None, assignments: Iterable[str] = ()) -> Recipe:
     """The defaults, overlaid with the YAML file at `path`, overlaid with `section.key=value` assignments.
 
@@ -153,11 +156,12 @@ def load_recipe(path: str | Path | None = None, assignments: Iterable[str] = ())
         for section, values in _read_yaml(Path(path)).items():
             for key, value in _section_items(section, values, path).items():
                 set_field(recipe, f"{section}.{key}", value)
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals:
-            raise UserError(f"--set {assignment!r}: write section.key=value, for example training.steps=300")
-        set_field(recipe, name.strip(), _parse_scalar(assignment, text))
+    stated = [_split(assignment) for assignment in assignments]
+    if any(name in _ENDS for name, _ in stated):  # what is stated here replaces what the file says
+        for name in _ENDS:
+            set_field(recipe, name, None)
+    for name, value in stated:
+        set_field(recipe, name, value)
     return recipe
 
 
@@ -196,6 +200,13 @@ def _section_items(section: str, values: Any, path: str | Path) -> Mapping[str, 
     if not isinstance(values, dict):
         raise UserError(f"section {section!r} of the recipe {str(path)!r} must hold keys, not {values!r}")
     return values
+
+
+def _split(assignment: str) -> tuple[str, Any]:
+    name, equals, text = assignment.partition("=")
+    if not equals:
+        raise UserError(f"--set {assignment!r}: write section.key=value, for example training.steps=300")
+    return name.strip(), _parse_scalar(assignment, text)
 
 
 def _parse_scalar(assignment: str, text: str) -> Any:

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 
 from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.model import DECODERS, mixers_of
+from hf_genlm.model.configuration_genlm import RECURRENT_MIXERS
 from hf_genlm.recipe import Recipe, TrainingRecipe
 
 
@@ -25,6 +27,8 @@ SIZES = {
     "small": Shape(hidden_size=384, num_hidden_layers=6, row_length=256, batch_size=32),
     "base": Shape(hidden_size=768, num_hidden_layers=12, row_length=512, batch_size=32),
 }
+_BIGRAM_SIZE = 16_384  # a gated linear recurrence gains by the pairs, a cell does not (recipes/README.md)
+_RECURRENT_CONTEXT = 256  # tokens
 STARTS = ("pairs", "random")
 DEFAULT_MINUTES = 3.0
 # AdamW's best peak for a width of 256, measured (recipes/README.md); it falls with the root of the width
@@ -107,34 +111,51 @@ def trapezoid(progress: float, warmup: float, decay: float) -> float:
     return max(0.0, min(1.0, up, down))
 
 
-def resolve(recipe: Recipe) -> Recipe:
+def resolve(recipe: Recipe, shape: Shape | None = None) -> Recipe:
     """A copy of `recipe` in which every shape and rate that was left open is chosen.
 
+    `shape` is what the size stands for where the recipe has none.
+
     Raises:
-        UserError: an unknown size, or a number outside its rule.
+        UserError: an unknown size or decoder, or a number outside its rule.
     """
+    if recipe.model.mixers is None and recipe.model.decoder not in DECODERS:
+        raise UserError(
+            f"unknown --decoder {recipe.model.decoder!r}{did_you_mean(recipe.model.decoder, DECODERS)}"
+        )
     resolved = copy.deepcopy(recipe)
     model, training = resolved.model, resolved.training
     if (training.minutes, training.steps, training.tokens) == (None, None, None):
         training.minutes = DEFAULT_MINUTES
-    model.size = model.size or "tiny"
-    shape = _shape_of(model.size)
-    model.hidden_size = model.hidden_size or shape.hidden_size
     if model.mixers is not None:
         model.num_hidden_layers = len(model.mixers)
-    model.num_hidden_layers = model.num_hidden_layers or shape.num_hidden_layers
+    sizes = (model.hidden_size, model.num_hidden_layers, training.row_length, training.batch_size)
+    if model.size is not None or (shape is None and None in sizes):
+        model.size = model.size or "tiny"
+        shape = _shape_of(model.size)
+    if shape is not None:
+        model.hidden_size = model.hidden_size or shape.hidden_size
+        model.num_hidden_layers = model.num_hidden_layers or shape.num_hidden_layers
+        training.row_length = training.row_length or shape.row_length
+        training.batch_size = training.batch_size or shape.batch_size
+    is_narrow = model.embedding_size is not None  # the person wants few parameters
+    mixers = model.mixers or mixers_of(model.decoder, model.num_hidden_layers)
+    if model.bigram_size is None:
+        model.bigram_size = _BIGRAM_SIZE if mixers[0] == "gated_linear" and not is_narrow else 0
     if model.tie_word_embeddings is None:
-        # vectors of words are a poor head (recipes/README.md); a narrow embedding is there to save parameters
-        model.tie_word_embeddings = model.embedding_size is not None and recipe.vectors.path is None
+        # vectors of words are a poor head (recipes/README.md)
+        model.tie_word_embeddings = is_narrow and recipe.vectors.path is None
     if training.start is None:
         training.start = "random" if model.tie_word_embeddings else "pairs"
     if model.output_bias is None:
         model.output_bias = training.start == "pairs"
-    training.row_length = training.row_length or shape.row_length
-    training.batch_size = training.batch_size or shape.batch_size
     if training.learning_rate is None:
         training.learning_rate = float(f"{_LEARNING_RATE_AT_256 * (256 / model.hidden_size) ** 0.5:.2g}")
-    resolved.evaluation.context = resolved.evaluation.context or training.row_length
+    if resolved.evaluation.context is None:
+        # a state goes on beyond the rows it was trained on, attention does not
+        is_recurrent = all(mixer in RECURRENT_MIXERS for mixer in mixers)
+        least = _RECURRENT_CONTEXT if is_recurrent else 0
+        resolved.evaluation.context = max(training.row_length, least)
     resolved.evaluation.stride = resolved.evaluation.stride or max(1, resolved.evaluation.context // 2)
     for name in ("row_length", "batch_size", "accumulation"):
         if getattr(training, name) < (2 if name == "row_length" else 1):

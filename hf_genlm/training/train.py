@@ -1,6 +1,7 @@
 """The main job: from sources to a measured model in a run folder. Run it with `hf-genlm train [SOURCE
 ...]`."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, Trai
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
-from hf_genlm.model import DECODERS, MIXER_TYPES, GenLMConfig, GenLMForCausalLM, mixers_of
+from hf_genlm.model import MIXER_TYPES, GenLMConfig, GenLMForCausalLM, mixers_of
 from hf_genlm.recipe import Recipe, TrainingRecipe
 from hf_genlm.run_folder import Listener, RunFolder, describe_environment, write_json, write_text
 from hf_genlm.text.corpus import Corpus, read_corpus
@@ -31,10 +32,13 @@ from hf_genlm.training.callbacks import (
 )
 from hf_genlm.training.optimizer import OptimizerFactory, check_optimizer
 from hf_genlm.training.pair_start import start_from_pairs
+from hf_genlm.training.plan import is_open, plan_size, tokens_of_a_step
 from hf_genlm.training.word_vectors import adopt_dimension, count_words, start_from_vectors
 
 _PARTIAL_VALIDATION_TOKENS = 16_384
 _SAMPLE_TOKENS = 64
+_VALIDATIONS = 4
+_SHORT_S = 29.0  # planning has taken its part of half a minute
 
 
 @dataclasses.dataclass
@@ -58,15 +62,22 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
     Raises:
         UserError: a recipe, source or folder that cannot be used; nothing is left in `out` then.
     """
-    recipe = resolve(recipe)
+    given, recipe = recipe, resolve(recipe)
     adopt_dimension(recipe)
     config = build_config(recipe, mixer_types_of(recipe))
     check_optimizer(recipe.training.optimizer)
-    budget = budget_of(recipe.training, _tokens_per_step(recipe.training))
+    budget = budget_of(recipe.training, tokens_of_a_step(recipe.training))
     run = RunFolder.create(out, listener)
     try:
         run.log("started", decoder=recipe.model.decoder, mixers=config.mixer_types)
         corpus = prepare_corpus(run, recipe)
+        training_arguments = _training_arguments(run, recipe.training, budget)
+        if is_open(given):
+            recipe = _plan(run, given, corpus.tokenizer, budget, training_arguments.device)
+            config = build_config(recipe, mixer_types_of(recipe))
+            training_arguments = _training_arguments(run, recipe.training, budget)
+        corpus.tokenizer.model_max_length = recipe.training.row_length
+        corpus.tokenizer.save_pretrained(run.tokenizer)
         rows = PackedRows(
             corpus.train,
             row_length=recipe.training.row_length,
@@ -83,7 +94,6 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
         if recipe.training.start == "pairs":
             learned = start_from_pairs(model, rows.stream, keep_embedding=recipe.vectors.path is not None)
             run.log("pairs", tokens=learned.n_tokens, distinct=learned.n_pairs)
-        training_arguments = _training_arguments(run, recipe.training, budget)
     except UserError:
         run.discard()
         raise
@@ -97,7 +107,7 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
 
 
 def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
-    """Read, split and tokenize the corpus; writes corpus.json and tokenizer/."""
+    """Read, split and tokenize the corpus; writes corpus.json."""
     corpus = read_corpus(recipe.corpus)
     run.log("corpus", **{name: corpus.report[name] for name in ("description", "train", "validation")})
     if recipe.tokenizer.path is not None:
@@ -108,8 +118,6 @@ def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
         run.tell("progress", task="tokenizer", done=0, total=None)
         tokenizer = train_tokenizer(corpus.train, recipe.tokenizer, corpus.report["train"]["bytes"])
     recipe.tokenizer.vocab_size = len(tokenizer)
-    tokenizer.model_max_length = recipe.training.row_length
-    tokenizer.save_pretrained(run.tokenizer)
     words = count_words(corpus.train) if recipe.vectors.path is not None else {}
     train, validation = _encode_splits(run, tokenizer, corpus)
     tokenized = TokenizedCorpus(tokenizer, train, validation, words)
@@ -135,6 +143,7 @@ def build_config(recipe: Recipe, mixer_types: list[str]) -> GenLMConfig:
     given = dataclasses.asdict(recipe.model)
     for name in ("decoder", "mixers", "size"):
         del given[name]
+    given["bigram_size"] = given["bigram_size"] or None
     try:
         return GenLMConfig(
             **given,
@@ -146,6 +155,39 @@ def build_config(recipe: Recipe, mixer_types: list[str]) -> GenLMConfig:
     except (ValueError, StrictDataclassError) as error:
         reason = error.__cause__ or error
         raise UserError(f"model: {' '.join(str(reason).split())}") from error
+
+
+def _plan(
+    run: RunFolder,
+    given: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    budget: Budget,
+    device: torch.device,
+) -> Recipe:
+    """The recipe of the size that the budget's time is best spent on; the planning is taken from it."""
+    given = copy.deepcopy(given)
+    given.tokenizer.vocab_size = len(tokenizer)
+
+    def build(recipe: Recipe) -> GenLMForCausalLM:
+        adopt_dimension(recipe)
+        config = build_config(recipe, mixer_types_of(recipe))
+        adopt_vocabulary(config, tokenizer)
+        return GenLMForCausalLM(config).to(device)
+
+    run.tell("progress", task="planning", done=0, total=None)
+    plan = plan_size(given, budget.seconds, len(tokenizer), build)
+    budget.seconds -= plan.seconds
+    run.log(
+        "planned",
+        **dataclasses.asdict(plan.shape),
+        weights=plan.weights,
+        step_s=round(plan.step_s, 5),
+        tokens=plan.tokens,
+        seconds=round(plan.seconds, 3),
+    )
+    recipe = resolve(given, plan.shape)
+    adopt_dimension(recipe)
+    return recipe
 
 
 def adopt_vocabulary(config: GenLMConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -196,7 +238,7 @@ def fit(
         callbacks=[
             BudgetCallback(budget),
             LogCallback(run, budget, pace),
-            MilestoneCallback(budget, training.validations, look),
+            MilestoneCallback(budget, _validations(training, budget), look),
             *holding,
         ],
     )
@@ -240,6 +282,14 @@ class BudgetTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """0: transformers' estimate walks all parameters at every step and is wrong for tied heads."""
         return 0
+
+
+def _validations(training: TrainingRecipe, budget: Budget) -> int:
+    """How many there are: a run of seconds has no time for them."""
+    if training.validations is not None:
+        return training.validations
+    is_short = budget.seconds is not None and budget.seconds < _SHORT_S
+    return 0 if is_short else _VALIDATIONS
 
 
 def save(run: RunFolder, model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -286,7 +336,7 @@ def mixer_types_of(recipe: Recipe) -> list[str]:
     """The mixer's word for each layer, from a resolved recipe.
 
     Raises:
-        UserError: an unknown mixer or decoder, with the near word.
+        UserError: an unknown mixer, with the near word.
     """
     model = recipe.model
     if model.mixers is not None:
@@ -294,13 +344,7 @@ def mixer_types_of(recipe: Recipe) -> list[str]:
             if mixer not in MIXER_TYPES:
                 raise UserError(f"unknown mixer {mixer!r} in --mixers{did_you_mean(mixer, MIXER_TYPES)}")
         return model.mixers
-    if model.decoder not in DECODERS:
-        raise UserError(f"unknown --decoder {model.decoder!r}{did_you_mean(model.decoder, DECODERS)}")
     return mixers_of(model.decoder, model.num_hidden_layers)
-
-
-def _tokens_per_step(training: TrainingRecipe) -> int:
-    return training.batch_size * training.accumulation * (training.row_length - 1)
 
 
 def _encode_splits(

@@ -1,0 +1,117 @@
+"""How large a decoder this machine can train well in the time it is given: measured, not guessed.
+
+A decoder that is too large sees too few tokens before the time is up, one that is too small has nothing left
+to learn. The best of those tried saw about one token for each weight that it multiplies by (the log in
+recipes/README.md), so the plan is the largest rung of a ladder that will see as many, by the pace of a few
+steps on random tokens.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from hf_genlm.model import DECODERS, GenLMForCausalLM
+from hf_genlm.recipe import Recipe, TrainingRecipe
+from hf_genlm.training.budget import Shape, resolve
+from hf_genlm.training.optimizer import OptimizerFactory
+
+LADDER = (
+    Shape(hidden_size=64, num_hidden_layers=1, row_length=64, batch_size=16),
+    Shape(hidden_size=96, num_hidden_layers=1, row_length=64, batch_size=16),
+    Shape(hidden_size=128, num_hidden_layers=1, row_length=64, batch_size=16),
+    Shape(hidden_size=192, num_hidden_layers=1, row_length=64, batch_size=16),
+    Shape(hidden_size=192, num_hidden_layers=2, row_length=128, batch_size=16),
+    Shape(hidden_size=256, num_hidden_layers=2, row_length=128, batch_size=16),
+    Shape(hidden_size=256, num_hidden_layers=4, row_length=128, batch_size=16),
+    Shape(hidden_size=384, num_hidden_layers=4, row_length=256, batch_size=16),
+    Shape(hidden_size=384, num_hidden_layers=6, row_length=256, batch_size=32),
+    Shape(hidden_size=512, num_hidden_layers=8, row_length=256, batch_size=32),
+    Shape(hidden_size=768, num_hidden_layers=12, row_length=512, batch_size=32),
+)
+TOKENS_PER_WEIGHT = 1.0
+_TIMED_STEPS = 2  # after one that is slower
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A rung of the ladder, and what its choice rests on."""
+
+    shape: Shape
+    weights: int  # that a token is multiplied by, about
+    step_s: float  # of an optimizer step, measured
+    tokens: int  # that the time will hold at this pace
+    seconds: float  # that the planning took
+
+
+def is_open(recipe: Recipe) -> bool:
+    """Whether a recipe leaves the size of the decoder to its time."""
+    model, training = recipe.model, recipe.training
+    given = (model.size, model.hidden_size, model.num_hidden_layers, model.mixers)
+    return training.steps is None and training.tokens is None and all(value is None for value in given)
+
+
+def plan_size(
+    recipe: Recipe, seconds: float, vocab_size: int, build: Callable[[Recipe], GenLMForCausalLM]
+) -> Plan:
+    """The best rung for a training of so many seconds on this machine.
+
+    Args:
+        recipe: of open size, as the person gave it.
+        build: a new model of a resolved recipe, on the device that trains it.
+    """
+    began = time.monotonic()
+    # a hybrid is one from the depth on at which every mixer of it has a layer
+    least = len(DECODERS.get(recipe.model.decoder, ()))
+    ladder = [replace(shape, num_hidden_layers=max(least, shape.num_hidden_layers)) for shape in LADDER]
+    measured: dict[int, Plan] = {}
+    rung = 0
+    while rung not in measured:
+        shape = ladder[rung]
+        resolved = resolve(recipe, shape)
+        step_s = measure_step(build(resolved), resolved.training)
+        left_s = seconds - (time.monotonic() - began)
+        tokens = int(left_s / step_s) * tokens_of_a_step(resolved.training)
+        measured[rung] = Plan(shape, _weights(shape, vocab_size), step_s, max(0, tokens), 0.0)
+        # larger rungs do more operations a second, not fewer: the search climbs until its guess holds
+        work = measured[rung].tokens * measured[rung].weights
+        fitting = [i for i, shape in enumerate(ladder) if _wanted_work(shape, vocab_size) <= work]
+        rung = max(fitting, default=0)
+    enough = [i for i, plan in measured.items() if plan.tokens >= TOKENS_PER_WEIGHT * plan.weights]
+    return replace(measured[max(enough, default=0)], seconds=time.monotonic() - began)
+
+
+def measure_step(model: GenLMForCausalLM, recipe: TrainingRecipe) -> float:
+    """Seconds of one optimizer step: forward, backward, clipping and update, on rows of random tokens."""
+    optimizer = OptimizerFactory()(model, recipe)
+    shape = (recipe.batch_size, recipe.row_length)
+    tokens = torch.randint(0, model.config.vocab_size, shape, device=model.device)
+    times = []
+    for _ in range(1 + _TIMED_STEPS):
+        start = time.perf_counter()
+        for _ in range(recipe.accumulation):
+            loss = model(tokens, labels=tokens, use_cache=False, skip_logits=True).loss
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for an accelerator
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def tokens_of_a_step(recipe: TrainingRecipe) -> int:
+    """Tokens that are predicted in one optimizer step."""
+    return recipe.batch_size * recipe.accumulation * (recipe.row_length - 1)
+
+
+def _weights(shape: Shape, vocab_size: int) -> int:
+    """Of the head, and 12 d^2 for each layer, as attention or a gated recurrence has with an MLP of 4 d."""
+    return shape.hidden_size * (vocab_size + 12 * shape.hidden_size * shape.num_hidden_layers)
+
+
+def _wanted_work(shape: Shape, vocab_size: int) -> float:
+    """Multiplications of a training that shows a rung the tokens it wants."""
+    return TOKENS_PER_WEIGHT * _weights(shape, vocab_size) ** 2
