@@ -16,6 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROUNDS = 15
+# what differs is then the way alone: no start from pairs, no table of pairs, one context for all
+PLAIN = [
+    "model.tie_word_embeddings=true",
+    "training.start=random",
+    "model.bigram_size=0",
+    "evaluation.context=128",
+]
 Ways = dict[str, list[str]]  # name of a way: its recipe, as section.key=value
 
 

@@ -5,11 +5,11 @@
 How the time is made equal: equal_time.py.
 """
 
-from equal_time import compare
+from equal_time import PLAIN, compare
 
 ATTENTION = ["model.decoder=transformer", "model.num_attention_heads=6"]
 WAYS = {
-    "tied (the default)": [],
+    "tied": [],
     "untied head": ["model.tie_word_embeddings=false"],
     "factorised, r = d/2": ["model.embedding_size=96"],
     "factorised, r = d/4": ["model.embedding_size=48"],
@@ -22,4 +22,4 @@ WAYS = {
 }
 
 if __name__ == "__main__":
-    compare(__doc__, lambda options: WAYS)
+    compare(__doc__, lambda options: {way: [*PLAIN, *settings] for way, settings in WAYS.items()})

@@ -5,7 +5,7 @@
 The embedding without them is factorised to the same size. How the time is made equal: equal_time.py.
 """
 
-from equal_time import Ways, compare
+from equal_time import PLAIN, Ways, compare
 
 
 def ways_of(options) -> Ways:
@@ -16,7 +16,7 @@ def ways_of(options) -> Ways:
     vectors = f"vectors.path={options.vectors}"
     dimension = f"model.embedding_size={peek_dimension(options.vectors)}"
     release = f"vectors.release_step={max(1, options.steps // 4)}"
-    return {
+    ways = {
         "no vectors, r = d": [],
         "no vectors, tied": [dimension],
         "vectors, tied": [vectors],
@@ -25,6 +25,7 @@ def ways_of(options) -> Ways:
         "vectors, untied, frozen to a quarter": [vectors, untied, "vectors.frozen=true", release],
         "vectors, untied, frozen": [vectors, untied, "vectors.frozen=true"],
     }
+    return {way: [*PLAIN, *settings] for way, settings in ways.items()}
 
 
 if __name__ == "__main__":
