@@ -45,6 +45,7 @@ def model_cost_lines(cost: "ModelCost") -> list[str]:
     mixers = ", ".join(f"{n} {mixer}" for mixer, n in Counter(cost.mixer_types).items())
     runs = f" that each run {cost.layer_runs} times" if cost.layer_runs > 1 else ""
     assumed = " assumed: --vocab-size" if cost.is_vocab_size_assumed else ""
+    assumed += ", width assumed: --size" if cost.is_size_assumed else ""
     rows: list[tuple[str, ...]] = [
         ("part", "parameters", "share", "FLOPs/token", "state bytes", "cache bytes/token")
     ]

@@ -123,6 +123,7 @@ class ModelCost:
     layer_runs: int  # times that each of them runs for one token
     vocab_size: int
     is_vocab_size_assumed: bool
+    is_size_assumed: bool
     context: int  # tokens
     dtype: str  # of the keys and values; states are float32
     parts: list[PartCost]
@@ -189,11 +190,13 @@ def describe_model(recipe: Recipe) -> ModelCost:
     """The cost of the model that `train` would make of `recipe`.
 
     A vocabulary that the recipe leaves open is that of the tokenizer it names, else 4,096 tokens are assumed:
-    `train` chooses it by the size of the text, which is not read here.
+    `train` chooses it by the size of the text, which is not read here. A size that is left open is `tiny`:
+    `train` chooses it by its time.
 
     Raises:
         UserError: a recipe that `train` would refuse for its model or vocabulary.
     """
+    is_size_assumed = recipe.model.size is None and recipe.model.hidden_size is None
     recipe = resolve(recipe)
     if recipe.model.embedding_size is None:
         adopt_dimension(recipe)
@@ -208,6 +211,7 @@ def describe_model(recipe: Recipe) -> ModelCost:
         layer_runs=config.shared_layers,
         vocab_size=config.vocab_size,
         is_vocab_size_assumed=vocab_size is None,
+        is_size_assumed=is_size_assumed,
         context=config.max_position_embeddings,
         dtype=str(model.dtype).removeprefix("torch."),
         parts=count_parts(model, config.max_position_embeddings),

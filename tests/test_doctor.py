@@ -178,6 +178,11 @@ def test_the_vocabulary_is_given_or_that_of_the_tokenizer(trained, capsys):  # n
     assert doctored(capsys, "--parameters", "--vocab-size", "300")["vocab_size"] == 300
 
 
+def test_a_size_that_train_would_choose_by_its_time_is_assumed(capsys):
+    assert doctored(capsys, "--parameters")["is_size_assumed"] is True
+    assert doctored(capsys, "--parameters", "--size", "tiny")["is_size_assumed"] is False
+
+
 def test_the_table_says_what_the_json_says(capsys):
     arguments = ["--parameters", "--mixers", "gated_linear,sliding_attention,gated_linear"]
     found = doctored(capsys, *arguments)
@@ -185,13 +190,14 @@ def test_the_table_says_what_the_json_says(capsys):
     head, _, *lines = capsys.readouterr().out.splitlines()
     assert head == (
         "2 gated_linear, 1 sliding_attention layers, width 192, context 128, "
-        "vocabulary 4,096 assumed: --vocab-size"
+        "vocabulary 4,096 assumed: --vocab-size, width assumed: --size"
     )
     rows = lines[: lines.index("")]
     assert len({len(row) for row in rows}) == 1  # aligned
     cells = [re.split(r"\s{2,}", row) for row in rows]
     assert [row[0] for row in cells[1:]] == [
         "token embedding",
+        "bigram embedding",
         "mixer gated_linear x2",
         "mixer sliding_attention x1",
         "norms",

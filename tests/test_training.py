@@ -210,6 +210,25 @@ def test_milestones_come_once_each_and_never_at_the_end():
     assert seen == [20, 40, 60, 80]
 
 
+def test_a_milestone_that_there_is_no_time_for_is_passed_over(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    budget = Budget(seconds=100.0)
+    budget.start()
+    seen = []
+
+    def look(model, step):
+        seen.append(step)
+        now[0] += 7.0
+
+    callback = MilestoneCallback(budget, 4, look)
+    for step in range(1, 80):
+        now[0] += 1.0
+        callback.on_step_end(None, type("State", (), {"global_step": step}), None)
+    # at 20 s; at 40 s with 60 s left, less than ten times the 7 s of the first: not done, nor later
+    assert seen == [20]
+
+
 @pytest.mark.parametrize(("size", "millions"), [("tiny", None), ("2M", 2), ("30M", 30), ("120M", 120)])
 def test_sizes_are_what_they_say(size, millions):
     recipe = Recipe()

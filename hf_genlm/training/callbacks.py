@@ -1,5 +1,6 @@
 """What happens between the steps of Trainer's loop: the end, the log, validation and samples."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from hf_genlm.run_folder import RunFolder
 from hf_genlm.training.budget import Budget
 
 _LOG_EVERY_S = 0.5
+_LARGEST_PART = 0.1
 
 
 @dataclass(frozen=True)
@@ -104,17 +106,28 @@ class HoldRowsCallback(TrainerCallback):
 
 
 class MilestoneCallback(TrainerCallback):
-    """Calls `act(model, step)` at `count` points spread evenly over the run, its end left out."""
+    """Calls `act(model, step)` at `count` points spread evenly over the run, its end left out.
+
+    A run by the clock passes one over where the last took more than a tenth of the time that is left.
+    """
 
     def __init__(self, budget: Budget, count: int, act: Callable[[PreTrainedModel, int], None]):
         self.budget, self.count, self.act = budget, count, act
         self._reached = 0
+        self._took_s = 0.0
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         reached = int(self.budget.progress(state.global_step) * (self.count + 1))
         if self._reached < reached <= self.count:
             self._reached = reached
+            is_late = self.budget.seconds is not None and (
+                self._took_s > _LARGEST_PART * self.budget.left_s(state.global_step)
+            )
+            if is_late:
+                return
+            began = time.monotonic()
             self.act(model, state.global_step)
+            self._took_s = time.monotonic() - began
 
 
 @torch.no_grad()
