@@ -46,7 +46,8 @@ class FastGenerator:
         int8: matrices of 8 bits, copied from the model at first use: other tokens than the model's own.
 
     Raises:
-        UserError: `program` is unknown, or `int8` is asked of a model that is not in float32 on a CPU.
+        UserError: `program` is unknown; `int8` is asked of a model that is not in float32 on a CPU, or of a
+            request that is not for the step; in `generate`: a compiled program needs a C++ compiler.
     """
 
     def __init__(self, model: GenLMForCausalLM, program: str | None = None, int8: bool = False):
@@ -71,6 +72,8 @@ class FastGenerator:
             loop = partial(self._decode, streamer=streamer)
             return self.model.generate(inputs, custom_generate=loop, **kwargs)
         except _NotFast as reason:
+            if self.int8:
+                raise UserError(f"int8 weights cannot be used here: {reason}") from reason
             self.plain_because = str(reason)
             return self.model.generate(inputs, streamer=streamer, **kwargs)
 
@@ -126,8 +129,9 @@ class FastGenerator:
         return self._programs[n_rows]
 
     def _build(self, inputs: tuple[torch.Tensor, ...]) -> Program:
-        is_exact = inputs[-1].dtype in (torch.float32, torch.float64)
-        in_one_kernel = len(inputs[0]) == 1 and is_exact and inputs[0].device.type == "cpu"
+        weight = self.model.lm_head.weight
+        is_exact = weight.dtype in (torch.float32, torch.float64)  # sums of fewer bits would be other sums
+        in_one_kernel = len(inputs[0]) == 1 and is_exact and weight.device.type == "cpu"
         as_compiled = DecodeStep(self.model, in_one_kernel=in_one_kernel, int8=self.int8)
         program = self.program
         if program is None:

@@ -73,6 +73,7 @@ def program_file(step: DecodeStep, inputs: Inputs) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     decided = {
         "config": _shape_of(step.config),
+        "form": step.form,
         "sources": [hashlib.sha256(file.read_bytes()).hexdigest() for file in _sources()],
         "tensors": [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in _weights(step).items()],
         "rows": len(inputs[0]),
@@ -89,7 +90,7 @@ def _shape_of(config: GenLMConfig) -> dict:
 
 def _sources() -> list[Path]:
     package = Path(__file__).parent.parent
-    return sorted([*package.glob("model/*.py"), *package.glob("decoding/*.py")])
+    return sorted([*package.glob("model/*.py"), package / "decoding" / "step.py"])
 
 
 def _processor() -> str:

@@ -91,6 +91,7 @@ class DecodeStep(nn.Module):
         shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
         shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
         self.model = copy.deepcopy(model, memo=shared)
+        self.form = {"in_one_kernel": in_one_kernel, "int8": int8}
         self.layer_slots = slots_of(model.config)
         self.config = model.config
         if int8:
