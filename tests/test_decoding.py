@@ -72,14 +72,14 @@ def needs_compiler() -> None:
         pytest.skip("no C++ compiler")
 
 
-@pytest.mark.parametrize("in_one_kernel", [False, True])
-def test_logits_of_a_step_are_those_of_the_whole_text(model, tokens, in_one_kernel):
+@pytest.mark.parametrize("row_sums", [False, True])
+def test_logits_of_a_step_are_those_of_the_whole_text(model, tokens, row_sums):
     """In float64, so that a rounding error is no excuse."""
     model = model.double()
     whole = model(tokens).logits
     state, position, slot = StepState(model.config, model.lm_head.weight, 3, 12), 5, 5
     state.fill(model(tokens[:, :5]).past_key_values, torch.ones(3, 5, dtype=torch.bool))
-    one_step = DecodeStep(model, in_one_kernel=in_one_kernel)
+    one_step = DecodeStep(model, row_sums=row_sums)
     position, slot = torch.full((3, 1), 5), torch.tensor([5])
     with torch.no_grad():
         for t in range(5, 12):
@@ -305,8 +305,8 @@ def test_the_step_has_the_weights_that_the_model_has_now(form, padded):
 def test_weights_are_shared():
     model = build_model("shared")
     shared = {parameter.data_ptr() for parameter in model.parameters()}
-    for in_one_kernel in (False, True):
-        copied = DecodeStep(model, in_one_kernel=in_one_kernel)
+    for row_sums in (False, True):
+        copied = DecodeStep(model, row_sums=row_sums)
         assert {parameter.data_ptr() for parameter in copied.parameters()} == shared
         assert model.config._attn_implementation == "sdpa"
 
@@ -358,18 +358,18 @@ def test_a_library_is_named_by_what_it_depends_on(monkeypatch, tmp_path):
     def file_of(model, n_rows=1, **forms):
         return program.program_file(DecodeStep(model, **forms), [torch.zeros(n_rows, 1)])
 
-    same = [file_of(build_model("hybrid", seed=seed), in_one_kernel=True) for seed in (0, 1)]
+    same = [file_of(build_model("hybrid", seed=seed), row_sums=True) for seed in (0, 1)]
     assert same[0] == same[1]
     assert same[0].is_relative_to(tmp_path)
     others = {
-        file_of(build_model("hybrid"), n_rows=2, in_one_kernel=True),
+        file_of(build_model("hybrid"), n_rows=2, row_sums=True),
         file_of(build_model("hybrid")),
         file_of(build_model("hybrid"), int8=True),
-        file_of(build_model("hybrid").double(), in_one_kernel=True),
-        file_of(build_model("hybrid", final_logit_softcapping=9.0), in_one_kernel=True),
+        file_of(build_model("hybrid").double(), row_sums=True),
+        file_of(build_model("hybrid", final_logit_softcapping=9.0), row_sums=True),
     }
     monkeypatch.setattr(torch, "__version__", "9.9")
-    others.add(file_of(build_model("hybrid"), in_one_kernel=True))
+    others.add(file_of(build_model("hybrid"), row_sums=True))
     assert len(others | {same[0]}) == 7
 
 

@@ -131,8 +131,8 @@ class FastGenerator:
     def _build(self, inputs: tuple[torch.Tensor, ...]) -> Program:
         weight = self.model.lm_head.weight
         is_exact = weight.dtype in (torch.float32, torch.float64)  # sums of fewer bits would be other sums
-        in_one_kernel = len(inputs[0]) == 1 and is_exact and weight.device.type == "cpu"
-        as_compiled = DecodeStep(self.model, in_one_kernel=in_one_kernel, int8=self.int8)
+        row_sums = len(inputs[0]) == 1 and is_exact and weight.device.type == "cpu"
+        as_compiled = DecodeStep(self.model, row_sums=row_sums, int8=self.int8)
         program = self.program
         if program is None:
             program = "compiled" if program_file(as_compiled, inputs).is_file() else "traced"
@@ -187,7 +187,9 @@ class _Rows:
         return all(self._ended) or (self._most is not None and self.n_tokens >= self._most)
 
 
-def _state_after(input_ids, model, model_kwargs) -> tuple[StepState, torch.Tensor, torch.Tensor]:
+def _state_after(
+    input_ids: torch.Tensor, model: GenLMForCausalLM, model_kwargs: dict[str, Any]
+) -> tuple[StepState, torch.Tensor, torch.Tensor]:
     """The state after the prompt, the position of the next token (B, 1) and its slot (1,)."""
     n_rows, n_tokens = input_ids.shape
     state = StepState(model.config, model.lm_head.weight, n_rows, n_tokens + SLOTS_AT_ONCE)

@@ -7,6 +7,7 @@ import platform
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -108,7 +109,7 @@ def _weights(step: DecodeStep) -> dict[str, torch.Tensor]:
     )
 
 
-def _constants(step: DecodeStep, library) -> dict[str, torch.Tensor]:
+def _constants(step: DecodeStep, library: Any) -> dict[str, torch.Tensor]:
     weights = _weights(step)
     return {name: weights[name].detach() for name in library.get_constant_fqns()}
 

@@ -1,9 +1,9 @@
 """One token through the model's own forward, over state that lives in buffers of the caller.
 
 Nothing of the model is written a second time: the step is a copy of its module tree that shares its
-parameters, with each Linear and the attention in the form that suits one token.
+parameters, with each Linear in the form that suits one token.
 
-Shapes: B batch, S slots for keys and values, N heads, K key-value heads, H head_dim, R recurrent_size.
+Shapes: B batch, S slots for keys and values, K key-value heads, H head_dim, R recurrent_size.
 """
 
 import copy
@@ -13,13 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from hf_genlm.model import MIXERS, GenLMConfig, GenLMForCausalLM
 from hf_genlm.model.configuration_genlm import RECURRENT_MIXERS
 
-_ATTENTION = "genlm_step"
 _LAST_TOKEN = 2  # the slot of the first layer's state in which the last token is kept, for pairs of tokens
 SLOTS_AT_ONCE = 64  # attention sees a multiple of so many slots: few shapes, little in vain
 
@@ -39,7 +36,8 @@ def slots_of(config: GenLMConfig) -> list[Slots]:
         if mixer not in RECURRENT_MIXERS:
             found.append(Slots(mixer))
             continue
-        states = tuple(range(MIXERS[mixer].n_states))
+        recurrent: Any = MIXERS[mixer]
+        states = tuple(range(recurrent.n_states))
         if layer == 0 and config.bigram_size is not None:
             states = (*states, _LAST_TOKEN)
         found.append(Slots("recurrent", states))
@@ -57,7 +55,7 @@ class StepCache:
             names = slots.states or ("keys", "values")
             self._kept.append({name: next(buffers) for name in names})
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int):
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, K, 1, H) of one token to all (B, K, S, H)."""
         kept, at = self._kept[layer], self._at[self.layers[layer].kind]
         kept["keys"].index_copy_(0, at, key.permute(2, 0, 1, 3))
@@ -68,7 +66,7 @@ class StepCache:
         """(B, R)."""
         return self._kept[layer][slot]
 
-    def update_recurrent_state(self, state: torch.Tensor, layer: int, slot: int = 0, **kwargs) -> None:
+    def update_recurrent_state(self, state: torch.Tensor, layer: int, slot: int = 0, **kwargs: Any) -> None:
         """Keep (B, R)."""
         self._kept[layer][slot].copy_(state)
 
@@ -81,24 +79,24 @@ class DecodeStep(nn.Module):
     """Logits of the next token from one token, all state in `buffers`, which are written in place.
 
     Args:
-        in_one_kernel: matrices and attention as products and sums, which a compiler makes one program of;
-            otherwise as calls of torch's kernels.
+        row_sums: matrix products written as products and sums, which a compiler makes loops of that suit one
+            row; otherwise as calls of torch's kernels.
         int8: matrices as 8-bit integers with a scale for each row, the nearest to the given ones.
     """
 
-    def __init__(self, model: GenLMForCausalLM, in_one_kernel: bool = False, int8: bool = False):
+    def __init__(self, model: GenLMForCausalLM, row_sums: bool = False, int8: bool = False):
         super().__init__()
         shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
         shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
         self.model = copy.deepcopy(model, memo=shared)
-        self.form = {"in_one_kernel": in_one_kernel, "int8": int8}
+        self.form = {"row_sums": row_sums, "int8": int8}
         self.layer_slots = slots_of(model.config)
         self.config = model.config
         if int8:
             _replace_linears(self.model, Int8Linear, suits=lambda linear: linear.in_features % 32 == 0)
-        elif in_one_kernel:
+        elif row_sums:
             _replace_linears(self.model, RowSums)
-        self.model.config._attn_implementation = _ATTENTION if in_one_kernel else "sdpa"
+        self.model.config._attn_implementation = "sdpa"
         self.model.eval()
 
     def forward(
@@ -178,7 +176,7 @@ class StepState:
         """Take over transformers' `cache` after a prompt, whose mask is `valid` (B, T)."""
         n_tokens = valid.shape[1]
         given = iter(self._whole)
-        for kind in _attention_kinds(self.config):
+        for _ in _attention_kinds(self.config):
             self._write(next(given), valid.t(), n_tokens)
         for slots, layer in zip(slots_of(self.config), cache.layers, strict=True):
             for state in slots.states:
@@ -242,27 +240,3 @@ def _replace_linears(
 
 def _attention_kinds(config: GenLMConfig) -> list[str]:
     return [kind for kind in ("full_attention", "sliding_attention") if kind in config.mixer_types]
-
-
-def attend_to_slots(module, query, key, value, attention_mask, scaling, **kwargs):
-    """softmax(Q K^T scaling) V of one token over the slots in use, as products and sums.
-
-    Args:
-        query: (B, N, 1, H).
-        key, value: (B, K, S, H).
-        attention_mask: (B, 1, 1, S), True where a slot holds a token.
-
-    Returns:
-        (B, 1, N, H), and None where other implementations give the weights.
-    """
-    n_rows, n_heads, _, head_dim = query.shape
-    n_groups = n_heads // key.shape[1]
-    q_BKG1H = query.view(n_rows, -1, n_groups, 1, head_dim)
-    scores_BKGS = (q_BKG1H * key[:, :, None]).sum(-1) * scaling
-    weights_BKGS = torch.softmax(scores_BKGS.masked_fill(~attention_mask, float("-inf")), dim=-1)
-    mixed_BKGH = (weights_BKGS[..., None] * value[:, :, None]).sum(-2)
-    return mixed_BKGH.view(n_rows, 1, n_heads, head_dim), None
-
-
-AttentionInterface.register(_ATTENTION, attend_to_slots)
-AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
