@@ -65,6 +65,20 @@ def test_greedy_tokens_of_a_compiled_step(stack, n_rows, padded, tmp_path, monke
     assert_fast_and_equal(fast, prompt)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stack", ["hybrid", "factorised"])
+def test_a_compiled_int8_step_is_the_module_compiled(stack, tokens, tmp_path, monkeypatch):
+    needs_compiler()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = build_model(stack, hidden_size=64)
+    texts = []
+    for form in ("compiled", "module"):
+        fast = FastGenerator(model, program=form, int8=True)
+        texts.append([fast.generate(tokens[:1], **GREEDY) for _ in range(2)])
+        assert fast.plain_because is None
+    assert all(torch.equal(text, texts[0][0]) for text in texts[0] + texts[1])
+
+
 def needs_compiler() -> None:
     try:
         program._check_compiler()
@@ -164,8 +178,9 @@ class AfterTwoOf(StoppingCriteria):
 def test_stopping_criteria_of_the_caller_are_asked(padded):
     fast = FastGenerator(build_model("lstm"))
     criteria = StoppingCriteriaList([AfterTwoOf()])
-    text = assert_fast_and_equal(fast, padded, stopping_criteria=criteria, eos_token_id=EOS)
-    assert text.shape[1] < 12 + N
+    for ends in (EOS, None):  # only with an end of text is a row padded that has ended
+        text = assert_fast_and_equal(fast, padded, stopping_criteria=criteria, eos_token_id=ends)
+        assert text.shape[1] < 12 + N
 
 
 class Heard:

@@ -97,7 +97,9 @@ class FastGenerator:
         buffers = state.buffers(rows.n_tokens + 1)
         step = None
         while True:
-            scores = logits_processor(rows.ids, logits.to(torch.float32, copy=True))
+            scores = logits.float()
+            if logits_processor:
+                scores = logits_processor(rows.ids, scores.clone())
             if generation_config.do_sample:
                 token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
             else:
@@ -150,7 +152,9 @@ class _Rows:
         self._ids[:, : ids.shape[1]] = ids
         self.n_tokens = ids.shape[1]
         self._ended = [False] * len(ids)
-        self._pad = generation_config._pad_token_tensor
+        self._pad = None  # as in generate, rows go on past the end that only a criterion of the caller sees
+        if any(hasattr(criterion, "eos_token_id") for criterion in criteria):
+            self._pad = generation_config._pad_token_tensor
         self._most, self._ends, self._others = None, set(), StoppingCriteriaList()
         for criterion in criteria:  # the two that nearly every call has, without their tensors
             if type(criterion) is MaxLengthCriteria:
@@ -167,7 +171,7 @@ class _Rows:
 
     def append(self, token: torch.Tensor) -> torch.Tensor:
         """Keep (B, 1), padding where a row has ended; returns what was kept."""
-        if any(self._ended):
+        if self._pad is not None and any(self._ended):
             ended = torch.tensor(self._ended, device=token.device)[:, None]
             token = torch.where(ended, self._pad.to(token.device), token)
         if self.n_tokens == self._ids.shape[1]:

@@ -37,7 +37,6 @@ def traced(step: DecodeStep, inputs: Inputs) -> Program:
     with warnings.catch_warnings():
         # every Python value that a trace would keep is one that the number of slots and rows does not change
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        warnings.simplefilter("ignore", FutureWarning)
         return torch.jit.trace(lambda *tensors: step(*tensors), tuple(copies), check_trace=False)
 
 
@@ -56,13 +55,23 @@ def compiled(step: DecodeStep, inputs: Inputs) -> Program:
     if not file.is_file():
         _compile_to(file, step, inputs)
     library = torch._inductor.aoti_load_package(str(file))
-    # the weights of the model itself, not copies: what trains them changes what the program computes
-    library.load_constants(_constants(step, library), check_full_update=True, user_managed=True)
+    weights = _weights(step)
+    return _Library(library, {name: weights[name].detach() for name in library.get_constant_fqns()})
 
-    def run(*tensors: torch.Tensor) -> torch.Tensor:
-        return library.loader.run(list(tensors))[0]  # without reading the layout of the arguments each time
 
-    return run
+class _Library:
+    """Generated code and the weights that it reads, which it does not own.
+
+    They are those of the model itself, not copies: what trains them changes what the program computes.
+    """
+
+    def __init__(self, library: Any, weights: dict[str, torch.Tensor]):
+        self._library, self._weights = library, weights
+        library.load_constants(weights, check_full_update=True, user_managed=True)
+
+    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+        # by its loader: the library itself would read how its arguments are laid out at each call
+        return self._library.loader.run(list(tensors))[0]
 
 
 PROGRAMS: dict[str, Callable[[DecodeStep, Inputs], Program]] = {
@@ -113,16 +122,12 @@ def _weights(step: DecodeStep) -> dict[str, torch.Tensor]:
     )
 
 
-def _constants(step: DecodeStep, library: Any) -> dict[str, torch.Tensor]:
-    weights = _weights(step)
-    return {name: weights[name].detach() for name in library.get_constant_fqns()}
-
-
 def _compile_to(file: Path, step: DecodeStep, inputs: Inputs) -> None:
     _check_compiler()
     copies = [tensor.clone() for tensor in inputs]
     dynamic = torch.export.Dim.DYNAMIC
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's, about itself
         program = torch.export.export(
             step,
             tuple(copies),
