@@ -98,6 +98,10 @@ def _add_generate(verbs: Any) -> None:
     )
     generate.add_argument("--top-p", type=_amount, default=0.95, metavar="F")
     generate.add_argument("--seed", type=int, metavar="N")
+    generate.add_argument(
+        "--compile", action="store_true", help="make fast code for models of this shape first, and keep it"
+    )
+    generate.add_argument("--int8", action="store_true", help="round the weights to 8 bits, on a CPU")
 
 
 def _add_serving(verbs: Any) -> None:

@@ -221,13 +221,16 @@ def _generate(options: argparse.Namespace) -> None:
     import torch
     from transformers import TextStreamer
 
+    from hf_genlm.decoding import FastGenerator
+
+    fast = FastGenerator(model, program="compiled" if options.compile else None, int8=options.int8)
     if options.seed is not None:
         torch.manual_seed(options.seed)
     ids = tokenizer(options.prompt, add_special_tokens=False).input_ids
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     prompt = torch.tensor([start + ids], device=model.device)
     sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
-    model.generate(
+    fast.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=options.max_new_tokens,

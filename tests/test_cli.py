@@ -76,6 +76,7 @@ def test_generate_continues_the_prompt(trained, capsys):
     first, second, third = capsys.readouterr().out.split("The import")[1:]
     assert first.strip() == second.strip() != third.strip()
     assert main(["generate", str(trained.path), "--max-new-tokens", "5", "--temperature", "0"]) == 0
+    assert main(["generate", str(trained.path), "--max-new-tokens", "5", "--int8"]) == 0
 
 
 def test_card_is_written_again(trained, capsys):

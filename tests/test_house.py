@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "model": set(),
     "evaluation": {"recipe", "errors"},
     "training": {"recipe", "errors", "run_folder", "text", "model", "evaluation"},
+    "decoding": {"errors", "model"},
     "serving": {"errors", "model"},
     "doctor": {
         "training.word_vectors",

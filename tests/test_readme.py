@@ -72,5 +72,5 @@ def test_the_house_is_as_drawn():
 
 
 def test_paths_of_the_table_exist():
-    for path in re.findall(r"`((?:model|text|training|evaluation|publish)/[\w/]+\.\w+)`", README):
+    for path in re.findall(r"`((?:model|text|training|evaluation|publish|decoding)/[\w/]+\.\w+)`", README):
         assert (ROOT / "hf_genlm" / path).is_file(), path

@@ -11,7 +11,8 @@ from .configuration_genlm import GenLMConfig
 from .initialization_genlm import start_at_zero
 from .layout_genlm import TimeLayout
 
-_LAYER, _SLOT = 0, 2  # where the cache keeps the last token: beside the states of the first layer
+LAST_TOKEN_SLOT = 2  # of the first layer's state in the cache: beside h and c
+_LAYER = 0
 # A pair's row is (a * before + b * token) mod p mod H: two pairs meet with probability 1 / H over the draw of
 # a and b below the prime p (Carter and Wegman, 1979). 64 bits hold the products of ids below 2^31.
 _PRIME = 2**31 - 1
@@ -37,7 +38,7 @@ class GenLMBigramEmbedding(nn.Embedding):
         tokens = input_ids + 1  # 0 is no token, as in a cache that was reset
         seen, recording = None, False
         if past_key_values is not None:
-            seen = past_key_values.get_recurrent_state(_LAYER, _SLOT)
+            seen = past_key_values.get_recurrent_state(_LAYER, LAST_TOKEN_SLOT)
             recording = past_key_values.is_recording_past(_LAYER)
         seen = torch.zeros_like(tokens[:, :1]) if seen is None else seen.to(tokens.dtype)
         last = torch.cat([seen, tokens], dim=1)  # (B, 1 + T): the last token before the first, after each

@@ -1,0 +1,246 @@
+"""`generate` by a step of static shapes, where it gives the same tokens; by the model's own elsewhere."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from transformers.generation import GenerationConfig, GenerationMode
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
+
+from hf_genlm.decoding.program import PROGRAMS, Program, program_file
+from hf_genlm.decoding.step import SLOTS_AT_ONCE, DecodeStep, StepState
+from hf_genlm.errors import UserError
+from hf_genlm.model import GenLMForCausalLM
+from hf_genlm.model.recurrence_genlm import is_plain_linear
+
+# what generate can be given that changes how it goes on from a token
+_NOT_FAST = (
+    "assistant_model", "custom_generate", "synced_gpus", "inputs_embeds", "past_key_values", "position_ids",
+    "negative_prompt_ids",
+)  # fmt: skip
+_OWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+_KNOWN_MODULES = ("hf_genlm.model.", "torch.nn.modules.", "transformers.activations")
+_MOVING_ROTATIONS = ("dynamic", "longrope")  # their frequencies depend on how long the text is
+
+
+class _NotFast(Exception):
+    """Why plain generate must do it."""
+
+
+class FastGenerator:
+    """Generates with `model` by a step that Python does not slow down.
+
+    Greedy search and sampling, with every processor of logits and stopping criterion that generate knows,
+    batches, left padding and streamers. Everything else is done by `model.generate` itself; `plain_because`
+    then says why, and is None otherwise.
+
+    Args:
+        model: in eval mode, as it was built or loaded: with adapters, quantised weights or hooks, its own
+            generate is used. Its weights are shared, not copied.
+        program: "traced" (half a second, any machine), "compiled" (tens of seconds once for a shape, then
+            from disk), "module" (neither); None: compiled where the disk has it, traced otherwise.
+        int8: matrices of 8 bits, copied from the model at first use: other tokens than the model's own.
+
+    Raises:
+        UserError: `program` is unknown; `int8` is asked of a model that is not in float32 on a CPU, or of a
+            request that is not for the step; in `generate`: a compiled program needs a C++ compiler.
+    """
+
+    def __init__(self, model: GenLMForCausalLM, program: str | None = None, int8: bool = False):
+        if program is not None and program not in PROGRAMS:
+            raise UserError(f"unknown program {program!r}; known: {', '.join(PROGRAMS)}")
+        weight = next(model.parameters())
+        if int8 and (weight.dtype, weight.device.type) != (torch.float32, "cpu"):
+            raise UserError(
+                f"int8 weights are made of float32 on a CPU, not {weight.dtype} on {weight.device.type}"
+            )
+        self.model, self.program, self.int8 = model, program, int8
+        self.plain_because: str | None = None
+        self._weights: tuple[int, ...] = ()
+        self._programs: dict[int, Program] = {}
+
+    def generate(self, inputs: torch.Tensor | None = None, streamer: Any = None, **kwargs: Any) -> Any:
+        """What `model.generate` takes and gives."""
+        try:
+            _check_arguments(kwargs)
+            _check_model(self.model)
+            self.plain_because = None
+            loop = partial(self._decode, streamer=streamer)
+            return self.model.generate(inputs, custom_generate=loop, **kwargs)
+        except _NotFast as reason:
+            if self.int8:
+                raise UserError(f"int8 weights cannot be used here: {reason}") from reason
+            self.plain_because = str(reason)
+            return self.model.generate(inputs, streamer=streamer, **kwargs)
+
+    def _decode(
+        self,
+        model: GenLMForCausalLM,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: Any,
+        **model_kwargs: Any,
+    ) -> torch.Tensor:
+        """The loop of GenerationMixin._sample, (B, T) to (B, T + new), after generate's own preparations."""
+        _check_request(generation_config, model_kwargs)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        logits = model._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
+        rows = _Rows(input_ids, generation_config, stopping_criteria)
+        state, position, slot = _state_after(input_ids, model, model_kwargs)
+        buffers = state.buffers(rows.n_tokens + 1)
+        step = None
+        while True:
+            scores = logits.float()
+            if logits_processor:
+                scores = logits_processor(rows.ids, scores.clone())
+            if generation_config.do_sample:
+                token = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)
+            else:
+                token = scores.argmax(dim=-1, keepdim=True)
+            token = rows.append(token)
+            if streamer is not None:
+                streamer.put(token[:, 0].cpu())
+            if rows.all_ended(token):
+                break
+            if (rows.n_tokens - 1) % SLOTS_AT_ONCE == 0:
+                buffers = state.buffers(rows.n_tokens)
+            if step is None:
+                step = self._program_for(token, position, slot, *buffers)
+            logits = step(token, position, slot, *buffers)
+        if streamer is not None:
+            streamer.end()
+        return rows.ids
+
+    def _program_for(self, *inputs: torch.Tensor) -> Program:
+        """The program for so many rows and the weights that the model has now."""
+        weights = tuple(weight.data_ptr() for weight in self.model.parameters())
+        if self.int8:  # copies: they must follow what is written to the weights in place
+            weights += tuple(weight._version for weight in self.model.parameters())
+        if weights != self._weights:
+            self._weights, self._programs = weights, {}
+        n_rows = len(inputs[0])
+        if n_rows not in self._programs:
+            self._programs[n_rows] = self._build(inputs)
+        return self._programs[n_rows]
+
+    def _build(self, inputs: tuple[torch.Tensor, ...]) -> Program:
+        weight = self.model.lm_head.weight
+        is_exact = weight.dtype in (torch.float32, torch.float64)  # sums of fewer bits would be other sums
+        row_sums = len(inputs[0]) == 1 and is_exact and weight.device.type == "cpu"
+        as_compiled = DecodeStep(self.model, row_sums=row_sums, int8=self.int8)
+        program = self.program
+        if program is None:
+            program = "compiled" if program_file(as_compiled, inputs).is_file() else "traced"
+        step = as_compiled if program == "compiled" else DecodeStep(self.model, int8=self.int8)
+        return PROGRAMS[program](step, inputs)
+
+
+class _Rows:
+    """The tokens of a batch as they come, and which rows have ended."""
+
+    def __init__(
+        self, ids: torch.Tensor, generation_config: GenerationConfig, criteria: StoppingCriteriaList
+    ):
+        self._ids = ids.new_empty(len(ids), 2 * ids.shape[1] + SLOTS_AT_ONCE)
+        self._ids[:, : ids.shape[1]] = ids
+        self.n_tokens = ids.shape[1]
+        self._ended = [False] * len(ids)
+        self._pad = None  # as in generate, rows go on past the end that only a criterion of the caller sees
+        if any(hasattr(criterion, "eos_token_id") for criterion in criteria):
+            self._pad = generation_config._pad_token_tensor
+        self._most, self._ends, self._others = None, set(), StoppingCriteriaList()
+        for criterion in criteria:  # the two that nearly every call has, without their tensors
+            if type(criterion) is MaxLengthCriteria:
+                self._most = criterion.max_length
+            elif type(criterion) is EosTokenCriteria:
+                self._ends.update(criterion.eos_token_id.tolist())
+            else:
+                self._others.append(criterion)
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """(B, n_tokens)."""
+        return self._ids[:, : self.n_tokens]
+
+    def append(self, token: torch.Tensor) -> torch.Tensor:
+        """Keep (B, 1), padding where a row has ended; returns what was kept."""
+        if self._pad is not None and any(self._ended):
+            ended = torch.tensor(self._ended, device=token.device)[:, None]
+            token = torch.where(ended, self._pad.to(token.device), token)
+        if self.n_tokens == self._ids.shape[1]:
+            self._ids = torch.cat([self._ids, torch.empty_like(self._ids)], dim=1)
+        self._ids[:, self.n_tokens : self.n_tokens + 1] = token
+        self.n_tokens += 1
+        return token
+
+    def all_ended(self, token: torch.Tensor) -> bool:
+        """Whether every row has ended with its last token, (B, 1)."""
+        if self._ends:
+            for row, last in enumerate(token[:, 0].tolist()):
+                self._ended[row] |= last in self._ends
+        if self._others:
+            for row, ends in enumerate(self._others(self.ids, None).tolist()):
+                self._ended[row] |= ends
+        return all(self._ended) or (self._most is not None and self.n_tokens >= self._most)
+
+
+def _state_after(
+    input_ids: torch.Tensor, model: GenLMForCausalLM, model_kwargs: dict[str, Any]
+) -> tuple[StepState, torch.Tensor, torch.Tensor]:
+    """The state after the prompt, the position of the next token (B, 1) and its slot (1,)."""
+    n_rows, n_tokens = input_ids.shape
+    state = StepState(model.config, model.lm_head.weight, n_rows, n_tokens + SLOTS_AT_ONCE)
+    mask = model_kwargs.get("attention_mask")
+    valid = torch.ones_like(input_ids) if mask is None else mask
+    state.fill(model_kwargs["past_key_values"], valid.bool())
+    position = (model_kwargs["position_ids"][:, -1:] + 1).expand(n_rows, 1).clone()
+    return state, position, torch.tensor([n_tokens], device=input_ids.device)
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    given = [name for name in _NOT_FAST if arguments.get(name) is not None]
+    if given:
+        raise _NotFast(f"{given[0]} was given")
+
+
+def _check_model(model: torch.nn.Module) -> None:
+    """Only what the class itself builds: what stands before a weight must not be passed by."""
+    if type(model) is not GenLMForCausalLM:
+        raise _NotFast(f"the model is a {type(model).__name__}")
+    if model.training:
+        raise _NotFast("the model is in training mode")
+    rotation = model.model.rotary_emb
+    if rotation is not None and rotation.rope_type in _MOVING_ROTATIONS:
+        raise _NotFast("the rotary positions change with the length")
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        raise _NotFast(f"the attention implementation is {model.config._attn_implementation}")
+    for name, module in model.named_modules():
+        is_ours = type(module).__module__.startswith(_KNOWN_MODULES)
+        is_plain = not isinstance(module, torch.nn.Linear) or is_plain_linear(module)
+        is_hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+        if not is_ours or not is_plain or is_hooked:
+            raise _NotFast(f"{name or 'the model'} ({type(module).__name__}) is not as it was built")
+    for name, weight in model.named_parameters():
+        if type(weight) not in (torch.nn.Parameter, torch.Tensor) or weight.device != model.device:
+            raise _NotFast(f"{name} is not a plain tensor on {model.device}")
+
+
+def _check_request(generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    mode = generation_config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise _NotFast(f"the generation mode is {mode.value}")
+    for name in ("return_dict_in_generate", "cache_implementation"):
+        if getattr(generation_config, name):
+            raise _NotFast(f"{name} is set")
+    if not generation_config.use_cache:
+        raise _NotFast("use_cache is off")
+    more = [name for name, value in model_kwargs.items() if name not in _OWN_INPUTS and value is not None]
+    if more:
+        raise _NotFast(f"{more[0]} was given")
