@@ -48,7 +48,7 @@ class GenLMBigramEmbedding(nn.Embedding):
             past_key_values.update_recurrent_state(
                 last[:, -1:].float(),
                 _LAYER,
-                _SLOT,
+                LAST_TOKEN_SLOT,
                 past_states=last[..., None].float() if recording else None,
             )
         before = last[:, :-1]
