@@ -90,7 +90,9 @@ class TrainingRecipe:
     start: str | None = None  # pairs: with what pairs of tokens say; random; None: pairs, unless tied
     optimizer: str = "adamw"  # or muon
     learning_rate: float | None = None  # peak; None: follows from the width
-    embedding_rate: float = 2.0  # learning rate of embedding and head, in parts of `learning_rate`
+    embedding_rate: float | None = (
+        None  # of embedding and head, in parts of `learning_rate`; None: by `start`
+    )
     matrix_rate: float = 5.5  # under muon: learning rate of the layers' matrices, in parts of `learning_rate`
     weight_decay: float = 0.1
     beta1: float = 0.9

@@ -147,6 +147,8 @@ def resolve(recipe: Recipe, shape: Shape | None = None) -> Recipe:
         model.tie_word_embeddings = is_narrow and recipe.vectors.path is None
     if training.start is None:
         training.start = "random" if model.tie_word_embeddings else "pairs"
+    if training.embedding_rate is None:
+        training.embedding_rate = 1.0 if training.start == "pairs" else 2.0
     if model.output_bias is None:
         model.output_bias = training.start == "pairs"
     if training.learning_rate is None:

@@ -1,8 +1,8 @@
 """How large a decoder this machine can train well in the time it is given: measured, not guessed.
 
 A decoder that is too large sees too few tokens before the time is up, one that is too small has nothing left
-to learn. The best of those tried saw about one token for each weight that it multiplies by (the log in
-recipes/README.md), so the plan is the largest rung of a ladder that will see as many, by the pace of a few
+to learn. The best of those tried saw one to ten tokens for each weight that it multiplies by (the log in
+recipes/README.md), so the plan is the largest rung of a ladder that will see three, by the pace of a few
 steps on random tokens.
 """
 
@@ -19,6 +19,8 @@ from hf_genlm.training.budget import Shape, resolve
 from hf_genlm.training.optimizer import OptimizerFactory
 
 LADDER = (
+    Shape(hidden_size=32, num_hidden_layers=1, row_length=64, batch_size=16),
+    Shape(hidden_size=48, num_hidden_layers=1, row_length=64, batch_size=16),
     Shape(hidden_size=64, num_hidden_layers=1, row_length=64, batch_size=16),
     Shape(hidden_size=96, num_hidden_layers=1, row_length=64, batch_size=16),
     Shape(hidden_size=128, num_hidden_layers=1, row_length=64, batch_size=16),
@@ -31,7 +33,7 @@ LADDER = (
     Shape(hidden_size=512, num_hidden_layers=8, row_length=256, batch_size=32),
     Shape(hidden_size=768, num_hidden_layers=12, row_length=512, batch_size=32),
 )
-TOKENS_PER_WEIGHT = 1.0
+TOKENS_PER_WEIGHT = 3.0
 _TIMED_STEPS = 2  # after one that is slower
 
 
