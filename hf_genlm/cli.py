@@ -97,7 +97,8 @@ def _tokenizer(options: argparse.Namespace) -> None:
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {options.out!r} already holds files: name a new folder, or remove it")
     from hf_genlm.text.corpus import read_documents
-    from hf_genlm.text.tokenizer import encode_documents, train_tokenizer
+    from hf_genlm.text.encoding import encode_documents
+    from hf_genlm.text.tokenizer import train_tokenizer
 
     with Display() as display:
         display.show("reading")
@@ -157,7 +158,7 @@ def _measure(
     display: Display,
 ) -> list["Measurement"]:
     from hf_genlm.evaluation.likelihood import measure_likelihood
-    from hf_genlm.text.tokenizer import encode_documents
+    from hf_genlm.text.encoding import encode_documents
 
     start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start_id is None:

@@ -14,14 +14,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from hf_genlm.errors import UserError
 from hf_genlm.recipe import CorpusRecipe, TokenizerRecipe
 from hf_genlm.text.corpus import Document, read_documents
+from hf_genlm.text.encoding import cuts_are_exact, encode_documents, pieces_of
 from hf_genlm.text.tokenizer import (
     END_OF_TEXT,
     PAD,
     choose_vocab_size,
-    cuts_are_exact,
-    encode_documents,
     load_tokenizer,
-    pieces_of,
     sample_evenly,
     train_tokenizer,
 )
@@ -186,7 +184,7 @@ def test_tokenized_documents(tokenizer, documents):
 
 def test_batches_leave_nothing_out(tokenizer, documents, monkeypatch):
     whole = encode_documents(tokenizer, documents)
-    monkeypatch.setattr("hf_genlm.text.tokenizer._ENCODE_BATCH", 20_000)
+    monkeypatch.setattr("hf_genlm.text.encoding._BATCH", 20_000)
     batched = encode_documents(tokenizer, documents)
     assert batched.ids.tolist() == whole.ids.tolist()
     assert batched.offsets.tolist() == whole.offsets.tolist()

@@ -1,16 +1,13 @@
-"""Byte-level BPE: training a vocabulary, loading one, and documents to token ids.
+"""Byte-level BPE: training a vocabulary, and loading one.
 
 Any Unicode text comes back unchanged from its ids: there is no normalizer and no unknown token.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, cast
 
-import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from hf_genlm.errors import UserError
@@ -36,21 +33,22 @@ _MIN_CHOSEN_VOCAB_SIZE = 512
 # after them, but for the last space, which goes with the word. On CPython's library, 4,096 tokens: 3.71 bytes
 # a token, cl100k's pattern 3.44, GPT-2's 3.46.
 _INDENT = r"(?:[ \t]+(?=[ \t]\S))?"
-PATTERN = "|".join(
-    (
-        r"'(?i:[sdmt]|ll|ve|re)",
-        r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",
-        r" ?\p{N}{1,3}",
-        rf" ?[^\s\p{{L}}\p{{M}}\p{{N}}]+(?:[\r\n]+{_INDENT})?",
-        rf"\s*[\r\n]+{_INDENT}",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
+_WORDS = (
+    r"'(?i:[sdmt]|ll|ve|re)",
+    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",
+    r" ?\p{N}{1,3}",
 )
+_REST = (
+    rf" ?[^\s\p{{L}}\p{{M}}\p{{N}}]+(?:[\r\n]+{_INDENT})?",
+    rf"\s*[\r\n]+{_INDENT}",
+    r"\s+(?!\S)",
+    r"\s+",
+)
+PATTERN = "|".join((*_WORDS, *_REST))
+# the same, but tiktoken's engine is a quarter faster when what looks at nothing ahead stands in one group
+GROUPED_PATTERN = "|".join((f"(?:{'|'.join(_WORDS)})", *_REST))
 
 _SAMPLE_PIECE = 8192  # characters, when only a part of the text trains the merges
-_ENCODE_PIECE = 1 << 18  # characters after which a long document is cut, where a cut changes no id
-_ENCODE_BATCH = 1 << 22  # characters encoded by one call
 
 
 def choose_vocab_size(n_bytes: int) -> int:
@@ -81,7 +79,7 @@ def train_tokenizer(
         raise UserError(f"tokenizer.max_characters = {recipe.max_characters}: it must be at least 1")
     vocab_size = recipe.vocab_size or choose_vocab_size(n_bytes)
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = _pre_tokenizer()
+    backend.pre_tokenizer = pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
     trainer = trainers.BpeTrainer(
@@ -168,125 +166,8 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
-@dataclass(frozen=True, eq=False)
-class TokenizedDocuments(Sequence[tuple[np.ndarray, int]]):
-    """Token ids of n documents in one flat array; `self[i]` is (ids of document i, its UTF-8 bytes).
-
-    `ids` (n_tokens,) uint16 or uint32; `offsets` (n + 1,) int64, where each document begins; `n_bytes` (n,)
-    int64.
-    """
-
-    ids: np.ndarray
-    offsets: np.ndarray
-    n_bytes: np.ndarray
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of all documents, special ones not counted."""
-        return len(self.ids)
-
-    def __len__(self) -> int:
-        return len(self.n_bytes)
-
-    @overload
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]: ...
-    @overload
-    def __getitem__(self, index: slice) -> "TokenizedDocuments": ...
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            chosen = range(len(self))[index]
-            parts = [self.ids[self.offsets[i] : self.offsets[i + 1]] for i in chosen]
-            lengths = [len(part) for part in parts]
-            ids = np.concatenate([self.ids[:0], *parts])
-            return TokenizedDocuments(ids, _offsets(lengths), self.n_bytes[index])
-        i = range(len(self))[index]
-        return self.ids[self.offsets[i] : self.offsets[i + 1]], int(self.n_bytes[i])
-
-
-def encode_documents(
-    tokenizer: "PreTrainedTokenizerFast",
-    documents: Sequence[Document],
-    on_progress: Callable[[int, int], None] | None = None,
-) -> TokenizedDocuments:
-    """Token ids of every document, without special tokens; the words of special tokens in the text are plain
-    text.
-
-    Runs on all cores, over batches of a bounded number of characters. `on_progress(done, total)` is told the
-    characters encoded so far and all of them.
-    """
-    backend = tokenizer.backend_tokenizer
-    vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=0) + 1
-    dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-    total = sum(len(document.text) for document in documents)
-    parts: list[np.ndarray] = []
-    lengths = np.zeros(len(documents), dtype=np.int64)
-    done = 0
-    before = backend.encode_special_tokens
-    backend.encode_special_tokens = True
-    try:
-        for batch in _batches(documents, cuts_are_exact(backend)):
-            encodings = backend.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
-            for (i, text), encoding in zip(batch, encodings, strict=True):
-                parts.append(np.array(encoding.ids, dtype=dtype))
-                lengths[i] += len(parts[-1])
-                done += len(text)
-            if on_progress is not None:
-                on_progress(done, total)
-    finally:
-        backend.encode_special_tokens = before
-    ids = np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)
-    n_bytes = np.array([document.n_bytes for document in documents], dtype=np.int64)
-    return TokenizedDocuments(ids, _offsets(lengths), n_bytes)
-
-
-def cuts_are_exact(backend: Tokenizer) -> bool:
-    """Whether a text may be encoded in the pieces of `pieces_of`: only with the pre-tokenizer that is trained
-    here.
-
-    Then a line end followed by a visible character is always a border of pre-tokens: no alternative of
-    `PATTERN` goes on past it, none looks ahead across it (the one that starts with `\\s*` takes a whitespace
-    run up to its last line end before the others see it), and none looks back.
-    """
-    state = json.loads(backend.to_str())
-    ours = json.loads(_pre_tokenizer().__getstate__())
-    specials_only = all(token["special"] for token in state["added_tokens"])
-    return state["normalizer"] is None and state["pre_tokenizer"] == ours and specials_only
-
-
-def pieces_of(text: str, length: int = _ENCODE_PIECE) -> Iterator[str]:
-    """Pieces of about `length` characters, cut only between a line end and a visible ASCII character."""
-    start = 0
-    while len(text) - start > length:
-        end = text.find("\n", start + length - 1) + 1
-        while 0 < end < len(text) and not "!" <= text[end] <= "~":
-            end = text.find("\n", end) + 1
-        if not 0 < end < len(text):
-            break
-        yield text[start:end]
-        start = end
-    yield text[start:]
-
-
-def _batches(documents: Sequence[Document], exact: bool) -> Iterator[list[tuple[int, str]]]:
-    """(index of the document, text) in batches of about `_ENCODE_BATCH` characters, in order."""
-    batch: list[tuple[int, str]] = []
-    size = 0
-    for i, document in enumerate(documents):
-        for piece in pieces_of(document.text) if exact else (document.text,):
-            batch.append((i, piece))
-            size += len(piece)
-            if size >= _ENCODE_BATCH:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-
-
-def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+def pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    """What cuts a text into words for a tokenizer that is trained here."""
     split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 

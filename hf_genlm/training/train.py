@@ -18,8 +18,9 @@ from hf_genlm.model import DECODERS, MIXER_TYPES, GenLMConfig, GenLMForCausalLM,
 from hf_genlm.recipe import Recipe, TrainingRecipe
 from hf_genlm.run_folder import Listener, RunFolder, describe_environment, write_json, write_text
 from hf_genlm.text.corpus import Corpus, read_corpus
+from hf_genlm.text.encoding import TokenizedDocuments, encode_documents
 from hf_genlm.text.packing import PackedRows, collate
-from hf_genlm.text.tokenizer import TokenizedDocuments, encode_documents, load_tokenizer, train_tokenizer
+from hf_genlm.text.tokenizer import load_tokenizer, train_tokenizer
 from hf_genlm.training.budget import Budget, budget_of, resolve, trapezoid
 from hf_genlm.training.callbacks import (
     BudgetCallback,

@@ -22,7 +22,7 @@ from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.recipe import Recipe
 from hf_genlm.run_folder import RunFolder, write_json
 from hf_genlm.text.corpus import Document
-from hf_genlm.text.tokenizer import pieces_of
+from hf_genlm.text.encoding import pieces_of
 from hf_genlm.text.vector_files import DAMAGED, WordVectors, peek_dimension, read_vectors
 
 if TYPE_CHECKING:
