@@ -103,7 +103,7 @@ def _tokenizer(options: argparse.Namespace) -> None:
     with Display() as display:
         display.show("reading")
         documents, _ = read_documents(recipe.corpus.sources, recipe.corpus)
-        n_bytes = sum(document.n_bytes for document in documents)
+        n_bytes = int(documents.n_bytes.sum())
         display.show("training the tokenizer")
         tokenizer = train_tokenizer(documents, recipe.tokenizer, n_bytes)
         try:
@@ -138,7 +138,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             split = "validation"
             corpus = read_corpus(recipe.corpus)
             _check_same_text(run, corpus.report)
-            documents = list(corpus.validation)
+            documents = corpus.validation
         model, tokenizer = _load(options.model)
         measurements = _measure(model, tokenizer, documents, recipe, split, display)
     if run and not options.sources and not options.assignments:
@@ -152,7 +152,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _measure(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    documents: "list[Document]",
+    documents: "Sequence[Document]",
     recipe: Recipe,
     split: str,
     display: Display,

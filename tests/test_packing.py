@@ -141,7 +141,9 @@ def test_collate_and_loader(monkeypatch):
     assert all(value.shape == (2, 8) and value.dtype == torch.int64 for value in batch.values())
     asked = []
     fetch = rows.__getitems__
-    monkeypatch.setattr(PackedRows, "__getitems__", lambda self, chosen: asked.append(chosen) or fetch(chosen))
+    monkeypatch.setattr(
+        PackedRows, "__getitems__", lambda self, chosen: asked.append(chosen) or fetch(chosen)
+    )
     loader = torch.utils.data.DataLoader(rows, batch_size=3, collate_fn=collate)
     together = torch.cat([batch["input_ids"] for batch in loader])
     assert asked == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]  # a batch at once

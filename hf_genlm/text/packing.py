@@ -11,6 +11,7 @@ from hf_genlm.text.encoding import TokenizedDocuments
 if TYPE_CHECKING:
     import torch
 
+_ROWS_IN_MEMORY = 1024  # each keeps the 64 KiB around it of a file of ids
 IGNORED = -100  # the label that cross-entropy leaves out
 
 
@@ -50,6 +51,7 @@ class PackedRows:
         self.eos_id = eos_id
         self.pad_id = pad_id
         self.documents = documents
+        self._n_fetched = 0  # rows since the memory of the ids was given back
         # where the end-of-text tokens stand in the stream (n + 1,)
         self._eos_at = documents.offsets + np.arange(len(documents) + 1)
         self._length = documents.n_tokens + len(documents) + 1
@@ -97,6 +99,10 @@ class PackedRows:
         # all tokens before this one that are of documents
         index_BT = (starts_B - first_B)[:, None] + np.cumsum(~is_eos_BT, axis=1) - 1
         tokens_BT = self.documents.take(index_BT).astype(np.int64)
+        self._n_fetched += len(starts_B)
+        if self._n_fetched >= _ROWS_IN_MEMORY:
+            self.documents.release()
+            self._n_fetched = 0
         tokens_BT[is_eos_BT] = self.eos_id
         return tokens_BT, stops_B - starts_B
 

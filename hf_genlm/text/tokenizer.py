@@ -3,16 +3,20 @@
 Any Unicode text comes back unchanged from its ids: there is no normalizer and no unknown token.
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
+import tokenizers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from hf_genlm.errors import UserError
 from hf_genlm.recipe import TokenizerRecipe
-from hf_genlm.text.corpus import Document
+from hf_genlm.text.cache import ArrayWriter, Cache, key_of
+from hf_genlm.text.store import Document, Documents, as_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -62,14 +66,19 @@ def choose_vocab_size(n_bytes: int) -> int:
 
 
 def train_tokenizer(
-    documents: Iterable[Document], recipe: TokenizerRecipe, n_bytes: int
+    documents: Iterable[Document],
+    recipe: TokenizerRecipe,
+    n_bytes: int,
+    cache: Cache | None = None,
+    sha256: str | None = None,
 ) -> "PreTrainedTokenizerFast":
     """Learn a byte-level BPE vocabulary from at most `recipe.max_characters`, taken evenly from all of the
     text.
 
     `n_bytes` is the size of the corpus, from which the vocabulary is chosen when `recipe.vocab_size` is None;
     a text too small to fill a chosen one gets what it can fill. Encoding adds no special token by itself
-    (GPT-2's convention). `model_max_length` is left for the caller to set on the result.
+    (GPT-2's convention). `model_max_length` is left for the caller to set on the result. One that was trained
+    before on the same text, of which `sha256` is the hash, with the same settings, is found in `cache`.
 
     Raises:
         UserError: `vocab_size` below 258, or more than the text can fill; `max_characters` below 1.
@@ -78,6 +87,12 @@ def train_tokenizer(
     if recipe.max_characters < 1:
         raise UserError(f"tokenizer.max_characters = {recipe.max_characters}: it must be at least 1")
     vocab_size = recipe.vocab_size or choose_vocab_size(n_bytes)
+    key = None
+    if cache is not None and sha256 is not None:
+        key = _key_of(vocab_size, recipe.max_characters, sha256)
+        found = cache.load(key)
+        if found is not None:
+            return _wrap(Tokenizer.from_str(found.arrays["json"].tobytes().decode("utf-8")))
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
@@ -96,6 +111,10 @@ def train_tokenizer(
             f"tokenizer.vocab_size = {recipe.vocab_size}: this text fills {reached} at most; "
             f"set it to {reached} or less, or leave it out to have it chosen"
         )
+    if cache is not None and key is not None:
+        with ArrayWriter(cache, key) as writer:
+            writer.append("json", np.frombuffer(backend.to_str().encode("utf-8"), dtype=np.uint8))
+            writer.finish()
     return _wrap(backend)
 
 
@@ -113,20 +132,31 @@ def check_vocab_size(vocab_size: int | None) -> None:
 
 def sample_evenly(documents: Iterable[Document], max_characters: int) -> Iterator[str]:
     """All texts if they hold at most `max_characters`, otherwise pieces at even distances, as many as fit."""
-    documents = documents if isinstance(documents, Sequence) else list(documents)
-    total = sum(len(document.text) for document in documents)
+    documents = as_documents(documents)
+    total = documents.n_characters
     if total <= max_characters:
         yield from (document.text for document in documents)
         return
     piece = max(1, min(_SAMPLE_PIECE, max_characters // 16))
     passed = taken = 0
-    for document in documents:
-        for start in range(0, len(document.text), piece):
-            text = document.text[start : start + piece]
-            passed += len(text)
-            if (taken + len(text)) * total <= max_characters * passed:
-                taken += len(text)
-                yield text
+    for text in _evenly_cut(documents, piece):
+        passed += len(text)
+        if (taken + len(text)) * total <= max_characters * passed:
+            taken += len(text)
+            yield text
+
+
+def _evenly_cut(documents: Documents, length: int) -> Iterator[str]:
+    """Every document in pieces of `length` characters, but for its last."""
+    for _, parts in itertools.groupby(documents.texts(), key=lambda part: part[0]):
+        rest = ""
+        for _, part in parts:
+            text = rest + part
+            whole = len(text) - len(text) % length
+            yield from (text[start : start + length] for start in range(0, whole, length))
+            rest = text[whole:]
+        if rest:
+            yield rest
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
@@ -164,6 +194,18 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
             "with tokenizer.add_special_tokens({'pad_token': '<|pad|>'}) and save the tokenizer again"
         )
     return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def _key_of(vocab_size: int, max_characters: int, sha256: str) -> str:
+    """The key of a trained tokenizer. A vocabulary that was asked for and not filled is never kept."""
+    return key_of(
+        kind="tokenizer",
+        text=sha256,
+        vocab_size=vocab_size,
+        max_characters=max_characters,
+        rules=[PATTERN, END_OF_TEXT, PAD, _SAMPLE_PIECE],
+        library=tokenizers.__version__,
+    )
 
 
 def pre_tokenizer() -> pre_tokenizers.PreTokenizer:

@@ -17,6 +17,7 @@ from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.model import DECODERS, MIXER_TYPES, GenLMConfig, GenLMForCausalLM, mixers_of
 from hf_genlm.recipe import Recipe, TrainingRecipe
 from hf_genlm.run_folder import Listener, RunFolder, describe_environment, write_json, write_text
+from hf_genlm.text.cache import Cache, cache_folder
 from hf_genlm.text.corpus import Corpus, read_corpus
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents
 from hf_genlm.text.packing import PackedRows, collate
@@ -95,6 +96,11 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
 
 def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
     """Read, split and tokenize the corpus; writes corpus.json and tokenizer/."""
+
+    def note(message: str) -> None:
+        run.log("note", message=message)
+
+    cache = Cache(cache_folder() if recipe.corpus.cache else None, note)
     corpus = read_corpus(recipe.corpus)
     run.log("corpus", **{name: corpus.report[name] for name in ("description", "train", "validation")})
     if recipe.tokenizer.path is not None:
@@ -103,12 +109,13 @@ def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
             tokenizer.bos_token = tokenizer.eos_token  # as in our own: what stands before a document
     else:
         run.tell("progress", task="tokenizer", done=0, total=None)
-        tokenizer = train_tokenizer(corpus.train, recipe.tokenizer, corpus.report["train"]["bytes"])
+        text = corpus.report["train"]
+        tokenizer = train_tokenizer(corpus.train, recipe.tokenizer, text["bytes"], cache, text["sha256"])
     recipe.tokenizer.vocab_size = len(tokenizer)
     tokenizer.model_max_length = recipe.training.row_length
     tokenizer.save_pretrained(run.tokenizer)
     words = count_words(corpus.train) if recipe.vectors.path is not None else {}
-    train, validation = _encode_splits(run, tokenizer, corpus)
+    train, validation = _encode_splits(run, tokenizer, corpus, cache, note)
     tokenized = TokenizedCorpus(tokenizer, train, validation, words)
     write_json(run.corpus, corpus.report)
     run.log(
@@ -301,7 +308,11 @@ def _tokens_per_step(training: TrainingRecipe) -> int:
 
 
 def _encode_splits(
-    run: RunFolder, tokenizer: PreTrainedTokenizerBase, corpus: Corpus
+    run: RunFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    cache: Cache,
+    note: Callable[[str], None],
 ) -> Sequence[TokenizedDocuments]:
     encoded = []
     for split, documents in (("train", corpus.train), ("validation", corpus.validation)):
@@ -309,7 +320,8 @@ def _encode_splits(
         def on_progress(done: int, total: int, split: str = split) -> None:
             run.tell("progress", task=f"encoding {split}", done=done, total=total)
 
-        encoded.append(encode_documents(tokenizer, documents, on_progress))
+        sha256 = corpus.report[split]["sha256"]
+        encoded.append(encode_documents(tokenizer, documents, on_progress, note, cache, sha256))
         corpus.report[split]["tokens"] = encoded[-1].n_tokens
     return encoded
 
