@@ -123,7 +123,7 @@ class Cache:
                     return ArrayFile(file, table)
             self._note(f"the cached {path.name} is damaged: it is made anew")
             path.unlink()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             self._note(f"the cached {path.name} cannot be used ({error.strerror}): it is made anew")
