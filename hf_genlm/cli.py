@@ -97,12 +97,13 @@ def _tokenizer(options: argparse.Namespace) -> None:
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {options.out!r} already holds files: name a new folder, or remove it")
     from hf_genlm.text.corpus import read_documents
-    from hf_genlm.text.tokenizer import encode_documents, train_tokenizer
+    from hf_genlm.text.encoding import encode_documents
+    from hf_genlm.text.tokenizer import train_tokenizer
 
     with Display() as display:
         display.show("reading")
         documents, _ = read_documents(recipe.corpus.sources, recipe.corpus)
-        n_bytes = sum(document.n_bytes for document in documents)
+        n_bytes = int(documents.n_bytes.sum())
         display.show("training the tokenizer")
         tokenizer = train_tokenizer(documents, recipe.tokenizer, n_bytes)
         try:
@@ -137,7 +138,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             split = "validation"
             corpus = read_corpus(recipe.corpus)
             _check_same_text(run, corpus.report)
-            documents = list(corpus.validation)
+            documents = corpus.validation
         model, tokenizer = _load(options.model)
         measurements = _measure(model, tokenizer, documents, recipe, split, display)
     if run and not options.sources and not options.assignments:
@@ -151,13 +152,13 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _measure(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    documents: "list[Document]",
+    documents: "Sequence[Document]",
     recipe: Recipe,
     split: str,
     display: Display,
 ) -> list["Measurement"]:
     from hf_genlm.evaluation.likelihood import measure_likelihood
-    from hf_genlm.text.tokenizer import encode_documents
+    from hf_genlm.text.encoding import encode_documents
 
     start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start_id is None:

@@ -132,6 +132,7 @@ class Display:
         self._line_s = 0.0
         self._renderers: dict[str, Callable[..., None]] = {
             "progress": self._progress,
+            "note": self._note,
             "corpus": self._corpus,
             "tokenized": self._tokenized,
             "vectors": self._vectors,
@@ -165,6 +166,9 @@ class Display:
 
     def _progress(self, task: str, done: int, total: int | None) -> None:
         self.bar.update(self.task, description=task, completed=done, total=total, facts="")
+
+    def _note(self, message: str) -> None:
+        self.say(f"note          {message}")
 
     def _corpus(self, description: str, train: dict, validation: dict) -> None:
         self.say(f"corpus        {description}")

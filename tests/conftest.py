@@ -63,6 +63,14 @@ def build_model(stack: str | list[str], seed: int = 0, **overrides) -> GenLMForC
     return model
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """What tests keep is neither found by other sessions nor left in the home of whoever runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_GENLM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(params=STACKS)
 def model(request) -> GenLMForCausalLM:
     return build_model(request.param)

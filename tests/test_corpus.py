@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from hf_genlm.errors import UserError
 from hf_genlm.recipe import CorpusRecipe
+from hf_genlm.text import corpus as corpus_module
+from hf_genlm.text import store
 from hf_genlm.text.corpus import Document, cut, read_corpus, read_documents, split_documents
 
 
@@ -234,10 +236,10 @@ def test_bad_sources(tmp_path, monkeypatch):
         assert "neither a file" in complaint(tmp_path / "pipe.txt")
     path = write(tmp_path / "secret.txt", "text")
 
-    def refuse(self):
+    def refuse(self, mode):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     assert "Permission denied" in complaint(path)
 
 
@@ -351,22 +353,47 @@ def test_any_split_keeps_every_character_and_both_sides(parts, fraction, seed):
     train, validation, _ = split_documents(documents, fraction, seed)
     assert train
     assert validation
-    assert all(texts(train + validation))
+    assert all(texts([*train, *validation]))
     characters = sorted("".join(parts))
     assert sorted("".join(texts(train) + texts(validation))) == characters
 
 
-@given(st.text("a\n", max_size=80), st.integers(1, 20), st.integers(0, 20))
-def test_blocks_join_to_the_text(text, length, reach):
-    assert "".join(cut(text, length, reach)) == text
-    assert all(cut(text, length, reach))
+def naive_cut(text: str, length: int, reach: int) -> list[str]:
+    """The naive twin: blocks of a text in memory."""
+    blocks = []
+    start = 0
+    while len(text) - start > 1.5 * length:
+        newline = text.find("\n", start + length - 1, start + length + reach)
+        end = newline + 1 if newline >= 0 else start + length
+        blocks.append(text[start:end])
+        start = end
+    return [*blocks, text[start:]] if start < len(text) else blocks
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(st.text("aé日😀\n", max_size=80), min_size=1, max_size=3),
+    st.integers(1, 20),
+    st.integers(0, 20),
+    st.integers(4, 9),
+)
+def test_blocks_are_cut_in_the_file_as_in_memory(texts, length, reach, chunk):
+    with pytest.MonkeyPatch.context() as patch:  # every border of a read is met
+        patch.setattr(corpus_module, "CHUNK", chunk)
+        patch.setattr(corpus_module, "_LOOK_AHEAD", chunk)
+        documents = store.as_documents(Document(text, "x") for text in texts)
+        for i, text in enumerate(texts):
+            blocks = list(cut(documents, i, length, reach))
+            found = [documents.store.read(block.start, block.stop).decode() for block in blocks]
+            assert found == naive_cut(text, length, reach)
+            assert [block.characters for block in blocks] == list(map(len, found))
 
 
 def test_text_without_line_ends_is_split_too():
     text = "".join(chr(0x4E00 + i % 5000) for i in range(30000))
     train, validation, _ = split_documents([Document(text, "x")], 0.05, 3)
     assert 0.03 < sum(len(d.text) for d in validation) / len(text) < 0.07
-    assert sum(len(d.text) for d in train + validation) == len(text)
+    assert sum(len(d.text) for d in [*train, *validation]) == len(text)
 
 
 def test_given_validation_is_taken_as_it_is(tmp_path):

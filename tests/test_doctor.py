@@ -23,7 +23,7 @@ from hf_genlm.model.recurrence_genlm import ClassicCell
 from hf_genlm.publish.parameters import parts_of, read_sizes
 from hf_genlm.recipe import load_recipe
 from hf_genlm.training.budget import resolve
-from hf_genlm.training.train import build_config, mixer_types_of
+from hf_genlm.training.configure import build_config, mixer_types_of
 
 MIXED = ["gated_linear", "full_attention", "lstm", "sliding_attention"]
 # what a config can change in a model's shapes, over every mixer of the table

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from hf_genlm.recipe import TokenizerRecipe
+from hf_genlm.text.encoding import encode_documents
 from hf_genlm.text.sources import Document
-from hf_genlm.text.tokenizer import encode_documents, train_tokenizer
+from hf_genlm.text.tokenizer import train_tokenizer
 from hf_genlm.text.vector_files import read_vectors
 from hf_genlm.training.word_vectors import (
     EXACT,

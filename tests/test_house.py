@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "model": set(),
     "evaluation": {"recipe", "errors"},
     "training": {"recipe", "errors", "run_folder", "text", "model", "evaluation"},
-    "decoding": {"errors", "model"},
+    "decoding": {"errors", "model", "text.cache"},
     "serving": {"errors", "model"},
     "doctor": {
         "training.word_vectors",
@@ -29,6 +29,7 @@ MAY_IMPORT = {
         "text.tokenizer",
         "model",
         "training.budget",
+        "training.configure",
         "training.train",
         "publish.parameters",
         "serving",

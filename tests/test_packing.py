@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_genlm.errors import UserError
+from hf_genlm.text.encoding import TokenizedDocuments
 from hf_genlm.text.packing import IGNORED, PackedRows, collate, position_ids_of
-from hf_genlm.text.tokenizer import TokenizedDocuments
 
 EOS, PAD = 0, 1
 DOCUMENTS = st.lists(st.lists(st.integers(2, 500), max_size=30), min_size=1, max_size=12)
@@ -36,6 +36,15 @@ def naive_positions(row: list[int]) -> list[int]:
     for token in row:
         positions.append(0 if token == EOS or not positions else positions[-1] + 1)
     return positions
+
+
+@settings(max_examples=100, deadline=None)
+@given(DOCUMENTS, st.integers(2, 9), st.integers(1, 60))
+def test_first_tokens_are_the_beginning_of_the_stream(documents, row_length, count):
+    stream = stream_of(documents)
+    if len(stream) >= row_length:
+        rows = PackedRows(tokenized(documents), row_length, EOS, PAD)
+        assert rows.first_tokens(count).tolist() == stream[:-1][:count]
 
 
 @settings(max_examples=200, deadline=None)
@@ -79,6 +88,24 @@ def test_rows(documents, row_length):
         rows[len(rows)]
 
 
+@settings(max_examples=200, deadline=None)
+@given(DOCUMENTS, st.integers(2, 40), st.data())
+def test_a_batch_is_its_rows_in_the_stream(documents, row_length, data):
+    stream = stream_of(documents)
+    if len(stream) < row_length:
+        return
+    rows = PackedRows(tokenized(documents), row_length, EOS, PAD)
+    chosen = data.draw(st.lists(st.integers(-len(rows), len(rows) - 1), min_size=1, max_size=9))
+    batch = collate(rows.__getitems__(chosen))
+    for k, index in enumerate(chosen):
+        start = (index % len(rows)) * (row_length - 1)
+        row = stream[start : start + row_length]
+        n_padding = row_length - len(row)
+        assert batch["input_ids"][k].tolist() == row + [PAD] * n_padding
+        assert batch["labels"][k].tolist() == row + [IGNORED] * n_padding
+        assert batch["position_ids"][k].tolist() == naive_positions(row + [PAD] * n_padding)
+
+
 def test_neighbouring_rows_share_one_token_and_the_last_is_padded():
     rows = PackedRows(tokenized([[5, 6, 7], [8, 9]]), 4, EOS, PAD)
     assert [rows[i]["input_ids"].tolist() for i in range(len(rows))] == [
@@ -112,7 +139,7 @@ def test_text_shorter_than_a_row():
         PackedRows(tokenized([[5, 6, 7]]), 1, EOS, PAD)
 
 
-def test_collate_and_loader():
+def test_collate_and_loader(monkeypatch):
     rows = PackedRows(tokenized([list(range(2, 60))]), 8, EOS, PAD)
     batch = collate([rows[0], rows[1]])
     assert sorted(batch) == [
@@ -121,6 +148,12 @@ def test_collate_and_loader():
         "position_ids",
     ]  # a mask would hide the documents of a row
     assert all(value.shape == (2, 8) and value.dtype == torch.int64 for value in batch.values())
+    asked = []
+    fetch = rows.__getitems__
+    monkeypatch.setattr(
+        PackedRows, "__getitems__", lambda self, chosen: asked.append(chosen) or fetch(chosen)
+    )
     loader = torch.utils.data.DataLoader(rows, batch_size=3, collate_fn=collate)
     together = torch.cat([batch["input_ids"] for batch in loader])
+    assert asked == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]  # a batch at once
     assert together.tolist() == [rows[i]["input_ids"].tolist() for i in range(len(rows))]

@@ -13,15 +13,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hf_genlm.errors import UserError
 from hf_genlm.recipe import CorpusRecipe, TokenizerRecipe
+from hf_genlm.text import encoding, store
 from hf_genlm.text.corpus import Document, read_documents
+from hf_genlm.text.encoding import cuts_are_exact, encode_documents, pieces_of
 from hf_genlm.text.tokenizer import (
     END_OF_TEXT,
     PAD,
     choose_vocab_size,
-    cuts_are_exact,
-    encode_documents,
     load_tokenizer,
-    pieces_of,
     sample_evenly,
     train_tokenizer,
 )
@@ -186,7 +185,7 @@ def test_tokenized_documents(tokenizer, documents):
 
 def test_batches_leave_nothing_out(tokenizer, documents, monkeypatch):
     whole = encode_documents(tokenizer, documents)
-    monkeypatch.setattr("hf_genlm.text.tokenizer._ENCODE_BATCH", 20_000)
+    monkeypatch.setattr("hf_genlm.text.encoding._BATCH", 20_000)
     batched = encode_documents(tokenizer, documents)
     assert batched.ids.tolist() == whole.ids.tolist()
     assert batched.offsets.tolist() == whole.offsets.tolist()
@@ -242,6 +241,33 @@ def test_cutting_a_text_changes_no_id(tokenizer, text, length):
     whole = backend.pre_tokenizer.pre_tokenize_str(text)
     cut = [word for piece in pieces for word, _ in backend.pre_tokenizer.pre_tokenize_str(piece)]
     assert cut == [word for word, _ in whole]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from(WHITESPACE + WORDS), max_size=40).map("".join), max_size=4),
+    st.integers(4, 60),
+    st.integers(1, 30),
+)
+def test_a_document_that_is_read_in_parts_is_cut_as_well(tokenizer, texts, chunk, length):
+    pre_tokenize = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
+    found = [[] for _ in texts]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "CHUNK", chunk)
+        patch.setattr(encoding, "_PIECE", length)
+        for i, piece in encoding.pieces(store.as_documents(Document(text, "x") for text in texts)):
+            found[i].append(piece)
+    assert ["".join(parts) for parts in found] == texts
+    for text, parts in zip(texts, found, strict=True):
+        cut = [word for part in parts for word, _ in pre_tokenize(part)]
+        assert cut == [word for word, _ in pre_tokenize(text)]
+
+
+def test_a_text_of_one_line_is_cut_too():
+    text = "some words in a line that never ends, " * 50_000
+    pieces = list(pieces_of(text))
+    assert len(pieces) > 5
+    assert max(map(len, pieces)) < 300_000
 
 
 def test_a_long_document_is_cut_and_gives_the_ids_of_the_whole(tokenizer):

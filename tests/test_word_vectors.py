@@ -63,7 +63,7 @@ def tokenizer():
     pieces += [merge.replace(" ", "") for merge in MERGES]
     merges = [tuple(merge.split()) for merge in MERGES]
     backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
-    backend.pre_tokenizer = tokenizer_module._pre_tokenizer()
+    backend.pre_tokenizer = tokenizer_module.pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([tokenizer_module.END_OF_TEXT, tokenizer_module.PAD])
     return tokenizer_module._wrap(backend)

@@ -15,6 +15,7 @@ import transformers
 from hf_genlm.decoding.step import DecodeStep, StepState
 from hf_genlm.errors import UserError
 from hf_genlm.model import GenLMConfig
+from hf_genlm.text.cache import cache_folder
 
 Program = Callable[..., torch.Tensor]  # (token, position, slot, *buffers) to logits
 Inputs = Sequence[torch.Tensor]
@@ -82,9 +83,7 @@ PROGRAMS: dict[str, Callable[[DecodeStep, Inputs], Program]] = {
 
 
 def program_file(step: DecodeStep, inputs: Inputs) -> Path:
-    """Where the library of this step is kept: a name for all that its instructions depend on, in
-    `$XDG_CACHE_HOME/hf_genlm`, by default `~/.cache/hf_genlm`."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """Where the library of this step is kept in the cache: a name for all that its instructions depend on."""
     decided = {
         "config": _shape_of(step.config),
         "form": step.form,
@@ -95,7 +94,7 @@ def program_file(step: DecodeStep, inputs: Inputs) -> Path:
         "machine": [_processor(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
     }
     digest = hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()
-    return cache / "hf_genlm" / f"step-{digest[:24]}.pt2"
+    return cache_folder() / f"step-{digest[:24]}.pt2"
 
 
 def _shape_of(config: GenLMConfig) -> dict:

@@ -3,14 +3,17 @@
 import hashlib
 import itertools
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from hf_genlm.errors import UserError
 from hf_genlm.recipe import CorpusRecipe
 from hf_genlm.text.formats import check_encoding
-from hf_genlm.text.sources import Document, Reading, read_sources, read_standard_library
+from hf_genlm.text.sources import Reading, read_sources, read_standard_library
+from hf_genlm.text.store import CHUNK, Document, Documents, TextStore, as_documents
 
 __all__ = ["Corpus", "Document", "read_corpus", "read_documents", "split_documents"]
 
@@ -19,6 +22,7 @@ _DOMINANT_SHARE = (
     0.5  # of all bytes: a document larger than this is split inside, or validation would not see its kind
 )
 _HELD_OUT_BLOCKS = 16  # so many blocks make up the validation split of a long text
+_LOOK_AHEAD = 1 << 12  # bytes in which a line end is looked for at once
 _BLOCK_CHARACTERS = 2000  # blocks are not made shorter than this for the sake of their number
 
 
@@ -26,13 +30,15 @@ _BLOCK_CHARACTERS = 2000  # blocks are not made shorter than this for the sake o
 class Corpus:
     """Two disjoint splits. `report` is the content of corpus.json."""
 
-    train: Sequence[Document]
-    validation: Sequence[Document]
+    train: Documents
+    validation: Documents
     report: dict[str, Any]
 
 
 def read_corpus(recipe: CorpusRecipe) -> Corpus:
     """Read the sources and split them. The same recipe over the same files gives the same corpus.
+
+    Memory does not grow with the text, but for some 50 bytes a document.
 
     A text that stands in both splits is taken out of training.
 
@@ -48,15 +54,14 @@ def read_corpus(recipe: CorpusRecipe) -> Corpus:
     readings = [reading]
     if recipe.validation:
         readings.append(_read(recipe.validation, recipe, "validation"))
-        train, validation, method = reading.documents, readings[1].documents, "given"
+        train, validation = (each.writer.documents() for each in readings)
+        method = "given"
     else:
-        train, validation, method = split_documents(
-            reading.documents, recipe.validation_fraction, recipe.split_seed
-        )
+        documents = reading.writer.documents()
+        train, validation, method = split_documents(documents, recipe.validation_fraction, recipe.split_seed)
     n_before = len(train)
-    held_out = {_sha256(document.text) for document in validation}
-    train = [document for document in train if _sha256(document.text) not in held_out]
-    if not train:
+    train = train.take(~_stands_in(train, validation))
+    if not len(train):
         raise UserError(
             f"no training text is left: all {n_before} training documents stand in the validation split too; "
             "add other text, or hold out other files with --validation"
@@ -79,7 +84,7 @@ def read_corpus(recipe: CorpusRecipe) -> Corpus:
 
 def read_documents(
     sources: Sequence[str], recipe: CorpusRecipe, split: str = "train"
-) -> tuple[list[Document], dict[str, Any]]:
+) -> tuple[Documents, dict[str, Any]]:
     """Documents of `sources` unsplit, and a report on their files; no sources: the embedded default.
 
     `split` ("train" or "validation") is the one preferred of a Hub data set that has several.
@@ -88,20 +93,30 @@ def read_documents(
         UserError: a source cannot be used, or holds no text.
     """
     reading = _read(sources, recipe, split)
+    documents = reading.writer.documents()
     report = {
         "sources": list(sources),
         "description": _describe(sources, reading),
         "empty_skipped": reading.empty_skipped,
         "files_skipped": reading.files_skipped,
-        **_count(reading.documents),
+        **_count(documents),
         "files": reading.files,
     }
-    return reading.documents, report
+    return documents, report
+
+
+class Block(NamedTuple):
+    """A part of a document: the bytes [start, stop) of its store."""
+
+    document: int
+    start: int
+    stop: int
+    characters: int
 
 
 def split_documents(
     documents: Sequence[Document], fraction: float, seed: int
-) -> tuple[list[Document], list[Document], str]:
+) -> tuple[Documents, Documents, str]:
     """(training, validation, method): about `fraction` of the bytes in validation, neither side empty.
 
     "document": whole documents are held out, in a seeded order. "block", where documents are few or one of
@@ -112,14 +127,15 @@ def split_documents(
     Raises:
         UserError: the text is a single character.
     """
-    sizes = [document.n_bytes for document in documents]
-    target = fraction * sum(sizes)
-    if len(documents) >= _FEW_DOCUMENTS and max(sizes) <= _DOMINANT_SHARE * sum(sizes):
+    documents = as_documents(documents)
+    sizes = documents.n_bytes
+    total = int(sizes.sum())
+    target = fraction * total
+    if len(documents) >= _FEW_DOCUMENTS and sizes.max() <= _DOMINANT_SHARE * total:
         held = _choose(sizes, target, seed)
-        if target / 2 <= sum(sizes[i] for i in held) <= target * 2:
-            train = [document for i, document in enumerate(documents) if i not in held]
-            return train, [documents[i] for i in sorted(held)], "document"
-    n_characters = sum(len(document.text) for document in documents)
+        if target / 2 <= sizes[held].sum() <= target * 2:
+            return documents.take(~held), documents.take(held), "document"
+    n_characters = documents.n_characters
     if n_characters < 2:
         raise UserError("the corpus is a single character, which cannot be split: add text")
     wanted = fraction * n_characters
@@ -127,68 +143,130 @@ def split_documents(
     length = min(length, n_characters // 2)
     # cutting at line ends can fail on a short text of long lines: then any character will do
     for reach in (max(length, _BLOCK_CHARACTERS), 0):
-        blocks = [
-            (i, block) for i, document in enumerate(documents) for block in cut(document.text, length, reach)
-        ]
-        sizes = [len(block.encode("utf-8")) for _, block in blocks]
-        held = _choose(sizes, target, seed) or {_seeded_order(len(blocks), seed)[0]}
-        if len(held) < len(blocks) and sum(sizes[i] for i in held) <= max(2 * target, sum(sizes) / 4):
+        blocks = [block for i in range(len(documents)) for block in cut(documents, i, length, reach)]
+        sizes = np.array([block.stop - block.start for block in blocks])
+        held = _choose(sizes, target, seed)
+        if not held.any():
+            held[_seeded_order(len(blocks), seed)[0]] = True
+        if not held.all() and sizes[held].sum() <= max(2 * target, sizes.sum() / 4):
             break
-    sides = _join(documents, blocks, held)
-    return sides[False], sides[True], "block"
+    train, validation = (_joined(documents, blocks, held == side) for side in (False, True))
+    return train, validation, "block"
 
 
-def cut(text: str, length: int, reach: int) -> list[str]:
-    """Blocks of `text`, each ending at the first line end after `length` characters, or, when none follows
-    within `reach` further ones, right there. A last block shorter than half of `length` is left with its
-    neighbour."""
-    ends = []
-    start = 0
-    while len(text) - start > 1.5 * length:
-        newline = text.find("\n", start + length - 1, start + length + reach)
-        start = newline + 1 if newline >= 0 else start + length
-        ends.append(start)
-    if start < len(text):
-        ends.append(len(text))
-    return [text[a:b] for a, b in itertools.pairwise([0, *ends])]
+def cut(documents: Documents, index: int, length: int, reach: int) -> Iterator[Block]:
+    """Blocks of a document, each ending at the first line end after `length` characters, or, when none
+    follows within `reach` further ones, right there. A last block shorter than half of `length` is left with
+    its neighbour."""
+    start, stop = int(documents.starts[index]), int(documents.stops[index])
+    left = int(documents.characters[index])
+    while left > 1.5 * length:
+        at_least = _skip(documents.store, start, stop, length - 1)  # the last character that must be in it
+        end, n_more = _line_end(documents.store, at_least, stop, reach + 1)
+        if n_more == 0:
+            end, n_more = _skip(documents.store, at_least, stop, 1), 1
+        n_taken = length - 1 + n_more
+        yield Block(index, start, end, n_taken)
+        start, left = end, left - n_taken
+    if left:
+        yield Block(index, start, stop, left)
 
 
-def _choose(sizes: Sequence[int], target: float, seed: int) -> set[int]:
-    """Indices in a seeded order, each taken if it brings the sum of the taken sizes nearer to `target`."""
-    chosen: set[int] = set()
-    total = 0
+def _skip(store: TextStore, start: int, stop: int, n_characters: int) -> int:
+    """The byte at which the character `n_characters` after that at `start` begins; at most `stop`."""
+    while n_characters and start < stop:
+        # no more bytes than the characters can have
+        content = store.read(start, min(stop, start + min(CHUNK, 4 * n_characters)))
+        begins = np.flatnonzero(_begins_character(content))
+        if len(begins) > n_characters:
+            return start + int(begins[n_characters])
+        start, n_characters = start + len(content), n_characters - len(begins)
+    while start < stop and not _begins_character(store.read(start, start + 1))[0]:
+        start += 1
+    return start
+
+
+def _line_end(store: TextStore, start: int, stop: int, n_characters: int) -> tuple[int, int]:
+    """(byte behind the first line end, characters up to there, itself counted) among the next
+    `n_characters`; 0 characters when there is none."""
+    n_passed = 0
+    while n_passed < n_characters and start < stop:
+        content = store.read(start, min(stop, start + _LOOK_AHEAD))
+        at = content.find(b"\n")
+        n_passed += int(_begins_character(content[: at + 1] if at >= 0 else content).sum())
+        if at >= 0:
+            return (start + at + 1, n_passed) if n_passed <= n_characters else (start, 0)
+        start += len(content)
+    return start, 0
+
+
+def _begins_character(content: bytes) -> np.ndarray:
+    """Which bytes (n,) of UTF-8 are the first of a character."""
+    return (np.frombuffer(content, dtype=np.uint8) & 0xC0) != 0x80
+
+
+def _choose(sizes: np.ndarray, target: float, seed: int) -> np.ndarray:
+    """A mask (n,): in a seeded order, each is taken if it brings the sum of the taken sizes nearer to
+    `target`."""
+    chosen = np.zeros(len(sizes), dtype=bool)
+    total = n_chosen = 0
     for i in _seeded_order(len(sizes), seed):
-        if abs(total + sizes[i] - target) < abs(total - target) and len(chosen) < len(sizes) - 1:
-            chosen.add(i)
-            total += sizes[i]
+        size = int(sizes[i])
+        if abs(total + size - target) < abs(total - target) and n_chosen < len(sizes) - 1:
+            chosen[i] = True
+            n_chosen += 1
+            total += size
     return chosen
 
 
-def _seeded_order(n: int, seed: int) -> list[int]:
-    """A permutation that no version of a random generator can change."""
-    return sorted(range(n), key=lambda i: hashlib.sha256(f"{seed}:{i}".encode()).digest())
+def _seeded_order(n: int, seed: int) -> np.ndarray:
+    """A permutation (n,) that no version of a random generator can change."""
+    digests = np.empty(n, dtype="S32")
+    for i in range(n):
+        digests[i] = hashlib.sha256(f"{seed}:{i}".encode()).digest()
+    return np.argsort(digests, kind="stable")
 
 
-def _join(
-    documents: Sequence[Document], blocks: Sequence[tuple[int, str]], held: set[int]
-) -> dict[bool, list[Document]]:
-    """Held-out blocks under True, the others under False; neighbours of one document and side joined."""
-    runs: list[tuple[int, bool, list[str]]] = []
-    for k, (i, block) in enumerate(blocks):
-        if runs and runs[-1][:2] == (i, k in held):
-            runs[-1][2].append(block)
-        else:
-            runs.append((i, k in held, [block]))
-    sides: dict[bool, list[Document]] = {False: [], True: []}
-    for i, side, parts in runs:
-        sides[side].append(Document("".join(parts), documents[i].source))
-    return sides
+def _joined(documents: Documents, blocks: Sequence[Block], chosen: np.ndarray) -> Documents:
+    """The chosen blocks as documents; neighbours of one document are joined."""
+    runs: list[Block] = []
+    for block, is_chosen in zip(blocks, chosen, strict=True):
+        if not is_chosen:
+            continue
+        if runs and runs[-1].document == block.document and runs[-1].stop == block.start:
+            last = runs.pop()
+            block = Block(last.document, last.start, block.stop, last.characters + block.characters)
+        runs.append(block)
+    index, starts, stops, characters = np.array(runs, dtype=np.int64).reshape(-1, 4).T
+    return Documents(
+        documents.store, starts, stops, characters, documents.sources, documents.source_ids[index]
+    )
+
+
+def _stands_in(documents: Documents, others: Documents) -> np.ndarray:
+    """A mask (n,): which documents have the text of one of `others`."""
+    # a text of another length is another text: of most documents nothing needs to be read
+    alike = np.flatnonzero(np.isin(documents.n_bytes, others.n_bytes))
+    found = np.zeros(len(documents), dtype=bool)
+    if len(alike):
+        texts = set(_digests(others.take(np.isin(others.n_bytes, documents.n_bytes[alike]))))
+        found[alike] = [digest in texts for digest in _digests(documents.take(alike))]
+    return found
+
+
+def _digests(documents: Documents) -> Iterator[bytes]:
+    """sha256 of each text."""
+    for _, parts in itertools.groupby(documents.contents(), key=lambda part: part[0]):
+        digest = hashlib.sha256()
+        for _, content in parts:
+            digest.update(content)
+        yield digest.digest()
 
 
 def _read(sources: Sequence[str], recipe: CorpusRecipe, split: str) -> Reading:
     check_encoding(recipe.encoding)
     reading = read_sources(sources, recipe, split) if sources else read_standard_library()
-    if not reading.documents:
+    if not len(reading.writer):
         raise UserError(
             f"no text was found in {', '.join(map(repr, sources))}: "
             "every record and file is empty, name other sources"
@@ -207,22 +285,18 @@ def _describe(sources: Sequence[str], reading: Reading) -> str:
     return f"{n_files} file{'' if n_files == 1 else 's'}: {shown}"
 
 
-def _sha256(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8")).digest()
-
-
-def _count(documents: Sequence[Document]) -> dict[str, Any]:
+def _count(documents: Documents) -> dict[str, Any]:
     """`sha256` is of every text in order as UTF-8, each behind its byte count (8 bytes, little-endian)."""
     digest = hashlib.sha256()
-    n_bytes = 0
-    for document in documents:
-        encoded = document.text.encode("utf-8")
-        digest.update(len(encoded).to_bytes(8, "little"))
-        digest.update(encoded)
-        n_bytes += len(encoded)
+    last, n_bytes = -1, documents.n_bytes
+    for i, content in documents.contents():
+        if i != last:
+            digest.update(int(n_bytes[i]).to_bytes(8, "little"))
+            last = i
+        digest.update(content)
     return {
         "documents": len(documents),
-        "bytes": n_bytes,
-        "characters": sum(len(document.text) for document in documents),
+        "bytes": int(n_bytes.sum()),
+        "characters": documents.n_characters,
         "sha256": digest.hexdigest(),
     }

@@ -1,17 +1,22 @@
-"""Bytes of one file to its texts: decompression, decoding, and the records of JSONL and parquet."""
+"""One file to its texts, a part at a time: decompression, decoding, and the records of JSONL and parquet."""
 
+import codecs
 import io
+import itertools
 import json
 import lzma
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import IO, Any
 
 from hf_genlm.errors import UserError
 from hf_genlm.recipe import CorpusRecipe
+from hf_genlm.text.store import CHUNK, spooled
+
+Parts = Iterable[str]  # one text, in parts that join to it
 
 COMPRESSIONS = {
     ".gz": "gzip",
@@ -21,15 +26,16 @@ COMPRESSIONS = {
     ".zip": "zip",
 }  # suffix: fsspec's word
 _BINARY_PROBE = 64 * 1024  # bytes looked at for NUL
+_PARQUET_ROWS = 512  # decoded at once
 
 
 @dataclass(frozen=True)
 class RawFile:
-    """One file as it lies on disk. `label` names it in messages."""
+    """One file as it lies on disk, at its beginning. `label` names it in messages."""
 
     label: str
     name: str  # decides the format by its suffixes
-    content: bytes
+    stream: IO[bytes]
 
 
 def format_of(name: str) -> tuple[str | None, str | None]:
@@ -41,22 +47,20 @@ def format_of(name: str) -> tuple[str | None, str | None]:
     return (path.suffix if path.suffix in FORMATS else None), compression
 
 
-def texts_of(file: RawFile, recipe: CorpusRecipe) -> list[str]:
+def texts_of(file: RawFile, recipe: CorpusRecipe) -> Iterator[Parts]:
     """The texts of a file, unchanged: one of a text file, one per record of .jsonl and .parquet.
 
-    A file of an unknown suffix is text. Records without text are given as empty strings.
+    A file of an unknown suffix is text. Records without text are given as empty ones. The parts of a
+    text are to be taken before the next text.
 
     Raises:
         UserError: damaged archive, binary or wrongly encoded text, a record that does not hold the text
-            column.
+            column. Not before the place of the fault is read.
     """
     suffix, compression = format_of(file.name)
-    content = file.content
-    if compression is not None:
-        if compression == "zip" and suffix is None:
-            suffix, _ = format_of(_only_member(file))
-        content = _decompress(file, compression)
-    return FORMATS[suffix or ".txt"](file.label, content, recipe)
+    if compression == "zip" and suffix is None:
+        suffix, _ = format_of(_only_member(file))
+    return FORMATS[suffix or ".txt"](file, compression, recipe)
 
 
 def check_encoding(encoding: str) -> None:
@@ -73,7 +77,12 @@ def check_encoding(encoding: str) -> None:
         ) from error
 
 
-def _decompress(file: RawFile, compression: str) -> bytes:
+def _chunks(file: RawFile, compression: str | None) -> Iterator[bytes]:
+    """The content of a file, decompressed, in parts."""
+    if compression is None:
+        while content := file.stream.read(CHUNK):
+            yield content
+        return
     from fsspec.compression import compr
 
     if compression == "zip":
@@ -85,9 +94,11 @@ def _decompress(file: RawFile, compression: str) -> bytes:
         )
     try:
         if compression == "zstd":
-            return _decompress_zstd(file.content)
-        with compr[compression](io.BytesIO(file.content), mode="rb") as stream:
-            return stream.read()
+            yield from _zstd_chunks(file.stream)
+            return
+        with compr[compression](file.stream, mode="rb") as stream:
+            while content := stream.read(CHUNK):
+                yield content
     # RuntimeError and NotImplementedError: zipfile on a password and on a method it does not know
     except (
         OSError,
@@ -104,33 +115,36 @@ def _decompress(file: RawFile, compression: str) -> bytes:
         ) from error
 
 
-def _decompress_zstd(content: bytes) -> bytes:
+def _zstd_chunks(stream: IO[bytes]) -> Iterator[bytes]:
     """All frames; `zstandard`'s stream reader stops after the first and takes a cut-off file for whole."""
     try:
         import zstandard
     except ImportError:
         from fsspec.compression import compr
 
-        with compr["zstd"](io.BytesIO(content), mode="rb") as stream:
-            return stream.read()
-    parts = []
+        with compr["zstd"](stream, mode="rb") as unpacked:
+            while content := unpacked.read(CHUNK):
+                yield content
+        return
+    frame = None
     try:
-        while content:
-            frame = zstandard.ZstdDecompressor().decompressobj()
-            parts.append(frame.decompress(content))
-            if not frame.eof:
-                raise EOFError("it ends in the middle of a frame")
-            content = frame.unused_data
+        while content := stream.read(CHUNK):
+            while content:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(content)
+                content, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from error
-    return b"".join(parts)
+    if frame is not None:
+        raise EOFError("it ends in the middle of a frame")
 
 
 def _only_member(file: RawFile) -> str:
     """Name of the one member of a zip archive. It is never used as a path."""
     try:
-        with zipfile.ZipFile(io.BytesIO(file.content)) as archive:
+        with zipfile.ZipFile(file.stream) as archive:
             members = archive.namelist()
+        file.stream.seek(0)
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         raise UserError(
             f"{file.label!r} is not readable as zip ({_one_line(error)}): the file is damaged, copy it anew"
@@ -143,27 +157,48 @@ def _only_member(file: RawFile) -> str:
     return members[0]
 
 
-def _decode(label: str, content: bytes, recipe: CorpusRecipe) -> str:
-    """Strict, without newline translation."""
-    wide = b"\0" in "a".encode(
-        recipe.encoding, errors="replace"
-    )  # utf-16 and utf-32 write NUL bytes for plain text
-    if not wide and b"\0" in content[:_BINARY_PROBE]:
-        raise UserError(
-            f"{label!r} is binary (it holds NUL bytes), not text: leave it out, "
-            "or name its encoding with --set corpus.encoding=utf-16"
-        )
-    try:
-        text = content.decode(recipe.encoding)
-    except UnicodeError as error:
-        start = getattr(error, "start", 0)
-        remedy = "latin-1" if recipe.encoding.lower() in ("utf-8", "utf8") else "utf-8"
-        raise UserError(
-            f"{label!r} is not {recipe.encoding}: byte 0x{content[start]:02x} at offset {start}; "
-            f"name its encoding, for example --set corpus.encoding={remedy}"
-        ) from error
-    _check_unicode(label, text)
-    return text
+def _decoded(file: RawFile, compression: str | None, recipe: CorpusRecipe) -> Iterator[str]:
+    """The text of a file in parts, strictly decoded, without newline translation."""
+    # utf-16 and utf-32 write NUL bytes for plain text
+    wide = b"\0" in "a".encode(recipe.encoding, errors="replace")
+    decoder = _decoder(recipe.encoding)
+    n_read = 0
+    for content in itertools.chain(_chunks(file, compression), [b""]):
+        if not wide and b"\0" in content[: max(0, _BINARY_PROBE - n_read)]:
+            raise UserError(
+                f"{file.label!r} is binary (it holds NUL bytes), not text: leave it out, "
+                "or name its encoding with --set corpus.encoding=utf-16"
+            )
+        n_read += len(content)
+        try:
+            part = decoder(content, not content)
+        except UnicodeError as error:
+            # the decoder has put what it held back before `content`
+            seen = getattr(error, "object", content) or b"\0"
+            start = getattr(error, "start", 0)
+            remedy = "latin-1" if recipe.encoding.lower() in ("utf-8", "utf8") else "utf-8"
+            raise UserError(
+                f"{file.label!r} is not {recipe.encoding}: byte 0x{seen[start]:02x} at offset "
+                f"{n_read - len(seen) + start}; "
+                f"name its encoding, for example --set corpus.encoding={remedy}"
+            ) from error
+        if part:
+            _check_unicode(file.label, part)
+            yield part
+
+
+def _decoder(encoding: str) -> Callable[[bytes, bool], str]:
+    """`decode(content, is_last)`, part by part; of an encoding that cannot do that, all at the end."""
+    make = codecs.lookup(encoding).incrementaldecoder
+    if make is not None:
+        return make("strict").decode
+    held = io.BytesIO()
+
+    def decode(content: bytes, is_last: bool) -> str:
+        held.write(content)
+        return held.getvalue().decode(encoding) if is_last else ""
+
+    return decode
 
 
 def _check_unicode(label: str, text: str) -> None:
@@ -176,17 +211,17 @@ def _check_unicode(label: str, text: str) -> None:
         ) from error
 
 
-def _whole_text(label: str, content: bytes, recipe: CorpusRecipe) -> list[str]:
-    return [_decode(label, content, recipe)]
+def _whole_text(file: RawFile, compression: str | None, recipe: CorpusRecipe) -> Iterator[Parts]:
+    yield _decoded(file, compression, recipe)
 
 
-def _jsonl(label: str, content: bytes, recipe: CorpusRecipe) -> list[str]:
-    lines = _decode(label, content, recipe).removeprefix("\ufeff").split("\n")
-    texts = []
-    for number, line in enumerate(lines, start=1):
+def _jsonl(file: RawFile, compression: str | None, recipe: CorpusRecipe) -> Iterator[Parts]:
+    for number, line in enumerate(_lines(_decoded(file, compression, recipe)), start=1):
+        if number == 1:
+            line = line.removeprefix("\ufeff")
         if not line.strip():
             continue
-        where = f"{label}, line {number}"
+        where = f"{file.label}, line {number}"
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -197,20 +232,36 @@ def _jsonl(label: str, content: bytes, recipe: CorpusRecipe) -> list[str]:
         if not isinstance(record, dict):
             raise UserError(f'{where!r} is {type(record).__name__}, not an object: write {{"text": ...}}')
         check_column(where, record, recipe)
-        texts.append(text_value(where, record[recipe.text_column], recipe))
-    return texts
+        yield (text_value(where, record[recipe.text_column], recipe),)
 
 
-def _parquet(label: str, content: bytes, recipe: CorpusRecipe) -> list[str]:
+def _lines(parts: Parts) -> Iterator[str]:
+    """What lies between line feeds."""
+    begun: list[str] = []
+    for part in parts:
+        first, *others = part.split("\n")
+        begun.append(first)
+        if others:
+            yield "".join(begun)
+            yield from others[:-1]
+            begun = [others[-1]]
+    yield "".join(begun)
+
+
+def _parquet(file: RawFile, compression: str | None, recipe: CorpusRecipe) -> Iterator[Parts]:
     import pyarrow as pa
     from pyarrow import parquet
 
-    texts: list[str] = []
+    stream = file.stream
+    if compression is not None:
+        stream = spooled(_chunks(file, compression))
+    label = file.label
     try:
-        table = parquet.ParquetFile(pa.BufferReader(content))
+        table = parquet.ParquetFile(stream, buffer_size=CHUNK, pre_buffer=False)
         check_column(label, table.schema_arrow.names, recipe)
-        for batch in table.iter_batches(batch_size=4096, columns=[recipe.text_column]):
-            texts.extend(text_value(label, value, recipe) for value in batch.column(0).to_pylist())
+        for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[recipe.text_column]):
+            for value in batch.column(0).to_pylist():
+                yield (text_value(label, value, recipe),)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{label!r}, column {recipe.text_column!r}, is not UTF-8 (byte "
@@ -222,7 +273,6 @@ def _parquet(label: str, content: bytes, recipe: CorpusRecipe) -> list[str]:
             f"{label!r} is not readable as parquet ({_one_line(error)}): the file is damaged or misnamed, "
             "copy it anew"
         ) from error
-    return texts
 
 
 def check_column(where: str, names: Iterable[str], recipe: CorpusRecipe) -> None:
@@ -260,7 +310,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-FORMATS: dict[str, Callable[[str, bytes, CorpusRecipe], list[str]]] = {
+FORMATS: dict[str, Callable[[RawFile, str | None, CorpusRecipe], Iterator[Parts]]] = {
     ".txt": _whole_text,
     ".md": _whole_text,
     ".py": _whole_text,

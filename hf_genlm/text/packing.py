@@ -6,19 +6,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hf_genlm.errors import UserError
-from hf_genlm.text.tokenizer import TokenizedDocuments
+from hf_genlm.text.encoding import TokenizedDocuments
 
 if TYPE_CHECKING:
     import torch
 
+_ROWS_AT_ONCE = 8192  # where more are read than a batch holds
+_ROWS_IN_MEMORY = 1024  # each keeps the 64 KiB around it of a file of ids
 IGNORED = -100  # the label that cross-entropy leaves out
 
 
-def position_ids_of(row: np.ndarray, eos_id: int) -> np.ndarray:
-    """Positions (T,) int64 within documents of a row (T,): 0 at its start and at every end-of-text token."""
-    steps = np.arange(len(row), dtype=np.int64)
-    starts = np.where(row == eos_id, steps, 0)
-    return steps - np.maximum.accumulate(starts)
+def position_ids_of(rows: np.ndarray, eos_id: int) -> np.ndarray:
+    """Positions (..., T) int64 within documents of rows (..., T): 0 at their start and at every end-of-text
+    token."""
+    steps = np.arange(rows.shape[-1], dtype=np.int64)
+    starts = np.where(rows == eos_id, steps, 0)
+    return steps - np.maximum.accumulate(starts, axis=-1)
 
 
 class PackedRows:
@@ -30,6 +33,9 @@ class PackedRows:
 
     An item holds `input_ids`, `position_ids` and `labels`, each (T,) int64. No attention mask: with none,
     transformers finds the documents of a row by their positions.
+
+    The stream is never built: a row is found in the ids of the documents, which may lie on disk, when it is
+    asked for. A DataLoader asks for a whole batch at once.
     """
 
     def __init__(self, documents: TokenizedDocuments, row_length: int, eos_id: int, pad_id: int):
@@ -45,49 +51,78 @@ class PackedRows:
         self.row_length = row_length
         self.eos_id = eos_id
         self.pad_id = pad_id
-        self.stream = _stream(documents, eos_id)
-        if len(self.stream) < row_length:
+        self.documents = documents
+        self._n_fetched = 0  # rows since the memory of the ids was given back
+        # where the end-of-text tokens stand in the stream (n + 1,)
+        self._eos_at = documents.offsets + np.arange(len(documents) + 1)
+        self._length = documents.n_tokens + len(documents) + 1
+        if self._length < row_length:
             raise UserError(
-                f"training.row_length = {row_length}: the text has only {len(self.stream)} tokens, less "
+                f"training.row_length = {row_length}: the text has only {self._length} tokens, less "
                 "than one row; "
-                f"give more text, or --set training.row_length={max(2, len(self.stream) // 4)}"
+                f"give more text, or --set training.row_length={max(2, self._length // 4)}"
             )
 
     @property
     def n_targets(self) -> int:
         """Labels trained on in one epoch."""
-        return len(self.stream) - 1
+        return self._length - 1
 
     def __len__(self) -> int:
         return -(-self.n_targets // (self.row_length - 1))
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        index = range(len(self))[index]
-        start = index * (self.row_length - 1)
-        tokens = self.stream[start : start + self.row_length]
-        input_ids = np.full(self.row_length, self.pad_id, dtype=np.int64)
-        input_ids[: len(tokens)] = tokens
-        labels = input_ids.copy()
-        labels[len(tokens) :] = IGNORED
+        return {key: value[0] for key, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """A whole batch: each value (B, T) int64."""
+        chosen = range(len(self))
+        starts_B = np.array([chosen[index] for index in indices], dtype=np.int64) * (self.row_length - 1)
+        input_ids_BT, n_tokens_B = self._stream_at(starts_B)
+        is_padding_BT = np.arange(self.row_length) >= n_tokens_B[:, None]
+        input_ids_BT[is_padding_BT] = self.pad_id
         return {
-            "input_ids": input_ids,
-            "position_ids": position_ids_of(input_ids, self.eos_id),
-            "labels": labels,
+            "input_ids": input_ids_BT,
+            "position_ids": position_ids_of(input_ids_BT, self.eos_id),
+            "labels": np.where(is_padding_BT, IGNORED, input_ids_BT),
         }
 
+    def first_tokens(self, count: int) -> np.ndarray:
+        """The beginning of the stream, at most `count` tokens, its very last one left out."""
+        width = self.row_length - 1
+        n_rows = min(len(self), -(-count // width))
+        parts = [
+            self._stream_at(np.arange(row, min(row + _ROWS_AT_ONCE, n_rows), dtype=np.int64) * width)[0]
+            for row in range(0, n_rows, _ROWS_AT_ONCE)
+        ]
+        stream = np.concatenate([part[:, :-1].ravel().astype(self.documents.ids.dtype) for part in parts])
+        return stream[: min(count, self.n_targets)]
 
-def collate(items: Sequence[dict[str, np.ndarray]]) -> "dict[str, torch.Tensor]":
-    """Items of `PackedRows` as one batch: each value (B, T) int64."""
+    def _stream_at(self, starts_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The stream from each start on, (B, T) int64, and how many of these tokens it has, (B,)."""
+        stops_B = np.minimum(starts_B + self.row_length, self._length)
+        # the end-of-text tokens of each row, as one list over all rows
+        first_B = np.searchsorted(self._eos_at, starts_B)
+        n_eos_B = np.searchsorted(self._eos_at, stops_B) - first_B
+        row_N = np.repeat(np.arange(len(starts_B)), n_eos_B)
+        nth_N = np.arange(len(row_N)) - np.repeat(np.cumsum(n_eos_B) - n_eos_B, n_eos_B)
+        is_eos_BT = np.zeros((len(starts_B), self.row_length), dtype=bool)
+        is_eos_BT[row_N, self._eos_at[first_B[row_N] + nth_N] - starts_B[row_N]] = True
+        # all tokens before this one that are of documents
+        index_BT = (starts_B - first_B)[:, None] + np.cumsum(~is_eos_BT, axis=1) - 1
+        tokens_BT = self.documents.take(index_BT).astype(np.int64)
+        self._n_fetched += len(starts_B)
+        if self._n_fetched >= _ROWS_IN_MEMORY:
+            self.documents.release()
+            self._n_fetched = 0
+        tokens_BT[is_eos_BT] = self.eos_id
+        return tokens_BT, stops_B - starts_B
+
+
+def collate(rows: "dict[str, np.ndarray] | Sequence[dict[str, np.ndarray]]") -> "dict[str, torch.Tensor]":
+    """Items of `PackedRows`, or a batch of them, as tensors: each value (B, T) int64."""
     import torch
 
-    return {key: torch.from_numpy(np.stack([item[key] for item in items])) for key in items[0]}
-
-
-def _stream(documents: TokenizedDocuments, eos_id: int) -> np.ndarray:
-    """`eos d1 eos d2 ... eos dn eos`, of the type of the documents' ids."""
-    stream = np.empty(documents.n_tokens + len(documents) + 1, dtype=documents.ids.dtype)
-    is_token = np.ones(len(stream), dtype=bool)
-    is_token[documents.offsets + np.arange(len(documents) + 1)] = False
-    stream[~is_token] = eos_id
-    stream[is_token] = documents.ids
-    return stream
+    if not isinstance(rows, dict):
+        rows = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    return {key: torch.from_numpy(value) for key, value in rows.items()}

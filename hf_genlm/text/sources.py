@@ -9,11 +9,14 @@ import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from hf_genlm.errors import UserError
 from hf_genlm.recipe import CorpusRecipe
-from hf_genlm.text.formats import RawFile, check_column, format_of, text_value, texts_of
+from hf_genlm.text.formats import Parts, RawFile, check_column, format_of, text_value, texts_of
+from hf_genlm.text.store import CHUNK, Document, DocumentWriter
+
+__all__ = ["Document", "Reading", "read_sources", "read_standard_library"]
 
 # what CPython brings beside its library: its tests, and what was installed into it
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -22,43 +25,30 @@ _BUILD_FILE = "_sysconfigdata_"  # what the build wrote: paths of the machine th
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One text, exactly as it was read. `source` is shown to people and never an absolute path."""
-
-    text: str
-    source: str
-
-    @property
-    def n_bytes(self) -> int:
-        """Length of the text in UTF-8 bytes."""
-        return len(self.text.encode("utf-8"))
-
-
 @dataclass
 class Reading:
     """Documents in the order of the sources, and what a report tells about their files."""
 
-    documents: list[Document] = field(default_factory=list)
+    writer: DocumentWriter = field(default_factory=DocumentWriter)
     files: list[dict[str, Any]] = field(
         default_factory=list
     )  # name, bytes, sha256 (both as on disk), documents
     empty_skipped: int = 0  # empty records, and empty files inside folders
     files_skipped: int = 0  # files inside folders whose suffix is not a text's
 
-    def add(self, name: str, texts: list[str], content: bytes | None) -> None:
-        """Take in the texts of one file; `content` is None where there is no file on this disk."""
-        kept = [Document(text, name) for text in texts if text]
-        self.documents += kept
-        self.empty_skipped += len(texts) - len(kept)
-        self.files.append(
-            {
-                "name": name,
-                "bytes": None if content is None else len(content),
-                "sha256": None if content is None else hashlib.sha256(content).hexdigest(),
-                "documents": len(kept),
-            }
-        )
+    def add(
+        self, name: str, texts: Iterable[Parts], n_bytes: int | None = None, sha256: str | None = None
+    ) -> int:
+        """Take in the texts of one file; how many are not empty. No `n_bytes` where no file is on this
+        disk."""
+        n_texts, before = 0, len(self.writer)
+        for parts in texts:
+            self.writer.add(parts, name)
+            n_texts += 1
+        n_kept = len(self.writer) - before
+        self.empty_skipped += n_texts - n_kept
+        self.files.append({"name": name, "bytes": n_bytes, "sha256": sha256, "documents": n_kept})
+        return n_kept
 
 
 @dataclass(frozen=True)
@@ -105,18 +95,20 @@ def read_standard_library() -> Reading:
         name = path.relative_to(root).as_posix()
         if path.suffix != ".py" or path.name.startswith(_BUILD_FILE):
             continue
-        content = _read_bytes(path)
+        content = path.read_bytes()
+        of_file = len(content), hashlib.sha256(content).hexdigest()
         if name == _TOPICS_FILE:
             texts = {f"topics:{topic}": text for topic, text in sorted(topics.topics.items()) if text}
-            reading.documents += [Document(text, topic) for topic, text in texts.items()]
-            reading.add(name, [], content)
+            for topic, text in texts.items():
+                reading.writer.add((text,), topic)
+            reading.add(name, [], *of_file)
             reading.files[-1]["documents"] = len(texts)
         elif content:
             try:
-                reading.add(name, [content.decode("utf-8")], content)
+                reading.add(name, [(content.decode("utf-8"),)], *of_file)
             except UnicodeDecodeError:  # a file with another encoding declared; none in CPython 3.10 to 3.14
                 reading.files_skipped += 1
-    if not reading.documents:
+    if not len(reading.writer):
         raise UserError(
             "this Python comes without the source of its library: name a file or folder of text to read"
         )
@@ -188,25 +180,33 @@ def _shown(path: Path) -> str:
     return "" if name == "." else f"{name}/"
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_file(file: _Found, recipe: CorpusRecipe, reading: Reading) -> None:
+    label = str(file.path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        if not stat.S_ISREG(file.path.stat().st_mode):
             raise UserError(
-                f"{str(path)!r} is neither a file nor a folder: save the text to a file and name that"
+                f"{label!r} is neither a file nor a folder: save the text to a file and name that"
             )
-        return path.read_bytes()
+        with file.path.open("rb") as stream:
+            n_bytes, sha256 = _measure(stream)
+            texts = texts_of(RawFile(label, file.path.name, stream), recipe) if n_bytes else [()]
+            n_kept = reading.add(file.name, texts, n_bytes, sha256)
     except OSError as error:
         raise UserError(
-            f"{str(path)!r} cannot be read ({error.strerror}): check the file's permissions"
+            f"{label!r} cannot be read ({error.strerror}): check the file's permissions"
         ) from error
+    if file.named and not n_kept:
+        raise UserError(f"{label!r} is empty: a source must hold text, leave it out or fill it")
 
 
-def _read_file(file: _Found, recipe: CorpusRecipe, reading: Reading) -> None:
-    content = _read_bytes(file.path)
-    texts = texts_of(RawFile(str(file.path), file.path.name, content), recipe) if content else [""]
-    if file.named and not any(texts):
-        raise UserError(f"{str(file.path)!r} is empty: a source must hold text, leave it out or fill it")
-    reading.add(file.name, texts, content)
+def _measure(stream: IO[bytes]) -> tuple[int, str]:
+    """Bytes and sha256 of a file, which is left at its beginning."""
+    digest, n_bytes = hashlib.sha256(), 0
+    while content := stream.read(CHUNK):
+        digest.update(content)
+        n_bytes += len(content)
+    stream.seek(0)
+    return n_bytes, digest.hexdigest()
 
 
 def _read_hub(word: str, recipe: CorpusRecipe, split: str, reading: Reading) -> None:
@@ -236,8 +236,8 @@ def _read_hub(word: str, recipe: CorpusRecipe, split: str, reading: Reading) -> 
     check_column(word, splits[chosen].column_names, recipe)
     records = splits[chosen].select_columns([recipe.text_column])
     batches = records.iter(batch_size=1000)
-    texts = [text_value(word, value, recipe) for batch in batches for value in batch[recipe.text_column]]
-    reading.add(word, texts, None)
+    values = (value for batch in batches for value in batch[recipe.text_column])
+    reading.add(word, ((text_value(word, value, recipe),) for value in values))
 
 
 def _check_reachable(name: str) -> None:

@@ -18,7 +18,7 @@ import torch
 if TYPE_CHECKING:
     from hf_genlm.model import GenLMForCausalLM
 
-_MOST_TOKENS = 20_000_000  # counted, from the start of the text: bounds time and memory
+MOST_TOKENS = 5_000_000  # worth counting, from the start of the text: bounds time and memory
 _PRIOR = 60.0  # pseudo-counts, as single tokens are distributed, that each token's successors start with
 _UNSEEN = 0.5  # occurrences that a token without any is taken to have
 _EXTRA_DIRECTIONS = 8  # a random sketch needs some more than are wanted (Halko et al., 2011, arXiv:0909.4061)
@@ -61,7 +61,7 @@ def start_from_pairs(model: "GenLMForCausalLM", stream: np.ndarray, keep_embeddi
     """
     if model.config.tie_word_embeddings:
         raise ValueError("a head is fitted to pairs of tokens where it is not tied to the embedding")
-    statistics = count_pairs(stream[:_MOST_TOKENS], model.config.vocab_size)
+    statistics = count_pairs(stream, model.config.vocab_size)
     embedding = model.model.embed_tokens.weight
     if not keep_embedding:
         table = embed_pairs(statistics, embedding.shape[1])

@@ -1,26 +1,26 @@
 """The main job: from sources to a measured model in a run folder. Run it with `hf-genlm train [SOURCE
 ...]`."""
 
-import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.errors import UserError
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
-from hf_genlm.model import MIXER_TYPES, GenLMConfig, GenLMForCausalLM, mixers_of
+from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.recipe import Recipe, TrainingRecipe
 from hf_genlm.run_folder import Listener, RunFolder, describe_environment, write_json, write_text
+from hf_genlm.text.cache import Cache, cache_folder
 from hf_genlm.text.corpus import Corpus, read_corpus
+from hf_genlm.text.encoding import TokenizedDocuments, encode_documents
 from hf_genlm.text.packing import PackedRows, collate
-from hf_genlm.text.tokenizer import TokenizedDocuments, encode_documents, load_tokenizer, train_tokenizer
+from hf_genlm.text.tokenizer import load_tokenizer, train_tokenizer
 from hf_genlm.training.budget import Budget, budget_of, resolve, trapezoid
 from hf_genlm.training.callbacks import (
     BudgetCallback,
@@ -30,9 +30,10 @@ from hf_genlm.training.callbacks import (
     Pace,
     write_samples,
 )
+from hf_genlm.training.configure import adopt_vocabulary, build_config, mixer_types_of, plan_recipe
 from hf_genlm.training.optimizer import OptimizerFactory, check_optimizer
-from hf_genlm.training.pair_start import start_from_pairs
-from hf_genlm.training.plan import is_open, plan_size, tokens_of_a_step
+from hf_genlm.training.pair_start import MOST_TOKENS, start_from_pairs
+from hf_genlm.training.plan import is_open, tokens_of_a_step
 from hf_genlm.training.word_vectors import adopt_dimension, count_words, start_from_vectors
 
 _PARTIAL_VALIDATION_TOKENS = 16_384
@@ -73,7 +74,7 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
         corpus = prepare_corpus(run, recipe)
         training_arguments = _training_arguments(run, recipe.training, budget)
         if is_open(given):
-            recipe = _plan(run, given, corpus.tokenizer, budget, training_arguments.device)
+            recipe = plan_recipe(run, given, corpus.tokenizer, budget, training_arguments.device)
             config = build_config(recipe, mixer_types_of(recipe))
             training_arguments = _training_arguments(run, recipe.training, budget)
         corpus.tokenizer.model_max_length = recipe.training.row_length
@@ -92,7 +93,9 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
             found = start_from_vectors(run, model, corpus.tokenizer, corpus.words, corpus.train.ids, recipe)
             held = torch.from_numpy(found) if recipe.vectors.frozen else None
         if recipe.training.start == "pairs":
-            learned = start_from_pairs(model, rows.stream, keep_embedding=recipe.vectors.path is not None)
+            learned = start_from_pairs(
+                model, rows.first_tokens(MOST_TOKENS), keep_embedding=recipe.vectors.path is not None
+            )
             run.log("pairs", tokens=learned.n_tokens, distinct=learned.n_pairs)
     except UserError:
         run.discard()
@@ -108,6 +111,11 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
 
 def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
     """Read, split and tokenize the corpus; writes corpus.json."""
+
+    def note(message: str) -> None:
+        run.log("note", message=message)
+
+    cache = Cache(cache_folder() if recipe.corpus.cache else None, note)
     corpus = read_corpus(recipe.corpus)
     run.log("corpus", **{name: corpus.report[name] for name in ("description", "train", "validation")})
     if recipe.tokenizer.path is not None:
@@ -116,10 +124,11 @@ def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
             tokenizer.bos_token = tokenizer.eos_token  # as in our own: what stands before a document
     else:
         run.tell("progress", task="tokenizer", done=0, total=None)
-        tokenizer = train_tokenizer(corpus.train, recipe.tokenizer, corpus.report["train"]["bytes"])
+        text = corpus.report["train"]
+        tokenizer = train_tokenizer(corpus.train, recipe.tokenizer, text["bytes"], cache, text["sha256"])
     recipe.tokenizer.vocab_size = len(tokenizer)
     words = count_words(corpus.train) if recipe.vectors.path is not None else {}
-    train, validation = _encode_splits(run, tokenizer, corpus)
+    train, validation = _encode_splits(run, tokenizer, corpus, cache, note)
     tokenized = TokenizedCorpus(tokenizer, train, validation, words)
     write_json(run.corpus, corpus.report)
     run.log(
@@ -132,69 +141,6 @@ def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
         ),
     )
     return tokenized
-
-
-def build_config(recipe: Recipe, mixer_types: list[str]) -> GenLMConfig:
-    """The model's config, but for the vocabulary.
-
-    Raises:
-        UserError: shapes that do not fit each other.
-    """
-    given = dataclasses.asdict(recipe.model)
-    for name in ("decoder", "mixers", "size"):
-        del given[name]
-    given["bigram_size"] = given["bigram_size"] or None
-    try:
-        return GenLMConfig(
-            **given,
-            mixer_types=mixer_types,
-            max_position_embeddings=recipe.training.row_length,
-            embedding_projection=True if recipe.vectors.path is not None else None,
-            initializer_range=round(recipe.model.hidden_size**-0.5, 4),
-        )
-    except (ValueError, StrictDataclassError) as error:
-        reason = error.__cause__ or error
-        raise UserError(f"model: {' '.join(str(reason).split())}") from error
-
-
-def _plan(
-    run: RunFolder,
-    given: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    budget: Budget,
-    device: torch.device,
-) -> Recipe:
-    """The recipe of the size that the budget's time is best spent on; the planning is taken from it."""
-    given = copy.deepcopy(given)
-    given.tokenizer.vocab_size = len(tokenizer)
-
-    def build(recipe: Recipe) -> GenLMForCausalLM:
-        adopt_dimension(recipe)
-        config = build_config(recipe, mixer_types_of(recipe))
-        adopt_vocabulary(config, tokenizer)
-        return GenLMForCausalLM(config).to(device)
-
-    run.tell("progress", task="planning", done=0, total=None)
-    plan = plan_size(given, budget.seconds, len(tokenizer), build)
-    budget.seconds -= plan.seconds
-    run.log(
-        "planned",
-        **dataclasses.asdict(plan.shape),
-        weights=plan.weights,
-        step_s=round(plan.step_s, 5),
-        tokens=plan.tokens,
-        seconds=round(plan.seconds, 3),
-    )
-    recipe = resolve(given, plan.shape)
-    adopt_dimension(recipe)
-    return recipe
-
-
-def adopt_vocabulary(config: GenLMConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Take the number of tokens and the special ones from the tokenizer."""
-    config.vocab_size = len(tokenizer)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, name, getattr(tokenizer, name))
 
 
 def fit(
@@ -332,23 +278,12 @@ def _likelihood(
     )
 
 
-def mixer_types_of(recipe: Recipe) -> list[str]:
-    """The mixer's word for each layer, from a resolved recipe.
-
-    Raises:
-        UserError: an unknown mixer, with the near word.
-    """
-    model = recipe.model
-    if model.mixers is not None:
-        for mixer in model.mixers:
-            if mixer not in MIXER_TYPES:
-                raise UserError(f"unknown mixer {mixer!r} in --mixers{did_you_mean(mixer, MIXER_TYPES)}")
-        return model.mixers
-    return mixers_of(model.decoder, model.num_hidden_layers)
-
-
 def _encode_splits(
-    run: RunFolder, tokenizer: PreTrainedTokenizerBase, corpus: Corpus
+    run: RunFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    cache: Cache,
+    note: Callable[[str], None],
 ) -> Sequence[TokenizedDocuments]:
     encoded = []
     for split, documents in (("train", corpus.train), ("validation", corpus.validation)):
@@ -356,7 +291,8 @@ def _encode_splits(
         def on_progress(done: int, total: int, split: str = split) -> None:
             run.tell("progress", task=f"encoding {split}", done=done, total=total)
 
-        encoded.append(encode_documents(tokenizer, documents, on_progress))
+        sha256 = corpus.report[split]["sha256"]
+        encoded.append(encode_documents(tokenizer, documents, on_progress, note, cache, sha256))
         corpus.report[split]["tokens"] = encoded[-1].n_tokens
     return encoded
 

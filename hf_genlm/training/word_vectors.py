@@ -21,8 +21,8 @@ import numpy as np
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.recipe import Recipe
 from hf_genlm.run_folder import RunFolder, write_json
-from hf_genlm.text.corpus import Document
-from hf_genlm.text.tokenizer import pieces_of
+from hf_genlm.text.encoding import pieces
+from hf_genlm.text.store import Document, as_documents
 from hf_genlm.text.vector_files import DAMAGED, WordVectors, peek_dimension, read_vectors
 
 if TYPE_CHECKING:
@@ -79,11 +79,10 @@ def count_words(documents: Iterable[Document]) -> dict[str, int]:
     """
     pattern = _word_pattern()
     counts: Counter[str] = Counter()
-    for document in documents:
-        for piece in pieces_of(document.text):
-            counts.update(pattern.findall(piece))
-            if len(counts) > _COUNTED_AT_ONCE:
-                counts = _most_common(counts, 2 * MAX_WORDS)
+    for _, piece in pieces(as_documents(documents)):
+        counts.update(pattern.findall(piece))
+        if len(counts) > _COUNTED_AT_ONCE:
+            counts = _most_common(counts, 2 * MAX_WORDS)
     return dict(_most_common(counts, MAX_WORDS))
 
 
@@ -193,7 +192,10 @@ def start_from_vectors(
 
 def coverage(read: WordVectors, kind: np.ndarray, ids: np.ndarray, file: str) -> dict[str, Any]:
     """The content of vectors.json: tokens by kind, and the share of `ids` that each has."""
-    occurrences = np.bincount(kind, weights=np.bincount(ids, minlength=len(kind)), minlength=len(KINDS))
+    counts = np.zeros(len(kind), dtype=np.int64)
+    for start in range(0, len(ids), _COUNTED_AT_ONCE):
+        counts += np.bincount(ids[start : start + _COUNTED_AT_ONCE], minlength=len(kind))
+    occurrences = np.bincount(kind, weights=counts, minlength=len(KINDS))
     n_tokens = np.bincount(kind, minlength=len(KINDS))
     return {
         "file": file,

@@ -103,8 +103,8 @@ def measure_pace(ways: Ways, vocab_size: int) -> dict[str, float]:
     from hf_genlm.model import GenLMForCausalLM
     from hf_genlm.recipe import load_recipe
     from hf_genlm.training.budget import resolve
+    from hf_genlm.training.configure import build_config, mixer_types_of
     from hf_genlm.training.optimizer import OptimizerFactory
-    from hf_genlm.training.train import build_config, mixer_types_of
     from hf_genlm.training.word_vectors import adopt_dimension
 
     steps = {}

@@ -1,0 +1,94 @@
+"""From a recipe to the config of its model, and to its size where that follows from the time."""
+
+import copy
+import dataclasses
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedTokenizerBase
+
+from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.model import MIXER_TYPES, GenLMConfig, GenLMForCausalLM, mixers_of
+from hf_genlm.recipe import Recipe
+from hf_genlm.run_folder import RunFolder
+from hf_genlm.training.budget import Budget, resolve
+from hf_genlm.training.plan import plan_size
+from hf_genlm.training.word_vectors import adopt_dimension
+
+
+def build_config(recipe: Recipe, mixer_types: list[str]) -> GenLMConfig:
+    """The model's config, but for the vocabulary.
+
+    Raises:
+        UserError: shapes that do not fit each other.
+    """
+    given = dataclasses.asdict(recipe.model)
+    for name in ("decoder", "mixers", "size"):
+        del given[name]
+    given["bigram_size"] = given["bigram_size"] or None
+    try:
+        return GenLMConfig(
+            **given,
+            mixer_types=mixer_types,
+            max_position_embeddings=recipe.training.row_length,
+            embedding_projection=True if recipe.vectors.path is not None else None,
+            initializer_range=round(recipe.model.hidden_size**-0.5, 4),
+        )
+    except (ValueError, StrictDataclassError) as error:
+        reason = error.__cause__ or error
+        raise UserError(f"model: {' '.join(str(reason).split())}") from error
+
+
+def mixer_types_of(recipe: Recipe) -> list[str]:
+    """The mixer's word for each layer, from a resolved recipe.
+
+    Raises:
+        UserError: an unknown mixer, with the near word.
+    """
+    model = recipe.model
+    if model.mixers is not None:
+        for mixer in model.mixers:
+            if mixer not in MIXER_TYPES:
+                raise UserError(f"unknown mixer {mixer!r} in --mixers{did_you_mean(mixer, MIXER_TYPES)}")
+        return model.mixers
+    return mixers_of(model.decoder, model.num_hidden_layers)
+
+
+def adopt_vocabulary(config: GenLMConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Take the number of tokens and the special ones from the tokenizer."""
+    config.vocab_size = len(tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+
+
+def plan_recipe(
+    run: RunFolder,
+    given: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    budget: Budget,
+    device: torch.device,
+) -> Recipe:
+    """The recipe of the size that the budget's time is best spent on; the planning is taken from it."""
+    given = copy.deepcopy(given)
+    given.tokenizer.vocab_size = len(tokenizer)
+
+    def build(recipe: Recipe) -> GenLMForCausalLM:
+        adopt_dimension(recipe)
+        config = build_config(recipe, mixer_types_of(recipe))
+        adopt_vocabulary(config, tokenizer)
+        return GenLMForCausalLM(config).to(device)
+
+    run.tell("progress", task="planning", done=0, total=None)
+    plan = plan_size(given, budget.seconds, len(tokenizer), build)
+    budget.seconds -= plan.seconds
+    run.log(
+        "planned",
+        **dataclasses.asdict(plan.shape),
+        weights=plan.weights,
+        step_s=round(plan.step_s, 5),
+        tokens=plan.tokens,
+        seconds=round(plan.seconds, 3),
+    )
+    recipe = resolve(given, plan.shape)
+    adopt_dimension(recipe)
+    return recipe

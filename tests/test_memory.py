@@ -1,0 +1,78 @@
+"""Memory does not grow with the text: it is read, split, encoded and packed a part at a time."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARK = Path(__file__).parent.parent / "recipes/benchmarks/data_path.py"
+
+# The data path from a file to rows, with a stand-in for the engines, which see a batch at a time: an id for
+# each character, twice as large as the text. Prints the peak in MB. The last argument plants a fault.
+SCRIPT = """
+import resource, sys, types
+import numpy as np
+from tokenizers import Tokenizer, models
+from hf_genlm.recipe import CorpusRecipe
+from hf_genlm.text import cache, encoding, store
+from hf_genlm.text.corpus import read_corpus
+from hf_genlm.text.packing import PackedRows
+from hf_genlm.text.tokenizer import pre_tokenizer, sample_evenly
+
+source, fault = sys.argv[1:]
+store._IN_MEMORY = 10**9 if fault == "text is held" else 1 << 20
+if fault == "ids are held":
+    cache.ArrayFile.release = lambda self: None
+encoding.Encoder.encode = lambda self, texts, pool: [np.full(len(text), 9, self.dtype) for text in texts]
+backend = Tokenizer(models.BPE())
+backend.pre_tokenizer = pre_tokenizer()
+corpus = read_corpus(CorpusRecipe(sources=[source]))
+assert sum(map(len, sample_evenly(corpus.train, 10**6))) <= 10**6
+ids = encoding.encode_documents(types.SimpleNamespace(backend_tokenizer=backend), corpus.train)
+rows = PackedRows(ids, 2048, 0, 1)
+assert rows.n_targets > corpus.report["train"]["characters"]
+for start in range(0, len(rows) - 8, 8):
+    rows.__getitems__(range(start, start + 8))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+TEXT = "".join(f"value_{k * k} = other(item, {k}) + 'é'\n" for k in range(2000))
+
+
+def peak_mb(tmp_path: Path, megabytes: int, kind: str, fault: str = "") -> int:
+    path = tmp_path / f"{megabytes}.{kind}"
+    text = TEXT if kind == "txt" else TEXT[:2000]
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(megabytes * 10**6 // len(text)):
+            file.write(text if kind == "txt" else json.dumps({"text": f"{i} {text}"}) + "\n")
+    command = [sys.executable, "-c", SCRIPT, str(path), fault]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    path.unlink()
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault", "least", "most"),
+    [
+        ("txt", "", -25, 25),
+        ("jsonl", "", -25, 25),
+        ("txt", "text is held", 35, 1000),
+        ("txt", "ids are held", 35, 1000),
+    ],
+)
+def test_a_longer_text_takes_no_more_memory(tmp_path, kind, fault, least, most):
+    """Between 10 and 70 MB of text; and the measure sees what it is for."""
+    assert least < peak_mb(tmp_path, 70, kind, fault) - peak_mb(tmp_path, 10, kind, fault) < most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--records"]])
+def test_a_gigabyte_trains_in_one_and_a_half(options):
+    """A whole run, imports and the first steps of training included."""
+    command = [sys.executable, str(BENCHMARK), "--memory-mb", "1000", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peaks = [int(found.replace(",", "")) for found in re.findall(r"peak memory ([\d,]+) MB", done.stdout)]
+    assert len(peaks) == 2
+    assert max(peaks) < 1500
