@@ -195,11 +195,11 @@ class Display:
         )
 
     def _planned(
-        self, hidden_size: int, num_hidden_layers: int, step_s: float, tokens: int, weights: int, **_: Any
+        self, hidden_size: int, num_hidden_layers: int, step_s: float, tokens: int, threads: int, **_: Any
     ) -> None:
         self.say(
-            f"planned       width {hidden_size}, {num_hidden_layers} layers: at {1000 * step_s:.0f} ms "
-            f"a step about {tokens:,} tokens for {weights:,} weights"
+            f"planned       width {hidden_size}, {num_hidden_layers} layers, {threads} threads: "
+            f"about {tokens:,} tokens at {1000 * step_s:.0f} ms a step"
         )
 
     def _model(self, parameters: int, rows: int, row_length: int) -> None:

@@ -103,6 +103,9 @@ class TrainingRecipe:
     z_loss: float = 0.0  # weight of the squared log of the normaliser
     warmup_fraction: float = 0.02  # of the run
     decay_fraction: float = 0.5  # of the run, linear to zero at its end
+    threads: int | None = (
+        None  # of torch on a CPU; None: measured before a run by the clock, else torch's own
+    )
     dtype: str = "auto"  # auto: bfloat16 autocast where the device computes it natively, else float32
     validations: int | None = None  # on a part of the validation split; None: 4 in half a minute or more
     samples: int = 2  # texts written at each of them, and at the end

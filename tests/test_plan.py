@@ -27,12 +27,12 @@ class Machine:
     def build(self, recipe: Recipe) -> Recipe:
         return recipe
 
-    def step_s(self, resolved: Recipe, training) -> float:
+    def step_s(self, resolved: Recipe, training) -> tuple[float, int]:
         width, layers = resolved.model.hidden_size, resolved.model.num_hidden_layers
         self.measured.append(width)
         weights = width * (VOCAB + 12 * width * layers)
         rate = self.rate / 50 if width >= self.slow_from else self.rate
-        return plan.tokens_of_a_step(training) * weights / rate
+        return plan.tokens_of_a_step(training) * weights / rate, 1
 
     def plan(self, seconds: float, monkeypatch) -> plan.Plan:
         monkeypatch.setattr(plan, "measure_step", self.step_s)
@@ -116,7 +116,9 @@ def test_a_measured_step_is_a_step_of_training():
     model = build_model(["gru", "full_attention"]).train()
     before = [parameter.clone() for parameter in model.parameters()]
     recipe = resolve(load_recipe(None, [*SMALL, "training.accumulation=2"])).training
-    assert measure_step(model, recipe) > 0
+    seconds, threads = measure_step(model, recipe)
+    assert seconds > 0
+    assert 1 <= threads <= torch.get_num_threads()
     changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
     assert all(changed)
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import time
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -12,7 +13,7 @@ from hf_genlm.model import MIXER_TYPES, GenLMConfig, GenLMForCausalLM, mixers_of
 from hf_genlm.recipe import Recipe
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.training.budget import Budget, resolve
-from hf_genlm.training.plan import plan_size
+from hf_genlm.training.plan import is_open, measure_step, plan_size, tokens_of_a_step
 from hf_genlm.training.word_vectors import adopt_dimension
 
 
@@ -68,7 +69,10 @@ def plan_recipe(
     budget: Budget,
     device: torch.device,
 ) -> Recipe:
-    """The recipe of the size that the budget's time is best spent on; the planning is taken from it."""
+    """The resolved recipe of a run by the clock: its size, where `given` leaves that open, and its threads.
+
+    The planning is taken from the budget's time.
+    """
     given = copy.deepcopy(given)
     given.tokenizer.vocab_size = len(tokenizer)
 
@@ -79,16 +83,27 @@ def plan_recipe(
         return GenLMForCausalLM(config).to(device)
 
     run.tell("progress", task="planning", done=0, total=None)
-    plan = plan_size(given, budget.seconds, len(tokenizer), build)
-    budget.seconds -= plan.seconds
+    began = time.monotonic()
+    shape = None
+    if is_open(given):
+        plan = plan_size(given, budget.seconds, len(tokenizer), build)
+        shape, step_s, threads = plan.shape, plan.step_s, plan.threads
+    recipe = resolve(given, shape)
+    adopt_dimension(recipe)
+    if shape is None:
+        step_s, threads = measure_step(build(recipe), recipe.training)
+    recipe.training.threads = threads if device.type == "cpu" else recipe.training.threads
+    seconds = time.monotonic() - began
+    budget.seconds -= seconds
     run.log(
         "planned",
-        **dataclasses.asdict(plan.shape),
-        weights=plan.weights,
-        step_s=round(plan.step_s, 5),
-        tokens=plan.tokens,
-        seconds=round(plan.seconds, 3),
+        hidden_size=recipe.model.hidden_size,
+        num_hidden_layers=recipe.model.num_hidden_layers,
+        row_length=recipe.training.row_length,
+        batch_size=recipe.training.batch_size,
+        threads=threads,
+        step_s=round(step_s, 5),
+        tokens=int(budget.seconds / step_s) * tokens_of_a_step(recipe.training),
+        seconds=round(seconds, 3),
     )
-    recipe = resolve(given, plan.shape)
-    adopt_dimension(recipe)
     return recipe

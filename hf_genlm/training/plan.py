@@ -1,4 +1,5 @@
-"""How large a decoder this machine can train well in the time it is given: measured, not guessed.
+"""How large a decoder this machine can train well in the time it is given, and by how many threads: measured,
+not guessed.
 
 A decoder that is too large sees too few tokens before the time is up, one that is too small has nothing left
 to learn. The best of those tried saw one to ten tokens for each weight that it multiplies by (the log in
@@ -6,7 +7,6 @@ recipes/README.md), so the plan is the largest rung of a ladder that will see th
 steps on random tokens.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -34,7 +34,6 @@ LADDER = (
     Shape(hidden_size=768, num_hidden_layers=12, row_length=512, batch_size=32),
 )
 TOKENS_PER_WEIGHT = 3.0
-_TIMED_STEPS = 2  # after one that is slower
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class Plan:
     shape: Shape
     weights: int  # that a token is multiplied by, about
     step_s: float  # of an optimizer step, measured
+    threads: int  # by which it takes so long
     tokens: int  # that the time will hold at this pace
     seconds: float  # that the planning took
 
@@ -73,10 +73,10 @@ def plan_size(
     while rung not in measured:
         shape = ladder[rung]
         resolved = resolve(recipe, shape)
-        step_s = measure_step(build(resolved), resolved.training)
+        step_s, threads = measure_step(build(resolved), resolved.training)
         left_s = seconds - (time.monotonic() - began)
         tokens = int(left_s / step_s) * tokens_of_a_step(resolved.training)
-        measured[rung] = Plan(shape, _weights(shape, vocab_size), step_s, max(0, tokens), 0.0)
+        measured[rung] = Plan(shape, _weights(shape, vocab_size), step_s, threads, max(0, tokens), 0.0)
         # larger rungs do more operations a second, not fewer: the search climbs until its guess holds
         work = measured[rung].tokens * measured[rung].weights
         fitting = [i for i, shape in enumerate(ladder) if _wanted_work(shape, vocab_size) <= work]
@@ -85,13 +85,18 @@ def plan_size(
     return replace(measured[max(enough, default=0)], seconds=time.monotonic() - began)
 
 
-def measure_step(model: GenLMForCausalLM, recipe: TrainingRecipe) -> float:
-    """Seconds of one optimizer step: forward, backward, clipping and update, on rows of random tokens."""
+def measure_step(model: GenLMForCausalLM, recipe: TrainingRecipe) -> tuple[float, int]:
+    """(seconds of an optimizer step, threads): of one thread, or of all that torch has, whichever is faster.
+
+    On a core that something else keeps busy, every operation of several threads waits for the last of them,
+    many times as long as one thread takes for a small decoder. A step is forward, backward, clipping and
+    update on rows of random tokens. The threads that torch has are left as they were.
+    """
     optimizer = OptimizerFactory()(model, recipe)
     shape = (recipe.batch_size, recipe.row_length)
     tokens = torch.randint(0, model.config.vocab_size, shape, device=model.device)
-    times = []
-    for _ in range(1 + _TIMED_STEPS):
+
+    def step() -> float:
         start = time.perf_counter()
         for _ in range(recipe.accumulation):
             loss = model(tokens, labels=tokens, use_cache=False, skip_logits=True).loss
@@ -100,8 +105,23 @@ def measure_step(model: GenLMForCausalLM, recipe: TrainingRecipe) -> float:
         optimizer.step()
         optimizer.zero_grad()
         loss.item()  # waits for an accelerator
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+        return time.perf_counter() - start
+
+    available = torch.get_num_threads()
+    if model.device.type != "cpu" or available == 1 or recipe.threads is not None:
+        step()  # the first is slower
+        return min(step(), step()), available
+    try:
+        torch.set_num_threads(1)
+        step()
+        alone = min(step(), step())
+        torch.set_num_threads(available)
+        together = step()
+        if together < 2 * alone:  # it was the first of its kind
+            together = min(step(), step())
+    finally:
+        torch.set_num_threads(available)
+    return (together, available) if together < alone else (alone, 1)
 
 
 def tokens_of_a_step(recipe: TrainingRecipe) -> int:

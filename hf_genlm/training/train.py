@@ -33,7 +33,7 @@ from hf_genlm.training.callbacks import (
 from hf_genlm.training.configure import adopt_vocabulary, build_config, mixer_types_of, plan_recipe
 from hf_genlm.training.optimizer import OptimizerFactory, check_optimizer
 from hf_genlm.training.pair_start import MOST_TOKENS, start_from_pairs
-from hf_genlm.training.plan import is_open, tokens_of_a_step
+from hf_genlm.training.plan import tokens_of_a_step
 from hf_genlm.training.word_vectors import adopt_dimension, count_words, start_from_vectors
 
 _PARTIAL_VALIDATION_TOKENS = 16_384
@@ -73,10 +73,12 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
         run.log("started", decoder=recipe.model.decoder, mixers=config.mixer_types)
         corpus = prepare_corpus(run, recipe)
         training_arguments = _training_arguments(run, recipe.training, budget)
-        if is_open(given):
+        if budget.seconds is not None:
             recipe = plan_recipe(run, given, corpus.tokenizer, budget, training_arguments.device)
             config = build_config(recipe, mixer_types_of(recipe))
             training_arguments = _training_arguments(run, recipe.training, budget)
+        if recipe.training.threads is not None:
+            torch.set_num_threads(recipe.training.threads)
         corpus.tokenizer.model_max_length = recipe.training.row_length
         corpus.tokenizer.save_pretrained(run.tokenizer)
         rows = PackedRows(
