@@ -1,0 +1,115 @@
+"""Bits per byte of several ways after equal processor time of one thread, for short runs on a busy machine.
+
+    OMP_NUM_THREADS=1 python recipes/benchmarks/processor_seconds.py TEXT --seconds 60 \\
+        --way "model.hidden_size=64 model.num_hidden_layers=1" --way "model.hidden_size=128 ..."
+
+A way is its recipe, as section.key=value. It trains for as many steps as fit into the time at its pace, which
+is the lower quartile of its steps' processor time: what else runs makes some steps slower, not those. The
+time of `training.start=pairs` is part of it; a plain loop takes the place of Trainer.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from hf_genlm.evaluation.likelihood import measure_likelihood
+from hf_genlm.model import GenLMForCausalLM
+from hf_genlm.recipe import load_recipe
+from hf_genlm.text.corpus import Corpus, read_corpus
+from hf_genlm.text.encoding import encode_documents
+from hf_genlm.text.packing import PackedRows, collate
+from hf_genlm.text.tokenizer import train_tokenizer
+from hf_genlm.training.budget import resolve, trapezoid
+from hf_genlm.training.configure import adopt_vocabulary, build_config, mixer_types_of
+from hf_genlm.training.optimizer import OptimizerFactory
+from hf_genlm.training.pair_start import MOST_TOKENS, start_from_pairs
+
+FIRST_STEPS = 10  # after which there is a pace
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sources", nargs="*", metavar="TEXT", help="nothing: the source that Python brings")
+    parser.add_argument("--validation", metavar="FILE", help="hold out this, instead of splitting")
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--way", action="append", default=[], metavar="SECTION.KEY=VALUE ...")
+    options = parser.parse_args()
+    recipe = load_recipe()
+    recipe.corpus.sources = options.sources
+    recipe.corpus.validation = [options.validation] if options.validation else []
+    corpus = read_corpus(recipe.corpus)
+    print("| way | parameters | steps | ms a step | bits per byte |\n|---|---|---|---|---|")
+    for way in options.way:
+        runs = [run(corpus, way.split(), options.seconds, seed) for seed in range(options.seeds)]
+        bits = [found["bits"] for found in runs]
+        error = f" ± {statistics.stdev(bits) / len(bits) ** 0.5:.4f}" if len(bits) > 1 else ""
+        first = runs[0]
+        print(
+            f"| {way} | {first['parameters']:,} | {first['steps']:,} | {1000 * first['pace']:.1f} "
+            f"| {statistics.mean(bits):.4f}{error} |",
+            flush=True,
+        )
+
+
+def run(corpus: Corpus, settings: list[str], seconds: float, seed: int) -> dict[str, float]:
+    """One training, and what it came to on the whole validation split."""
+    recipe = resolve(load_recipe(None, [*settings, f"training.seed={seed}", "training.steps=1"]))
+    training = recipe.training
+    tokenizer = train_tokenizer(corpus.train, recipe.tokenizer, corpus.report["train"]["bytes"])
+    config = build_config(recipe, mixer_types_of(recipe))
+    adopt_vocabulary(config, tokenizer)
+    documents = encode_documents(tokenizer, corpus.train)
+    rows = PackedRows(documents, training.row_length, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    torch.manual_seed(seed)
+    model = GenLMForCausalLM(config)
+    began = time.process_time()
+    if training.start == "pairs":
+        start_from_pairs(model, rows.first_tokens(MOST_TOKENS), keep_embedding=False)
+    spent = time.process_time() - began
+    steps, pace = train(model, rows, recipe, seconds - spent)
+    found = measure_likelihood(
+        model.eval(),
+        encode_documents(tokenizer, corpus.validation),
+        start_id=tokenizer.bos_token_id,
+        context=recipe.evaluation.context,
+        stride=recipe.evaluation.stride,
+        batch_size=32,
+    )
+    (bits,) = [m.value for m in found if m.name == "bits_per_byte"]
+    return {"bits": bits, "steps": steps, "pace": pace, "parameters": model.num_parameters()}
+
+
+def train(model: GenLMForCausalLM, rows: PackedRows, recipe, seconds: float) -> tuple[int, float]:
+    """Steps made, and the seconds of one."""
+    training = recipe.training
+    optimizer = OptimizerFactory()(model.train(), training)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    order: list[int] = []
+    times: list[float] = []
+    pace = seconds
+    while len(times) < FIRST_STEPS or len(times) * pace < seconds:
+        if len(order) < training.batch_size:
+            order = torch.randperm(len(rows)).tolist()
+        chosen, order = order[: training.batch_size], order[training.batch_size :]
+        batch = collate(rows.__getitems__(chosen))
+        progress = sum(times) / seconds if len(times) < FIRST_STEPS else len(times) * pace / seconds
+        share = trapezoid(progress, training.warmup_fraction, training.decay_fraction)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * share
+        began = time.process_time()
+        model(**batch, use_cache=False, skip_logits=True).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.process_time() - began)
+        pace = statistics.quantiles(times[1:][-200:], n=4)[0] if len(times) > 2 else pace
+    return len(times), pace
+
+
+if __name__ == "__main__":
+    main()
