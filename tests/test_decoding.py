@@ -49,11 +49,11 @@ def test_a_prompt_may_come_in_chunks(padded):
 @pytest.mark.parametrize("stack", STACKS)
 def test_greedy_tokens_of_a_compiled_step(stack, n_rows, padded, tmp_path, monkeypatch):
     needs_compiler()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_GENLM_CACHE", str(tmp_path))
     model = build_model(stack)
     prompt = {name: tensor[-n_rows:] for name, tensor in padded.items()}
     assert_fast_and_equal(FastGenerator(model, program="compiled"), prompt)
-    (library,) = (tmp_path / "hf_genlm").iterdir()
+    (library,) = tmp_path.iterdir()
     made = library.stat().st_mtime_ns
     other = build_model(stack, seed=7)  # the library holds no weights: another model of this shape takes it
     fast = FastGenerator(other)
@@ -69,7 +69,7 @@ def test_greedy_tokens_of_a_compiled_step(stack, n_rows, padded, tmp_path, monke
 @pytest.mark.parametrize("stack", ["hybrid", "factorised"])
 def test_a_compiled_int8_step_is_the_module_compiled(stack, tokens, tmp_path, monkeypatch):
     needs_compiler()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_GENLM_CACHE", str(tmp_path))
     model = build_model(stack, hidden_size=64)
     texts = []
     for form in ("compiled", "module"):
@@ -368,7 +368,7 @@ def test_int8_steps_follow_the_weights(tokens):
 
 
 def test_a_library_is_named_by_what_it_depends_on(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_GENLM_CACHE", str(tmp_path))
 
     def file_of(model, n_rows=1, **forms):
         return program.program_file(DecodeStep(model, **forms), [torch.zeros(n_rows, 1)])
@@ -394,7 +394,7 @@ def test_a_missing_compiler_is_named(tokens, monkeypatch, tmp_path):
     def missing():
         raise exc.InvalidCxxCompiler
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_GENLM_CACHE", str(tmp_path))
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
     model = build_model("gru")
     with pytest.raises(UserError, match="C\\+\\+ compiler"):
@@ -404,7 +404,7 @@ def test_a_missing_compiler_is_named(tokens, monkeypatch, tmp_path):
 
 
 def test_nothing_is_compiled_unasked(tokens, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_GENLM_CACHE", str(tmp_path))
     monkeypatch.setattr(generator, "PROGRAMS", {"traced": program.traced})
     assert_fast_and_equal(FastGenerator(build_model("gru")), {"input_ids": tokens})
     assert not list(tmp_path.iterdir())

@@ -20,7 +20,9 @@ CELLS = [name for name, mixer in MIXERS.items() if getattr(mixer, "n_gates", 1) 
 
 
 def muon_of(model: nn.Module, **settings) -> Muon:
-    return OptimizerFactory()(model, TrainingRecipe(optimizer="muon", **{"learning_rate": 1e-2, **settings}))
+    return OptimizerFactory()(
+        model, TrainingRecipe(optimizer="muon", **{"learning_rate": 1e-2, "embedding_rate": 2.0, **settings})
+    )
 
 
 def take_steps(model, optimizer, tokens, count: int) -> list[float]:
@@ -188,7 +190,7 @@ def test_trainer_resumes_bit_for_bit(tmp_path):
 
     def run(steps: int, resume: bool = False) -> dict[str, torch.Tensor]:
         model = build_model("hybrid").train()
-        recipe = TrainingRecipe(optimizer="muon", learning_rate=1e-2)
+        recipe = TrainingRecipe(optimizer="muon", learning_rate=1e-2, embedding_rate=2.0)
         arguments = TrainingArguments(
             output_dir=str(tmp_path), max_steps=steps, save_steps=3, per_device_train_batch_size=4,
             gradient_accumulation_steps=2, report_to="none", disable_tqdm=True, lr_scheduler_type="constant",
@@ -252,7 +254,9 @@ def test_it_learns_faster_than_adamw():
             vocab_size=256, mixer_types=["gated_linear"], hidden_size=64, initializer_range=0.125
         )
         model = GenLMForCausalLM(config)
-        optimizer = OptimizerFactory()(model, TrainingRecipe(optimizer=name, learning_rate=6e-3))
+        optimizer = OptimizerFactory()(
+            model, TrainingRecipe(optimizer=name, learning_rate=6e-3, embedding_rate=2.0)
+        )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         curve = []
         for rows in torch.tensor(list(text)).view(steps, 8, 64):

@@ -80,7 +80,7 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
         if recipe.training.threads is not None:
             torch.set_num_threads(recipe.training.threads)
         corpus.tokenizer.model_max_length = recipe.training.row_length
-        corpus.tokenizer.save_pretrained(run.tokenizer)
+        corpus.tokenizer.save_pretrained(run.tokenizer)  # again: its model_max_length is known now
         rows = PackedRows(
             corpus.train,
             row_length=recipe.training.row_length,
@@ -112,7 +112,7 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
 
 
 def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
-    """Read, split and tokenize the corpus; writes corpus.json."""
+    """Read, split and tokenize the corpus; writes corpus.json and tokenizer/."""
 
     def note(message: str) -> None:
         run.log("note", message=message)
@@ -129,6 +129,7 @@ def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
         text = corpus.report["train"]
         tokenizer = train_tokenizer(corpus.train, recipe.tokenizer, text["bytes"], cache, text["sha256"])
     recipe.tokenizer.vocab_size = len(tokenizer)
+    tokenizer.save_pretrained(run.tokenizer)
     words = count_words(corpus.train) if recipe.vectors.path is not None else {}
     train, validation = _encode_splits(run, tokenizer, corpus, cache, note)
     tokenized = TokenizedCorpus(tokenizer, train, validation, words)
