@@ -1,7 +1,7 @@
 """The data path: run_clm's way and ours side by side, and the memory that ours takes.
 
     python recipes/benchmarks/data_path.py [TEXT ...]       MB/s of both ways, interleaved, and their ratio
-    python recipes/benchmarks/data_path.py --memory-mb 1000 peak memory of a whole run, in a fresh process
+    python recipes/benchmarks/data_path.py --memory-mb 1000 peak memory of a whole run (on Linux)
 
 TEXT is what `hf-genlm train` takes; without one, what CPython brings. run_clm's way is that of transformers'
 examples/pytorch/language-modeling/run_clm.py: two `datasets.map` calls, the tokenizer over batches of 1,000
@@ -13,7 +13,7 @@ import argparse
 import itertools
 import json
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -165,7 +165,9 @@ def train_and_report(arguments: list[str]) -> None:
     seconds = time.perf_counter() - start
     log = Path(arguments[arguments.index("--out") + 1], "log.jsonl").read_text().splitlines()
     at = {event["event"]: event["time"] for event in map(json.loads, log)}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # getrusage would count what the parent of this process had before it
+    status = Path("/proc/self/status").read_text()
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
     print(f"peak memory {peak / 1e6:,.0f} MB; read and split {at['corpus'] - at['started']:.1f} s, "
           f"tokenizer and ids {at['tokenized'] - at['corpus']:.1f} s, whole {seconds:.1f} s")  # fmt: skip
 
