@@ -137,6 +137,7 @@ class Display:
             "tokenized": self._tokenized,
             "vectors": self._vectors,
             "planned": self._planned,
+            "threads": self._threads,
             "model": self._model,
             "step": self._step,
             "validation": self._validation,
@@ -201,6 +202,9 @@ class Display:
             f"planned       width {hidden_size}, {num_hidden_layers} layers, {threads} threads: "
             f"about {tokens:,} tokens at {1000 * step_s:.0f} ms a step"
         )
+
+    def _threads(self, step: int, threads: int) -> None:
+        self.say(f"threads       {threads} from step {step} on: something else keeps a core busy")
 
     def _model(self, parameters: int, rows: int, row_length: int) -> None:
         self.say(f"model         {parameters:,} parameters; {rows:,} rows of {row_length} tokens")

@@ -1,6 +1,7 @@
 """Promise: the size of a decoder follows from the time and from what this machine was seen to do in it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hf_genlm.model import DECODERS
 from hf_genlm.recipe import Recipe, load_recipe
 from hf_genlm.training import plan
 from hf_genlm.training.budget import SIZES, resolve
+from hf_genlm.training.callbacks import ThreadsCallback
 from hf_genlm.training.plan import LADDER, is_open, measure_step, plan_size
 from hf_genlm.training.train import train
 
@@ -121,6 +123,23 @@ def test_a_measured_step_is_a_step_of_training():
     assert 1 <= threads <= torch.get_num_threads()
     changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
     assert all(changed)
+
+
+def test_a_core_that_something_else_takes_leaves_one_thread(monkeypatch):
+    now, threads, heard = [0.0], [2], []
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: threads.__setitem__(0, n))
+    run = SimpleNamespace(log=lambda event, **fields: heard.append((event, fields)))
+    callback = ThreadsCallback(run, step_s=0.1)
+    took = [0.1, 0.9, 0.9, 0.9, 0.9, 0.1, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9]
+    for step, seconds in enumerate(took, start=1):
+        callback.on_step_begin(None, None, None)
+        now[0] += seconds
+        callback.on_step_end(None, SimpleNamespace(global_step=step), None)
+        now[0] += 5.0  # a validation between the steps
+    assert threads == [1]
+    assert heard == [("threads", {"step": 11, "threads": 1})]
 
 
 def test_a_run_plans_says_so_and_repeats(text_folder, tmp_path, monkeypatch):  # noqa: F811

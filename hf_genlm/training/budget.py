@@ -42,6 +42,7 @@ class Budget:
 
     steps: int = _LARGEST_STEPS
     seconds: float | None = None
+    step_s: float | None = None  # what the planning saw a step take
     _started: float | None = field(default=None, repr=False)
     _last_step_s: float = field(default=0.0, repr=False)
     _last_time: float = field(default=0.0, repr=False)

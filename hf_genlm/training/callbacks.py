@@ -13,6 +13,7 @@ from hf_genlm.training.budget import Budget
 
 _LOG_EVERY_S = 0.5
 _LARGEST_PART = 0.1
+_SLOW, _SLOW_STEPS = 3.0, 5  # times the planned step, that many steps in a row
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,29 @@ class BudgetCallback(TrainerCallback):
         self.budget.note_step()
         if self.budget.is_spent(state.global_step):
             control.should_training_stop = True
+
+
+class ThreadsCallback(TrainerCallback):
+    """Goes on by one thread where the steps take many times as long as they did in the planning.
+
+    Something else has taken a core then, and every operation of several threads waits for it. What happens
+    between the steps is not counted.
+    """
+
+    def __init__(self, run: RunFolder, step_s: float):
+        self.run, self.step_s = run, step_s
+        self._began = 0.0
+        self._slow = 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._began = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        is_slow = time.monotonic() - self._began > _SLOW * self.step_s
+        self._slow = self._slow + 1 if is_slow else 0
+        if self._slow >= _SLOW_STEPS and torch.get_num_threads() > 1:
+            torch.set_num_threads(1)
+            self.run.log("threads", step=state.global_step, threads=1)
 
 
 class LogCallback(TrainerCallback):

@@ -95,6 +95,7 @@ def plan_recipe(
     recipe.training.threads = threads if device.type == "cpu" else recipe.training.threads
     seconds = time.monotonic() - began
     budget.seconds -= seconds
+    budget.step_s = step_s
     run.log(
         "planned",
         hidden_size=recipe.model.hidden_size,

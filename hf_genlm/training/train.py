@@ -28,6 +28,7 @@ from hf_genlm.training.callbacks import (
     LogCallback,
     MilestoneCallback,
     Pace,
+    ThreadsCallback,
     write_samples,
 )
 from hf_genlm.training.configure import adopt_vocabulary, build_config, mixer_types_of, plan_recipe
@@ -175,6 +176,7 @@ def fit(
         run.log("validation", step=step, partial=True, tokens=found[0].n, **values)
         sample(model, step)
 
+    watching = [ThreadsCallback(run, budget.step_s)] if budget.step_s is not None else []
     holding = [HoldRowsCallback(held, recipe.vectors.release_step)] if held is not None else []
     trainer = BudgetTrainer(
         budget=budget,
@@ -188,6 +190,7 @@ def fit(
             BudgetCallback(budget),
             LogCallback(run, budget, pace),
             MilestoneCallback(budget, _validations(training, budget), look),
+            *watching,
             *holding,
         ],
     )
