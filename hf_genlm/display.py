@@ -196,11 +196,18 @@ class Display:
         )
 
     def _planned(
-        self, hidden_size: int, num_hidden_layers: int, step_s: float, tokens: int, threads: int, **_: Any
+        self,
+        hidden_size: int,
+        num_hidden_layers: int,
+        step_s: float,
+        tokens: int,
+        threads: int,
+        passes: float,
+        **_: Any,
     ) -> None:
         self.say(
             f"planned       width {hidden_size}, {num_hidden_layers} layers, {threads} threads: "
-            f"about {tokens:,} tokens at {1000 * step_s:.0f} ms a step"
+            f"about {tokens:,} tokens at {1000 * step_s:.0f} ms a step, {passes:g} times the text"
         )
 
     def _threads(self, step: int, threads: int) -> None:

@@ -22,8 +22,9 @@ VOCAB = 2048
 class Machine:
     """Steps take the time of their multiplications at `rate` a second, and longer from a width on."""
 
-    def __init__(self, rate: float, slow_from: int = 10**9):
+    def __init__(self, rate: float, slow_from: int = 10**9, corpus_tokens: int = 10**12):
         self.rate, self.slow_from = rate, slow_from
+        self.corpus_tokens = corpus_tokens
         self.measured: list[int] = []
 
     def build(self, recipe: Recipe) -> Recipe:
@@ -38,7 +39,7 @@ class Machine:
 
     def plan(self, seconds: float, monkeypatch) -> plan.Plan:
         monkeypatch.setattr(plan, "measure_step", self.step_s)
-        return plan_size(Recipe(), seconds, VOCAB, self.build)
+        return plan_size(Recipe(), seconds, VOCAB, self.corpus_tokens, self.build)
 
 
 @pytest.mark.parametrize("rate", [2e8, 2e10, 2e12])
@@ -68,6 +69,13 @@ def test_a_decoder_that_proves_slow_is_not_taken(monkeypatch):
     assert found.tokens >= plan.TOKENS_PER_WEIGHT * found.weights
 
 
+def test_a_small_text_gets_a_small_decoder_however_long_it_may_take(monkeypatch):
+    free = Machine(2e10).plan(600.0, monkeypatch)
+    bound = Machine(2e10, corpus_tokens=200_000).plan(600.0, monkeypatch)
+    assert bound.weights < free.weights
+    assert bound.tokens == Recipe().training.most_passes * 200_000 >= plan.TOKENS_PER_WEIGHT * bound.weights
+
+
 def test_too_little_time_for_any_takes_the_smallest(monkeypatch):
     assert Machine(1e3).plan(1.0, monkeypatch).shape == LADDER[0]
 
@@ -87,7 +95,7 @@ def test_ladder_climbs_and_every_decoder_stands_on_every_rung():
 def test_a_hybrid_is_deep_enough_to_be_one(monkeypatch):
     monkeypatch.setattr(plan, "measure_step", Machine(1e3).step_s)
     recipe = load_recipe(None, ["model.decoder=hybrid"])
-    found = plan_size(recipe, 1.0, VOCAB, lambda resolved: resolved)
+    found = plan_size(recipe, 1.0, VOCAB, 10**9, lambda resolved: resolved)
     assert found.shape.num_hidden_layers == len(DECODERS["hybrid"])
 
 

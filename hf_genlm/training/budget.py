@@ -38,7 +38,7 @@ _LARGEST_STEPS = 10**9
 
 @dataclass
 class Budget:
-    """The share of a run that is done: by the clock when `seconds` is given, else by optimizer steps."""
+    """The share of a run that is done: the larger one of steps and, when `seconds` is given, of the clock."""
 
     steps: int = _LARGEST_STEPS
     seconds: float | None = None
@@ -63,22 +63,21 @@ class Budget:
 
     def progress(self, step: float) -> float:
         """The share done after `step` steps, 0 to 1."""
-        if self.seconds is None:
-            return min(1.0, step / self.steps)
-        return min(1.0, self.elapsed_s / self.seconds)
+        by_clock = 0.0 if self.seconds is None else self.elapsed_s / self.seconds
+        return min(1.0, max(by_clock, step / self.steps))
 
     def is_spent(self, step: int) -> bool:
         """Whether another step would overshoot by more than half of itself."""
-        if self.seconds is None:
+        if self.seconds is None or step >= self.steps:
             return step >= self.steps
         return self.elapsed_s + self._last_step_s / 2 >= self.seconds
 
     def left_s(self, step: int) -> float:
         """Seconds to the end, by the clock or at the pace so far."""
-        done = self.progress(step)
-        if self.seconds is not None:
-            return max(0.0, self.seconds - self.elapsed_s)
-        return self.elapsed_s * (1 - done) / done if done else math.inf
+        done = step / self.steps
+        by_pace = self.elapsed_s * (1 - done) / done if done else math.inf
+        by_clock = math.inf if self.seconds is None else self.seconds - self.elapsed_s
+        return max(0.0, min(by_pace, by_clock))
 
 
 def budget_of(recipe: TrainingRecipe, tokens_per_step: int) -> Budget:

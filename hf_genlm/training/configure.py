@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import time
 
 import torch
@@ -66,12 +67,13 @@ def plan_recipe(
     run: RunFolder,
     given: Recipe,
     tokenizer: PreTrainedTokenizerBase,
+    corpus_tokens: int,
     budget: Budget,
     device: torch.device,
 ) -> Recipe:
     """The resolved recipe of a run by the clock: its size, where `given` leaves that open, and its threads.
 
-    The planning is taken from the budget's time.
+    The planning is taken from the budget's time, which also gets its most steps.
     """
     given = copy.deepcopy(given)
     given.tokenizer.vocab_size = len(tokenizer)
@@ -86,7 +88,7 @@ def plan_recipe(
     began = time.monotonic()
     shape = None
     if is_open(given):
-        plan = plan_size(given, budget.seconds, len(tokenizer), build)
+        plan = plan_size(given, budget.seconds, len(tokenizer), corpus_tokens, build)
         shape, step_s, threads = plan.shape, plan.step_s, plan.threads
     recipe = resolve(given, shape)
     adopt_dimension(recipe)
@@ -96,6 +98,10 @@ def plan_recipe(
     seconds = time.monotonic() - began
     budget.seconds -= seconds
     budget.step_s = step_s
+    budget.steps = max(
+        1, math.ceil(recipe.training.most_passes * corpus_tokens / tokens_of_a_step(recipe.training))
+    )
+    n_steps = min(budget.steps, int(budget.seconds / step_s))
     run.log(
         "planned",
         hidden_size=recipe.model.hidden_size,
@@ -104,7 +110,8 @@ def plan_recipe(
         batch_size=recipe.training.batch_size,
         threads=threads,
         step_s=round(step_s, 5),
-        tokens=int(budget.seconds / step_s) * tokens_of_a_step(recipe.training),
+        tokens=n_steps * tokens_of_a_step(recipe.training),
+        passes=round(n_steps * tokens_of_a_step(recipe.training) / corpus_tokens, 2),
         seconds=round(seconds, 3),
     )
     return recipe

@@ -5,6 +5,10 @@ A decoder that is too large sees too few tokens before the time is up, one that 
 to learn. The best of those tried saw one to ten tokens for each weight that it multiplies by (the log in
 recipes/README.md), so the plan is the largest rung of a ladder that will see three, by the pace of a few
 steps on random tokens.
+
+A text that is read again and again is learned by heart, and what is held out is predicted worse and worse. So
+a run by the clock ends after `training.most_passes`, and a small text gets a small decoder however long it
+may take.
 """
 
 import time
@@ -56,18 +60,25 @@ def is_open(recipe: Recipe) -> bool:
 
 
 def plan_size(
-    recipe: Recipe, seconds: float, vocab_size: int, build: Callable[[Recipe], GenLMForCausalLM]
+    recipe: Recipe,
+    seconds: float,
+    vocab_size: int,
+    corpus_tokens: int,
+    build: Callable[[Recipe], GenLMForCausalLM],
 ) -> Plan:
     """The best rung for a training of so many seconds on this machine.
 
     Args:
         recipe: of open size, as the person gave it.
+        corpus_tokens: in the training text.
         build: a new model of a resolved recipe, on the device that trains it.
     """
     began = time.monotonic()
     # a hybrid is one from the depth on at which every mixer of it has a layer
     least = len(DECODERS.get(recipe.model.decoder, ()))
     ladder = [replace(shape, num_hidden_layers=max(least, shape.num_hidden_layers)) for shape in LADDER]
+
+    at_most = int(recipe.training.most_passes * corpus_tokens)
     measured: dict[int, Plan] = {}
     rung = 0
     while rung not in measured:
@@ -76,10 +87,11 @@ def plan_size(
         step_s, threads = measure_step(build(resolved), resolved.training)
         left_s = seconds - (time.monotonic() - began)
         tokens = int(left_s / step_s) * tokens_of_a_step(resolved.training)
-        measured[rung] = Plan(shape, _weights(shape, vocab_size), step_s, threads, max(0, tokens), 0.0)
+        weights = _weights(shape, vocab_size)
+        measured[rung] = Plan(shape, weights, step_s, threads, max(0, min(tokens, at_most)), 0.0)
         # larger rungs do more operations a second, not fewer: the search climbs until its guess holds
-        work = measured[rung].tokens * measured[rung].weights
-        fitting = [i for i, shape in enumerate(ladder) if _wanted_work(shape, vocab_size) <= work]
+        guesses = [min(tokens * weights / _weights(shape, vocab_size), at_most) for shape in ladder]
+        fitting = [i for i, tokens in enumerate(guesses) if tokens >= _wanted(ladder[i], vocab_size)]
         rung = max(fitting, default=0)
     enough = [i for i, plan in measured.items() if plan.tokens >= TOKENS_PER_WEIGHT * plan.weights]
     return replace(measured[max(enough, default=0)], seconds=time.monotonic() - began)
@@ -134,6 +146,6 @@ def _weights(shape: Shape, vocab_size: int) -> int:
     return shape.hidden_size * (vocab_size + 12 * shape.hidden_size * shape.num_hidden_layers)
 
 
-def _wanted_work(shape: Shape, vocab_size: int) -> float:
-    """Multiplications of a training that shows a rung the tokens it wants."""
-    return TOKENS_PER_WEIGHT * _weights(shape, vocab_size) ** 2
+def _wanted(shape: Shape, vocab_size: int) -> float:
+    """Tokens that train a rung well."""
+    return TOKENS_PER_WEIGHT * _weights(shape, vocab_size)

@@ -75,7 +75,8 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
         corpus = prepare_corpus(run, recipe)
         training_arguments = _training_arguments(run, recipe.training, budget)
         if budget.seconds is not None:
-            recipe = plan_recipe(run, given, corpus.tokenizer, budget, training_arguments.device)
+            n_tokens = corpus.train.n_tokens
+            recipe = plan_recipe(run, given, corpus.tokenizer, n_tokens, budget, training_arguments.device)
             config = build_config(recipe, mixer_types_of(recipe))
             training_arguments = _training_arguments(run, recipe.training, budget)
         if recipe.training.threads is not None:
