@@ -274,7 +274,7 @@ def test_a_recipe_trains_with_it_and_accumulation_changes_nothing(tmp_path, monk
         settings = [
             "tokenizer.vocab_size=400", "model.hidden_size=32", "model.num_hidden_layers=2",
             "training.row_length=32", "training.steps=12", "training.validations=0",
-            "training.optimizer=muon", f"corpus.sources={tmp_path / 'text.txt'}",
+            "training.optimizer=muon", "training.start=random", f"corpus.sources={tmp_path / 'text.txt'}",
             f"training.batch_size={batch}", f"training.accumulation={accumulation}",
         ]  # fmt: skip
         run = train(load_recipe(None, settings), tmp_path / str(batch))
