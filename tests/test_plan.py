@@ -172,3 +172,24 @@ def test_a_run_plans_says_so_and_repeats(text_folder, tmp_path, monkeypatch):  #
     assert (first.model / "model.safetensors").read_bytes() == (
         second.model / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("stated", [None, 1])
+def test_threads_are_as_stated_and_given_back(text_folder, tmp_path, stated, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(plan, "LADDER", LADDER[:1])
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        settings = [
+            f"corpus.sources={text_folder}",
+            "tokenizer.vocab_size=400",
+            "training.minutes=0.01",
+            "training.samples=0",
+            f"training.threads={'null' if stated is None else stated}",
+        ]
+        run = train(load_recipe(None, settings), tmp_path / "run")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    taken = load_recipe(run.recipe).training.threads
+    assert taken == stated or (stated is None and taken in (1, 2))

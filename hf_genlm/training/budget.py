@@ -159,6 +159,8 @@ def resolve(recipe: Recipe, shape: Shape | None = None) -> Recipe:
         least = _RECURRENT_CONTEXT if is_recurrent else 0
         resolved.evaluation.context = max(training.row_length, least)
     resolved.evaluation.stride = resolved.evaluation.stride or max(1, resolved.evaluation.context // 2)
+    if training.most_passes <= 0:
+        raise UserError(f"training.most_passes = {training.most_passes:g} must be more than 0")
     if training.threads is not None and training.threads < 1:
         raise UserError(f"training.threads = {training.threads}: at least 1")
     for name in ("row_length", "batch_size", "accumulation"):

@@ -94,10 +94,13 @@ def plan_recipe(
     adopt_dimension(recipe)
     if shape is None:
         step_s, threads = measure_step(build(recipe), recipe.training)
-    recipe.training.threads = threads if device.type == "cpu" else recipe.training.threads
+    if device.type == "cpu":
+        recipe.training.threads = threads
+        torch.set_num_threads(threads)
+    if given.training.threads is None:
+        budget.step_s = step_s  # a number of threads that was stated is kept to
     seconds = time.monotonic() - began
-    budget.seconds -= seconds
-    budget.step_s = step_s
+    budget.seconds = max(step_s, budget.seconds - seconds)
     budget.steps = max(
         1, math.ceil(recipe.training.most_passes * corpus_tokens / tokens_of_a_step(recipe.training))
     )

@@ -48,8 +48,7 @@ class Plan:
     weights: int  # that a token is multiplied by, about
     step_s: float  # of an optimizer step, measured
     threads: int  # by which it takes so long
-    tokens: int  # that the time will hold at this pace
-    seconds: float  # that the planning took
+    tokens: int  # that it will see: what the time holds at this pace, and no more than the passes allow
 
 
 def is_open(recipe: Recipe) -> bool:
@@ -77,7 +76,6 @@ def plan_size(
     # a hybrid is one from the depth on at which every mixer of it has a layer
     least = len(DECODERS.get(recipe.model.decoder, ()))
     ladder = [replace(shape, num_hidden_layers=max(least, shape.num_hidden_layers)) for shape in LADDER]
-
     at_most = int(recipe.training.most_passes * corpus_tokens)
     measured: dict[int, Plan] = {}
     rung = 0
@@ -88,13 +86,13 @@ def plan_size(
         left_s = seconds - (time.monotonic() - began)
         tokens = int(left_s / step_s) * tokens_of_a_step(resolved.training)
         weights = _weights(shape, vocab_size)
-        measured[rung] = Plan(shape, weights, step_s, threads, max(0, min(tokens, at_most)), 0.0)
+        measured[rung] = Plan(shape, weights, step_s, threads, max(0, min(tokens, at_most)))
         # larger rungs do more operations a second, not fewer: the search climbs until its guess holds
         guesses = [min(tokens * weights / _weights(shape, vocab_size), at_most) for shape in ladder]
         fitting = [i for i, tokens in enumerate(guesses) if tokens >= _wanted(ladder[i], vocab_size)]
         rung = max(fitting, default=0)
-    enough = [i for i, plan in measured.items() if plan.tokens >= TOKENS_PER_WEIGHT * plan.weights]
-    return replace(measured[max(enough, default=0)], seconds=time.monotonic() - began)
+    enough = [i for i, plan in measured.items() if plan.tokens >= _wanted(plan.shape, vocab_size)]
+    return measured[max(enough, default=0)]
 
 
 def measure_step(model: GenLMForCausalLM, recipe: TrainingRecipe) -> tuple[float, int]:

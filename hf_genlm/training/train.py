@@ -1,8 +1,9 @@
 """The main job: from sources to a measured model in a run folder. Run it with `hf-genlm train [SOURCE
 ...]`."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,17 @@ class TokenizedCorpus:
     words: dict[str, int]
 
 
+@contextlib.contextmanager
+def _keeping_threads() -> Iterator[None]:
+    """A run may take fewer of torch's threads; the process that called for it has its own again then."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_keeping_threads()
 def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> RunFolder:
     """Read the corpus, train tokenizer and model, measure the saved model, and leave all of it in `out`.
 
@@ -68,6 +80,8 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
     adopt_dimension(recipe)
     config = build_config(recipe, mixer_types_of(recipe))
     check_optimizer(recipe.training.optimizer)
+    if recipe.training.threads is not None:
+        torch.set_num_threads(recipe.training.threads)
     budget = budget_of(recipe.training, tokens_of_a_step(recipe.training))
     run = RunFolder.create(out, listener)
     try:
@@ -79,8 +93,6 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
             recipe = plan_recipe(run, given, corpus.tokenizer, n_tokens, budget, training_arguments.device)
             config = build_config(recipe, mixer_types_of(recipe))
             training_arguments = _training_arguments(run, recipe.training, budget)
-        if recipe.training.threads is not None:
-            torch.set_num_threads(recipe.training.threads)
         corpus.tokenizer.model_max_length = recipe.training.row_length
         corpus.tokenizer.save_pretrained(run.tokenizer)  # again: its model_max_length is known now
         rows = PackedRows(

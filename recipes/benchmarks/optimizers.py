@@ -5,10 +5,10 @@
 How the time is made equal: equal_time.py. The first way's time is that of all decoders.
 """
 
-from equal_time import compare
+from equal_time import PLAIN, compare
 
 WAYS = {
-    f"{decoder}, {optimizer}": [f"model.decoder={decoder}", f"training.optimizer={optimizer}"]
+    f"{decoder}, {optimizer}": [*PLAIN, f"model.decoder={decoder}", f"training.optimizer={optimizer}"]
     for decoder in ("gated_linear", "lstm", "transformer")
     for optimizer in ("adamw", "muon")
 }
