@@ -1,6 +1,7 @@
 """Memory does not grow with the text: it is read, split, encoded and packed a part at a time."""
 
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -68,6 +69,34 @@ def peak_mb(tmp_path: Path, megabytes: int, kind: str, fault: str = "") -> int:
 def test_a_longer_text_takes_no_more_memory(tmp_path, kind, fault, least, most):
     """Between 10 and 70 MB of text; and the measure sees what it is for."""
     assert least < peak_mb(tmp_path, 70, kind, fault) - peak_mb(tmp_path, 10, kind, fault) < most
+
+
+FAULTS = """
+import resource
+import torch
+from hf_genlm.memory import keeping_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.empty(1 << 24).fill_(1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+outside = faults()
+with keeping_memory():
+    inside = faults()
+print(outside, inside, faults())
+"""
+
+
+def test_kept_memory_is_not_asked_for_again():
+    """Twenty tensors, one after another: each is new to the system, or one for all."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc can be told to keep memory")
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    outside, inside, afterwards = map(int, done.stdout.split())
+    assert inside < outside / 5
+    assert afterwards > 5 * inside
 
 
 @pytest.mark.slow

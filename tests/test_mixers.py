@@ -5,6 +5,7 @@ import torch
 from conftest import VOCAB, build_model
 
 from hf_genlm.model import MIXERS, GenLMConfig, GenLMForCausalLM
+from hf_genlm.model.mlp_genlm import squared_relu
 from hf_genlm.model.recurrence_genlm import ClassicCell, RecurrentMixer, TimeLayout
 from hf_genlm.model.scan_genlm import linear_scan
 
@@ -315,3 +316,12 @@ def test_presets_end_on_their_last_mixer():
         "full_attention", "gated_linear", "gated_linear", "full_attention",
     ]  # fmt: skip
     assert GenLMConfig(decoder="sliding", num_hidden_layers=2).layer_types == ["sliding_attention"] * 2
+
+
+def test_the_squared_relu_is_its_definition_to_the_second_derivative():
+    x = torch.linspace(-2, 2, 10, dtype=torch.float64).requires_grad_()
+    torch.testing.assert_close(squared_relu(x), torch.relu(x).square(), rtol=0, atol=0)
+    assert torch.autograd.gradcheck(squared_relu, x)
+    assert torch.autograd.gradgradcheck(squared_relu, x)
+    slopes = torch.func.vmap(torch.func.grad(squared_relu))(x.detach())
+    torch.testing.assert_close(slopes, 2 * torch.relu(x.detach()))

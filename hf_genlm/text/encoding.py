@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from tokenizers import Tokenizer
 
+from hf_genlm.memory import give_back_memory
 from hf_genlm.text.cache import ArrayFile, ArrayWriter, Cache, key_of
 from hf_genlm.text.fast_bpe import FastBPE, fast_bpe_of
 from hf_genlm.text.store import Document, Documents, as_documents
@@ -196,7 +197,9 @@ def _encode(
         writer.append("ids", np.zeros(0, dtype=encoder.dtype))  # of no documents, too
         writer.append("offsets", _offsets(lengths))
         writer.append("n_bytes", documents.n_bytes)
-        return _tokenized(writer.finish())
+        finished = writer.finish()
+    give_back_memory()
+    return _tokenized(finished)
 
 
 def _tokenized(file: ArrayFile) -> TokenizedDocuments:

@@ -3,8 +3,6 @@
 Any Unicode text comes back unchanged from its ids: there is no normalizer and no unknown token.
 """
 
-import contextlib
-import ctypes
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -16,6 +14,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from hf_genlm.errors import UserError
+from hf_genlm.memory import give_back_memory
 from hf_genlm.recipe import TokenizerRecipe
 from hf_genlm.text.cache import ArrayWriter, Cache, key_of
 from hf_genlm.text.store import Document, Documents, as_documents
@@ -108,7 +107,7 @@ def train_tokenizer(
     )
     backend.train_from_iterator(sample_evenly(documents, recipe.max_characters), trainer)
     del trainer
-    _give_back_memory()
+    give_back_memory()
     reached = backend.get_vocab_size()
     if recipe.vocab_size is not None and reached < recipe.vocab_size:
         raise UserError(
@@ -198,12 +197,6 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
             "with tokenizer.add_special_tokens({'pad_token': '<|pad|>'}) and save the tokenizer again"
         )
     return cast("PreTrainedTokenizerFast", tokenizer)
-
-
-def _give_back_memory() -> None:
-    """glibc holds on to what the merges took, half a gigabyte of a large sample; others give it back."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # no such function in this C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _key_of(vocab_size: int, max_characters: int, sha256: str) -> str:

@@ -15,6 +15,7 @@ from hf_genlm.errors import UserError
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.model import GenLMForCausalLM
+from hf_genlm.memory import keeping_memory
 from hf_genlm.recipe import Recipe, TrainingRecipe
 from hf_genlm.run_folder import Listener, RunFolder, describe_environment, write_json, write_text
 from hf_genlm.text.cache import Cache, cache_folder
@@ -208,7 +209,8 @@ def fit(
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    with keeping_memory():
+        trainer.train()
     step, seconds = trainer.state.global_step, budget.elapsed_s
     model.config.use_cache = True  # Trainer turned it off for training
     sample(model, step)
