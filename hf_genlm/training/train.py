@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, Trai
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
-from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.memory import keeping_memory
+from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.recipe import Recipe, TrainingRecipe
 from hf_genlm.run_folder import Listener, RunFolder, describe_environment, write_json, write_text
 from hf_genlm.text.cache import Cache, cache_folder
