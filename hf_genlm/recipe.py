@@ -96,7 +96,9 @@ class TrainingRecipe:
         None  # of embedding and head, in parts of `learning_rate`; None: by `start`
     )
     matrix_rate: float = 5.5  # under muon: learning rate of the layers' matrices, in parts of `learning_rate`
-    weight_decay: float = 0.1
+    weight_decay: float | None = None  # of the layers' matrices; None: by the passes over the text
+    embedding_decay: float = 1.0  # of embedding and head, in parts of `weight_decay`
+    bigram_decay: float = 3.0  # of the table of pairs, in parts of `weight_decay`
     beta1: float = 0.9
     beta2: float = 0.95
     max_grad_norm: float = 1.0

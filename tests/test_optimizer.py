@@ -17,12 +17,11 @@ from hf_genlm.training.optimizer import OptimizerFactory, split_by_role
 from hf_genlm.training.train import train
 
 CELLS = [name for name, mixer in MIXERS.items() if getattr(mixer, "n_gates", 1) > 1]
+RATES = {"learning_rate": 1e-2, "embedding_rate": 2.0, "weight_decay": 0.1}
 
 
 def muon_of(model: nn.Module, **settings) -> Muon:
-    return OptimizerFactory()(
-        model, TrainingRecipe(optimizer="muon", **{"learning_rate": 1e-2, "embedding_rate": 2.0, **settings})
-    )
+    return OptimizerFactory()(model, TrainingRecipe(optimizer="muon", **{**RATES, **settings}))
 
 
 def take_steps(model, optimizer, tokens, count: int) -> list[float]:
@@ -61,7 +60,7 @@ def naive_muon(weight, gradients, rate, decay, n_matrices) -> None:
 def test_steps_are_those_of_the_naive_twin(stack):
     model, twin = build_model(stack).double(), build_model(stack).double()
     optimizer = muon_of(model, matrix_rate=30)
-    matrices, tables, rest = split_by_role(twin)
+    matrices, tables, pairs, rest = split_by_role(twin)
     names = {id(p): name for name, p in twin.named_parameters()}
     generator = torch.Generator().manual_seed(3)
     gradients = [
@@ -69,12 +68,19 @@ def test_steps_are_those_of_the_naive_twin(stack):
         for _ in range(3)
     ]
     adamw = torch.optim.AdamW(
-        [{"params": tables, "lr": 2e-2}, {"params": rest}], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0
+        [
+            {"params": tables, "lr": 2e-2, "weight_decay": 0.1},
+            {"params": pairs, "lr": 2e-2, "weight_decay": 0.3},
+            {"params": rest},
+        ],
+        lr=1e-2,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
     )
     for of_step in gradients:
         for name, parameter in model.named_parameters():
             parameter.grad = of_step[name].clone()
-        for parameter in [*tables, *rest]:
+        for parameter in [*tables, *pairs, *rest]:
             parameter.grad = of_step[names[id(parameter)]]
         optimizer.step()
         adamw.step()
@@ -190,7 +196,7 @@ def test_trainer_resumes_bit_for_bit(tmp_path):
 
     def run(steps: int, resume: bool = False) -> dict[str, torch.Tensor]:
         model = build_model("hybrid").train()
-        recipe = TrainingRecipe(optimizer="muon", learning_rate=1e-2, embedding_rate=2.0)
+        recipe = TrainingRecipe(optimizer="muon", **RATES)
         arguments = TrainingArguments(
             output_dir=str(tmp_path), max_steps=steps, save_steps=3, per_device_train_batch_size=4,
             gradient_accumulation_steps=2, report_to="none", disable_tqdm=True, lr_scheduler_type="constant",
@@ -255,7 +261,7 @@ def test_it_learns_faster_than_adamw():
         )
         model = GenLMForCausalLM(config)
         optimizer = OptimizerFactory()(
-            model, TrainingRecipe(optimizer=name, learning_rate=6e-3, embedding_rate=2.0)
+            model, TrainingRecipe(optimizer=name, **{**RATES, "learning_rate": 6e-3})
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         curve = []

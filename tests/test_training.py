@@ -346,14 +346,19 @@ def test_terms_outside_their_range_are_refused(setting, text_folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_only_matrices_decay_and_embedding_and_head_have_a_rate_of_their_own():
-    model = build_model("factorised", tie_word_embeddings=False)
-    optimizer = OptimizerFactory()(model, TrainingRecipe(learning_rate=1e-3, embedding_rate=3.0))
+def test_each_role_has_its_rate_and_its_decay():
+    model = build_model("bigram", tie_word_embeddings=False)
+    recipe = TrainingRecipe(
+        learning_rate=1e-3, embedding_rate=3.0, weight_decay=0.5, embedding_decay=2.0, bigram_decay=4.0
+    )
+    optimizer = OptimizerFactory()(model, recipe)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(rates) == sum(len(group["params"]) for group in optimizer.param_groups)
     assert rates.keys() == {id(p) for p in model.parameters()}
     for name, parameter in model.named_parameters():
-        is_table = name in ("model.embed_tokens.weight", "lm_head.weight")
+        is_pairs = name == "model.embed_bigrams.weight"
+        is_table = name in ("model.embed_tokens.weight", "lm_head.weight") or is_pairs
+        decay = 0.0 if parameter.ndim < 2 else 2.0 if is_pairs else 1.0 if is_table else 0.5
         assert rates[id(parameter)] == pytest.approx(3e-3 if is_table else 1e-3), name
-        assert (decays[id(parameter)] > 0) == (parameter.ndim == 2 and not is_table), name
+        assert decays[id(parameter)] == decay, name

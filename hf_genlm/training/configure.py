@@ -14,7 +14,7 @@ from hf_genlm.model import MIXER_TYPES, GenLMConfig, GenLMForCausalLM, mixers_of
 from hf_genlm.recipe import Recipe
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.training.budget import Budget, resolve
-from hf_genlm.training.plan import is_open, measure_step, plan_size, tokens_of_a_step
+from hf_genlm.training.plan import decay_for, is_open, measure_step, plan_size, tokens_of_a_step
 from hf_genlm.training.word_vectors import adopt_dimension
 
 
@@ -105,6 +105,7 @@ def plan_recipe(
         1, math.ceil(recipe.training.most_passes * corpus_tokens / tokens_of_a_step(recipe.training))
     )
     n_steps = min(budget.steps, int(budget.seconds / step_s))
+    passes = settle_decay(recipe, n_steps, corpus_tokens)
     run.log(
         "planned",
         hidden_size=recipe.model.hidden_size,
@@ -114,7 +115,18 @@ def plan_recipe(
         threads=threads,
         step_s=round(step_s, 5),
         tokens=n_steps * tokens_of_a_step(recipe.training),
-        passes=round(n_steps * tokens_of_a_step(recipe.training) / corpus_tokens, 2),
+        passes=round(passes, 2),
+        weight_decay=recipe.training.weight_decay,
         seconds=round(seconds, 3),
     )
     return recipe
+
+
+def settle_decay(recipe: Recipe, n_steps: int, corpus_tokens: int) -> float:
+    """Choose `training.weight_decay` where it was left open. Returns the passes over the text that it rests
+    on."""
+    training = recipe.training
+    passes = n_steps * tokens_of_a_step(training) / max(1, corpus_tokens)
+    if training.weight_decay is None:
+        training.weight_decay = decay_for(passes)
+    return passes

@@ -5,21 +5,25 @@ recipe)` once the model lies where it will be trained. A new optimizer is a new 
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.model.bigram_genlm import GenLMBigramEmbedding
 from hf_genlm.recipe import TrainingRecipe
 from hf_genlm.training.muon import Muon
 
 
 def adamw(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101); only matrices of the layers decay."""
-    matrices, tables, rest = split_by_role(model)
+    """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101); biases and norms do not decay."""
+    matrices, tables, pairs, rest = split_by_role(model)
+    decay, rate_of_tables = recipe.weight_decay, recipe.learning_rate * recipe.embedding_rate
     groups: list[dict] = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": tables, "weight_decay": 0.0, "lr": recipe.learning_rate * recipe.embedding_rate},
+        {"params": matrices, "weight_decay": decay},
+        {"params": tables, "weight_decay": decay * recipe.embedding_decay, "lr": rate_of_tables},
+        {"params": pairs, "weight_decay": decay * recipe.bigram_decay, "lr": rate_of_tables},
         {"params": rest, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
@@ -32,17 +36,15 @@ def adamw(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
 
 def muon(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
     """Muon for the matrices of the layers, gate by gate; AdamW for embeddings, head, biases and norms."""
-    matrices, tables, rest = split_by_role(model)
-    others = {"method": "adamw", "betas": (recipe.beta1, recipe.beta2)}
-    ours = {
-        "method": "muon",
-        "lr": recipe.learning_rate * recipe.matrix_rate,
-        "weight_decay": recipe.weight_decay,
-    }
+    matrices, tables, pairs, rest = split_by_role(model)
+    decay, rate_of_tables = recipe.weight_decay, recipe.learning_rate * recipe.embedding_rate
+    others = {"method": "adamw", "betas": (recipe.beta1, recipe.beta2), "lr": rate_of_tables}
+    ours = {"method": "muon", "lr": recipe.learning_rate * recipe.matrix_rate, "weight_decay": decay}
     groups: list[dict] = [
         # first: the log shows the rate of the first group as the learning rate
         {**others, "params": rest, "lr": recipe.learning_rate},
-        {**others, "params": tables, "lr": recipe.learning_rate * recipe.embedding_rate},
+        {**others, "params": tables, "weight_decay": decay * recipe.embedding_decay},
+        {**others, "params": pairs, "weight_decay": decay * recipe.bigram_decay},
     ]
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     stacked = {id(linear.weight): getattr(linear, "n_matrices", 1) for linear in linears}
@@ -74,18 +76,26 @@ def check_optimizer(name: str) -> None:
         raise UserError(f"unknown training.optimizer {name!r}{did_you_mean(name, OPTIMIZERS)}")
 
 
-def split_by_role(
-    model: nn.Module,
-) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters: matrices of the layers; embeddings and head; biases and norms."""
-    of_tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    head = getattr(model, "lm_head", None)
-    of_tables |= {id(p) for p in head.parameters()} if head is not None else set()
-    matrices: list[nn.Parameter] = []
-    tables: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+class Roles(NamedTuple):
+    """The trainable parameters of a model."""
+
+    matrices: list[nn.Parameter]  # of the layers
+    tables: list[nn.Parameter]  # embeddings and head
+    pairs: list[nn.Parameter]  # the embedding of token pairs
+    rest: list[nn.Parameter]  # biases and norms
+
+
+def split_by_role(model: nn.Module) -> Roles:
+    """Each trainable parameter in the one role that it has."""
+    roles = Roles([], [], [], [])
+    role_of: dict[int, list[nn.Parameter]] = {}
+    for module in model.modules():
+        is_table = isinstance(module, nn.Embedding) or module is getattr(model, "lm_head", None)
+        if is_table:
+            role = roles.pairs if isinstance(module, GenLMBigramEmbedding) else roles.tables
+            role_of |= {id(parameter): role for parameter in module.parameters()}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            role = rest if parameter.ndim < 2 else tables if id(parameter) in of_tables else matrices
+            role = roles.rest if parameter.ndim < 2 else role_of.get(id(parameter), roles.matrices)
             role.append(parameter)
-    return matrices, tables, rest
+    return roles

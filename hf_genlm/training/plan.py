@@ -102,7 +102,7 @@ def measure_step(model: GenLMForCausalLM, recipe: TrainingRecipe) -> tuple[float
     many times as long as one thread takes for a small decoder. A step is forward, backward, clipping and
     update on rows of random tokens. The threads that torch has are left as they were.
     """
-    optimizer = OptimizerFactory()(model, recipe)
+    optimizer = OptimizerFactory()(model, replace(recipe, weight_decay=0.0))  # it may not be chosen yet
     shape = (recipe.batch_size, recipe.row_length)
     tokens = torch.randint(0, model.config.vocab_size, shape, device=model.device)
 
@@ -132,6 +132,11 @@ def measure_step(model: GenLMForCausalLM, recipe: TrainingRecipe) -> tuple[float
     finally:
         torch.set_num_threads(available)
     return (together, available) if together < alone else (alone, 1)
+
+
+def decay_for(passes: float) -> float:
+    """The weight decay of a run that reads its text so many times (measured: recipes/README.md)."""
+    return float(f"{min(1.0, max(0.1, 0.3 * (passes - 1))):.2g}")
 
 
 def tokens_of_a_step(recipe: TrainingRecipe) -> int:

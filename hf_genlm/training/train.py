@@ -33,7 +33,13 @@ from hf_genlm.training.callbacks import (
     ThreadsCallback,
     write_samples,
 )
-from hf_genlm.training.configure import adopt_vocabulary, build_config, mixer_types_of, plan_recipe
+from hf_genlm.training.configure import (
+    adopt_vocabulary,
+    build_config,
+    mixer_types_of,
+    plan_recipe,
+    settle_decay,
+)
 from hf_genlm.training.optimizer import OptimizerFactory, check_optimizer
 from hf_genlm.training.pair_start import MOST_TOKENS, start_from_pairs
 from hf_genlm.training.plan import tokens_of_a_step
@@ -94,6 +100,8 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
             recipe = plan_recipe(run, given, corpus.tokenizer, n_tokens, budget, training_arguments.device)
             config = build_config(recipe, mixer_types_of(recipe))
             training_arguments = _training_arguments(run, recipe.training, budget)
+        else:
+            settle_decay(recipe, budget.steps, corpus.train.n_tokens)
         corpus.tokenizer.model_max_length = recipe.training.row_length
         corpus.tokenizer.save_pretrained(run.tokenizer)  # again: its model_max_length is known now
         rows = PackedRows(

@@ -18,6 +18,9 @@ from pathlib import Path
 ROUNDS = 15
 # what differs is then the way alone: no start from pairs, no table of pairs, one context for all
 PLAIN = [
+    "training.weight_decay=0.1",
+    "training.embedding_decay=0",
+    "training.bigram_decay=0",
     "model.tie_word_embeddings=true",
     "training.start=random",
     "model.bigram_size=0",
