@@ -109,6 +109,7 @@ class TrainingRecipe:
     threads: int | None = (
         None  # of torch on a CPU; None: measured before a run by the clock, else torch's own
     )
+    compile: str | None = None  # backend of torch.compile for the steps, as inductor; None: no compiler
     dtype: str = "auto"  # auto: bfloat16 autocast where the device computes it natively, else float32
     validations: int | None = None  # on a part of the validation split; None: 4 in half a minute or more
     samples: int = 2  # texts written at each of them, and at the end

@@ -6,7 +6,9 @@ import math
 from pydoc_data.topics import topics
 
 import pytest
+import torch
 from conftest import build_model
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -362,3 +364,22 @@ def test_each_role_has_its_rate_and_its_decay():
         decay = 0.0 if parameter.ndim < 2 else 2.0 if is_pairs else 1.0 if is_table else 0.5
         assert rates[id(parameter)] == pytest.approx(3e-3 if is_table else 1e-3), name
         assert decays[id(parameter)] == decay, name
+
+
+def test_a_recipe_trains_compiled(text_folder, tmp_path):
+    """The same steps as without, and nothing of the compiler in what is saved."""
+    torch._dynamo.utils.counters.clear()
+    runs = [
+        train(small_recipe(text_folder, "training.steps=3", *more), tmp_path / f"run-{len(more)}")
+        for more in ([], ["training.compile=aot_eager"])
+    ]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    plain, compiled = [load_file(run.model / "model.safetensors") for run in runs]
+    assert plain.keys() == compiled.keys()
+    for name, weight in plain.items():
+        torch.testing.assert_close(compiled[name], weight, atol=1e-4, rtol=1e-3)
+
+
+def test_an_unknown_compiler_is_refused(text_folder, tmp_path):
+    with pytest.raises(UserError, match=r"training\.compile 'inductr'; did you mean 'inductor'"):
+        train(small_recipe(text_folder, "training.compile=inductr"), tmp_path / "run")

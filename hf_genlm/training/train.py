@@ -11,7 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from hf_genlm.errors import UserError
+from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.memory import keeping_memory
@@ -330,6 +330,11 @@ def _training_arguments(run: RunFolder, training: TrainingRecipe, budget: Budget
     use_bf16 = {"auto": computes_bfloat16(), "bfloat16": True, "float32": False}.get(training.dtype)
     if use_bf16 is None:
         raise UserError(f"unknown training.dtype {training.dtype!r}; known: auto, bfloat16, float32")
+    if training.compile not in (None, *torch.compiler.list_backends(exclude_tags=())):
+        known = torch.compiler.list_backends()
+        raise UserError(
+            f"unknown training.compile {training.compile!r}{did_you_mean(training.compile, known)}"
+        )
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
         max_steps=budget.steps,
@@ -339,6 +344,7 @@ def _training_arguments(run: RunFolder, training: TrainingRecipe, budget: Budget
         max_grad_norm=training.max_grad_norm,
         seed=training.seed,
         bf16=use_bf16,
+        torch_compile_backend=training.compile,
         logging_strategy="no",
         save_strategy="no",
         eval_strategy="no",

@@ -1,14 +1,16 @@
-"""Training tokens a second of ours and of transformers' models of one shape, in alternating steps, and the
-share of this machine's own matrix-product rate that they reach.
+"""Training tokens a second of ours and of transformers' models of one shape, in turns, and the share of this
+machine's own matrix-product rate that they reach.
 
     python recipes/benchmarks/throughput.py [--tokens 256] [--rows 8] [--width 256] [--layers 6] [--rounds 7]
 
-A step is forward, backward, clipping and AdamW, in float32, on random tokens. The peak is that of a product
-of two 2,048 x 2,048 matrices, timed between the rounds. The share counts what doctor counts: every linear
-layer and, for attention, every visible pair of tokens, forward and twice that backward.
+A step is forward, backward, clipping and AdamW, in float32, on random tokens. A turn is a step that is not
+timed and two that are; ours keep freed memory meanwhile, as their training does (hf_genlm.memory). The peak
+is that of a product of two 2,048 x 2,048 matrices, timed between the rounds. The share counts what doctor
+counts: every linear layer and, for attention, every visible pair of tokens, forward and twice that backward.
 """
 
 import argparse
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -25,46 +27,51 @@ from transformers import (
 )
 
 from hf_genlm.doctor import count_flops
+from hf_genlm.memory import keeping_memory
 from hf_genlm.model import GenLMConfig, GenLMForCausalLM
 
-VOCAB = 4096
 DECODERS = ("transformer", "gated_linear", "lstm", "gru", "hybrid")
+SHAPE = {"vocab": 4096, "tokens": 256, "rows": 8, "width": 256, "layers": 6}
+STEPS = 2  # timed in a turn
 PEAK_SIZE = 2048
+PEAKS = 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in (("tokens", 256), ("rows", 8), ("width", 256), ("layers", 6), ("rounds", 7)):
+    for name, default in SHAPE.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="models whose name holds one of these words, by commas")
     options = parser.parse_args()
     models = {
-        name: build(options.width, options.layers, options.tokens)
+        name: build(options)
         for name, build in BUILDERS.items()
         if any(word in name for word in options.only.split(","))
     }
-    steps = {name: step_of(model, options.rows, options.tokens) for name, model in models.items()}
+    steps = {name: step_of(model, options) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     peaks = []
-    for _ in range(options.rounds + 1):
-        peaks.append(measure_peak())
+    for _ in range(options.rounds):
+        peaks += [measure_peak() for _ in range(PEAKS)]
         for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - began)
-    peak = statistics.median(peaks[1:])
+            with keeping_memory() if name.startswith("ours") else contextlib.nullcontext():
+                step()
+                seconds[name] += [timed(step) for _ in range(STEPS)]
+    peak = statistics.median(peaks)
     print(f"{torch.get_num_threads()} threads, matrix products {peak / 1e9:.0f} GFLOP/s\n")
-    print("| model | parameters | tokens/s | share of the peak |\n|---|---|---|---|")
+    print("| model | parameters | tokens/s | ms a step, slowest | share of the peak |\n|---|---|---|---|---|")
     n_tokens = options.rows * options.tokens
     for name, model in models.items():
-        step_s = statistics.median(seconds[name][1:])
+        step_s = statistics.median(seconds[name])
         share = (
             "" if not isinstance(model, GenLMForCausalLM) else f"{share_of(model, options, step_s, peak):.2f}"
         )
         count = sum(p.numel() for p in model.parameters())
-        print(f"| {name} | {count:,} | {n_tokens / step_s:,.0f} | {share} |")
+        times = f"{1000 * step_s:,.0f}, {1000 * max(seconds[name]):,.0f}"
+        print(f"| {name} | {count:,} | {n_tokens / step_s:,.0f} | {times} | {share} |")
 
 
 def share_of(model: GenLMForCausalLM, options: argparse.Namespace, step_s: float, peak: float) -> float:
@@ -75,15 +82,19 @@ def share_of(model: GenLMForCausalLM, options: argparse.Namespace, step_s: float
 def measure_peak() -> float:
     """Floating-point operations a second."""
     a, b = torch.randn(PEAK_SIZE, PEAK_SIZE), torch.randn(PEAK_SIZE, PEAK_SIZE)
+    return 2 * PEAK_SIZE**3 / timed(lambda: a @ b)
+
+
+def timed(call: Callable[[], object]) -> float:
     began = time.perf_counter()
-    a @ b
-    return 2 * PEAK_SIZE**3 / (time.perf_counter() - began)
+    call()
+    return time.perf_counter() - began
 
 
-def step_of(model: nn.Module, rows: int, tokens: int) -> Callable[[], None]:
+def step_of(model: nn.Module, options: argparse.Namespace) -> Callable[[], None]:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    ids = torch.randint(0, VOCAB, (rows, tokens))
+    ids = torch.randint(0, options.vocab, (options.rows, options.tokens))
     ours = {"skip_logits": True} if isinstance(model, GenLMForCausalLM) else {}
 
     def step() -> None:
@@ -95,35 +106,35 @@ def step_of(model: nn.Module, rows: int, tokens: int) -> Callable[[], None]:
     return step
 
 
-def build_llama(width: int, layers: int, tokens: int) -> nn.Module:
+def build_llama(o: argparse.Namespace) -> nn.Module:
     # two matrices of 4 d and three of 8/3 d hold as many weights
-    config = LlamaConfig(vocab_size=VOCAB, hidden_size=width, intermediate_size=8 * width // 3,
-                         num_hidden_layers=layers, num_attention_heads=max(1, width // 64),
-                         max_position_embeddings=tokens, tie_word_embeddings=True)  # fmt: skip
+    config = LlamaConfig(vocab_size=o.vocab, hidden_size=o.width, intermediate_size=8 * o.width // 3,
+                         num_hidden_layers=o.layers, num_attention_heads=max(1, o.width // 64),
+                         max_position_embeddings=o.tokens, tie_word_embeddings=True)  # fmt: skip
     return LlamaForCausalLM(config)
 
 
-def build_gpt2(width: int, layers: int, tokens: int) -> nn.Module:
-    config = GPT2Config(vocab_size=VOCAB, n_embd=width, n_layer=layers, n_head=max(1, width // 64),
-                        n_positions=tokens, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # fmt: skip
+def build_gpt2(o: argparse.Namespace) -> nn.Module:
+    config = GPT2Config(vocab_size=o.vocab, n_embd=o.width, n_layer=o.layers, n_head=max(1, o.width // 64),
+                        n_positions=o.tokens, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # fmt: skip
     return GPT2LMHeadModel(config)
 
 
-def build_recurrent_gemma(width: int, layers: int, tokens: int) -> nn.Module:
-    config = RecurrentGemmaConfig(vocab_size=VOCAB, hidden_size=width, intermediate_size=6 * width,
-                                  num_hidden_layers=layers, num_attention_heads=max(1, width // 64),
-                                  lru_width=width, attention_window_size=tokens)  # fmt: skip
+def build_recurrent_gemma(o: argparse.Namespace) -> nn.Module:
+    config = RecurrentGemmaConfig(vocab_size=o.vocab, hidden_size=o.width, intermediate_size=6 * o.width,
+                                  num_hidden_layers=o.layers, num_attention_heads=max(1, o.width // 64),
+                                  lru_width=o.width, attention_window_size=o.tokens)  # fmt: skip
     return RecurrentGemmaForCausalLM(config)
 
 
-def builder_of(decoder: str) -> Callable[[int, int, int], nn.Module]:
-    return lambda width, layers, tokens: GenLMForCausalLM(
+def builder_of(decoder: str) -> Callable[[argparse.Namespace], nn.Module]:
+    return lambda o: GenLMForCausalLM(
         GenLMConfig(
-            vocab_size=VOCAB,
-            hidden_size=width,
+            vocab_size=o.vocab,
+            hidden_size=o.width,
             decoder=decoder,
-            num_hidden_layers=layers,
-            max_position_embeddings=tokens,
+            num_hidden_layers=o.layers,
+            max_position_embeddings=o.tokens,
         )
     )
 
