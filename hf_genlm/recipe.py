@@ -84,7 +84,7 @@ class TrainingRecipe:
     minutes: float | None = None  # wall-clock of the training phase: steps and what runs between them
     steps: int | None = None  # optimizer steps
     tokens: int | None = None  # training tokens seen, repeats counted
-    most_passes: float = 1.5  # over the text, of a run by the clock: beyond, it is learned by heart
+    most_passes: float = 8.0  # over the text, of a run by the clock: beyond, it is learned by heart
     seed: int = 0
     row_length: int | None = None  # tokens in one packed row; None: follows from `size`
     batch_size: int | None = None  # rows in one forward pass, over all processes; None: follows from `size`

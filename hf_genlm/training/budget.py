@@ -33,6 +33,9 @@ STARTS = ("pairs", "random")
 DEFAULT_MINUTES = 3.0
 # AdamW's best peak for a width of 256, measured (recipes/README.md); it falls with the root of the width
 _LEARNING_RATE_AT_256 = 3e-3
+_LEAST_DECAY, _MOST_DECAY = 0.1, 6.0
+_MEMORY_PASSES = 0.63  # that AdamW's memory of a weight holds, once decay is in full
+_ALL_DUE = 4.0  # passes
 _LARGEST_STEPS = 10**9
 
 
@@ -109,6 +112,18 @@ def trapezoid(progress: float, warmup: float, decay: float) -> float:
     up = progress / warmup if warmup > 0 else 1.0
     down = (1.0 - progress) / decay if decay > 0 else 1.0
     return max(0.0, min(1.0, up, down))
+
+
+def decay_for(passes: float, steps_of_a_pass: float, learning_rate: float) -> float:
+    """The weight decay that keeps a text from being learned by heart (measured: recipes/README.md).
+
+    AdamW forgets what a weight was with a time constant of 1 / (learning rate x decay) steps, which is best
+    stated in passes over the text (Wang and Aitchison, 2024, arXiv:2405.13698). A text that is read once or
+    twice needs hardly any; all of it is due from the fourth pass on.
+    """
+    full = 1 / (learning_rate * _MEMORY_PASSES * steps_of_a_pass)
+    share = min(1.0, max(0.0, (passes - 1) / (_ALL_DUE - 1)))
+    return float(f"{min(_MOST_DECAY, max(_LEAST_DECAY, share * full)):.2g}")
 
 
 def resolve(recipe: Recipe, shape: Shape | None = None) -> Recipe:

@@ -13,8 +13,8 @@ from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.model import MIXER_TYPES, GenLMConfig, GenLMForCausalLM, mixers_of
 from hf_genlm.recipe import Recipe
 from hf_genlm.run_folder import RunFolder
-from hf_genlm.training.budget import Budget, resolve
-from hf_genlm.training.plan import decay_for, is_open, measure_step, plan_size, tokens_of_a_step
+from hf_genlm.training.budget import Budget, decay_for, resolve
+from hf_genlm.training.plan import is_open, measure_step, plan_size, tokens_of_a_step
 from hf_genlm.training.word_vectors import adopt_dimension
 
 
@@ -123,10 +123,11 @@ def plan_recipe(
 
 
 def settle_decay(recipe: Recipe, n_steps: int, corpus_tokens: int) -> float:
-    """Choose `training.weight_decay` where it was left open. Returns the passes over the text that it rests
-    on."""
+    """Choose `training.weight_decay` of a run of `n_steps` where it was left open; returns its passes over
+    the text."""
     training = recipe.training
-    passes = n_steps * tokens_of_a_step(training) / max(1, corpus_tokens)
+    steps_of_a_pass = max(1.0, corpus_tokens / tokens_of_a_step(training))
+    passes = n_steps / steps_of_a_pass
     if training.weight_decay is None:
-        training.weight_decay = decay_for(passes)
+        training.weight_decay = decay_for(passes, steps_of_a_pass, training.learning_rate)
     return passes

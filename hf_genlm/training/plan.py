@@ -134,11 +134,6 @@ def measure_step(model: GenLMForCausalLM, recipe: TrainingRecipe) -> tuple[float
     return (together, available) if together < alone else (alone, 1)
 
 
-def decay_for(passes: float) -> float:
-    """The weight decay of a run that reads its text so many times (measured: recipes/README.md)."""
-    return float(f"{min(1.0, max(0.1, 0.3 * (passes - 1))):.2g}")
-
-
 def tokens_of_a_step(recipe: TrainingRecipe) -> int:
     """Tokens that are predicted in one optimizer step."""
     return recipe.batch_size * recipe.accumulation * (recipe.row_length - 1)
