@@ -22,7 +22,7 @@ def keeping_memory() -> Iterator[None]:
     """Freed memory stays with the process inside, and is given back at the end.
 
     A training step takes and frees the same large tensors again and again; what comes new from the system is
-    zeroed page by page first (recipes/README.md has what that costs).
+    zeroed page by page first.
     """
     _call("mallopt", _MMAP_THRESHOLD, _NEVER)
     _call("mallopt", _TRIM_THRESHOLD, _NEVER)

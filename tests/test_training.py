@@ -22,7 +22,7 @@ from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.model import DECODERS, GenLMForCausalLM
 from hf_genlm.recipe import Recipe, TrainingRecipe, load_recipe
 from hf_genlm.training import budget as budget_module
-from hf_genlm.training.budget import Budget, budget_of, resolve, trapezoid
+from hf_genlm.training.budget import Budget, budget_of, decay_for, resolve, trapezoid
 from hf_genlm.training.callbacks import MilestoneCallback, Pace
 from hf_genlm.training.optimizer import OptimizerFactory
 from hf_genlm.training.train import BudgetTrainer, train
@@ -364,6 +364,27 @@ def test_each_role_has_its_rate_and_its_decay():
         decay = 0.0 if parameter.ndim < 2 else 2.0 if is_pairs else 1.0 if is_table else 0.5
         assert rates[id(parameter)] == pytest.approx(3e-3 if is_table else 1e-3), name
         assert decays[id(parameter)] == decay, name
+
+
+def test_decay_comes_in_with_the_passes():
+    """After four of them, AdamW forgets a weight within 0.63 of a pass."""
+    assert decay_for(1.0, steps_of_a_pass=400, learning_rate=4e-3) == 0.1
+    by_passes = [decay_for(passes, 400, 4e-3) for passes in (0.5, 1.5, 2.0, 3.0, 4.0, 8.0)]
+    assert by_passes == sorted(by_passes)
+    assert by_passes[-2] == by_passes[-1] == pytest.approx(1 / (4e-3 * 0.63 * 400), rel=0.01)
+    assert decay_for(8.0, 4000, 4e-3) == 0.1  # a long text is forgotten soon enough
+    assert decay_for(8.0, 1, 4e-3) == 6.0
+
+
+@pytest.mark.parametrize("stated", [[], ["training.weight_decay=0.2"]])
+def test_a_run_of_many_passes_decays_more_unless_it_is_stated(stated, text_folder, tmp_path):
+    recipe = small_recipe(text_folder, "training.steps=1", *stated)
+    one = train(recipe, tmp_path / "one")
+    tokens = next(event["train_tokens"] for event in one.read_log() if event["event"] == "tokenized")
+    recipe.training.steps, recipe.training.tokens = None, 5 * tokens
+    many = train(recipe, tmp_path / "many")
+    once, often = [load_recipe(run.recipe).training.weight_decay for run in (one, many)]
+    assert once == often == 0.2 if stated else once < often
 
 
 def test_a_recipe_trains_compiled(text_folder, tmp_path):

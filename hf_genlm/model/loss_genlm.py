@@ -200,10 +200,7 @@ def _rows_loss(logits: torch.Tensor, targets: torch.Tensor, terms: _Terms, gradi
         logits.scatter_add_(1, index, logits.new_full(index.shape, label_smoothing - 1))
         if slope is not None:
             logits.mul_(slope)
-        if logits.is_cuda:
-            logits.mul_(counted[:, None])
-        else:  # a few rows, and to find them waits for no device
-            logits[~counted] = 0.0
+        logits.mul_(counted[:, None])
     return losses.masked_fill(~counted, 0.0).sum()
 
 

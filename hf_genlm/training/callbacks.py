@@ -108,25 +108,36 @@ class LogCallback(TrainerCallback):
 class HoldRowsCallback(TrainerCallback):
     """Keeps the rows `held` (V,) of the embedding as they are, to the end or through step `release_step`.
 
-    Their gradients are made zero as they arrive, so that neither the clipping nor the optimizer sees them;
-    embeddings do not decay. Nothing of it stays on the model.
+    Their gradients are made zero as they arrive, so that neither the clipping nor the optimizer sees them,
+    and what decay takes is put back after each step. Nothing of it stays on the model.
     """
 
     def __init__(self, held: torch.Tensor, release_step: int | None = None):
         self.held, self.release_step = held, release_step
         self._hook: RemovableHandle | None = None
+        self._values: torch.Tensor | None = None  # of the held rows, while they are held
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         weight = model.get_input_embeddings().weight
-        rows = self.held.to(weight.device)[:, None]
-        self._hook = weight.register_hook(lambda gradient: gradient.masked_fill(rows, 0.0))
+        self.held = self.held.to(weight.device)
+        self._values = weight.detach()[self.held].clone()
+        self._hook = weight.register_hook(lambda gradient: gradient.masked_fill(self.held[:, None], 0.0))
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self._values is not None:
+            model.get_input_embeddings().weight[self.held] = self._values
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.release_step is not None and state.global_step >= self.release_step:
-            self._hook.remove()
+            self._release()
 
     def on_train_end(self, args, state, control, **kwargs):
+        self._release()
+
+    def _release(self):
         self._hook.remove()
+        self._values = None
 
 
 class MilestoneCallback(TrainerCallback):

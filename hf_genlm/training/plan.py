@@ -6,9 +6,9 @@ to learn. The best of those tried saw one to ten tokens for each weight that it 
 recipes/README.md), so the plan is the largest rung of a ladder that will see three, by the pace of a few
 steps on random tokens.
 
-A text that is read again and again is learned by heart, and what is held out is predicted worse and worse. So
-a run by the clock ends after `training.most_passes`, and a small text gets a small decoder however long it
-may take.
+A text that is read again and again is learned by heart, and what is held out is predicted worse and worse.
+Weight decay puts that off (`decay_for` in budget.py) and does not end it: a run by the clock ends after
+`training.most_passes`, and a small text gets a small decoder however long it may take.
 """
 
 import time

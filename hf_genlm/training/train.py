@@ -87,6 +87,7 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
     adopt_dimension(recipe)
     config = build_config(recipe, mixer_types_of(recipe))
     check_optimizer(recipe.training.optimizer)
+    _check_compiler(recipe.training.compile)
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)
     budget = budget_of(recipe.training, tokens_of_a_step(recipe.training))
@@ -330,11 +331,6 @@ def _training_arguments(run: RunFolder, training: TrainingRecipe, budget: Budget
     use_bf16 = {"auto": computes_bfloat16(), "bfloat16": True, "float32": False}.get(training.dtype)
     if use_bf16 is None:
         raise UserError(f"unknown training.dtype {training.dtype!r}; known: auto, bfloat16, float32")
-    if training.compile not in (None, *torch.compiler.list_backends(exclude_tags=())):
-        known = torch.compiler.list_backends()
-        raise UserError(
-            f"unknown training.compile {training.compile!r}{did_you_mean(training.compile, known)}"
-        )
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
         max_steps=budget.steps,
@@ -359,6 +355,12 @@ def _training_arguments(run: RunFolder, training: TrainingRecipe, budget: Budget
             "set CUDA_VISIBLE_DEVICES=0, or start `accelerate launch -m hf_genlm train`"
         )
     return arguments
+
+
+def _check_compiler(backend: str | None) -> None:
+    if backend is not None and backend not in torch.compiler.list_backends(exclude_tags=()):
+        known = torch.compiler.list_backends()
+        raise UserError(f"unknown training.compile {backend!r}{did_you_mean(backend, known)}")
 
 
 def computes_bfloat16() -> bool:

@@ -5,7 +5,9 @@
 
 A way is its recipe, as section.key=value. It trains for as many steps as fit into the time at its pace, which
 is the lower quartile of its steps' processor time: what else runs makes some steps slower, not those. The
-time of `training.start=pairs` is part of it; a plain loop takes the place of Trainer.
+time of `training.start=pairs` is part of it; a plain loop takes the place of Trainer. With `--passes` it
+trains for so many passes over the text instead, whatever they take. A decay that a way leaves open follows
+from a measurement of its steps before it trains.
 """
 
 import argparse
@@ -16,15 +18,16 @@ import torch
 
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.model import GenLMForCausalLM
-from hf_genlm.recipe import load_recipe
+from hf_genlm.recipe import Recipe, load_recipe
 from hf_genlm.text.corpus import Corpus, read_corpus
 from hf_genlm.text.encoding import encode_documents
 from hf_genlm.text.packing import PackedRows, collate
 from hf_genlm.text.tokenizer import train_tokenizer
 from hf_genlm.training.budget import resolve, trapezoid
-from hf_genlm.training.configure import adopt_vocabulary, build_config, mixer_types_of
+from hf_genlm.training.configure import adopt_vocabulary, build_config, mixer_types_of, settle_decay
 from hf_genlm.training.optimizer import OptimizerFactory
 from hf_genlm.training.pair_start import MOST_TOKENS, start_from_pairs
+from hf_genlm.training.plan import measure_step
 
 FIRST_STEPS = 10  # after which there is a pace
 
@@ -36,6 +39,7 @@ def main() -> None:
     parser.add_argument("sources", nargs="*", metavar="TEXT", help="nothing: the source that Python brings")
     parser.add_argument("--validation", metavar="FILE", help="hold out this, instead of splitting")
     parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--passes", type=float, help="over the text, in place of --seconds")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--way", action="append", default=[], metavar="SECTION.KEY=VALUE ...")
     options = parser.parse_args()
@@ -45,7 +49,7 @@ def main() -> None:
     corpus = read_corpus(recipe.corpus)
     print("| way | parameters | steps | ms a step | bits per byte |\n|---|---|---|---|---|")
     for way in options.way:
-        runs = [run(corpus, way.split(), options.seconds, seed) for seed in range(options.seeds)]
+        runs = [run(corpus, way.split(), options, seed) for seed in range(options.seeds)]
         bits = [found["bits"] for found in runs]
         error = f" ± {statistics.stdev(bits) / len(bits) ** 0.5:.4f}" if len(bits) > 1 else ""
         first = runs[0]
@@ -56,7 +60,7 @@ def main() -> None:
         )
 
 
-def run(corpus: Corpus, settings: list[str], seconds: float, seed: int) -> dict[str, float]:
+def run(corpus: Corpus, settings: list[str], options: argparse.Namespace, seed: int) -> dict[str, float]:
     """One training, and what it came to on the whole validation split."""
     recipe = resolve(load_recipe(None, [*settings, f"training.seed={seed}", "training.steps=1"]))
     training = recipe.training
@@ -65,13 +69,19 @@ def run(corpus: Corpus, settings: list[str], seconds: float, seed: int) -> dict[
     adopt_vocabulary(config, tokenizer)
     documents = encode_documents(tokenizer, corpus.train)
     rows = PackedRows(documents, training.row_length, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    n_steps = None
+    if options.passes is not None:
+        n_steps = max(1, int(options.passes * len(rows) / training.batch_size))
+    if training.weight_decay is None:
+        planned = n_steps or int(options.seconds / measure_step(GenLMForCausalLM(config), training)[0])
+        settle_decay(recipe, planned, documents.n_tokens)
     torch.manual_seed(seed)
     model = GenLMForCausalLM(config)
     began = time.process_time()
     if training.start == "pairs":
         start_from_pairs(model, rows.first_tokens(MOST_TOKENS), keep_embedding=False)
     spent = time.process_time() - began
-    steps, pace = train(model, rows, recipe, seconds - spent)
+    steps, pace = train(model, rows, recipe, options.seconds - spent, n_steps)
     found = measure_likelihood(
         model.eval(),
         encode_documents(tokenizer, corpus.validation),
@@ -84,20 +94,24 @@ def run(corpus: Corpus, settings: list[str], seconds: float, seed: int) -> dict[
     return {"bits": bits, "steps": steps, "pace": pace, "parameters": model.num_parameters()}
 
 
-def train(model: GenLMForCausalLM, rows: PackedRows, recipe, seconds: float) -> tuple[int, float]:
-    """Steps made, and the seconds of one."""
+def train(
+    model: GenLMForCausalLM, rows: PackedRows, recipe: Recipe, seconds: float, n_steps: int | None
+) -> tuple[int, float]:
+    """Steps made, `n_steps` where it is stated, and the seconds of one."""
     training = recipe.training
     optimizer = OptimizerFactory()(model.train(), training)
     peaks = [group["lr"] for group in optimizer.param_groups]
     order: list[int] = []
     times: list[float] = []
     pace = seconds
-    while len(times) < FIRST_STEPS or len(times) * pace < seconds:
+    while progress_of(times, pace, seconds, n_steps) < 1:
         if len(order) < training.batch_size:
             order = torch.randperm(len(rows)).tolist()
         chosen, order = order[: training.batch_size], order[training.batch_size :]
         batch = collate(rows.__getitems__(chosen))
-        progress = sum(times) / seconds if len(times) < FIRST_STEPS else len(times) * pace / seconds
+        progress = progress_of(times, pace, seconds, n_steps)
+        if n_steps is not None:
+            progress += 0.5 / n_steps  # the middle of the step, as BudgetTrainer has it
         share = trapezoid(progress, training.warmup_fraction, training.decay_fraction)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * share
@@ -109,6 +123,14 @@ def train(model: GenLMForCausalLM, rows: PackedRows, recipe, seconds: float) -> 
         times.append(time.process_time() - began)
         pace = statistics.quantiles(times[1:][-200:], n=4)[0] if len(times) > 2 else pace
     return len(times), pace
+
+
+def progress_of(times: list[float], pace: float, seconds: float, n_steps: int | None) -> float:
+    if n_steps is not None:
+        return len(times) / n_steps
+    if len(times) < FIRST_STEPS:
+        return min(0.99, sum(times) / seconds)
+    return len(times) * pace / seconds
 
 
 if __name__ == "__main__":
