@@ -22,7 +22,7 @@ from hf_genlm.run_folder import describe_environment
 from hf_genlm.text.tokenizer import check_vocab_size, load_tokenizer
 from hf_genlm.training.budget import resolve
 from hf_genlm.training.configure import build_config, mixer_types_of
-from hf_genlm.training.train import computes_bfloat16
+from hf_genlm.training.trainer import computes_bfloat16
 from hf_genlm.training.word_vectors import adopt_dimension
 
 ASSUMED_VOCAB_SIZE = 4096

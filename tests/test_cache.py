@@ -14,7 +14,7 @@ from hf_genlm.run_folder import RunFolder
 from hf_genlm.text import cache as cache_module
 from hf_genlm.text import encoding, tokenizer
 from hf_genlm.text.cache import ArrayWriter, Cache, cache_folder, key_of
-from hf_genlm.training.train import prepare_corpus
+from hf_genlm.training.tokenized import prepare_corpus
 
 
 @pytest.fixture

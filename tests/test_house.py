@@ -31,7 +31,7 @@ MAY_IMPORT = {
         "model",
         "training.budget",
         "training.configure",
-        "training.train",
+        "training.trainer",
         "publish.parameters",
         "serving",
     },

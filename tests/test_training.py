@@ -25,7 +25,8 @@ from hf_genlm.training import budget as budget_module
 from hf_genlm.training.budget import Budget, budget_of, decay_for, resolve, trapezoid
 from hf_genlm.training.callbacks import MilestoneCallback, Pace
 from hf_genlm.training.optimizer import OptimizerFactory
-from hf_genlm.training.train import BudgetTrainer, train
+from hf_genlm.training.train import train
+from hf_genlm.training.trainer import BudgetTrainer
 
 SMALL = [
     "tokenizer.vocab_size=400",

@@ -22,7 +22,8 @@ from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.recipe import load_recipe
 from hf_genlm.text.packing import PackedRows, collate
-from hf_genlm.training.train import TokenizedCorpus, prepare_corpus, train
+from hf_genlm.training.tokenized import TokenizedCorpus, prepare_corpus
+from hf_genlm.training.train import train
 
 SHAPES = ((4, 128, 4), (6, 256, 8))  # layers, width, heads
 RATES = (5e-4, 1e-3, 2e-3)
