@@ -2,6 +2,7 @@
 machine's own matrix-product rate that they reach.
 
     python recipes/benchmarks/throughput.py [--tokens 256] [--rows 8] [--width 256] [--layers 6] [--rounds 7]
+        [--compile inductor]
 
 A step is forward, backward, clipping and AdamW, in float32, on random tokens. A turn is a step that is not
 timed and two that are; ours keep freed memory meanwhile, as their training does (hf_genlm.memory). The peak
@@ -45,6 +46,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="models whose name holds one of these words, by commas")
+    parser.add_argument("--compile", metavar="BACKEND", help="ours by torch.compile too, as training.compile")
     options = parser.parse_args()
     models = {
         name: build(options)
@@ -52,6 +54,11 @@ def main() -> None:
         if any(word in name for word in options.only.split(","))
     }
     steps = {name: step_of(model, options) for name, model in models.items()}
+    for name in [name for name in models if name.startswith("ours") and options.compile]:
+        compiled = f"{name}, {options.compile}"
+        models[compiled] = BUILDERS[name](options)
+        steps[compiled] = step_of(models[compiled], options, options.compile)
+        print(f"{compiled}: the first step takes {timed(steps[compiled]):.1f} s", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     peaks = []
     for _ in range(options.rounds):
@@ -91,14 +98,15 @@ def timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def step_of(model: nn.Module, options: argparse.Namespace) -> Callable[[], None]:
+def step_of(model: nn.Module, options: argparse.Namespace, backend: str | None = None) -> Callable[[], None]:
     model.train()
+    forward = model if backend is None else torch.compile(model, backend=backend)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(0, options.vocab, (options.rows, options.tokens))
     ours = {"skip_logits": True} if isinstance(model, GenLMForCausalLM) else {}
 
     def step() -> None:
-        model(input_ids=ids, labels=ids, use_cache=False, **ours).loss.backward()
+        forward(input_ids=ids, labels=ids, use_cache=False, **ours).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
