@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_genlm.arguments import MODEL_FIELDS, TRAIN_FIELDS, VOCABULARY_FIELD, build_parser
 from hf_genlm.display import Display, installation_lines, model_cost_lines, table
-from hf_genlm.errors import UserError
+from hf_genlm.errors import Stopped, UserError
 from hf_genlm.recipe import Recipe, load_recipe, set_field
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"hf-genlm: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        reached = "before its first checkpoint" if stopped.step is None else f"after step {stopped.step:,}"
+        print(f"stopped {reached}; to go on:", file=sys.stderr)
+        print(f"hf-genlm train --resume --out {stopped.folder}", file=sys.stderr)
     except KeyboardInterrupt:
         print("hf-genlm: stopped", file=sys.stderr)
         return 130
@@ -71,6 +75,8 @@ def _quiet_libraries() -> None:
 
 def _train(options: argparse.Namespace) -> None:
     recipe = _recipe(options, TRAIN_FIELDS)
+    if options.resume and not options.out:
+        raise UserError("--resume goes on with a run: name its folder by --out DIR")
     out = (
         options.out
         or f"runs/{'mixed' if recipe.model.mixers else recipe.model.decoder}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -82,7 +88,7 @@ def _train(options: argparse.Namespace) -> None:
         from hf_genlm.publish.card import write_card
         from hf_genlm.training.train import train
 
-        run = train(recipe, out, display.hear)
+        run = train(recipe, out, display.hear, resume=options.resume)
         write_card(run)
     print(table(read_measurements(run.evaluation)))
     print(f"\nmodel:  {run.model}\ncard:   {run.model / 'README.md'}\n")

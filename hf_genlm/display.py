@@ -143,6 +143,8 @@ class Display:
             "validation": self._validation,
             "sample": self._sample,
             "trained": self._trained,
+            "resumed": self._resumed,
+            "diverged": self._diverged,
         }
 
     def __enter__(self) -> "Display":
@@ -234,6 +236,15 @@ class Display:
     def _sample(self, text: str, **_: Any) -> None:
         shown = " ".join(text.split())
         self.say(f"sample        {shown[:160]}{'…' if len(shown) > 160 else ''}")
+
+    def _resumed(self, step: int) -> None:
+        self.say(f"resumed       after step {step:,}")
+
+    def _diverged(self, step: int, back_to: int, learning_rate: float) -> None:
+        self.say(
+            f"diverged      the loss is no finite number after step {step:,}: back to step {back_to:,}, "
+            f"at half of the rate, {learning_rate:g}"
+        )
 
     def _trained(self, steps: int, tokens: int, seconds: float, tokens_per_s: int, **_: Any) -> None:
         self.say(

@@ -1,4 +1,4 @@
-"""The one error that is the person's to mend; everything else that is raised is a fault of ours."""
+"""What a person can mend or has asked for; everything else that is raised is a fault of ours."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,17 @@ class UserError(ValueError):
 
     The command line prints it and exits 2, without a traceback.
     """
+
+
+class Stopped(KeyboardInterrupt):
+    """A run that Ctrl-C or SIGTERM ended, whole on disk: `--resume` goes on with it.
+
+    `folder` is its run folder, `step` the last step of its checkpoint (None: it had none yet).
+    """
+
+    def __init__(self, folder: str, step: int | None):
+        super().__init__(folder, step)
+        self.folder, self.step = folder, step
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -113,6 +113,11 @@ class TrainingRecipe:
     dtype: str = "auto"  # auto: bfloat16 autocast where the device computes it natively, else float32
     validations: int | None = None  # on a part of the validation split; None: 4 in half a minute or more
     samples: int = 2  # texts written at each of them, and at the end
+    checkpoint_minutes: float = 1.0  # of training between two checkpoints, a saving's time 50 times at least
+    checkpoint_steps: int | None = (
+        None  # optimizer steps between two checkpoints instead; 0: none are written
+    )
+    checkpoints_kept: int = 2  # until the run is done
 
 
 @dataclass
@@ -173,6 +178,38 @@ def load_recipe(path: str | Path | None = None, assignments: Iterable[str] = ())
     for name, value in stated:
         set_field(recipe, name, value)
     return recipe
+
+
+# what may be said anew when a run is resumed: it decides nothing about the model
+_FREE = (
+    "corpus.cache",
+    "training.checkpoint_minutes",
+    "training.checkpoint_steps",
+    "training.checkpoints_kept",
+)
+
+
+def adopt_unchanged(recipe: Recipe, stated: Recipe) -> None:
+    """Take into `recipe`, that of a run which is resumed, what `stated` may change of it.
+
+    Raises:
+        UserError: `stated` says something else than the run began with; what.
+    """
+    default = Recipe()
+    for section in dataclasses.fields(recipe):
+        for key in dataclasses.fields(getattr(recipe, section.name)):
+            name = f"{section.name}.{key.name}"
+            was, said, unsaid = (
+                getattr(getattr(each, section.name), key.name) for each in (recipe, stated, default)
+            )
+            if said in (unsaid, was):
+                continue
+            if name not in _FREE:
+                raise UserError(
+                    f"{name} = {said!r} is not what this run began with ({was!r}): resume it without that, "
+                    "or start a new run"
+                )
+            setattr(getattr(recipe, section.name), key.name, said)
 
 
 def set_field(recipe: Recipe, name: str, value: Any) -> None:

@@ -2,15 +2,17 @@
 
 RUN/ recipe.yaml  environment.json  corpus.json  log.jsonl  tokenizer/  checkpoints/
      vectors.json (with word vectors)  evaluation.json  samples.md  model/ (exactly what is pushed)
+     .lock (held by the process that trains)
 """
 
+import contextlib
 import json
 import os
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 from hf_genlm.errors import UserError
 
 Listener = Callable[[str, dict[str, Any]], None]
+_BEGINNING = {".lock", "log.jsonl", "recipe.yaml.part"}  # all that a run killed in its first moment leaves
 
 
 class RunFolder:
@@ -26,6 +29,7 @@ class RunFolder:
     def __init__(self, path: str | Path, listener: Listener | None = None):
         self.path = Path(path)
         self.listener = listener
+        self._is_log_cut = False  # by a full disk, in the middle of a line
 
     recipe = property(lambda self: self.path / "recipe.yaml")
     environment = property(lambda self: self.path / "environment.json")
@@ -37,6 +41,7 @@ class RunFolder:
     evaluation = property(lambda self: self.path / "evaluation.json")
     samples = property(lambda self: self.path / "samples.md")
     model = property(lambda self: self.path / "model")
+    lock_file = property(lambda self: self.path / ".lock")
 
     @classmethod
     def create(cls, path: str | Path, listener: Listener | None = None) -> "RunFolder":
@@ -47,7 +52,7 @@ class RunFolder:
         """
         run = cls(path, listener)
         try:
-            if run.path.is_dir() and any(run.path.iterdir()):
+            if run.path.is_dir() and any(path.name not in _BEGINNING for path in run.path.iterdir()):
                 holds = "a run" if run.recipe.exists() else "files"
                 raise UserError(f"--out {str(path)!r} already holds {holds}: name a new folder, or remove it")
             run.path.mkdir(parents=True, exist_ok=True)
@@ -61,13 +66,13 @@ class RunFolder:
         return run
 
     @classmethod
-    def open(cls, path: str | Path) -> "RunFolder":
+    def open(cls, path: str | Path, listener: Listener | None = None) -> "RunFolder":
         """An existing run.
 
         Raises:
             UserError: no run lies there.
         """
-        run = cls(path)
+        run = cls(path, listener)
         if not run.recipe.is_file():
             raise UserError(
                 f"{str(path)!r} is not a run folder: it holds no recipe.yaml; 'train --out' writes one"
@@ -78,15 +83,41 @@ class RunFolder:
         """Remove the folder: for a run that ended before it began."""
         shutil.rmtree(self.path)
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """For the one process that trains in this folder. A killed one holds it no more.
+
+        Raises:
+            UserError: another process does.
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.lock_file)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise UserError(
+                f"another process is training in {str(self.path)!r}: wait for it, or name another --out"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
     def log(self, event: str, **fields: Any) -> None:
-        """Append one line to log.jsonl and tell the listener. `time` is in seconds since the epoch."""
-        with self.log_file.open("a", encoding="utf-8") as file:
-            file.write(
-                json.dumps({"event": event, "time": round(time.time(), 3), **fields}, ensure_ascii=False)
-                + "\n"
-            )
-        if self.listener is not None:
-            self.listener(event, fields)
+        """Append one line to log.jsonl and tell the listener. `time` is in seconds since the epoch.
+
+        On a full disk the listener alone hears it: a run does not end for want of a line.
+        """
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **fields}, ensure_ascii=False)
+        try:
+            with self.log_file.open("a", encoding="utf-8") as file:
+                file.write(f"\n{line}\n" if self._is_log_cut else f"{line}\n")
+            self._is_log_cut = False
+        except OSError as error:
+            self._is_log_cut = True
+            self.tell("note", message=f"{self.log_file.name} was not written: {error.strerror}")
+        self.tell(event, **fields)
 
     def tell(self, event: str, **fields: Any) -> None:
         """Tell the listener alone: progress that is of no use afterwards."""
@@ -94,8 +125,19 @@ class RunFolder:
             self.listener(event, fields)
 
     def read_log(self) -> list[dict[str, Any]]:
-        """All logged events, oldest first."""
-        return [json.loads(line) for line in self.log_file.read_text(encoding="utf-8").splitlines()]
+        """All logged events, oldest first, but for lines that a kill or a full disk cut off."""
+        events = []
+        for line in self.log_file.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(json.JSONDecodeError):
+                events.append(json.loads(line))
+        return events
+
+    def end_log_line(self) -> None:
+        """Begin a new line, where a kill cut the last one off."""
+        with self.log_file.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                self._is_log_cut = file.read(1) != b"\n"
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -111,6 +153,17 @@ def write_text(path: Path, content: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+def flush(folder: Path) -> None:
+    """Put all files of `folder` and their names on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_file() or os.name == "posix":  # Windows keeps the names by itself
+            number = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+            try:
+                os.fsync(number)
+            finally:
+                os.close(number)
 
 
 def read_json(path: Path) -> Any:

@@ -1,6 +1,7 @@
 """Promise: one call goes from text to a measured model, the same way every time."""
 
 import dataclasses
+import itertools
 import json
 import math
 from pydoc_data.topics import topics
@@ -151,16 +152,19 @@ def test_samples_and_validations_do_not_change_training(text_folder, tmp_path, e
     assert losses(train(recipe, tmp_path / "b")) == losses(with_them)
 
 
-def test_minutes_end_the_run_with_the_rate_at_zero(text_folder, tmp_path, every_step):
+def test_minutes_end_the_run_with_the_rate_at_zero(text_folder, tmp_path, every_step, monkeypatch):
+    """By a clock of our own, which a busy machine does not move."""
+    now = itertools.count(0.0, 0.01)
+    monkeypatch.setattr(budget_module.time, "monotonic", lambda: next(now))
     recipe = small_recipe(text_folder, "training.minutes=0.05", "training.most_passes=1000")
     recipe.training.steps = None
     run = train(recipe, tmp_path / "run")
     steps = [event for event in run.read_log() if event["event"] == "step"]
     (trained,) = [event for event in run.read_log() if event["event"] == "trained"]
-    assert trained["seconds"] == pytest.approx(3.0, abs=1.5)
+    assert trained["seconds"] == pytest.approx(3.0, abs=0.5)
     assert trained["steps"] == steps[-1]["step"]
     peak = resolve(recipe).training.learning_rate
-    assert steps[-1]["learning_rate"] < 0.35 * max(step["learning_rate"] for step in steps) <= peak
+    assert steps[-1]["learning_rate"] < 0.1 * max(step["learning_rate"] for step in steps) <= peak
 
 
 def test_budget_by_the_clock(monkeypatch):

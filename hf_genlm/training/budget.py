@@ -46,13 +46,15 @@ class Budget:
     steps: int = _LARGEST_STEPS
     seconds: float | None = None
     step_s: float | None = None  # what the planning saw a step take
+    spent_s: float = 0.0  # before `start`, by a run that this one goes on from
     _started: float | None = field(default=None, repr=False)
     _last_step_s: float = field(default=0.0, repr=False)
     _last_time: float = field(default=0.0, repr=False)
 
     def start(self) -> None:
-        """Begin the clock."""
-        self._started = self._last_time = time.monotonic()
+        """Begin the clock, which no change of the time of day moves."""
+        self._last_time = time.monotonic()
+        self._started = self._last_time - self.spent_s
 
     def note_step(self) -> None:
         """A step has ended."""
@@ -61,8 +63,8 @@ class Budget:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since `start`; 0 before it."""
-        return 0.0 if self._started is None else time.monotonic() - self._started
+        """Seconds of training so far."""
+        return self.spent_s if self._started is None else time.monotonic() - self._started
 
     def progress(self, step: float) -> float:
         """The share done after `step` steps, 0 to 1."""

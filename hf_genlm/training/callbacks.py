@@ -1,5 +1,6 @@
 """What happens between the steps of Trainer's loop: the end, the log, validation and samples."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from hf_genlm.training.budget import Budget
 
 _LOG_EVERY_S = 0.5
 _LARGEST_PART = 0.1
+_SAVING_SHARE = 50  # times what a saving takes lie between two
 _SLOW, _SLOW_STEPS = 3.0, 5  # times the planned step, that many steps in a row
 
 
@@ -74,12 +76,27 @@ class ThreadsCallback(TrainerCallback):
             self.run.log("threads", step=state.global_step, threads=1)
 
 
+class Diverged(ArithmeticError):
+    """The loss, or a weight, is not a finite number after `step` steps."""
+
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
+
+
 class LogCallback(TrainerCallback):
-    """Writes a `step` event about twice a second, with the mean loss of the steps since the last one."""
+    """Writes a `step` event about twice a second, with the mean loss of the steps since the last one.
+
+    Raises:
+        Diverged: that loss is not finite.
+    """
 
     def __init__(self, run: RunFolder, budget: Budget, pace: Pace):
         self.run, self.budget, self.pace = run, budget, pace
         self._logged_s = self._logged_tokens = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._logged_s, self._logged_tokens = self.budget.elapsed_s, self.pace.tokens(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         since = self.budget.elapsed_s - self._logged_s
@@ -89,6 +106,8 @@ class LogCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs:
             return  # Trainer's own summary at the end
+        if not math.isfinite(logs["loss"]):
+            raise Diverged(state.global_step)
         elapsed_s, tokens = self.budget.elapsed_s, self.pace.tokens(state.global_step)
         self.run.log(
             "step",
@@ -118,6 +137,8 @@ class HoldRowsCallback(TrainerCallback):
         self._values: torch.Tensor | None = None  # of the held rows, while they are held
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self._is_over(state.global_step):
+            return
         weight = model.get_input_embeddings().weight
         self.held = self.held.to(weight.device)
         self._values = weight.detach()[self.held].clone()
@@ -129,15 +150,46 @@ class HoldRowsCallback(TrainerCallback):
             model.get_input_embeddings().weight[self.held] = self._values
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.release_step is not None and state.global_step >= self.release_step:
+        if self._is_over(state.global_step):
             self._release()
 
     def on_train_end(self, args, state, control, **kwargs):
         self._release()
 
+    def _is_over(self, step: int) -> bool:
+        return self.release_step is not None and step >= self.release_step
+
     def _release(self):
-        self._hook.remove()
-        self._values = None
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._values = None
+
+
+class CheckpointCallback(TrainerCallback):
+    """Asks for a checkpoint when one is due, and for the last one and the end when a signal has come."""
+
+    def __init__(self, every_s: float, every_steps: int | None, was_stopped: Callable[[], bool]):
+        self.every_s, self.every_steps, self.was_stopped = every_s, every_steps, was_stopped
+        self._saved = self._began = self._took_s = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._saved = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.was_stopped():
+            control.should_save = control.should_training_stop = True
+        elif not control.should_training_stop:
+            control.should_save = self._is_due(state.global_step)
+        self._began = time.monotonic()
+
+    def on_save(self, args, state, control, **kwargs):
+        self._saved = time.monotonic()
+        self._took_s = self._saved - self._began
+
+    def _is_due(self, step: int) -> bool:
+        if self.every_steps is not None:
+            return self.every_steps > 0 and step % self.every_steps == 0
+        return time.monotonic() - self._saved >= max(self.every_s, _SAVING_SHARE * self._took_s)
 
 
 class MilestoneCallback(TrainerCallback):
@@ -150,6 +202,9 @@ class MilestoneCallback(TrainerCallback):
         self.budget, self.count, self.act = budget, count, act
         self._reached = 0
         self._took_s = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._reached = int(self.budget.progress(state.global_step) * (self.count + 1))
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         reached = int(self.budget.progress(state.global_step) * (self.count + 1))

@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_genlm.errors import UserError
 from hf_genlm.recipe import Recipe
-from hf_genlm.run_folder import RunFolder, write_json
+from hf_genlm.run_folder import RunFolder, read_json, write_json
 from hf_genlm.text.cache import Cache, cache_folder
 from hf_genlm.text.corpus import Corpus, read_corpus
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents
@@ -27,8 +29,14 @@ class TokenizedCorpus:
     words: dict[str, int]
 
 
-def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
-    """Read, split and tokenize the corpus; writes corpus.json and tokenizer/."""
+def prepare_corpus(run: RunFolder, recipe: Recipe, is_again: bool = False) -> TokenizedCorpus:
+    """Read, split and tokenize the corpus; writes corpus.json and tokenizer/.
+
+    With `is_again`, for a run that has begun: by the tokenizer that lies there.
+
+    Raises:
+        UserError: a source cannot be used, or is not what it was when the run began.
+    """
 
     def note(message: str) -> None:
         run.log("note", message=message)
@@ -36,8 +44,11 @@ def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
     cache = Cache(cache_folder() if recipe.corpus.cache else None, note)
     corpus = read_corpus(recipe.corpus)
     run.log("corpus", **{name: corpus.report[name] for name in ("description", "train", "validation")})
-    if recipe.tokenizer.path is not None:
-        tokenizer = load_tokenizer(recipe.tokenizer.path)
+    if is_again:
+        _check_same(read_json(run.corpus), corpus.report)
+    path = str(run.tokenizer) if is_again else recipe.tokenizer.path
+    if path is not None:
+        tokenizer = load_tokenizer(path)
         if tokenizer.bos_token is None:
             tokenizer.bos_token = tokenizer.eos_token  # as in our own: what stands before a document
     else:
@@ -60,6 +71,18 @@ def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
         ),
     )
     return tokenized
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    for split in ("train", "validation"):
+        if before[split]["sha256"] != now[split]["sha256"]:
+            files = {file["name"]: file["sha256"] for file in before["files"]}
+            changed = [file["name"] for file in now["files"] if files.pop(file["name"], "") != file["sha256"]]
+            names = ", ".join([*changed, *files][:3]) or "the split"
+            raise UserError(
+                f"the {split} text is not what this run began with (changed: {names}): bring it back, or "
+                "start a new run"
+            )
 
 
 def _encode_splits(

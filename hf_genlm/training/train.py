@@ -2,6 +2,7 @@
 ...]`."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.model import GenLMForCausalLM
-from hf_genlm.recipe import Recipe
-from hf_genlm.run_folder import Listener, RunFolder, describe_environment, write_json, write_text
+from hf_genlm.recipe import Recipe, adopt_unchanged, load_recipe
+from hf_genlm.run_folder import Listener, RunFolder, describe_environment, flush, write_json, write_text
 from hf_genlm.text.packing import PackedRows
-from hf_genlm.training.budget import budget_of, resolve
+from hf_genlm.training.budget import Budget, budget_of, resolve
+from hf_genlm.training.callbacks import Diverged
+from hf_genlm.training.checkpoints import Checkpoint, full_disk_as, newest_checkpoint
 from hf_genlm.training.configure import (
     adopt_vocabulary,
     build_config,
@@ -25,8 +28,9 @@ from hf_genlm.training.configure import (
 from hf_genlm.training.optimizer import check_optimizer
 from hf_genlm.training.pair_start import MOST_TOKENS, start_from_pairs
 from hf_genlm.training.plan import tokens_of_a_step
+from hf_genlm.training.signals import StopRequest
 from hf_genlm.training.tokenized import TokenizedCorpus, prepare_corpus
-from hf_genlm.training.trainer import check_compiler, fit, likelihood_of, training_arguments_of
+from hf_genlm.training.trainer import Job, check_compiler, fit, likelihood_of, training_arguments_of
 from hf_genlm.training.word_vectors import adopt_dimension, start_from_vectors
 
 
@@ -41,70 +45,178 @@ def _keeping_threads() -> Iterator[None]:
 
 
 @_keeping_threads()
-def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> RunFolder:
+def train(
+    recipe: Recipe, out: str | Path, listener: Listener | None = None, resume: bool = False
+) -> RunFolder:
     """Read the corpus, train tokenizer and model, measure the saved model, and leave all of it in `out`.
 
     `listener(event, fields)` hears every logged event, and `progress` {task, done, total} within a stage.
 
+    Ctrl-C and SIGTERM end it with a checkpoint. With `resume` it goes on with the run in `out` from its last
+    checkpoint (where there is none, from the beginning), by the recipe that lies there: what `recipe` states
+    must agree with it. A run that is done is left as it is.
+
     Raises:
-        UserError: a recipe, source or folder that cannot be used; nothing is left in `out` then.
+        UserError: a recipe, source or folder that cannot be used, and nothing is left in a new `out` then;
+            or a loss that was not finite at half of the rate either.
+        Stopped: a signal came.
     """
-    given, recipe = recipe, resolve(recipe)
+    if resume:
+        return _resume(RunFolder.open(out, listener), recipe)
+    _check(recipe)
+    run = RunFolder.create(out, listener)
+    stop = StopRequest(str(run.path))
+    with run.locked(), stop.heard():
+        try:
+            write_text(run.recipe, recipe.to_yaml())  # what resumes, if it is killed before it has begun
+            job = _prepare(run, recipe)
+            model = _build(run, job)
+        except UserError:
+            run.discard()
+            raise
+        return _finish(run, job, model, None, stop)
+
+
+def _resume(run: RunFolder, stated: Recipe) -> RunFolder:
+    recipe = load_recipe(run.recipe)
+    adopt_unchanged(recipe, stated)
+    stop = StopRequest(str(run.path))
+    with run.locked(), stop.heard():
+        run.end_log_line()
+        if run.evaluation.is_file():
+            return run
+        begin = newest_checkpoint(run.checkpoints, lambda message: run.log("note", message=message))
+        if begin is None and not run.model.is_dir():
+            run.samples.unlink(missing_ok=True)
+            job = _prepare(run, recipe)
+            return _finish(run, job, _build(run, job), None, stop)
+        corpus = prepare_corpus(run, recipe, is_again=True)
+        job = _job_of(run, recipe, corpus, budget_of(recipe.training, tokens_of_a_step(recipe.training)))
+        if run.model.is_dir():
+            return _measure(run, job)
+        run.log("resumed", step=begin.progress.step)
+        return _finish(run, job, _build(run, job, is_new=False), begin, stop)
+
+
+def _check(recipe: Recipe) -> None:
+    """What can be wrong with a recipe by itself, before anything is read."""
+    recipe = resolve(recipe)
     adopt_dimension(recipe)
-    config = build_config(recipe, mixer_types_of(recipe))
+    build_config(recipe, mixer_types_of(recipe))
     check_optimizer(recipe.training.optimizer)
     check_compiler(recipe.training.compile)
+    budget_of(recipe.training, tokens_of_a_step(recipe.training))
+
+
+def _prepare(run: RunFolder, given: Recipe) -> Job:
+    """Read and encode the corpus, plan a run by the clock, and write the recipe as it was settled."""
+    recipe = resolve(given)
+    adopt_dimension(recipe)
+    run.log("started", decoder=recipe.model.decoder, mixers=mixer_types_of(recipe))
     if recipe.training.threads is not None:
         torch.set_num_threads(recipe.training.threads)
+    corpus = prepare_corpus(run, recipe)
     budget = budget_of(recipe.training, tokens_of_a_step(recipe.training))
-    run = RunFolder.create(out, listener)
-    try:
-        run.log("started", decoder=recipe.model.decoder, mixers=config.mixer_types)
-        corpus = prepare_corpus(run, recipe)
-        arguments = training_arguments_of(run, recipe.training, budget)
-        if budget.seconds is not None:
-            n_tokens = corpus.train.n_tokens
-            recipe = plan_recipe(run, given, corpus.tokenizer, n_tokens, budget, arguments.device)
-            config = build_config(recipe, mixer_types_of(recipe))
-            arguments = training_arguments_of(run, recipe.training, budget)
-        else:
-            settle_decay(recipe, budget.steps, corpus.train.n_tokens)
-        corpus.tokenizer.model_max_length = recipe.training.row_length
-        corpus.tokenizer.save_pretrained(run.tokenizer)  # again: its model_max_length is known now
-        rows = PackedRows(
-            corpus.train,
-            row_length=recipe.training.row_length,
-            eos_id=corpus.tokenizer.eos_token_id,
-            pad_id=corpus.tokenizer.pad_token_id,
-        )
-        adopt_vocabulary(config, corpus.tokenizer)
-        set_seed(recipe.training.seed)
-        model = GenLMForCausalLM(config)
-        held = None
-        if recipe.vectors.path is not None:
-            found = start_from_vectors(run, model, corpus.tokenizer, corpus.words, corpus.train.ids, recipe)
-            held = torch.from_numpy(found) if recipe.vectors.frozen else None
-        if recipe.training.start == "pairs":
-            learned = start_from_pairs(
-                model, rows.first_tokens(MOST_TOKENS), keep_embedding=recipe.vectors.path is not None
-            )
-            run.log("pairs", tokens=learned.n_tokens, distinct=learned.n_pairs)
-    except UserError:
-        run.discard()
-        raise
+    if budget.seconds is not None:
+        device = training_arguments_of(run, recipe.training, budget).device
+        recipe = plan_recipe(run, given, corpus.tokenizer, corpus.train.n_tokens, budget, device)
+    else:
+        settle_decay(recipe, budget.steps, corpus.train.n_tokens)
+    corpus.tokenizer.model_max_length = recipe.training.row_length
+    corpus.tokenizer.save_pretrained(run.tokenizer)  # again: its model_max_length is known now
+    job = _job_of(run, recipe, corpus, budget)
     write_text(run.recipe, recipe.to_yaml())
-    write_json(run.environment, {**describe_environment(), "device": _describe(arguments.device)})
-    run.log("model", parameters=model.num_parameters(), rows=len(rows), row_length=recipe.training.row_length)
-    fit(run, model, rows, corpus, recipe, budget, arguments, held)
-    save(run, model, corpus.tokenizer)
-    evaluate_run(run, corpus, recipe)
+    write_json(run.environment, {**describe_environment(), "device": _describe(job.arguments.device)})
+    return job
+
+
+def _job_of(run: RunFolder, recipe: Recipe, corpus: TokenizedCorpus, budget: Budget) -> Job:
+    if recipe.training.threads is not None:
+        torch.set_num_threads(recipe.training.threads)
+    rows = PackedRows(
+        corpus.train,
+        row_length=recipe.training.row_length,
+        eos_id=corpus.tokenizer.eos_token_id,
+        pad_id=corpus.tokenizer.pad_token_id,
+    )
+    return Job(rows, corpus, recipe, budget, training_arguments_of(run, recipe.training, budget))
+
+
+def _build(run: RunFolder, job: Job, is_new: bool = True) -> GenLMForCausalLM:
+    """The model before the first step; not `is_new`: before the weights of a checkpoint are put into it."""
+    recipe, corpus = job.recipe, job.corpus
+    config = build_config(recipe, mixer_types_of(recipe))
+    adopt_vocabulary(config, corpus.tokenizer)
+    set_seed(recipe.training.seed)
+    model = GenLMForCausalLM(config)
+    if recipe.vectors.path is not None:
+        found = start_from_vectors(run, model, corpus.tokenizer, corpus.words, corpus.train.ids, recipe)
+        job.held = torch.from_numpy(found) if recipe.vectors.frozen else None
+    if recipe.training.start == "pairs" and is_new:
+        tokens = job.rows.first_tokens(MOST_TOKENS)
+        learned = start_from_pairs(model, tokens, keep_embedding=recipe.vectors.path is not None)
+        run.log("pairs", tokens=learned.n_tokens, distinct=learned.n_pairs)
+    n_rows, row_length = len(job.rows), recipe.training.row_length
+    run.log("model", parameters=model.num_parameters(), rows=n_rows, row_length=row_length)
+    return model
+
+
+def _finish(
+    run: RunFolder, job: Job, model: GenLMForCausalLM, begin: Checkpoint | None, stop: StopRequest
+) -> RunFolder:
+    """Train, once more at half of the rate where the loss leaves the numbers; save and measure."""
+    try:
+        fit(run, model, job, begin, stop)
+    except Diverged as error:
+        back = newest_checkpoint(run.checkpoints)
+        step = 0 if back is None else back.progress.step
+        rate = job.recipe.training.learning_rate
+        if back is not None and back.progress.is_rate_halved:
+            raise _diverged_twice(error.step, rate) from error
+        run.log("diverged", step=error.step, back_to=step, learning_rate=rate / 2)
+        job.budget.spent_s = job.budget.elapsed_s
+        model = _build(run, job, is_new=back is None)
+        try:
+            fit(run, model, job, back, stop, rate_scale=0.5)
+        except Diverged as again:
+            raise _diverged_twice(again.step, rate) from again
+    save(run, model, job.corpus.tokenizer)
+    return _measure(run, job)
+
+
+def _diverged_twice(step: int, rate: float) -> UserError:
+    return UserError(
+        f"the loss is no finite number after step {step}, at half of the rate either: start a new run with a "
+        f"training.learning_rate well below {rate:g}"
+    )
+
+
+def _measure(run: RunFolder, job: Job) -> RunFolder:
+    evaluate_run(run, job.corpus, job.recipe)
+    shutil.rmtree(run.checkpoints, ignore_errors=True)  # nothing is to be resumed
     return run
 
 
 def save(run: RunFolder, model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write model/: weights, config, tokenizer and the code that loads them without this package."""
-    model.save_pretrained(run.model)
-    tokenizer.save_pretrained(run.model)
+    """Write model/: weights, config, tokenizer and the code that loads them without this package.
+
+    Raises:
+        UserError: no space; there is no model/ then, and the checkpoints stay.
+    """
+    aside = run.path / "model.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    failed: list[str] = []
+    with full_disk_as(failed.append):
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        flush(aside)
+        aside.rename(run.model)
+    if failed:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(
+            f"the model cannot be written to {str(run.model)!r} ({failed[0]}): make room, then go on with "
+            f"hf-genlm train --resume --out {run.path}"
+        )
     run.log("saved", bytes=sum(file.stat().st_size for file in run.model.iterdir()))
 
 

@@ -1,5 +1,6 @@
 """Trainer as a run uses it: its arguments, a rate that follows the budget, and what happens between steps."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.errors import Stopped, UserError, did_you_mean
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.evaluation.measurement import Measurement
 from hf_genlm.memory import keeping_memory
@@ -18,6 +19,8 @@ from hf_genlm.text.packing import PackedRows, collate
 from hf_genlm.training.budget import Budget, trapezoid
 from hf_genlm.training.callbacks import (
     BudgetCallback,
+    CheckpointCallback,
+    Diverged,
     HoldRowsCallback,
     LogCallback,
     MilestoneCallback,
@@ -25,7 +28,9 @@ from hf_genlm.training.callbacks import (
     ThreadsCallback,
     write_samples,
 )
+from hf_genlm.training.checkpoints import Checkpoint, Progress, clear_parts, full_disk_as, part_of, seal
 from hf_genlm.training.optimizer import OptimizerFactory
+from hf_genlm.training.signals import StopRequest
 from hf_genlm.training.tokenized import TokenizedCorpus
 
 _PARTIAL_VALIDATION_TOKENS = 16_384
@@ -34,75 +39,160 @@ _VALIDATIONS = 4
 _SHORT_S = 29.0  # planning has taken its part of half a minute
 
 
+@dataclasses.dataclass
+class Job:
+    """What a run trains on, and how. `held` (V,): the rows of the embedding that keep their vectors."""
+
+    rows: PackedRows
+    corpus: TokenizedCorpus
+    recipe: Recipe
+    budget: Budget
+    arguments: TrainingArguments
+    held: torch.Tensor | None = None
+
+    @property
+    def pace(self) -> Pace:
+        """Steps as tokens."""
+        training = self.recipe.training
+        return Pace(len(self.rows), training.batch_size * training.accumulation, training.row_length - 1)
+
+
 def fit(
     run: RunFolder,
     model: GenLMForCausalLM,
-    rows: PackedRows,
-    corpus: TokenizedCorpus,
-    recipe: Recipe,
-    budget: Budget,
-    arguments: TrainingArguments,
-    held: torch.Tensor | None = None,
+    job: Job,
+    begin: Checkpoint | None,
+    stop: StopRequest,
+    rate_scale: float = 1.0,
 ) -> None:
-    """Train `model` in place; the rows `held` (V,) of its embedding as the vectors section says."""
-    training = recipe.training
-    pace = Pace(len(rows), training.batch_size * training.accumulation, training.row_length - 1)
+    """Train `model` in place, from the checkpoint `begin` on if there is one, at `rate_scale` of its rate.
+
+    Raises:
+        Stopped: `stop` was asked for; a checkpoint was written.
+        Diverged: the loss became infinite or NaN.
+    """
+    training, budget = job.recipe.training, job.budget
+    if begin is not None:
+        budget.seconds, budget.steps = begin.progress.seconds, begin.progress.steps
+        budget.spent_s = max(budget.spent_s, begin.progress.elapsed_s)
 
     def sample(model: GenLMForCausalLM, step: int) -> None:
         if training.samples == 0:
             return
-        texts = write_samples(model, corpus.tokenizer, training.samples, _SAMPLE_TOKENS, training.seed)
+        texts = write_samples(model, job.corpus.tokenizer, training.samples, _SAMPLE_TOKENS, training.seed)
         for text in texts:
             run.log("sample", step=step, prompt="", text=text)
         with run.samples.open("a", encoding="utf-8") as file:
             file.write(_samples_markdown(step, texts))
 
     def look(model: GenLMForCausalLM, step: int) -> None:
-        found = likelihood_of(model, corpus, recipe, _PARTIAL_VALIDATION_TOKENS)
+        found = likelihood_of(model, job.corpus, job.recipe, _PARTIAL_VALIDATION_TOKENS)
         values = {m.name: round(m.value, 5) for m in found}
         run.log("validation", step=step, partial=True, tokens=found[0].n, **values)
         sample(model, step)
 
     watching = [ThreadsCallback(run, budget.step_s)] if budget.step_s is not None else []
-    holding = [HoldRowsCallback(held, recipe.vectors.release_step)] if held is not None else []
+    release = job.recipe.vectors.release_step
+    holding = [HoldRowsCallback(job.held, release)] if job.held is not None else []
+    every_s = 60 * training.checkpoint_minutes
     trainer = BudgetTrainer(
+        run=run,
         budget=budget,
         recipe=training,
+        rate_scale=rate_scale,
+        is_rate_halved=rate_scale < 1 or (begin is not None and begin.progress.is_rate_halved),
         model=model,
-        args=arguments,
-        train_dataset=rows,
+        args=job.arguments,
+        train_dataset=job.rows,
         data_collator=collate,
         optimizer_cls_and_kwargs=(OptimizerFactory, {"recipe": training}),
         callbacks=[
             BudgetCallback(budget),
-            LogCallback(run, budget, pace),
+            LogCallback(run, budget, job.pace),
             MilestoneCallback(budget, _validations(training, budget), look),
             *watching,
             *holding,
+            CheckpointCallback(every_s, training.checkpoint_steps, lambda: stop.is_made),
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    with keeping_memory():
-        trainer.train()
-    step, seconds = trainer.state.global_step, budget.elapsed_s
+    trainer.saved_step = None if begin is None else begin.progress.step
+    with keeping_memory(), stop.deferred():
+        trainer.train(resume_from_checkpoint=None if begin is None else str(begin.path))
     model.config.use_cache = True  # Trainer turned it off for training
+    step, seconds = trainer.state.global_step, budget.elapsed_s
+    if stop.is_made and not budget.is_spent(step):
+        run.log("stopped", step=step, checkpoint=trainer.saved_step)
+        raise Stopped(str(run.path), trainer.saved_step)
     sample(model, step)
     run.log(
         "trained",
         steps=step,
-        tokens=pace.tokens(step),
-        epochs=round(step / pace.steps_per_epoch, 3),
+        tokens=job.pace.tokens(step),
+        epochs=round(step / job.pace.steps_per_epoch, 3),
         seconds=round(seconds, 2),
-        tokens_per_s=round(pace.tokens(step) / seconds),
+        tokens_per_s=round(job.pace.tokens(step) / seconds),
     )
 
 
 class BudgetTrainer(Trainer):
-    """Trainer with the learning rate tied to the budget: it reaches 0 when the time or the steps are up."""
+    """Trainer with the learning rate tied to the budget: it reaches 0 when the time or the steps are up.
 
-    def __init__(self, budget: Budget, recipe: TrainingRecipe, **kwargs: Any):
-        self.budget, self.recipe = budget, recipe
+    Its checkpoints are those of checkpoints.py; on a full disk one is missed, and the run goes on.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        budget: Budget,
+        recipe: TrainingRecipe,
+        rate_scale: float = 1.0,
+        is_rate_halved: bool = False,
+        **kwargs: Any,
+    ):
+        self.run, self.budget, self.recipe = run, budget, recipe
+        self.rate_scale, self.is_rate_halved = rate_scale, is_rate_halved
+        self.saved_step: int | None = None
         super().__init__(**kwargs)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """As Trainer's, at `rate_scale` of the recipe's rates."""
+        optimizer = super().create_optimizer(model)
+        for group in optimizer.param_groups:
+            group["lr"] *= self.rate_scale
+        return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group in self.optimizer.param_groups:
+            group["lr"] *= self.rate_scale
+            group["initial_lr"] *= self.rate_scale
+        self.lr_scheduler.base_lrs = [rate * self.rate_scale for rate in self.lr_scheduler.base_lrs]
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(part_of(self.run.checkpoints))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        self._check_finite(model)
+
+        def note(reason: str) -> None:
+            self.run.log("note", message=f"no checkpoint after step {step}: {reason}; training goes on")
+
+        with full_disk_as(note):
+            clear_parts(self.run.checkpoints)
+            super()._save_checkpoint(model, trial)
+            budget = self.budget
+            progress = Progress(step, budget.elapsed_s, budget.seconds, budget.steps, self.is_rate_halved)
+            seal(self.run.checkpoints, progress, keep=self.recipe.checkpoints_kept)
+            self.saved_step = step
+            self.run.log("checkpoint", step=step)
+
+    def _check_finite(self, model: torch.nn.Module) -> None:
+        """A checkpoint is one to go back to."""
+        values = [self._tr_loss, *model.parameters()]
+        if not all(torch.isfinite(value).all() for value in values):
+            raise Diverged(self.state.global_step)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -166,6 +256,7 @@ def training_arguments_of(run: RunFolder, training: TrainingRecipe, budget: Budg
         bf16=use_bf16,
         torch_compile_backend=training.compile,
         logging_strategy="no",
+        logging_nan_inf_filter=False,
         save_strategy="no",
         eval_strategy="no",
         report_to="none",

@@ -1,0 +1,143 @@
+"""Checkpoints that are whole or not there: written aside, flushed to disk, sealed with their hashes, renamed.
+
+checkpoints/checkpoint-1200/   what Trainer goes on from, and manifest.json: where the run stood, and the
+                               size and sha256 of every file
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from hf_genlm.run_folder import flush
+
+_PREFIX = "checkpoint-"  # as Trainer names them
+_PART = ".part"  # the folder in which one is written
+_MANIFEST = "manifest.json"
+_PICKLE = "training_args.bin"  # Trainer writes it and nothing of ours reads it
+_CHUNK = 1 << 20
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stood: what neither Trainer's files nor the recipe say."""
+
+    step: int
+    elapsed_s: float  # of training
+    seconds: float | None  # the budget's, after the planning
+    steps: int  # the budget's
+    is_rate_halved: bool = False  # after a loss that was not finite
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A whole one, and where the run stood."""
+
+    path: Path
+    progress: Progress
+
+
+def part_of(folder: Path) -> Path:
+    """Where the next checkpoint of `folder` is to be written; Trainer makes `checkpoint-N` in it."""
+    return folder / _PART
+
+
+def seal(folder: Path, progress: Progress, keep: int) -> Checkpoint:
+    """Make what lies in `part_of(folder)` a checkpoint, then remove all but the `keep` newest.
+
+    Raises:
+        OSError: no space; what was there before is as it was.
+    """
+    written = part_of(folder) / f"{_PREFIX}{progress.step}"
+    (written / _PICKLE).unlink(missing_ok=True)
+    files = sorted(path for path in written.rglob("*") if path.is_file())
+    hashes = {path.relative_to(written).as_posix(): [path.stat().st_size, _sha256(path)] for path in files}
+    content = {**dataclasses.asdict(progress), "files": hashes}
+    (written / _MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    flush(written)
+    final = folder / written.name
+    shutil.rmtree(final, ignore_errors=True)  # of a step that was done once before a roll-back
+    written.rename(final)
+    clear_parts(folder)
+    for path in _by_step(folder)[:-keep]:
+        shutil.rmtree(path)
+    return Checkpoint(final, progress)
+
+
+def newest_checkpoint(folder: Path, note: Callable[[str], None] = lambda message: None) -> Checkpoint | None:
+    """The newest one that is as it was written. `note` hears of damaged ones, which are passed over."""
+    found = (_verified(path, note) for path in reversed(_by_step(folder)))
+    return next((checkpoint for checkpoint in found if checkpoint is not None), None)
+
+
+def _verified(path: Path, note: Callable[[str], None]) -> Checkpoint | None:
+    try:
+        content = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        files = content.pop("files")
+        progress = Progress(**content)
+        for name, (n_bytes, sha256) in files.items():
+            if (path / name).stat().st_size != n_bytes or _sha256(path / name) != sha256:
+                raise ValueError(f"{name} is not what was written")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        note(f"{path.name} is damaged and not used: {error}")
+        return None
+    return Checkpoint(path, progress)
+
+
+def clear_parts(folder: Path) -> None:
+    """Remove what a run that was killed had begun to write."""
+    shutil.rmtree(part_of(folder), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def full_disk_as(note: Callable[[str], None]) -> Iterator[None]:
+    """Tell `note` of a write that failed for want of space, instead of raising it."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = no_space_reason(error)
+        if reason is None:
+            raise
+        note(reason)
+
+
+def no_space_reason(error: BaseException) -> str | None:
+    """What a failed write says where the disk was full; None where it was something else.
+
+    safetensors gives the number in words, torch none.
+    """
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in _NO_SPACE else None
+    text = str(error)
+    if isinstance(error, RuntimeError) and "inline_container.cc" in text:
+        return "torch could not write it, as on a full disk"
+    is_full = any(f"os error {number})" in text for number in _NO_SPACE)
+    return os.strerror(errno.ENOSPC) if is_full else None
+
+
+def _by_step(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    numbered = [
+        (int(path.name.removeprefix(_PREFIX)), path)
+        for path in folder.iterdir()
+        if path.name.startswith(_PREFIX) and path.name.removeprefix(_PREFIX).isdecimal()
+    ]
+    return [path for _, path in sorted(numbered)]
+
+
+def _sha256(path: Path) -> str:
+    digest: Any = hashlib.sha256()
+    with path.open("rb") as file:
+        while content := file.read(_CHUNK):
+            digest.update(content)
+    return digest.hexdigest()
