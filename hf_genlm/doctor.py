@@ -34,7 +34,7 @@ _LAST_TOKEN_BYTES = 4  # float32, as the other states
 EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "zstd": ("sources compressed as .zst", ("zstandard",)),
     "vectors": ("fastText's .bin files of word vectors", ("gensim",)),
-    "gpu": ("a faster loss on CUDA", ("liger-kernel",)),
+    "gpu": ("faster kernels on CUDA", ("liger-kernel", "fla-core")),
     "serve": ("hf-genlm serve and chat", serving.LIBRARIES),
     "test": (
         "the tests, lint and types",
@@ -56,6 +56,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "onnxscript",
             "onnxruntime",
             "liger-kernel",
+            "fla-core",
         ),
     ),
 }

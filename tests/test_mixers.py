@@ -1,5 +1,9 @@
 """Promise: every mixer computes its definition, however it is run: whole, stepwise, padded, packed, fused."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import VOCAB, build_model
@@ -139,6 +143,30 @@ def test_scan_equals_a_loop_with_gradients(n_tokens, form, monkeypatch):
             expected = [result, *gradients]
     for ours, definition in zip([result, *gradients], expected, strict=True):
         torch.testing.assert_close(ours, definition, atol=1e-12, rtol=1e-10)
+
+
+WITH_FLA = """
+import torch
+from hf_genlm.model import scan_genlm as scan
+
+torch.manual_seed(0)
+decay = torch.rand(2, 37, 5)
+decay[0, 20], decay[1, 7] = 0.0, 1.0  # a document start, and padding
+new, initial = torch.randn(2, 37, 5), torch.randn(2, 5)
+torch.testing.assert_close(scan.fused_scan(decay, new, initial), scan._sequential_scan(decay, new, initial),
+                           atol=1e-5, rtol=1e-5)
+print("equal")
+"""
+
+
+def test_fla_gives_the_same_scan():
+    """By Triton's interpreter, which needs no GPU."""
+    pytest.importorskip("fla", reason="fla-core is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_FLA], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.stdout.split()[-1:] == ["equal"], done.stderr[-2000:]
 
 
 def naive_lm(model: GenLMForCausalLM, ids: torch.Tensor) -> torch.Tensor:

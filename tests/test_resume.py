@@ -245,7 +245,7 @@ def small_disk(tmp_path):
     if not mounted:
         pytest.skip("mounting a file system needs root")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fill(path: Path) -> None:

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, R recurrent_size.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -74,9 +75,30 @@ def _scan(decay: torch.Tensor, new: torch.Tensor, initial: torch.Tensor, backwar
     """An accelerator pays for each dependent step, a CPU for each operation that its cores must share."""
     if new.device.type == "cpu" and not torch.compiler.is_compiling():
         return _sequential_scan(decay, new, initial, backwards)
+    is_for_kernel = new.is_cuda and new.dtype == torch.float32 and not torch.compiler.is_compiling()
+    scan = fused_scan if is_for_kernel and _fla_kernel() is not None else _chunked_scan
     if backwards:
-        return _chunked_scan(decay.flip(1), new.flip(1), initial).flip(1)
-    return _chunked_scan(decay, new, initial)
+        return scan(decay.flip(1), new.flip(1), initial).flip(1)
+    return scan(decay, new, initial)
+
+
+def fused_scan(decay: torch.Tensor, new: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+    """By flash-linear-attention's kernel of HGRN (Qin et al., 2023, arXiv:2311.04823): a loop on the chip.
+
+    It takes the logarithm of the decay, of which 0 has none: 1e-38 stands for it.
+    """
+    least = torch.finfo(decay.dtype).tiny
+    h, _ = _fla_kernel()(new.contiguous(), decay.clamp(min=least).log().contiguous(), initial.contiguous())
+    return h
+
+
+@functools.cache
+def _fla_kernel() -> Callable | None:
+    try:
+        from fla.ops.hgrn import fused_recurrent_hgrn
+    except ImportError:
+        return None
+    return fused_recurrent_hgrn
 
 
 def _sequential_scan(decay, new, state, backwards=False):
