@@ -37,6 +37,7 @@ class RunFolder:
     evaluation = property(lambda self: self.path / "evaluation.json")
     samples = property(lambda self: self.path / "samples.md")
     model = property(lambda self: self.path / "model")
+    shared = property(lambda self: self.path / "shared")  # while several processes start
 
     @classmethod
     def create(cls, path: str | Path, listener: Listener | None = None) -> "RunFolder":
@@ -96,6 +97,19 @@ class RunFolder:
     def read_log(self) -> list[dict[str, Any]]:
         """All logged events, oldest first."""
         return [json.loads(line) for line in self.log_file.read_text(encoding="utf-8").splitlines()]
+
+
+class FollowedRun(RunFolder):
+    """The folder of a run that another process writes: here it is only read."""
+
+    def discard(self) -> None:
+        """Left to the one that made it."""
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Left to the one that made it."""
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """Left to the one that made it."""
 
 
 def write_json(path: Path, content: Any) -> None:

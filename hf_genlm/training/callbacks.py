@@ -45,6 +45,9 @@ class BudgetCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.budget.start()
 
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.budget.agree()  # before the next learning rate is read off
+
     def on_step_end(self, args, state, control, **kwargs):
         self.budget.note_step()
         if self.budget.is_spent(state.global_step):
@@ -160,9 +163,10 @@ class MilestoneCallback(TrainerCallback):
             )
             if is_late:
                 return
-            began = time.monotonic()
+            began = self.budget.elapsed_s
             self.act(model, state.global_step)
-            self._took_s = time.monotonic() - began
+            self.budget.agree()
+            self._took_s = self.budget.elapsed_s - began
 
 
 @torch.no_grad()

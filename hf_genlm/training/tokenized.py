@@ -1,17 +1,23 @@
 """The corpus of a run as token ids, and the tokenizer that made them."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_genlm.errors import UserError
 from hf_genlm.recipe import Recipe
 from hf_genlm.run_folder import RunFolder, write_json
-from hf_genlm.text.cache import Cache, cache_folder
+from hf_genlm.text.cache import ArrayWriter, Cache, cache_folder
 from hf_genlm.text.corpus import Corpus, read_corpus
-from hf_genlm.text.encoding import TokenizedDocuments, encode_documents
+from hf_genlm.text.encoding import TokenizedDocuments, encode_documents, tokenized_of
 from hf_genlm.text.tokenizer import load_tokenizer, train_tokenizer
+from hf_genlm.training import processes
 from hf_genlm.training.word_vectors import count_words
+
+_IDS_AT_ONCE = 1 << 22
+_SHARED = "train"
 
 
 @dataclasses.dataclass
@@ -28,7 +34,54 @@ class TokenizedCorpus:
 
 
 def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
-    """Read, split and tokenize the corpus; writes corpus.json and tokenizer/."""
+    """Read, split and tokenize the corpus; writes corpus.json and tokenizer/.
+
+    Of several processes the first one does. The others wait, and read the training ids that it leaves in the
+    run folder for so long: they have no words, and no validation split.
+
+    Raises:
+        UserError: a source that cannot be used, or a run folder that another machine does not see.
+    """
+    if processes.count() == 1:
+        return _prepare(run, recipe)
+    found: list[TokenizedCorpus] = []
+
+    def leave() -> PreTrainedTokenizerBase:
+        found.append(_prepare(run, recipe))
+        _leave(found[0].train, run)
+        return found[0].tokenizer
+
+    tokenizer = processes.from_first(leave)
+    if not found:
+        recipe.tokenizer.vocab_size = len(tokenizer)
+    train = processes.together(lambda: found[0].train if found else _take(run))
+    if found:
+        shutil.rmtree(run.shared)
+        return found[0]
+    return TokenizedCorpus(tokenizer, train, train[:0], {})
+
+
+def _leave(documents: TokenizedDocuments, run: RunFolder) -> None:
+    """For the other processes."""
+    with ArrayWriter(Cache(run.shared), _SHARED) as writer:
+        for start in range(0, max(1, documents.n_tokens), _IDS_AT_ONCE):
+            writer.append("ids", documents.ids[start : start + _IDS_AT_ONCE])
+        writer.append("offsets", documents.offsets)
+        writer.append("n_bytes", documents.n_bytes)
+        writer.finish()
+
+
+def _take(run: RunFolder) -> TokenizedDocuments:
+    file = Cache(run.shared).load(_SHARED)
+    if file is None:
+        raise UserError(
+            f"process {processes.index()} cannot read {str(run.shared)!r}: name by --out a folder on a disk "
+            "that all machines share"
+        )
+    return tokenized_of(file)
+
+
+def _prepare(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
 
     def note(message: str) -> None:
         run.log("note", message=message)

@@ -12,9 +12,17 @@ from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.recipe import Recipe
-from hf_genlm.run_folder import Listener, RunFolder, describe_environment, write_json, write_text
+from hf_genlm.run_folder import (
+    FollowedRun,
+    Listener,
+    RunFolder,
+    describe_environment,
+    write_json,
+    write_text,
+)
 from hf_genlm.text.packing import PackedRows
-from hf_genlm.training.budget import budget_of, resolve
+from hf_genlm.training import processes
+from hf_genlm.training.budget import Budget, budget_of, resolve
 from hf_genlm.training.configure import (
     adopt_vocabulary,
     build_config,
@@ -45,32 +53,41 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
     """Read the corpus, train tokenizer and model, measure the saved model, and leave all of it in `out`.
 
     `listener(event, fields)` hears every logged event, and `progress` {task, done, total} within a stage.
+    In a process group every process calls this; the first one alone writes and measures, and the others
+    return when it has the model.
 
     Raises:
         UserError: a recipe, source or folder that cannot be used; nothing is left in `out` then.
     """
+    processes.join()
     given, recipe = recipe, resolve(recipe)
     adopt_dimension(recipe)
     config = build_config(recipe, mixer_types_of(recipe))
     check_optimizer(recipe.training.optimizer)
     check_compiler(recipe.training.compile)
-    if recipe.training.threads is not None:
-        torch.set_num_threads(recipe.training.threads)
+    _check_sharding(recipe)
+    processes.rows_of_each(recipe.training.batch_size, recipe.training.accumulation)
+    processes.share_threads(recipe.training.threads)
     budget = budget_of(recipe.training, tokens_of_a_step(recipe.training))
-    run = RunFolder.create(out, listener)
+    run = _open(out, listener)
     try:
         run.log("started", decoder=recipe.model.decoder, mixers=config.mixer_types)
         corpus = prepare_corpus(run, recipe)
         arguments = training_arguments_of(run, recipe.training, budget)
         if budget.seconds is not None:
             n_tokens = corpus.train.n_tokens
-            recipe = plan_recipe(run, given, corpus.tokenizer, n_tokens, budget, arguments.device)
+
+            def plan(budget: Budget = budget) -> tuple[Recipe, Budget]:
+                device = arguments.device
+                return plan_recipe(run, given, corpus.tokenizer, n_tokens, budget, device), budget
+
+            recipe, budget = processes.from_first(plan)
+            processes.share_threads(recipe.training.threads)
             config = build_config(recipe, mixer_types_of(recipe))
             arguments = training_arguments_of(run, recipe.training, budget)
         else:
             settle_decay(recipe, budget.steps, corpus.train.n_tokens)
         corpus.tokenizer.model_max_length = recipe.training.row_length
-        corpus.tokenizer.save_pretrained(run.tokenizer)  # again: its model_max_length is known now
         rows = PackedRows(
             corpus.train,
             row_length=recipe.training.row_length,
@@ -80,25 +97,61 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
         adopt_vocabulary(config, corpus.tokenizer)
         set_seed(recipe.training.seed)
         model = GenLMForCausalLM(config)
-        held = None
-        if recipe.vectors.path is not None:
-            found = start_from_vectors(run, model, corpus.tokenizer, corpus.words, corpus.train.ids, recipe)
-            held = torch.from_numpy(found) if recipe.vectors.frozen else None
-        if recipe.training.start == "pairs":
-            learned = start_from_pairs(
-                model, rows.first_tokens(MOST_TOKENS), keep_embedding=recipe.vectors.path is not None
-            )
-            run.log("pairs", tokens=learned.n_tokens, distinct=learned.n_pairs)
+        held = processes.from_first(lambda: _start(run, model, rows, corpus, recipe))
+        processes.share_weights(model)
     except UserError:
         run.discard()
         raise
-    write_text(run.recipe, recipe.to_yaml())
-    write_json(run.environment, {**describe_environment(), "device": _describe(arguments.device)})
+    if processes.is_first():
+        corpus.tokenizer.save_pretrained(run.tokenizer)  # again: its model_max_length is known now
+        write_text(run.recipe, recipe.to_yaml())
+        machine = {"device": _describe(arguments.device), "processes": processes.count()}
+        write_json(run.environment, {**describe_environment(), **machine})
     run.log("model", parameters=model.num_parameters(), rows=len(rows), row_length=recipe.training.row_length)
-    fit(run, model, rows, corpus, recipe, budget, arguments, held)
-    save(run, model, corpus.tokenizer)
-    evaluate_run(run, corpus, recipe)
+    trained = fit(run, model, rows, corpus, recipe, budget, arguments, held)
+    if trained is not None:
+        save(run, trained, corpus.tokenizer)
+        evaluate_run(run, corpus, recipe)
     return run
+
+
+def _open(out: str | Path, listener: Listener | None) -> RunFolder:
+    """The run folder, made by the first process."""
+    path = processes.from_first(lambda: RunFolder.create(out, listener).path)
+    return RunFolder(path, listener) if processes.is_first() else FollowedRun(path)
+
+
+def _start(
+    run: RunFolder, model: GenLMForCausalLM, rows: PackedRows, corpus: TokenizedCorpus, recipe: Recipe
+) -> torch.Tensor | None:
+    """Give `model` the start that the recipe names; returns the tokens (V,) whose vectors are to stay."""
+    held = None
+    if recipe.vectors.path is not None:
+        found = start_from_vectors(run, model, corpus.tokenizer, corpus.words, corpus.train.ids, recipe)
+        held = torch.from_numpy(found) if recipe.vectors.frozen else None
+    if recipe.training.start == "pairs":
+        learned = start_from_pairs(
+            model, rows.first_tokens(MOST_TOKENS), keep_embedding=recipe.vectors.path is not None
+        )
+        run.log("pairs", tokens=learned.n_tokens, distinct=learned.n_pairs)
+    return held
+
+
+def _check_sharding(recipe: Recipe) -> None:
+    """
+    Raises:
+        UserError: something that needs whole matrices, where each process holds a part of them.
+    """
+    stated = {
+        "training.optimizer=muon": (recipe.training.optimizer == "muon", "training.optimizer=adamw"),
+        "vectors.frozen=true": (recipe.vectors.frozen, "vectors.frozen=false"),
+    }
+    for name, (is_so, remedy) in stated.items():
+        if is_so and processes.is_sharded():
+            raise UserError(
+                f"{name} needs whole matrices, and FSDP and DeepSpeed leave each process a part of them: train "
+                f"by data parallelism alone (--processes), or --set {remedy}"
+            )
 
 
 def save(run: RunFolder, model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,10 +1,12 @@
 """Trainer as a run uses it: its arguments, a rate that follows the budget, and what happens between steps."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from hf_genlm.errors import UserError, did_you_mean
@@ -26,6 +28,16 @@ from hf_genlm.training.callbacks import (
     write_samples,
 )
 from hf_genlm.training.optimizer import OptimizerFactory
+from hf_genlm.training.processes import (
+    RowsAndBlank,
+    SharedOrder,
+    count,
+    from_first,
+    is_first,
+    is_sharded,
+    rows_of_each,
+    shard_on_cpu,
+)
 from hf_genlm.training.tokenized import TokenizedCorpus
 
 _PARTIAL_VALIDATION_TOKENS = 16_384
@@ -43,8 +55,12 @@ def fit(
     budget: Budget,
     arguments: TrainingArguments,
     held: torch.Tensor | None = None,
-) -> None:
-    """Train `model` in place; the rows `held` (V,) of its embedding as the vectors section says."""
+) -> GenLMForCausalLM | None:
+    """Train `model`; the rows `held` (V,) of its embedding as the vectors section says.
+
+    Returns:
+        the trained model, whole, in the first process; None in the others.
+    """
     training = recipe.training
     pace = Pace(len(rows), training.batch_size * training.accumulation, training.row_length - 1)
 
@@ -63,6 +79,10 @@ def fit(
         run.log("validation", step=step, partial=True, tokens=found[0].n, **values)
         sample(model, step)
 
+    def look_at_whole(model: GenLMForCausalLM, step: int) -> None:
+        whole = trainer.whole_model()
+        from_first(lambda: look(whole, step))
+
     watching = [ThreadsCallback(run, budget.step_s)] if budget.step_s is not None else []
     holding = [HoldRowsCallback(held, recipe.vectors.release_step)] if held is not None else []
     trainer = BudgetTrainer(
@@ -76,7 +96,7 @@ def fit(
         callbacks=[
             BudgetCallback(budget),
             LogCallback(run, budget, pace),
-            MilestoneCallback(budget, _validations(training, budget), look),
+            MilestoneCallback(budget, _validations(training, budget), look_at_whole),
             *watching,
             *holding,
         ],
@@ -85,8 +105,11 @@ def fit(
     with keeping_memory():
         trainer.train()
     step, seconds = trainer.state.global_step, budget.elapsed_s
-    model.config.use_cache = True  # Trainer turned it off for training
-    sample(model, step)
+    whole = trainer.whole_model()
+    if whole is None:
+        return None
+    whole.config.use_cache = True  # Trainer turned it off for training
+    sample(whole, step)
     run.log(
         "trained",
         steps=step,
@@ -95,6 +118,7 @@ def fit(
         seconds=round(seconds, 2),
         tokens_per_s=round(pace.tokens(step) / seconds),
     )
+    return whole
 
 
 class BudgetTrainer(Trainer):
@@ -103,6 +127,32 @@ class BudgetTrainer(Trainer):
     def __init__(self, budget: Budget, recipe: TrainingRecipe, **kwargs: Any):
         self.budget, self.recipe = budget, recipe
         super().__init__(**kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Over the rows; several processes share a blank one behind them that fills the last step."""
+        if count() > 1 and not isinstance(self.train_dataset, RowsAndBlank):
+            self.train_dataset = RowsAndBlank(self.train_dataset)
+        return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        if count() == 1:
+            return super()._get_train_sampler(train_dataset)
+        n_rows = len(self.train_dataset) - 1
+        return SharedOrder(
+            n_rows, self.recipe.batch_size, self.args.seed, epoch=lambda: int(self.state.epoch or 0)
+        )
+
+    def whole_model(self) -> GenLMForCausalLM | None:
+        """In the first process the model with all of its weights: itself, or where it is sharded a copy. All
+        processes must call this; the others get None."""
+        if not is_sharded():
+            return self.model if is_first() else None
+        weights = self.accelerator.get_state_dict(self.model_wrapped)
+        if not is_first():
+            return None
+        config = copy.deepcopy(self.model.config)
+        whole = GenLMForCausalLM.from_pretrained(None, config=config, state_dict=weights)
+        return whole.to(self.args.device)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -158,7 +208,7 @@ def training_arguments_of(run: RunFolder, training: TrainingRecipe, budget: Budg
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
         max_steps=budget.steps,
-        per_device_train_batch_size=training.batch_size,
+        per_device_train_batch_size=rows_of_each(training.batch_size, training.accumulation),
         gradient_accumulation_steps=training.accumulation,
         learning_rate=training.learning_rate,
         max_grad_norm=training.max_grad_norm,
@@ -172,12 +222,14 @@ def training_arguments_of(run: RunFolder, training: TrainingRecipe, budget: Budg
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
     )
     if arguments.n_gpu > 1:
         raise UserError(
             f"{arguments.n_gpu} GPUs in one process would train by nn.DataParallel, slowly and inexactly: "
-            "set CUDA_VISIBLE_DEVICES=0, or start `accelerate launch -m hf_genlm train`"
+            f"--processes {arguments.n_gpu} for all of them, or --processes 1 for the first"
         )
+    shard_on_cpu()
     return arguments
 
 
