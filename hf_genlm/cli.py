@@ -89,7 +89,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.processes == 1:
         use_one_gpu()
     elif options.processes is not None:
-        code, message = launch([*options.arguments, "--out", out], options.processes)
+        code, message = launch(["-m", "hf_genlm", *options.arguments, "--out", out], options.processes)
         if message is not None:
             _complain(message)
         return code

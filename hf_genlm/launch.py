@@ -45,8 +45,9 @@ def use_one_gpu() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
 
 
-def launch(arguments: Sequence[str], processes: int) -> tuple[int, str | None]:
-    """Run `hf-genlm` with `arguments` in so many processes, one on each GPU where there are any.
+def launch(command: Sequence[str], processes: int) -> tuple[int, str | None]:
+    """Run Python with the `command` of its arguments in so many processes, one on each GPU where there are
+    any.
 
     One that fails ends all others. Signals are passed on.
 
@@ -82,7 +83,7 @@ def launch(arguments: Sequence[str], processes: int) -> tuple[int, str | None]:
         signals_to_handle=_FORWARDED if os.name == "posix" else "SIGTERM,SIGINT",
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "hf_genlm", *arguments)
+        elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:
         return _outcome({rank: failure.exitcode for rank, failure in error.failures.items()})
     except SignalException as error:
@@ -98,8 +99,8 @@ def _outcome(codes: dict[int, int]) -> tuple[int, str | None]:
     """Exit code and message of the `codes` that the failed processes ended with, by their number."""
     if _INPUT_IS_WRONG in codes.values():
         return _INPUT_IS_WRONG, None
-    # one that was killed took the others with it
-    rank = min(codes, key=lambda rank: (codes[rank] >= 0, rank))
+    # the launcher has ended the others by SIGTERM, and one that was killed took some with it before
+    rank = min(codes, key=lambda rank: (codes[rank] == -signal.SIGTERM, codes[rank] >= 0, rank))
     code = codes[rank]
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
     return 1, f"process {rank} {how}, and the others were stopped"

@@ -1,0 +1,224 @@
+"""Promise: several processes train the model that one would, and end together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_training import SMALL, losses, text_folder  # noqa: F401  a fixture
+
+from hf_genlm.errors import UserError
+from hf_genlm.launch import _outcome, check_processes, launch
+from hf_genlm.recipe import load_recipe
+from hf_genlm.run_folder import RunFolder
+from hf_genlm.text.encoding import TokenizedDocuments
+from hf_genlm.text.packing import IGNORED, PackedRows
+from hf_genlm.training import processes
+from hf_genlm.training.budget import Budget
+from hf_genlm.training.train import train
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT_S = 300
+
+
+def environment(**more: str) -> dict[str, str]:
+    """One thread for each process, and this package and these tests to import."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+
+
+START = """
+import sys
+from hf_genlm.launch import launch
+print(launch(sys.argv[2:], int(sys.argv[1])), flush=True)
+"""
+
+
+def start(command: list[str], n: int = 2) -> subprocess.Popen:
+    """`launch(command, n)` in a process of its own, which prints what it returns."""
+    return subprocess.Popen(
+        [sys.executable, "-c", START, str(n), *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=environment(),
+    )  # fmt: skip
+
+
+QUICK = """
+import sys
+sys.argv[0] = "hf-genlm"  # torch's launcher alone, not our model
+from hf_genlm.launch import launch
+AS = "import os, signal, sys, time; rank = int(os.environ['RANK']); "
+for body in sys.stdin.read().splitlines():
+    print(launch(["-c", AS + body], 2), flush=True)
+"""
+
+
+def test_one_that_fails_ends_all_and_the_exit_code_says_how():
+    outcomes = {
+        "pass": (0, None),
+        "sys.exit(2) if rank == 0 else time.sleep(60)": (2, None),
+        "sys.exit(3) if rank == 1 else time.sleep(60)": (
+            1,
+            "process 1 failed with exit code 3, and the others were stopped",
+        ),
+        "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(60)": (
+            1,
+            "process 1 was ended by SIGKILL, and the others were stopped",
+        ),
+    }
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", QUICK], input="\n".join(outcomes), capture_output=True, text=True,
+        env=environment(), timeout=TIMEOUT_S, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [str(outcome) for outcome in outcomes.values()]
+    assert done.stderr == ""
+    assert time.monotonic() - began < 60
+
+
+def test_who_took_the_others_along():
+    """The launcher ends those that are left by SIGTERM; one that is killed takes some along by itself."""
+    term, kill = -signal.SIGTERM, -signal.SIGKILL
+    assert _outcome({0: term, 1: 1, 2: kill})[1].startswith("process 2 was ended by SIGKILL")
+    assert _outcome({0: term, 1: 1})[1].startswith("process 1 failed with exit code 1")
+    assert _outcome({0: term})[1].startswith("process 0 was ended by SIGTERM")
+    assert _outcome({0: 2, 1: term}) == (2, None)
+
+
+def test_a_launcher_of_ones_own_is_not_started_over(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    check_processes(None)
+    check_processes(4)
+    with pytest.raises(UserError, match="--processes 2: a launcher has already started 4"):
+        check_processes(2)
+
+
+def test_a_batch_is_shared_evenly_or_refused(monkeypatch):
+    assert processes.rows_of_each(9) == 9
+    monkeypatch.setattr(processes, "count", lambda: 4)
+    assert processes.rows_of_each(16) == 4
+    with pytest.raises(UserError, match=r"batch_size = 10 .*--processes 2, or --set training\.batch_size=8$"):
+        processes.rows_of_each(10)
+    message = r"--set training\.batch_size=12 and --set training\.accumulation=1"
+    with pytest.raises(UserError, match=message):
+        processes.rows_of_each(2, accumulation=6)
+
+
+@pytest.fixture(scope="module")
+def rows() -> PackedRows:
+    ids = np.arange(2, 200, dtype=np.uint16)
+    documents = TokenizedDocuments(ids, np.array([0, 100, 198]), np.array([100, 98]))
+    return PackedRows(documents, row_length=16, eos_id=1, pad_id=0)
+
+
+def test_processes_read_the_rows_that_one_would_and_none_twice(rows):
+    """In the order of accelerate's own sampler, which one process has."""
+    from accelerate.data_loader import SeedableRandomSampler
+
+    for epoch in (0, 3):
+        alone = SeedableRandomSampler(range(len(rows)), data_seed=7)
+        alone.set_epoch(epoch)
+        order = list(processes.SharedOrder(len(rows), 8, seed=7, epoch=lambda epoch=epoch: epoch))
+        assert order[: len(rows)] == list(alone)
+        assert set(order[len(rows) :]) == {len(rows)}
+        assert len(order) == len(processes.SharedOrder(len(rows), 8, 7, lambda: 0)) == 16
+
+
+def test_the_blank_row_has_no_labels(rows):
+    n = len(rows)
+    assert n == 14
+    batch = processes.RowsAndBlank(rows).__getitems__([3, n, 5])
+    plain = rows.__getitems__([3, 5])
+    for key, value in plain.items():
+        assert np.array_equal(batch[key][[0, 2]], value)
+    assert (batch["labels"][1] == IGNORED).all()
+
+
+def test_the_clock_stands_still_until_they_agree(monkeypatch):
+    alone, shared = Budget(seconds=10.0), Budget(seconds=10.0)
+    alone.start()
+    monkeypatch.setattr("hf_genlm.training.budget.count", lambda: 2)
+    monkeypatch.setattr("hf_genlm.training.budget.clock_of_first", lambda now: times.pop(0))
+    times = [100.0, 104.0]
+    shared.start()
+    assert shared.elapsed_s == 0.0
+    shared.agree()
+    assert shared.elapsed_s == 4.0
+    assert shared.progress(1) == 0.4
+    assert alone.elapsed_s < 4.0
+
+
+def jobs_of(text, decoders, more, sharded):
+    """One job for each decoder."""
+    return [
+        {
+            "name": f"{'fsdp' if sharded else 'ddp'}-{decoder}",
+            "sharded": sharded,
+            "assignments": [
+                *SMALL, f"corpus.sources={text}", f"model.decoder={decoder}", "training.samples=1",
+                *more.get(decoder, []), *more.get("all", []),
+            ],
+        }
+        for decoder in decoders
+    ]  # fmt: skip
+
+
+def compare_with_one(jobs, folder, monkeypatch) -> None:
+    """Each job by two processes, and by this one: the same losses, and the same weights to rounding."""
+    monkeypatch.setattr("hf_genlm.training.callbacks._LOG_EVERY_S", 0.0)
+    folder.mkdir(exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
+    done = start([str(ROOT / "tests" / "several.py"), str(folder / "jobs.json")])
+    out, err = done.communicate(timeout=TIMEOUT_S)
+    assert out == "done\n(0, None)\n", err[-3000:]
+    for process in (0, 1):
+        trained = [json.loads(line) for line in (folder / f"trained-{process}.jsonl").read_text().splitlines()]
+        for job in jobs:
+            kinds = [k for k in trained if k[0] == ("FSDPGenLMForCausalLM" if job["sharded"] else "DistributedDataParallel")]
+            assert kinds
+            assert all(k[1:] == (["DTensor"] if job["sharded"] else ["Parameter"]) for k in kinds)
+    for job in jobs:
+        several_run = RunFolder.open(folder / job["name"])
+        one = train(load_recipe(None, job["assignments"]), folder / (job["name"] + "-one"))
+        curves = losses(several_run), losses(one)
+        assert len(curves[0]) == len(curves[1]) == load_recipe(one.recipe).training.steps
+        assert max(abs(a - b) for a, b in zip(*curves, strict=True)) < 1e-5, (job["name"], curves)
+        assert not several_run.shared.exists()
+        assert several_run.corpus.read_text() == one.corpus.read_text()
+        mine, theirs = (load_file(run.model / "model.safetensors") for run in (several_run, one))
+        assert mine.keys() == theirs.keys()
+        for name, weight in theirs.items():
+            torch.testing.assert_close(mine[name], weight, atol=2e-3, rtol=0.0)
+        assert json.loads(several_run.environment.read_text())["processes"] == 2
+
+
+SHORT = ["training.steps=8", "training.validations=1"]
+# an epoch of 104 rows ends within the run, with a part of a batch, a row that is filled up, and fewer passes
+LAST_ROWS = ["training.row_length=1024", "training.batch_size=8", "training.accumulation=2"]
+MORE = {
+    "gated_linear": [*LAST_ROWS, "corpus.cache=false"],
+    "lstm": ["model.embedding_size=16", "model.tie_word_embeddings=true", "model.output_bias=true"],
+}
+
+
+def test_two_processes_train_what_one_trains(text_folder, tmp_path, monkeypatch):  # noqa: F811
+    """Whole and sharded by FSDP2: with tied and untied heads, the table of pairs, accumulation, the end of an
+    epoch, validation and samples between steps, and without a cache."""
+    more = {**MORE, "all": SHORT}
+    jobs = jobs_of(text_folder, ["gated_linear", "transformer"], more, sharded=False)
+    jobs += jobs_of(text_folder, ["gated_linear", "lstm"], more, sharded=True)
+    compare_with_one(jobs, tmp_path / "runs", monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_train_what_one_trains_over_many_steps(text_folder, tmp_path, sharded, monkeypatch):  # noqa: F811
+    decoders = ["lstm", "gated_linear", "transformer", "hybrid"]
+    jobs = jobs_of(text_folder, decoders, {**MORE, "all": ["training.steps=50"]}, sharded)
+    compare_with_one(jobs, tmp_path / "runs", monkeypatch)
