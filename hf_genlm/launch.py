@@ -1,7 +1,7 @@
 """Several processes of one command on this machine: started, watched, and ended together.
 
-A launcher of one's own (`accelerate launch -m hf_genlm train`, `torchrun -m hf_genlm train`) does as well, and
-over several machines: recipes/accelerate/.
+A launcher of one's own (`accelerate launch -m hf_genlm train`, `torchrun -m hf_genlm train`) does as well,
+and over several machines: recipes/accelerate/.
 """
 
 import logging
@@ -67,8 +67,8 @@ def launch(command: Sequence[str], processes: int) -> tuple[int, str | None]:
     n_gpus = 0 if uses_cpu else torch.cuda.device_count()
     if 0 < n_gpus < processes:
         raise UserError(
-            f"--processes {processes}: this machine has {n_gpus} GPUs, and each process needs one of its own; "
-            f"--processes {n_gpus}, or ACCELERATE_USE_CPU=true for processes on the CPU"
+            f"--processes {processes}: this machine has {n_gpus} GPUs, and each process needs one of its "
+            f"own; --processes {n_gpus}, or ACCELERATE_USE_CPU=true for processes on the CPU"
         )
     logging.disable(logging.ERROR)  # torch logs in a dozen lines what is said in one below
     config = LaunchConfig(

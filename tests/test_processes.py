@@ -1,5 +1,6 @@
 """Promise: several processes train the model that one would, and end together."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import several
 import torch
 from safetensors.torch import load_file
 from test_training import SMALL, losses, text_folder  # noqa: F401  a fixture
 
 from hf_genlm.errors import UserError
-from hf_genlm.launch import _outcome, check_processes, launch
+from hf_genlm.launch import _outcome, check_processes
 from hf_genlm.recipe import load_recipe
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.encoding import TokenizedDocuments
@@ -169,6 +171,9 @@ def jobs_of(text, decoders, more, sharded):
     ]  # fmt: skip
 
 
+TRAINED = {False: ["DistributedDataParallel", "Parameter"], True: ["FSDPGenLMForCausalLM", "DTensor"]}
+
+
 def compare_with_one(jobs, folder, monkeypatch) -> None:
     """Each job by two processes, and by this one: the same losses, and the same weights to rounding."""
     monkeypatch.setattr("hf_genlm.training.callbacks._LOG_EVERY_S", 0.0)
@@ -177,12 +182,10 @@ def compare_with_one(jobs, folder, monkeypatch) -> None:
     done = start([str(ROOT / "tests" / "several.py"), str(folder / "jobs.json")])
     out, err = done.communicate(timeout=TIMEOUT_S)
     assert out == "done\n(0, None)\n", err[-3000:]
+    wanted = [TRAINED[job["sharded"]] for job in jobs]
     for process in (0, 1):
-        trained = [json.loads(line) for line in (folder / f"trained-{process}.jsonl").read_text().splitlines()]
-        for job in jobs:
-            kinds = [k for k in trained if k[0] == ("FSDPGenLMForCausalLM" if job["sharded"] else "DistributedDataParallel")]
-            assert kinds
-            assert all(k[1:] == (["DTensor"] if job["sharded"] else ["Parameter"]) for k in kinds)
+        lines = (folder / f"trained-{process}.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines][1::2] == wanted  # at the end, after one look between
     for job in jobs:
         several_run = RunFolder.open(folder / job["name"])
         one = train(load_recipe(None, job["assignments"]), folder / (job["name"] + "-one"))
@@ -222,3 +225,174 @@ def test_two_processes_train_what_one_trains_over_many_steps(text_folder, tmp_pa
     decoders = ["lstm", "gated_linear", "transformer", "hybrid"]
     jobs = jobs_of(text_folder, decoders, {**MORE, "all": ["training.steps=50"]}, sharded)
     compare_with_one(jobs, tmp_path / "runs", monkeypatch)
+
+
+def loop_of_ones_own():
+    spec = importlib.util.spec_from_file_location("train_loop", ROOT / "recipes" / "train_loop.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("more", [[], [*LAST_ROWS, "training.label_smoothing=0.1", "model.dropout=0.1"]])
+def test_the_loop_of_ones_own_has_the_same_losses(text_folder, tmp_path, monkeypatch, more):  # noqa: F811
+    monkeypatch.setattr("hf_genlm.training.callbacks._LOG_EVERY_S", 0.0)
+    assignments = [*SMALL, f"corpus.sources={text_folder}", *more, "training.steps=8", "training.samples=0"]
+    run = train(load_recipe(None, [*assignments, "training.validations=0"]), tmp_path / "run")
+    loop_of_ones_own().main(str(run.recipe), str(tmp_path / "loop"))
+    loop = RunFolder.open(tmp_path / "loop")
+    assert losses(loop) == losses(run)
+    mine, theirs = (load_file(folder.model / "model.safetensors") for folder in (loop, run))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], weight) for name, weight in theirs.items())
+
+
+@pytest.mark.slow
+def test_the_loop_by_two_processes(text_folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("hf_genlm.training.callbacks._LOG_EVERY_S", 0.0)
+    run = train(load_recipe(None, [*SMALL, f"corpus.sources={text_folder}", *LAST_ROWS]), tmp_path / "run")
+    loop = str(ROOT / "recipes" / "train_loop.py")
+    done = start([loop, str(run.recipe), str(tmp_path / "loop")])
+    out, err = done.communicate(timeout=TIMEOUT_S)
+    assert out == "(0, None)\n", err[-3000:]
+    curves = losses(RunFolder.open(tmp_path / "loop")), losses(run)
+    assert max(abs(a - b) for a, b in zip(*curves, strict=True)) < 1e-5
+
+
+CONFIGS = {
+    "one_gpu": (False, False, False, 1),
+    "gpus": (True, False, False, 8),
+    "cpu": (True, False, False, 2),
+    "fsdp2": (False, True, False, 8),
+    "fsdp2_cpu": (False, True, False, 2),
+    "deepspeed_zero2": (False, False, True, 8),
+    "deepspeed_zero3": (False, False, True, 8),
+    "two_machines": (True, False, False, 16),
+}
+
+
+def launch_arguments(name: str):
+    """As `accelerate launch` reads them."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    file = str(ROOT / "recipes" / "accelerate" / f"{name}.yaml")
+    words = ["--config_file", file, "-m", "hf_genlm", "train", "text/", "--out", "run"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    return arguments
+
+
+def test_accelerate_reads_every_configuration(monkeypatch):
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    files = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
+    assert [file.stem for file in files] == sorted(CONFIGS)
+    for file in files:
+        arguments = launch_arguments(file.stem)
+        found = arguments.multi_gpu, arguments.use_fsdp, arguments.use_deepspeed, arguments.num_processes
+        assert tuple(map(bool, found[:3])) + found[3:] == CONFIGS[file.stem], file
+        assert f"--config_file recipes/accelerate/{file.name} " in file.read_text(encoding="utf-8")
+        if arguments.use_deepspeed:
+            arguments.deepspeed_fields_from_accelerate_config = "zero_stage"
+            _, variables = prepare_deepspeed_cmd_env(arguments)
+            assert variables["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == file.stem[-1]
+        elif arguments.multi_gpu or arguments.use_fsdp:
+            variables = prepare_multi_gpu_env(arguments)
+            assert variables["ACCELERATE_USE_CPU"] == str("cpu" in file.stem)
+            if arguments.use_fsdp:
+                assert several.SHARDED.items() <= variables.items()
+
+
+def test_what_needs_whole_matrices_is_refused_where_they_are_sharded(text_folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    recipe = load_recipe(None, [*SMALL, f"corpus.sources={text_folder}", "training.optimizer=muon"])
+    with pytest.raises(UserError, match="muon needs whole matrices .* --set training.optimizer=adamw"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def command(text, folder, *more: str) -> list[str]:
+    """What a person types."""
+    settings = [word for assignment in SMALL for word in ("--set", assignment)]
+    return ["-m", "hf_genlm", "train", str(text), *settings, "--out", str(folder), "--processes", "2", *more]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_run_within_a_minute(text_folder, tmp_path, victim):  # noqa: F811
+    import psutil
+
+    words = command(text_folder, tmp_path / "run", "--steps", "1000000")
+    run = subprocess.Popen(
+        [sys.executable, *words], env=environment(), text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (log.exists() and '"step"' in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    workers = psutil.Process(run.pid).children()
+    assert len(workers) == 2
+    (killed,) = [worker for worker in workers if worker.environ()["RANK"] == str(victim)]
+    began = time.monotonic()
+    killed.kill()
+    _, err = run.communicate(timeout=60)
+    assert time.monotonic() - began < 60
+    assert run.returncode == 1
+    lines = [line for line in err.splitlines() if line.startswith("hf-genlm:")]
+    assert lines == [f"hf-genlm: process {victim} was ended by SIGKILL, and the others were stopped"]
+    assert "Traceback" not in err
+    assert not any(worker.is_running() for worker in workers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_reach_every_process(text_folder, tmp_path, number):  # noqa: F811
+    import psutil
+
+    words = command(text_folder, tmp_path / "run", "--steps", "1000000")
+    run = subprocess.Popen(
+        [sys.executable, *words], env=environment(), text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (log.exists() and '"step"' in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    workers = psutil.Process(run.pid).children()
+    run.send_signal(number)
+    _, err = run.communicate(timeout=60)
+    told = {signal.SIGTERM: "hf-genlm: stopped by SIGTERM", signal.SIGINT: "hf-genlm: stopped"}[number]
+    assert run.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    assert [line for line in err.splitlines() if line.startswith("hf-genlm:")] == [told]
+    assert "Traceback" not in err
+    assert not any(worker.is_running() for worker in workers)
+
+
+@pytest.mark.slow
+def test_what_the_first_process_cannot_use_ends_all_with_one_line(text_folder, tmp_path):  # noqa: F811
+    """An error that only the first can find, and one that all of them find."""
+    for more, message in (
+        (["--set", "tokenizer.path=/nowhere"], "/nowhere"),
+        (["--set", "training.batch_size=9"], "training.batch_size = 9 is over all processes"),
+    ):
+        done = subprocess.run(
+            [sys.executable, *command(text_folder, tmp_path / "run", *more)], env=environment(),
+            capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("hf-genlm:")]
+        assert message in line
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_processes_keep_to_one_clock(text_folder, tmp_path):  # noqa: F811
+    """A run by the clock: planned once, and ended by all after the same step."""
+    words = command(text_folder, tmp_path / "run", "--minutes", "0.1", "--set", "training.most_passes=1000")
+    done = subprocess.run([sys.executable, *words], env=environment(), timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0
+    log = RunFolder.open(tmp_path / "run").read_log()
+    (planned,) = [event for event in log if event["event"] == "planned"]
+    (trained,) = [event for event in log if event["event"] == "trained"]
+    assert planned["threads"] == 1
+    assert trained["seconds"] + planned["seconds"] == pytest.approx(6.0, abs=1.5)

@@ -241,7 +241,9 @@ def _device_of_messages() -> torch.device:
     """Where the backend sends from: the CPU, or the accelerator of this process."""
     if "gloo" in dist.get_backend():
         return torch.device("cpu")
-    return torch.device(torch.accelerator.current_accelerator(), torch.accelerator.current_device_index())
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
 def _share_of_cores() -> int:

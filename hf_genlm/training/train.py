@@ -149,8 +149,8 @@ def _check_sharding(recipe: Recipe) -> None:
     for name, (is_so, remedy) in stated.items():
         if is_so and processes.is_sharded():
             raise UserError(
-                f"{name} needs whole matrices, and FSDP and DeepSpeed leave each process a part of them: train "
-                f"by data parallelism alone (--processes), or --set {remedy}"
+                f"{name} needs whole matrices, and FSDP and DeepSpeed leave each process a part of them: "
+                f"train by data parallelism alone (--processes), or --set {remedy}"
             )
 
 

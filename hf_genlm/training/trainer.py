@@ -145,14 +145,16 @@ class BudgetTrainer(Trainer):
     def whole_model(self) -> GenLMForCausalLM | None:
         """In the first process the model with all of its weights: itself, or where it is sharded a copy. All
         processes must call this; the others get None."""
+        model: Any = self.model
         if not is_sharded():
-            return self.model if is_first() else None
+            return model if is_first() else None
         weights = self.accelerator.get_state_dict(self.model_wrapped)
         if not is_first():
             return None
-        config = copy.deepcopy(self.model.config)
+        config = copy.deepcopy(model.config)
         whole = GenLMForCausalLM.from_pretrained(None, config=config, state_dict=weights)
-        return whole.to(self.args.device)
+        whole.to(self.args.device)
+        return whole
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
