@@ -306,7 +306,7 @@ def test_accelerate_reads_every_configuration(monkeypatch):
 def test_what_needs_whole_matrices_is_refused_where_they_are_sharded(text_folder, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     recipe = load_recipe(None, [*SMALL, f"corpus.sources={text_folder}", "training.optimizer=muon"])
-    with pytest.raises(UserError, match="muon needs whole matrices .* --set training.optimizer=adamw"):
+    with pytest.raises(UserError, match=r"muon needs whole matrices .* --set training\.optimizer=adamw"):
         train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -317,53 +317,54 @@ def command(text, folder, *more: str) -> list[str]:
     return ["-m", "hf_genlm", "train", str(text), *settings, "--out", str(folder), "--processes", "2", *more]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_run_within_a_minute(text_folder, tmp_path, victim):  # noqa: F811
+def training_for_long(text, folder) -> tuple[subprocess.Popen, list]:
+    """A run of two processes that has made a step, and its processes."""
     import psutil
 
-    words = command(text_folder, tmp_path / "run", "--steps", "1000000")
     run = subprocess.Popen(
-        [sys.executable, *words], env=environment(), text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    log = tmp_path / "run" / "log.jsonl"
+        [sys.executable, *command(text, folder, "--steps", "1000000")], env=environment(), text=True,
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    log = folder / "log.jsonl"
     deadline = time.monotonic() + TIMEOUT_S
     while not (log.exists() and '"step"' in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.2)
     workers = psutil.Process(run.pid).children()
     assert len(workers) == 2
+    return run, workers
+
+
+def messages(stderr: str) -> list[str]:
+    """What was told to the person; there is no traceback beside it."""
+    assert "Traceback" not in stderr
+    return [line for line in stderr.splitlines() if line.startswith("hf-genlm:")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_run_within_a_minute(text_folder, tmp_path, victim):  # noqa: F811
+    run, workers = training_for_long(text_folder, tmp_path / "run")
     (killed,) = [worker for worker in workers if worker.environ()["RANK"] == str(victim)]
     began = time.monotonic()
     killed.kill()
     _, err = run.communicate(timeout=60)
     assert time.monotonic() - began < 60
     assert run.returncode == 1
-    lines = [line for line in err.splitlines() if line.startswith("hf-genlm:")]
-    assert lines == [f"hf-genlm: process {victim} was ended by SIGKILL, and the others were stopped"]
-    assert "Traceback" not in err
+    assert messages(err) == [f"hf-genlm: process {victim} was ended by SIGKILL, and the others were stopped"]
     assert not any(worker.is_running() for worker in workers)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_reach_every_process(text_folder, tmp_path, number):  # noqa: F811
-    import psutil
-
-    words = command(text_folder, tmp_path / "run", "--steps", "1000000")
-    run = subprocess.Popen(
-        [sys.executable, *words], env=environment(), text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    log = tmp_path / "run" / "log.jsonl"
-    deadline = time.monotonic() + TIMEOUT_S
-    while not (log.exists() and '"step"' in log.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    workers = psutil.Process(run.pid).children()
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [(signal.SIGTERM, 143, "hf-genlm: stopped by SIGTERM"), (signal.SIGINT, 130, "hf-genlm: stopped")],
+)
+def test_signals_reach_every_process(text_folder, tmp_path, number, code, message):  # noqa: F811
+    run, workers = training_for_long(text_folder, tmp_path / "run")
     run.send_signal(number)
     _, err = run.communicate(timeout=60)
-    told = {signal.SIGTERM: "hf-genlm: stopped by SIGTERM", signal.SIGINT: "hf-genlm: stopped"}[number]
-    assert run.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
-    assert [line for line in err.splitlines() if line.startswith("hf-genlm:")] == [told]
-    assert "Traceback" not in err
+    assert run.returncode == code
+    assert messages(err) == [message]
     assert not any(worker.is_running() for worker in workers)
 
 
@@ -379,9 +380,8 @@ def test_what_the_first_process_cannot_use_ends_all_with_one_line(text_folder, t
             capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
         )  # fmt: skip
         assert done.returncode == 2
-        (line,) = [line for line in done.stderr.splitlines() if line.startswith("hf-genlm:")]
+        (line,) = messages(done.stderr)
         assert message in line
-        assert "Traceback" not in done.stderr
         assert not (tmp_path / "run").exists()
 
 
