@@ -67,6 +67,12 @@ def _add_train(verbs: Any) -> None:
     train.add_argument("--seed", metavar="N", help="of the weights and the order of rows (default 0)")
     train.add_argument("--out", metavar="DIR", help="the run folder to make (default runs/DECODER-DATE)")
     train.add_argument("--resume", action="store_true", help="go on with the run that lies in --out")
+    train.add_argument(
+        "--processes",
+        type=_count,
+        metavar="N",
+        help="train by so many processes, on a GPU each where there are any (default 1)",
+    )
 
 
 def _add_tokenizer(verbs: Any) -> None:

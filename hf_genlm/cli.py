@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hf_genlm.arguments import MODEL_FIELDS, TRAIN_FIELDS, VOCABULARY_FIELD, build_parser
 from hf_genlm.display import Display, installation_lines, model_cost_lines, table
 from hf_genlm.errors import Stopped, UserError
+from hf_genlm.launch import check_processes, is_first, is_launched, launch, use_one_gpu
 from hf_genlm.recipe import Recipe, load_recipe, set_field
 
 if TYPE_CHECKING:
@@ -33,18 +34,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = build_parser().parse_args(arguments)
         _quiet_libraries()
-        _VERBS[options.verb](options)
+        options.arguments = sys.argv[1:] if arguments is None else list(arguments)
+        return _VERBS[options.verb](options) or 0
     except UserError as error:
-        print(f"hf-genlm: {error}", file=sys.stderr)
+        _complain(str(error))
         return 2
     except Stopped as stopped:
-        reached = "before its first checkpoint" if stopped.step is None else f"after step {stopped.step:,}"
-        print(f"stopped {reached}; to go on:", file=sys.stderr)
-        print(f"hf-genlm train --resume --out {stopped.folder}", file=sys.stderr)
+        if is_first():
+            reached = (
+                "before its first checkpoint" if stopped.step is None else f"after step {stopped.step:,}"
+            )
+            print(f"stopped {reached}; to go on:", file=sys.stderr)
+            print(f"hf-genlm train --resume --out {stopped.folder}", file=sys.stderr)
+        return 0
     except KeyboardInterrupt:
-        print("hf-genlm: stopped", file=sys.stderr)
+        if not is_launched():  # else the launcher says it
+            _complain("stopped")
         return 130
-    return 0
+
+
+def _say_how_to_go_on(stopped: Stopped) -> None:
+    reached = "before its first checkpoint" if stopped.step is None else f"after step {stopped.step:,}"
+    print(f"stopped {reached}; to go on:", file=sys.stderr)
+    print(f"hf-genlm train --resume --out {stopped.folder}", file=sys.stderr)
+
+
+def _complain(message: str) -> None:
+    """Once, whatever the number of processes."""
+    if is_first():
+        print(f"hf-genlm: {message}", file=sys.stderr)
 
 
 def _recipe(options: argparse.Namespace, fields: dict[str, str]) -> Recipe:
@@ -73,7 +91,7 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module="torch|transformers")
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> int:
     recipe = _recipe(options, TRAIN_FIELDS)
     if options.resume and not options.out:
         raise UserError("--resume goes on with a run: name its folder by --out DIR")
@@ -81,6 +99,38 @@ def _train(options: argparse.Namespace) -> None:
         options.out
         or f"runs/{'mixed' if recipe.model.mixers else recipe.model.decoder}-{time.strftime('%Y%m%d-%H%M%S')}"
     )
+    check_processes(options.processes)
+    if is_launched():
+        return _train_as_one_of_several(recipe, out, options.resume)
+    if options.processes == 1:
+        use_one_gpu()
+    elif options.processes is not None:
+        code, message = launch(["-m", "hf_genlm", *options.arguments, "--out", out], options.processes)
+        if message is not None:
+            _complain(message)
+        return code
+    _train_and_tell(recipe, out, options.resume)
+    return 0
+
+
+def _train_as_one_of_several(recipe: Recipe, out: str, resume: bool) -> int:
+    from hf_genlm.training.processes import LostProcess, leave, noticing_losses
+
+    try:
+        with noticing_losses():
+            if is_first():
+                _train_and_tell(recipe, out, resume)
+            else:
+                from hf_genlm.training.train import train
+
+                train(recipe, out, resume=resume)
+            leave()
+    except LostProcess:
+        return 1  # the launcher says which one it was
+    return 0
+
+
+def _train_and_tell(recipe: Recipe, out: str, resume: bool) -> None:
     from hf_genlm.evaluation.measurement import read_measurements
 
     with Display() as display:
@@ -88,7 +138,7 @@ def _train(options: argparse.Namespace) -> None:
         from hf_genlm.publish.card import write_card
         from hf_genlm.training.train import train
 
-        run = train(recipe, out, display.hear, resume=options.resume)
+        run = train(recipe, out, display.hear, resume)
         write_card(run)
     print(table(read_measurements(run.evaluation)))
     print(f"\nmodel:  {run.model}\ncard:   {run.model / 'README.md'}\n")

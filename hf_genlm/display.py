@@ -34,9 +34,8 @@ def installation_lines(found: "Installation") -> list[str]:
         facts.append((f"[{extra.name}]", f"{extra.purpose}: {state}"))
     facts.append(("train", f"on {found.training_device}, in {found.training_dtype} by training.dtype=auto"))
     if found.n_training_gpus > 1:
-        facts.append(
-            ("", f"one of {found.n_training_gpus} GPUs: set CUDA_VISIBLE_DEVICES=0, or accelerate launch")
-        )
+        n = found.n_training_gpus
+        facts.append(("", f"with --processes {n} for all GPUs, or --processes 1 for the first of them"))
     return [f"{name:<14}{fact}" for name, fact in facts]
 
 

@@ -107,7 +107,7 @@ class TrainingRecipe:
     warmup_fraction: float = 0.02  # of the run
     decay_fraction: float = 0.5  # of the run, linear to zero at its end
     threads: int | None = (
-        None  # of torch on a CPU; None: measured before a run by the clock, else torch's own
+        None  # of torch in each process on a CPU; None: measured before a run by the clock, else torch's own
     )
     compile: str | None = None  # backend of torch.compile for the steps, as inductor; None: no compiler
     dtype: str = "auto"  # auto: bfloat16 autocast where the device computes it natively, else float32

@@ -42,6 +42,7 @@ class RunFolder:
     samples = property(lambda self: self.path / "samples.md")
     model = property(lambda self: self.path / "model")
     lock_file = property(lambda self: self.path / ".lock")
+    shared = property(lambda self: self.path / "shared")  # while several processes start
 
     @classmethod
     def create(cls, path: str | Path, listener: Listener | None = None) -> "RunFolder":
@@ -138,6 +139,19 @@ class RunFolder:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 self._is_log_cut = file.read(1) != b"\n"
+
+
+class FollowedRun(RunFolder):
+    """The folder of a run that another process writes: here it is only read."""
+
+    def discard(self) -> None:
+        """Left to the one that made it."""
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Left to the one that made it."""
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """Left to the one that made it."""
 
 
 def write_json(path: Path, content: Any) -> None:

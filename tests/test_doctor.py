@@ -269,9 +269,9 @@ def test_what_is_missing_and_what_train_chooses(monkeypatch, capsys):
 def test_several_gpus_are_not_promised_to_one_process():
     """`train` refuses them."""
     found = dataclasses.replace(doctor.describe_installation(), training_device="cuda", n_training_gpus=2)
-    assert "CUDA_VISIBLE_DEVICES=0" in installation_lines(found)[-1]
+    assert "--processes 2 for all GPUs" in installation_lines(found)[-1]
     one = dataclasses.replace(found, n_training_gpus=1)
-    assert "CUDA_VISIBLE_DEVICES" not in "".join(installation_lines(one))
+    assert "--processes" not in "".join(installation_lines(one))
 
 
 def test_the_extras_are_those_of_the_package():

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "run_folder": {"errors"},
     "memory": set(),
     "arguments": {"errors"},
+    "launch": {"errors"},
     "display": {"evaluation.measurement", "doctor"},
     "text": {"recipe", "errors", "memory"},
     "model": set(),

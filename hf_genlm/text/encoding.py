@@ -166,7 +166,7 @@ def encode_documents(
         key = key_of(kind="tokens", text=sha256, tokenizer=tokenizer_sha256)
         found = cache.load(key)
         if found is not None:
-            return _tokenized(found)
+            return tokenized_of(found)
     try:
         return _encode(encoder, documents, cache, key, on_progress)
     except DifferentIds as error:
@@ -199,10 +199,11 @@ def _encode(
         writer.append("n_bytes", documents.n_bytes)
         finished = writer.finish()
     give_back_memory()
-    return _tokenized(finished)
+    return tokenized_of(finished)
 
 
-def _tokenized(file: ArrayFile) -> TokenizedDocuments:
+def tokenized_of(file: ArrayFile) -> TokenizedDocuments:
+    """The documents whose arrays lie in `file`."""
     return TokenizedDocuments(**file.arrays, file=file)
 
 

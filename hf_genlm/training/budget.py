@@ -10,6 +10,7 @@ from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.model import DECODERS, mixers_of
 from hf_genlm.model.configuration_genlm import RECURRENT_MIXERS
 from hf_genlm.recipe import Recipe, TrainingRecipe
+from hf_genlm.training.processes import clock_of_first, count
 
 
 @dataclass(frozen=True)
@@ -50,21 +51,32 @@ class Budget:
     _started: float | None = field(default=None, repr=False)
     _last_step_s: float = field(default=0.0, repr=False)
     _last_time: float = field(default=0.0, repr=False)
+    _agreed: float | None = field(default=None, repr=False)  # of several processes: what the clock says
 
     def start(self) -> None:
         """Begin the clock, which no change of the time of day moves."""
-        self._last_time = time.monotonic()
+        self.agree()
+        self._last_time = self._now()
         self._started = self._last_time - self.spent_s
+
+    def agree(self) -> None:
+        """Several processes read the clock of the first one, which stands still until they agree again: so
+        they decide alike. All of them must call this together."""
+        if count() > 1:
+            self._agreed = clock_of_first(time.monotonic())
 
     def note_step(self) -> None:
         """A step has ended."""
-        now = time.monotonic()
+        now = self._now()
         self._last_step_s, self._last_time = now - self._last_time, now
 
     @property
     def elapsed_s(self) -> float:
         """Seconds of training so far."""
-        return self.spent_s if self._started is None else time.monotonic() - self._started
+        return self.spent_s if self._started is None else self._now() - self._started
+
+    def _now(self) -> float:
+        return time.monotonic() if self._agreed is None else self._agreed
 
     def progress(self, step: float) -> float:
         """The share done after `step` steps, 0 to 1."""

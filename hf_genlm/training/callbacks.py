@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.training.budget import Budget
+from hf_genlm.training.processes import all_of
 
 _LOG_EVERY_S = 0.5
 _LARGEST_PART = 0.1
@@ -46,6 +47,9 @@ class BudgetCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.budget.start()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.budget.agree()  # before the next learning rate is read off
 
     def on_step_end(self, args, state, control, **kwargs):
         self.budget.note_step()
@@ -168,28 +172,34 @@ class HoldRowsCallback(TrainerCallback):
 class CheckpointCallback(TrainerCallback):
     """Asks for a checkpoint when one is due, and for the last one and the end when a signal has come."""
 
-    def __init__(self, every_s: float, every_steps: int | None, was_stopped: Callable[[], bool]):
-        self.every_s, self.every_steps, self.was_stopped = every_s, every_steps, was_stopped
-        self._saved = self._began = self._took_s = 0.0
+    def __init__(
+        self, budget: Budget, every_s: float, every_steps: int | None, was_stopped: Callable[[], bool]
+    ):
+        self.budget, self.was_stopped = budget, was_stopped
+        self.every_s, self.every_steps = every_s, every_steps
+        self._saved_s = self._began_s = self._took_s = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._saved = time.monotonic()
+        self._saved_s = self.budget.elapsed_s
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.was_stopped():
+        self._began_s = self.budget.elapsed_s
+        if control.should_training_stop:
+            return
+        if not all_of(not self.was_stopped()):
             control.should_save = control.should_training_stop = True
-        elif not control.should_training_stop:
+        else:
             control.should_save = self._is_due(state.global_step)
-        self._began = time.monotonic()
 
     def on_save(self, args, state, control, **kwargs):
-        self._saved = time.monotonic()
-        self._took_s = self._saved - self._began
+        self.budget.agree()
+        self._saved_s = self.budget.elapsed_s
+        self._took_s = self._saved_s - self._began_s
 
     def _is_due(self, step: int) -> bool:
         if self.every_steps is not None:
             return self.every_steps > 0 and step % self.every_steps == 0
-        return time.monotonic() - self._saved >= max(self.every_s, _SAVING_SHARE * self._took_s)
+        return self.budget.elapsed_s - self._saved_s >= max(self.every_s, _SAVING_SHARE * self._took_s)
 
 
 class MilestoneCallback(TrainerCallback):
@@ -215,9 +225,10 @@ class MilestoneCallback(TrainerCallback):
             )
             if is_late:
                 return
-            began = time.monotonic()
+            began = self.budget.elapsed_s
             self.act(model, state.global_step)
-            self._took_s = time.monotonic() - began
+            self.budget.agree()
+            self._took_s = self.budget.elapsed_s - began
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from hf_genlm.model import DECODERS, GenLMForCausalLM
 from hf_genlm.recipe import Recipe, TrainingRecipe
 from hf_genlm.training.budget import Shape, resolve
 from hf_genlm.training.optimizer import OptimizerFactory
+from hf_genlm.training.processes import rows_of_each
 
 LADDER = (
     Shape(hidden_size=32, num_hidden_layers=1, row_length=64, batch_size=16),
@@ -100,10 +101,10 @@ def measure_step(model: GenLMForCausalLM, recipe: TrainingRecipe) -> tuple[float
 
     On a core that something else keeps busy, every operation of several threads waits for the last of them,
     many times as long as one thread takes for a small decoder. A step is forward, backward, clipping and
-    update on rows of random tokens. The threads that torch has are left as they were.
+    update on rows of random tokens, those of one process. The threads that torch has are left as they were.
     """
     optimizer = OptimizerFactory()(model, replace(recipe, weight_decay=0.0))  # it may not be chosen yet
-    shape = (recipe.batch_size, recipe.row_length)
+    shape = (rows_of_each(recipe.batch_size), recipe.row_length)
     tokens = torch.randint(0, model.config.vocab_size, shape, device=model.device)
 
     def step() -> float:

@@ -1,6 +1,7 @@
 """The corpus of a run as token ids, and the tokenizer that made them."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,11 +10,15 @@ from transformers import PreTrainedTokenizerBase
 from hf_genlm.errors import UserError
 from hf_genlm.recipe import Recipe
 from hf_genlm.run_folder import RunFolder, read_json, write_json
-from hf_genlm.text.cache import Cache, cache_folder
+from hf_genlm.text.cache import ArrayWriter, Cache, cache_folder
 from hf_genlm.text.corpus import Corpus, read_corpus
-from hf_genlm.text.encoding import TokenizedDocuments, encode_documents
+from hf_genlm.text.encoding import TokenizedDocuments, encode_documents, tokenized_of
 from hf_genlm.text.tokenizer import load_tokenizer, train_tokenizer
+from hf_genlm.training import processes
 from hf_genlm.training.word_vectors import count_words
+
+_IDS_AT_ONCE = 1 << 22
+_SHARED = "train"
 
 
 @dataclasses.dataclass
@@ -34,10 +39,54 @@ def prepare_corpus(run: RunFolder, recipe: Recipe, is_again: bool = False) -> To
 
     With `is_again`, for a run that has begun: by the tokenizer that lies there.
 
-    Raises:
-        UserError: a source cannot be used, or is not what it was when the run began.
-    """
+    Of several processes the first one does. The others wait, and read the training ids that it leaves in the
+    run folder for so long: they have no words, and no validation split.
 
+    Raises:
+        UserError: a source that cannot be used or is not what it was when the run began, or a run folder that
+            another machine does not see.
+    """
+    if processes.count() == 1:
+        return _prepare(run, recipe, is_again)
+    found: list[TokenizedCorpus] = []
+
+    def leave() -> PreTrainedTokenizerBase:
+        found.append(_prepare(run, recipe, is_again))
+        _leave(found[0].train, run)
+        return found[0].tokenizer
+
+    tokenizer = processes.from_first(leave)
+    if not found:
+        recipe.tokenizer.vocab_size = len(tokenizer)
+    train = processes.together(lambda: found[0].train if found else _take(run))
+    if found:
+        shutil.rmtree(run.shared)
+        return found[0]
+    return TokenizedCorpus(tokenizer, train, train[:0], {})
+
+
+def _leave(documents: TokenizedDocuments, run: RunFolder) -> None:
+    """For the other processes."""
+    shutil.rmtree(run.shared, ignore_errors=True)  # of a run that was killed meanwhile
+    with ArrayWriter(Cache(run.shared), _SHARED) as writer:
+        for start in range(0, max(1, documents.n_tokens), _IDS_AT_ONCE):
+            writer.append("ids", documents.ids[start : start + _IDS_AT_ONCE])
+        writer.append("offsets", documents.offsets)
+        writer.append("n_bytes", documents.n_bytes)
+        writer.finish()
+
+
+def _take(run: RunFolder) -> TokenizedDocuments:
+    file = Cache(run.shared).load(_SHARED)
+    if file is None:
+        raise UserError(
+            f"process {processes.index()} cannot read {str(run.shared)!r}: name by --out a folder on a disk "
+            "that all machines share"
+        )
+    return tokenized_of(file)
+
+
+def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> TokenizedCorpus:
     def note(message: str) -> None:
         run.log("note", message=message)
 

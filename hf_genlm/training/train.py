@@ -13,8 +13,17 @@ from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.recipe import Recipe, adopt_unchanged, load_recipe
-from hf_genlm.run_folder import Listener, RunFolder, describe_environment, flush, write_json, write_text
+from hf_genlm.run_folder import (
+    FollowedRun,
+    Listener,
+    RunFolder,
+    describe_environment,
+    flush,
+    write_json,
+    write_text,
+)
 from hf_genlm.text.packing import PackedRows
+from hf_genlm.training import processes
 from hf_genlm.training.budget import Budget, budget_of, resolve
 from hf_genlm.training.callbacks import Diverged
 from hf_genlm.training.checkpoints import Checkpoint, full_disk_as, newest_checkpoint
@@ -51,6 +60,8 @@ def train(
     """Read the corpus, train tokenizer and model, measure the saved model, and leave all of it in `out`.
 
     `listener(event, fields)` hears every logged event, and `progress` {task, done, total} within a stage.
+    In a process group every process calls this; the first one alone writes and measures, and the others
+    return when it has the model.
 
     Ctrl-C and SIGTERM end it with a checkpoint. With `resume` it goes on with the run in `out` from its last
     checkpoint (where there is none, from the beginning), by the recipe that lies there: what `recipe` states
@@ -61,14 +72,16 @@ def train(
             or a loss that was not finite at half of the rate either.
         Stopped: a signal came.
     """
-    if resume:
-        return _resume(RunFolder.open(out, listener), recipe)
-    _check(recipe)
-    run = RunFolder.create(out, listener)
-    stop = StopRequest(str(run.path))
-    with run.locked(), stop.heard():
+    processes.join()
+    if not resume:
+        _check(recipe)
+    stop = StopRequest(str(out))
+    with _opened(out, listener, resume) as run, stop.heard():
+        if resume:
+            return _resume(run, recipe, stop)
         try:
-            write_text(run.recipe, recipe.to_yaml())  # what resumes, if it is killed before it has begun
+            if processes.is_first():
+                write_text(run.recipe, recipe.to_yaml())  # what resumes, if it is killed before it has begun
             job = _prepare(run, recipe)
             model = _build(run, job)
         except UserError:
@@ -77,25 +90,44 @@ def train(
         return _finish(run, job, model, None, stop)
 
 
-def _resume(run: RunFolder, stated: Recipe) -> RunFolder:
+@contextlib.contextmanager
+def _opened(out: str | Path, listener: Listener | None, resume: bool) -> Iterator[RunFolder]:
+    """The run folder, which the first process makes, or finds, and holds."""
+    with contextlib.ExitStack() as held:
+
+        def take() -> Path:
+            run = (RunFolder.open if resume else RunFolder.create)(out, listener)
+            held.enter_context(run.locked())
+            return run.path
+
+        path = processes.from_first(take)
+        yield RunFolder(path, listener) if processes.is_first() else FollowedRun(path)
+
+
+def _resume(run: RunFolder, stated: Recipe, stop: StopRequest) -> RunFolder:
     recipe = load_recipe(run.recipe)
     adopt_unchanged(recipe, stated)
-    stop = StopRequest(str(run.path))
-    with run.locked(), stop.heard():
+
+    def look() -> tuple[bool, bool, Checkpoint | None]:
         run.end_log_line()
-        if run.evaluation.is_file():
-            return run
         begin = newest_checkpoint(run.checkpoints, lambda message: run.log("note", message=message))
-        if begin is None and not run.model.is_dir():
+        return run.evaluation.is_file(), run.model.is_dir(), begin
+
+    is_done, has_model, begin = processes.from_first(look)
+    if is_done:
+        return run
+    if begin is None and not has_model:
+        if processes.is_first():
             run.samples.unlink(missing_ok=True)
-            job = _prepare(run, recipe)
-            return _finish(run, job, _build(run, job), None, stop)
-        corpus = prepare_corpus(run, recipe, is_again=True)
-        job = _job_of(run, recipe, corpus, budget_of(recipe.training, tokens_of_a_step(recipe.training)))
-        if run.model.is_dir():
-            return _measure(run, job)
-        run.log("resumed", step=begin.progress.step)
-        return _finish(run, job, _build(run, job, is_new=False), begin, stop)
+        job = _prepare(run, recipe)
+        return _finish(run, job, _build(run, job), None, stop)
+    _check(recipe)
+    corpus = prepare_corpus(run, recipe, is_again=True)
+    job = _job_of(run, recipe, corpus, budget_of(recipe.training, tokens_of_a_step(recipe.training)))
+    if has_model:
+        return _measure(run, job)
+    run.log("resumed", step=begin.progress.step)
+    return _finish(run, job, _build(run, job, is_new=False), begin, stop)
 
 
 def _check(recipe: Recipe) -> None:
@@ -105,7 +137,26 @@ def _check(recipe: Recipe) -> None:
     build_config(recipe, mixer_types_of(recipe))
     check_optimizer(recipe.training.optimizer)
     check_compiler(recipe.training.compile)
+    _check_sharding(recipe)
+    processes.rows_of_each(recipe.training.batch_size, recipe.training.accumulation)
     budget_of(recipe.training, tokens_of_a_step(recipe.training))
+
+
+def _check_sharding(recipe: Recipe) -> None:
+    """
+    Raises:
+        UserError: something that needs whole matrices, where each process holds a part of them.
+    """
+    stated = {
+        "training.optimizer=muon": (recipe.training.optimizer == "muon", "training.optimizer=adamw"),
+        "vectors.frozen=true": (recipe.vectors.frozen, "vectors.frozen=false"),
+    }
+    for name, (is_so, remedy) in stated.items():
+        if is_so and processes.is_sharded():
+            raise UserError(
+                f"{name} needs whole matrices, and FSDP and DeepSpeed leave each process a part of them: "
+                f"train by data parallelism alone (--processes), or --set {remedy}"
+            )
 
 
 def _prepare(run: RunFolder, given: Recipe) -> Job:
@@ -113,26 +164,31 @@ def _prepare(run: RunFolder, given: Recipe) -> Job:
     recipe = resolve(given)
     adopt_dimension(recipe)
     run.log("started", decoder=recipe.model.decoder, mixers=mixer_types_of(recipe))
-    if recipe.training.threads is not None:
-        torch.set_num_threads(recipe.training.threads)
+    processes.share_threads(recipe.training.threads)
     corpus = prepare_corpus(run, recipe)
     budget = budget_of(recipe.training, tokens_of_a_step(recipe.training))
     if budget.seconds is not None:
         device = training_arguments_of(run, recipe.training, budget).device
-        recipe = plan_recipe(run, given, corpus.tokenizer, corpus.train.n_tokens, budget, device)
+
+        def plan(budget: Budget = budget) -> tuple[Recipe, Budget]:
+            n_tokens = corpus.train.n_tokens
+            return plan_recipe(run, given, corpus.tokenizer, n_tokens, budget, device), budget
+
+        recipe, budget = processes.from_first(plan)
     else:
         settle_decay(recipe, budget.steps, corpus.train.n_tokens)
     corpus.tokenizer.model_max_length = recipe.training.row_length
-    corpus.tokenizer.save_pretrained(run.tokenizer)  # again: its model_max_length is known now
     job = _job_of(run, recipe, corpus, budget)
-    write_text(run.recipe, recipe.to_yaml())
-    write_json(run.environment, {**describe_environment(), "device": _describe(job.arguments.device)})
+    if processes.is_first():
+        corpus.tokenizer.save_pretrained(run.tokenizer)  # again: its model_max_length is known now
+        write_text(run.recipe, recipe.to_yaml())
+        machine = {"device": _describe(job.arguments.device), "processes": processes.count()}
+        write_json(run.environment, {**describe_environment(), **machine})
     return job
 
 
 def _job_of(run: RunFolder, recipe: Recipe, corpus: TokenizedCorpus, budget: Budget) -> Job:
-    if recipe.training.threads is not None:
-        torch.set_num_threads(recipe.training.threads)
+    processes.share_threads(recipe.training.threads)
     rows = PackedRows(
         corpus.train,
         row_length=recipe.training.row_length,
@@ -144,21 +200,30 @@ def _job_of(run: RunFolder, recipe: Recipe, corpus: TokenizedCorpus, budget: Bud
 
 def _build(run: RunFolder, job: Job, is_new: bool = True) -> GenLMForCausalLM:
     """The model before the first step; not `is_new`: before the weights of a checkpoint are put into it."""
-    recipe, corpus = job.recipe, job.corpus
+    recipe = job.recipe
     config = build_config(recipe, mixer_types_of(recipe))
-    adopt_vocabulary(config, corpus.tokenizer)
+    adopt_vocabulary(config, job.corpus.tokenizer)
     set_seed(recipe.training.seed)
     model = GenLMForCausalLM(config)
+    job.held = processes.from_first(lambda: _start(run, model, job, is_new))
+    processes.share_weights(model)
+    n_rows, row_length = len(job.rows), recipe.training.row_length
+    run.log("model", parameters=model.num_parameters(), rows=n_rows, row_length=row_length)
+    return model
+
+
+def _start(run: RunFolder, model: GenLMForCausalLM, job: Job, is_new: bool) -> torch.Tensor | None:
+    """Give `model` the start that the recipe names; returns the tokens (V,) whose vectors are to stay."""
+    recipe, corpus = job.recipe, job.corpus
+    held = None
     if recipe.vectors.path is not None:
         found = start_from_vectors(run, model, corpus.tokenizer, corpus.words, corpus.train.ids, recipe)
-        job.held = torch.from_numpy(found) if recipe.vectors.frozen else None
+        held = torch.from_numpy(found) if recipe.vectors.frozen else None
     if recipe.training.start == "pairs" and is_new:
         tokens = job.rows.first_tokens(MOST_TOKENS)
         learned = start_from_pairs(model, tokens, keep_embedding=recipe.vectors.path is not None)
         run.log("pairs", tokens=learned.n_tokens, distinct=learned.n_pairs)
-    n_rows, row_length = len(job.rows), recipe.training.row_length
-    run.log("model", parameters=model.num_parameters(), rows=n_rows, row_length=row_length)
-    return model
+    return held
 
 
 def _finish(
@@ -166,9 +231,9 @@ def _finish(
 ) -> RunFolder:
     """Train, once more at half of the rate where the loss leaves the numbers; save and measure."""
     try:
-        fit(run, model, job, begin, stop)
+        trained = fit(run, model, job, begin, stop)
     except Diverged as error:
-        back = newest_checkpoint(run.checkpoints)
+        back = processes.from_first(lambda: newest_checkpoint(run.checkpoints))
         step = 0 if back is None else back.progress.step
         rate = job.recipe.training.learning_rate
         if back is not None and back.progress.is_rate_halved:
@@ -177,10 +242,11 @@ def _finish(
         job.budget.spent_s = job.budget.elapsed_s
         model = _build(run, job, is_new=back is None)
         try:
-            fit(run, model, job, back, stop, rate_scale=0.5)
+            trained = fit(run, model, job, back, stop, rate_scale=0.5)
         except Diverged as again:
             raise _diverged_twice(again.step, rate) from again
-    save(run, model, job.corpus.tokenizer)
+    if trained is not None:
+        save(run, trained, job.corpus.tokenizer)
     return _measure(run, job)
 
 
@@ -192,8 +258,9 @@ def _diverged_twice(step: int, rate: float) -> UserError:
 
 
 def _measure(run: RunFolder, job: Job) -> RunFolder:
-    evaluate_run(run, job.corpus, job.recipe)
-    shutil.rmtree(run.checkpoints, ignore_errors=True)  # nothing is to be resumed
+    if processes.is_first():
+        evaluate_run(run, job.corpus, job.recipe)
+        shutil.rmtree(run.checkpoints, ignore_errors=True)  # nothing is to be resumed
     return run
 
 

@@ -1,11 +1,13 @@
 """Trainer as a run uses it: its arguments, a rate that follows the budget, and what happens between steps."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from hf_genlm.errors import Stopped, UserError, did_you_mean
@@ -30,6 +32,17 @@ from hf_genlm.training.callbacks import (
 )
 from hf_genlm.training.checkpoints import Checkpoint, Progress, clear_parts, full_disk_as, part_of, seal
 from hf_genlm.training.optimizer import OptimizerFactory
+from hf_genlm.training.processes import (
+    RowsAndBlank,
+    SharedOrder,
+    all_of,
+    count,
+    from_first,
+    is_first,
+    is_sharded,
+    rows_of_each,
+    shard_on_cpu,
+)
 from hf_genlm.training.signals import StopRequest
 from hf_genlm.training.tokenized import TokenizedCorpus
 
@@ -64,8 +77,11 @@ def fit(
     begin: Checkpoint | None,
     stop: StopRequest,
     rate_scale: float = 1.0,
-) -> None:
-    """Train `model` in place, from the checkpoint `begin` on if there is one, at `rate_scale` of its rate.
+) -> GenLMForCausalLM | None:
+    """Train `model`, from the checkpoint `begin` on if there is one, at `rate_scale` of its rate.
+
+    Returns:
+        the trained model, whole, in the first process; None in the others.
 
     Raises:
         Stopped: `stop` was asked for; a checkpoint was written.
@@ -91,6 +107,10 @@ def fit(
         run.log("validation", step=step, partial=True, tokens=found[0].n, **values)
         sample(model, step)
 
+    def look_at_whole(model: GenLMForCausalLM, step: int) -> None:
+        whole = trainer.whole_model()
+        from_first(lambda: look(whole, step))
+
     watching = [ThreadsCallback(run, budget.step_s)] if budget.step_s is not None else []
     release = job.recipe.vectors.release_step
     holding = [HoldRowsCallback(job.held, release)] if job.held is not None else []
@@ -109,22 +129,25 @@ def fit(
         callbacks=[
             BudgetCallback(budget),
             LogCallback(run, budget, job.pace),
-            MilestoneCallback(budget, _validations(training, budget), look),
+            MilestoneCallback(budget, _validations(training, budget), look_at_whole),
             *watching,
             *holding,
-            CheckpointCallback(every_s, training.checkpoint_steps, lambda: stop.is_made),
+            CheckpointCallback(budget, every_s, training.checkpoint_steps, lambda: stop.is_made),
         ],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.saved_step = None if begin is None else begin.progress.step
     with keeping_memory(), stop.deferred():
         trainer.train(resume_from_checkpoint=None if begin is None else str(begin.path))
-    model.config.use_cache = True  # Trainer turned it off for training
     step, seconds = trainer.state.global_step, budget.elapsed_s
-    if stop.is_made and not budget.is_spent(step):
+    if not budget.is_spent(step):  # the one other thing that ends it
         run.log("stopped", step=step, checkpoint=trainer.saved_step)
         raise Stopped(str(run.path), trainer.saved_step)
-    sample(model, step)
+    whole = trainer.whole_model()
+    if whole is None:
+        return None
+    whole.config.use_cache = True  # Trainer turned it off for training
+    sample(whole, step)
     run.log(
         "trained",
         steps=step,
@@ -133,6 +156,7 @@ def fit(
         seconds=round(seconds, 2),
         tokens_per_s=round(job.pace.tokens(step) / seconds),
     )
+    return whole
 
 
 class BudgetTrainer(Trainer):
@@ -155,6 +179,34 @@ class BudgetTrainer(Trainer):
         self.saved_step: int | None = None
         super().__init__(**kwargs)
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Over the rows; several processes share a blank one behind them that fills the last step."""
+        if count() > 1 and not isinstance(self.train_dataset, RowsAndBlank):
+            self.train_dataset = RowsAndBlank(self.train_dataset)
+        return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        if count() == 1:
+            return super()._get_train_sampler(train_dataset)
+        n_rows = len(self.train_dataset) - 1
+        return SharedOrder(
+            n_rows, self.recipe.batch_size, self.args.seed, epoch=lambda: int(self.state.epoch or 0)
+        )
+
+    def whole_model(self) -> GenLMForCausalLM | None:
+        """In the first process the model with all of its weights: itself, or where it is sharded a copy. All
+        processes must call this; the others get None."""
+        model: Any = self.model
+        if not is_sharded():
+            return model if is_first() else None
+        weights = self.accelerator.get_state_dict(self.model_wrapped)
+        if not is_first():
+            return None
+        config = copy.deepcopy(model.config)
+        whole = GenLMForCausalLM.from_pretrained(None, config=config, state_dict=weights)
+        whole.to(self.args.device)
+        return whole
+
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """As Trainer's, at `rate_scale` of the recipe's rates."""
         optimizer = super().create_optimizer(model)
@@ -173,25 +225,34 @@ class BudgetTrainer(Trainer):
         return str(part_of(self.run.checkpoints))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        step = self.state.global_step
+        step, folder = self.state.global_step, self.run.checkpoints
+        failures: list[str] = []
         self._check_finite(model)
-
-        def note(reason: str) -> None:
-            self.run.log("note", message=f"no checkpoint after step {step}: {reason}; training goes on")
-
-        with full_disk_as(note):
-            clear_parts(self.run.checkpoints)
+        from_first(lambda: clear_parts(folder))
+        with full_disk_as(failures.append):
             super()._save_checkpoint(model, trial)
-            budget = self.budget
-            progress = Progress(step, budget.elapsed_s, budget.seconds, budget.steps, self.is_rate_halved)
-            seal(self.run.checkpoints, progress, keep=self.recipe.checkpoints_kept)
+        budget = self.budget
+        progress = Progress(step, budget.elapsed_s, budget.seconds, budget.steps, self.is_rate_halved)
+
+        def finish() -> str | None:
+            with full_disk_as(failures.append):
+                if not failures:
+                    seal(folder, progress, keep=self.recipe.checkpoints_kept)
+            return failures[0] if failures else None
+
+        if not all_of(not failures):
+            failures = failures or ["another process had no space"]
+        failure = from_first(finish)
+        if failure is None:
             self.saved_step = step
             self.run.log("checkpoint", step=step)
+        else:
+            self.run.log("note", message=f"no checkpoint after step {step}: {failure}; training goes on")
 
     def _check_finite(self, model: torch.nn.Module) -> None:
         """A checkpoint is one to go back to."""
-        values = [self._tr_loss, *model.parameters()]
-        if not all(torch.isfinite(value).all() for value in values):
+        values = [self._tr_loss, *(getattr(p, "_local_tensor", p) for p in model.parameters())]
+        if not all_of(all(bool(torch.isfinite(value).all()) for value in values)):
             raise Diverged(self.state.global_step)
 
     def create_scheduler(
@@ -248,7 +309,7 @@ def training_arguments_of(run: RunFolder, training: TrainingRecipe, budget: Budg
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
         max_steps=budget.steps,
-        per_device_train_batch_size=training.batch_size,
+        per_device_train_batch_size=rows_of_each(training.batch_size, training.accumulation),
         gradient_accumulation_steps=training.accumulation,
         learning_rate=training.learning_rate,
         max_grad_norm=training.max_grad_norm,
@@ -263,12 +324,14 @@ def training_arguments_of(run: RunFolder, training: TrainingRecipe, budget: Budg
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
     )
     if arguments.n_gpu > 1:
         raise UserError(
             f"{arguments.n_gpu} GPUs in one process would train by nn.DataParallel, slowly and inexactly: "
-            "set CUDA_VISIBLE_DEVICES=0, or start `accelerate launch -m hf_genlm train`"
+            f"--processes {arguments.n_gpu} for all of them, or --processes 1 for the first"
         )
+    shard_on_cpu()
     return arguments
 
 

@@ -1,0 +1,127 @@
+"""`hf-genlm train` as a loop of one's own, in plain Accelerate: for the same recipe the same losses.
+
+    python recipes/train_loop.py RECIPE OUT
+    accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/train_loop.py RECIPE OUT
+
+RECIPE is a YAML recipe that counts its steps (training.steps), and starts without word vectors. OUT gets what
+every run folder has, but for samples and measurements: `hf-genlm evaluate OUT` makes those.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import set_seed
+
+from hf_genlm.errors import UserError
+from hf_genlm.memory import keeping_memory
+from hf_genlm.model import GenLMForCausalLM
+from hf_genlm.recipe import Recipe, load_recipe
+from hf_genlm.run_folder import RunFolder, write_text
+from hf_genlm.text.packing import PackedRows, collate
+from hf_genlm.training import processes
+from hf_genlm.training.budget import resolve, trapezoid
+from hf_genlm.training.configure import adopt_vocabulary, build_config, mixer_types_of, settle_decay
+from hf_genlm.training.optimizer import OptimizerFactory
+from hf_genlm.training.pair_start import MOST_TOKENS, start_from_pairs
+from hf_genlm.training.tokenized import prepare_corpus
+from hf_genlm.training.trainer import computes_bfloat16
+
+
+def main(recipe_file: str, out: str) -> None:
+    recipe = resolve(load_recipe(recipe_file))
+    if recipe.training.steps is None or recipe.vectors.path is not None:
+        raise UserError(f"{recipe_file!r}: this loop needs training.steps, and has no word vectors")
+    processes.join()
+    run = RunFolder(out)
+    processes.from_first(lambda: RunFolder.create(out).path)
+    corpus = prepare_corpus(run, recipe)
+    rows = PackedRows(
+        corpus.train, recipe.training.row_length, corpus.tokenizer.eos_token_id, corpus.tokenizer.pad_token_id
+    )
+    settle_decay(recipe, recipe.training.steps, corpus.train.n_tokens)
+    config = build_config(recipe, mixer_types_of(recipe))
+    adopt_vocabulary(config, corpus.tokenizer)
+    set_seed(recipe.training.seed)
+    model = GenLMForCausalLM(config)
+    if recipe.training.start == "pairs":
+        start_from_pairs(model, rows.first_tokens(MOST_TOKENS), keep_embedding=False)  # alike in each process
+    set_seed(recipe.training.seed)
+    uses_bfloat16 = {"auto": computes_bfloat16(), "bfloat16": True}.get(recipe.training.dtype, False)
+    accelerator = Accelerator(mixed_precision="bf16" if uses_bfloat16 else "no")
+    with keeping_memory():
+        train(accelerator, model, rows, recipe, run)
+    weights = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        model.config.use_cache = True
+        model.save_pretrained(run.model, state_dict=weights)
+        corpus.tokenizer.save_pretrained(run.model)
+        write_text(run.recipe, recipe.to_yaml())
+
+
+def train(
+    accelerator: Accelerator, model: GenLMForCausalLM, rows: PackedRows, recipe: Recipe, run: RunFolder
+) -> None:
+    """The steps of the recipe; each one's loss, over all processes, goes to the log."""
+    training, n = recipe.training, accelerator.num_processes
+    model.train()
+    model.config.use_cache = False
+    optimizer = OptimizerFactory()(model, training)
+    network, optimizer = accelerator.prepare(model, optimizer)
+
+    def share(step: int) -> float:
+        progress = (step + 0.5) / training.steps
+        return trapezoid(progress, training.warmup_fraction, training.decay_fraction)
+
+    schedule = LambdaLR(optimizer.optimizer, share)  # prepared, it would count those of each process
+    terms = {"label_smoothing": training.label_smoothing, "z_loss": training.z_loss}
+    steps = steps_of(accelerator, rows, recipe)
+    for step, batches in zip(range(1, training.steps + 1), steps, strict=False):
+        targets = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+        targets = accelerator.reduce(targets, "sum")  # of all processes: each token counts the same
+        loss = torch.zeros((), device=accelerator.device)
+        for i, batch in enumerate(batches):
+            is_last = i == len(batches) - 1
+            with nullcontext() if is_last else accelerator.no_sync(network):
+                part = network(**batch, skip_logits=True, num_items_in_batch=targets, **terms).loss
+                accelerator.backward(part * n)  # gradients are averaged over the processes
+                loss += part.detach()
+        accelerator.clip_grad_norm_(network.parameters(), training.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        loss = accelerator.reduce(loss, "sum").item()
+        if accelerator.is_main_process:
+            run.log("step", step=step, loss=loss)
+            print(f"step {step}  loss {loss:.4f}", file=sys.stderr)
+
+
+def steps_of(accelerator: Accelerator, rows: PackedRows, recipe: Recipe) -> Iterator[list[dict]]:
+    """The batches of each optimizer step in this process, pass after pass over the rows."""
+    training, epoch = recipe.training, 0
+    order = processes.SharedOrder(len(rows), training.batch_size, training.seed, lambda: epoch)
+    loader = DataLoader(
+        processes.RowsAndBlank(rows),
+        batch_size=processes.rows_of_each(training.batch_size, training.accumulation),
+        sampler=order,
+        collate_fn=collate,
+    )
+    loader = accelerator.prepare(loader)
+    while True:
+        batches = []
+        for batch in loader:
+            batches.append(batch)
+            if len(batches) == training.accumulation:
+                yield batches
+                batches = []
+        if batches:
+            yield batches
+        epoch += 1
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

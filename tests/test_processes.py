@@ -1,0 +1,398 @@
+"""Promise: several processes train the model that one would, and end together."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import several
+import torch
+from safetensors.torch import load_file
+from test_training import SMALL, losses, text_folder  # noqa: F401  a fixture
+
+from hf_genlm.errors import UserError
+from hf_genlm.launch import _outcome, check_processes
+from hf_genlm.recipe import load_recipe
+from hf_genlm.run_folder import RunFolder
+from hf_genlm.text.encoding import TokenizedDocuments
+from hf_genlm.text.packing import IGNORED, PackedRows
+from hf_genlm.training import processes
+from hf_genlm.training.budget import Budget
+from hf_genlm.training.train import train
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT_S = 300
+
+
+def environment(**more: str) -> dict[str, str]:
+    """One thread for each process, and this package and these tests to import."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+
+
+START = """
+import sys
+from hf_genlm.launch import launch
+print(launch(sys.argv[2:], int(sys.argv[1])), flush=True)
+"""
+
+
+def start(command: list[str], n: int = 2) -> subprocess.Popen:
+    """`launch(command, n)` in a process of its own, which prints what it returns."""
+    return subprocess.Popen(
+        [sys.executable, "-c", START, str(n), *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=environment(),
+    )  # fmt: skip
+
+
+QUICK = """
+import sys
+sys.argv[0] = "hf-genlm"  # torch's launcher alone, not our model
+from hf_genlm.launch import launch
+AS = "import os, signal, sys, time; rank = int(os.environ['RANK']); "
+for body in sys.stdin.read().splitlines():
+    print(launch(["-c", AS + body], 2), flush=True)
+"""
+
+
+def test_one_that_fails_ends_all_and_the_exit_code_says_how():
+    outcomes = {
+        "pass": (0, None),
+        "sys.exit(2) if rank == 0 else time.sleep(60)": (2, None),
+        "sys.exit(3) if rank == 1 else time.sleep(60)": (
+            1,
+            "process 1 failed with exit code 3, and the others were stopped",
+        ),
+        "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(60)": (
+            1,
+            "process 1 was ended by SIGKILL, and the others were stopped",
+        ),
+    }
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", QUICK], input="\n".join(outcomes), capture_output=True, text=True,
+        env=environment(), timeout=TIMEOUT_S, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [str(outcome) for outcome in outcomes.values()]
+    assert done.stderr == ""
+    assert time.monotonic() - began < 60
+
+
+def test_who_took_the_others_along():
+    """The launcher ends those that are left by SIGTERM; one that is killed takes some along by itself."""
+    term, kill = -signal.SIGTERM, -signal.SIGKILL
+    assert _outcome({0: term, 1: 1, 2: kill})[1].startswith("process 2 was ended by SIGKILL")
+    assert _outcome({0: term, 1: 1})[1].startswith("process 1 failed with exit code 1")
+    assert _outcome({0: term})[1].startswith("process 0 was ended by SIGTERM")
+    assert _outcome({0: 2, 1: term}) == (2, None)
+
+
+def test_a_launcher_of_ones_own_is_not_started_over(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    check_processes(None)
+    check_processes(4)
+    with pytest.raises(UserError, match="--processes 2: a launcher has already started 4"):
+        check_processes(2)
+
+
+def test_a_batch_is_shared_evenly_or_refused(monkeypatch):
+    assert processes.rows_of_each(9) == 9
+    monkeypatch.setattr(processes, "count", lambda: 4)
+    assert processes.rows_of_each(16) == 4
+    with pytest.raises(UserError, match=r"batch_size = 10 .*--processes 2, or --set training\.batch_size=8$"):
+        processes.rows_of_each(10)
+    message = r"--set training\.batch_size=12 and --set training\.accumulation=1"
+    with pytest.raises(UserError, match=message):
+        processes.rows_of_each(2, accumulation=6)
+
+
+@pytest.fixture(scope="module")
+def rows() -> PackedRows:
+    ids = np.arange(2, 200, dtype=np.uint16)
+    documents = TokenizedDocuments(ids, np.array([0, 100, 198]), np.array([100, 98]))
+    return PackedRows(documents, row_length=16, eos_id=1, pad_id=0)
+
+
+def test_processes_read_the_rows_that_one_would_and_none_twice(rows):
+    """In the order of accelerate's own sampler, which one process has."""
+    from accelerate.data_loader import SeedableRandomSampler
+
+    for epoch in (0, 3):
+        alone = SeedableRandomSampler(range(len(rows)), data_seed=7)
+        alone.set_epoch(epoch)
+        order = list(processes.SharedOrder(len(rows), 8, seed=7, epoch=lambda epoch=epoch: epoch))
+        assert order[: len(rows)] == list(alone)
+        assert set(order[len(rows) :]) == {len(rows)}
+        assert len(order) == len(processes.SharedOrder(len(rows), 8, 7, lambda: 0)) == 16
+
+
+def test_the_blank_row_has_no_labels(rows):
+    n = len(rows)
+    assert n == 14
+    batch = processes.RowsAndBlank(rows).__getitems__([3, n, 5])
+    plain = rows.__getitems__([3, 5])
+    for key, value in plain.items():
+        assert np.array_equal(batch[key][[0, 2]], value)
+    assert (batch["labels"][1] == IGNORED).all()
+
+
+def test_the_clock_stands_still_until_they_agree(monkeypatch):
+    alone, shared = Budget(seconds=10.0), Budget(seconds=10.0)
+    alone.start()
+    monkeypatch.setattr("hf_genlm.training.budget.count", lambda: 2)
+    monkeypatch.setattr("hf_genlm.training.budget.clock_of_first", lambda now: times.pop(0))
+    times = [100.0, 104.0]
+    shared.start()
+    assert shared.elapsed_s == 0.0
+    shared.agree()
+    assert shared.elapsed_s == 4.0
+    assert shared.progress(1) == 0.4
+    assert alone.elapsed_s < 4.0
+
+
+def jobs_of(text, decoders, more, sharded):
+    """One job for each decoder."""
+    return [
+        {
+            "name": f"{'fsdp' if sharded else 'ddp'}-{decoder}",
+            "sharded": sharded,
+            "assignments": [
+                *SMALL, f"corpus.sources={text}", f"model.decoder={decoder}", "training.samples=1",
+                *more.get(decoder, []), *more.get("all", []),
+            ],
+        }
+        for decoder in decoders
+    ]  # fmt: skip
+
+
+TRAINED = {False: ["DistributedDataParallel", "Parameter"], True: ["FSDPGenLMForCausalLM", "DTensor"]}
+
+
+def compare_with_one(jobs, folder, monkeypatch) -> None:
+    """Each job by two processes, and by this one: the same losses, and the same weights to rounding."""
+    monkeypatch.setattr("hf_genlm.training.callbacks._LOG_EVERY_S", 0.0)
+    folder.mkdir(exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
+    done = start([str(ROOT / "tests" / "several.py"), str(folder / "jobs.json")])
+    out, err = done.communicate(timeout=TIMEOUT_S)
+    assert out == "done\n(0, None)\n", err[-3000:]
+    wanted = [TRAINED[job["sharded"]] for job in jobs]
+    for process in (0, 1):
+        lines = (folder / f"trained-{process}.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines][1::2] == wanted  # at the end, after one look between
+    for job in jobs:
+        several_run = RunFolder.open(folder / job["name"])
+        one = train(load_recipe(None, job["assignments"]), folder / (job["name"] + "-one"))
+        curves = losses(several_run), losses(one)
+        assert len(curves[0]) == len(curves[1]) == load_recipe(one.recipe).training.steps
+        assert max(abs(a - b) for a, b in zip(*curves, strict=True)) < 1e-5, (job["name"], curves)
+        assert not several_run.shared.exists()
+        assert several_run.corpus.read_text() == one.corpus.read_text()
+        mine, theirs = (load_file(run.model / "model.safetensors") for run in (several_run, one))
+        assert mine.keys() == theirs.keys()
+        for name, weight in theirs.items():
+            torch.testing.assert_close(mine[name], weight, atol=2e-3, rtol=0.0)
+        assert json.loads(several_run.environment.read_text())["processes"] == 2
+
+
+SHORT = ["training.steps=8", "training.validations=1"]
+# an epoch of 104 rows ends within the run, with a part of a batch, a row that is filled up, and fewer passes
+LAST_ROWS = ["training.row_length=1024", "training.batch_size=8", "training.accumulation=2"]
+MORE = {
+    "gated_linear": [*LAST_ROWS, "corpus.cache=false"],
+    "lstm": ["model.embedding_size=16", "model.tie_word_embeddings=true", "model.output_bias=true"],
+}
+
+
+def test_two_processes_train_what_one_trains(text_folder, tmp_path, monkeypatch):  # noqa: F811
+    """Whole and sharded by FSDP2: with tied and untied heads, the table of pairs, accumulation, the end of an
+    epoch, validation and samples between steps, and without a cache."""
+    more = {**MORE, "all": SHORT}
+    jobs = jobs_of(text_folder, ["gated_linear", "transformer"], more, sharded=False)
+    jobs += jobs_of(text_folder, ["gated_linear", "lstm"], more, sharded=True)
+    compare_with_one(jobs, tmp_path / "runs", monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_train_what_one_trains_over_many_steps(text_folder, tmp_path, sharded, monkeypatch):  # noqa: F811
+    decoders = ["lstm", "gated_linear", "transformer", "hybrid"]
+    jobs = jobs_of(text_folder, decoders, {**MORE, "all": ["training.steps=50"]}, sharded)
+    compare_with_one(jobs, tmp_path / "runs", monkeypatch)
+
+
+def loop_of_ones_own():
+    spec = importlib.util.spec_from_file_location("train_loop", ROOT / "recipes" / "train_loop.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("more", [[], [*LAST_ROWS, "training.label_smoothing=0.1", "model.dropout=0.1"]])
+def test_the_loop_of_ones_own_has_the_same_losses(text_folder, tmp_path, monkeypatch, more):  # noqa: F811
+    monkeypatch.setattr("hf_genlm.training.callbacks._LOG_EVERY_S", 0.0)
+    assignments = [*SMALL, f"corpus.sources={text_folder}", *more, "training.steps=8", "training.samples=0"]
+    run = train(load_recipe(None, [*assignments, "training.validations=0"]), tmp_path / "run")
+    loop_of_ones_own().main(str(run.recipe), str(tmp_path / "loop"))
+    loop = RunFolder.open(tmp_path / "loop")
+    assert losses(loop) == losses(run)
+    mine, theirs = (load_file(folder.model / "model.safetensors") for folder in (loop, run))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], weight) for name, weight in theirs.items())
+
+
+@pytest.mark.slow
+def test_the_loop_by_two_processes(text_folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("hf_genlm.training.callbacks._LOG_EVERY_S", 0.0)
+    run = train(load_recipe(None, [*SMALL, f"corpus.sources={text_folder}", *LAST_ROWS]), tmp_path / "run")
+    loop = str(ROOT / "recipes" / "train_loop.py")
+    done = start([loop, str(run.recipe), str(tmp_path / "loop")])
+    out, err = done.communicate(timeout=TIMEOUT_S)
+    assert out == "(0, None)\n", err[-3000:]
+    curves = losses(RunFolder.open(tmp_path / "loop")), losses(run)
+    assert max(abs(a - b) for a, b in zip(*curves, strict=True)) < 1e-5
+
+
+CONFIGS = {
+    "one_gpu": (False, False, False, 1),
+    "gpus": (True, False, False, 8),
+    "cpu": (True, False, False, 2),
+    "fsdp2": (False, True, False, 8),
+    "fsdp2_cpu": (False, True, False, 2),
+    "deepspeed_zero2": (False, False, True, 8),
+    "deepspeed_zero3": (False, False, True, 8),
+    "two_machines": (True, False, False, 16),
+}
+
+
+def launch_arguments(name: str):
+    """As `accelerate launch` reads them."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    file = str(ROOT / "recipes" / "accelerate" / f"{name}.yaml")
+    words = ["--config_file", file, "-m", "hf_genlm", "train", "text/", "--out", "run"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    return arguments
+
+
+def test_accelerate_reads_every_configuration(monkeypatch):
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    files = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
+    assert [file.stem for file in files] == sorted(CONFIGS)
+    for file in files:
+        arguments = launch_arguments(file.stem)
+        found = arguments.multi_gpu, arguments.use_fsdp, arguments.use_deepspeed, arguments.num_processes
+        assert tuple(map(bool, found[:3])) + found[3:] == CONFIGS[file.stem], file
+        assert f"--config_file recipes/accelerate/{file.name} " in file.read_text(encoding="utf-8")
+        if arguments.use_deepspeed:
+            arguments.deepspeed_fields_from_accelerate_config = "zero_stage"
+            _, variables = prepare_deepspeed_cmd_env(arguments)
+            assert variables["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == file.stem[-1]
+        elif arguments.multi_gpu or arguments.use_fsdp:
+            variables = prepare_multi_gpu_env(arguments)
+            assert variables["ACCELERATE_USE_CPU"] == str("cpu" in file.stem)
+            if arguments.use_fsdp:
+                assert several.SHARDED.items() <= variables.items()
+
+
+def test_what_needs_whole_matrices_is_refused_where_they_are_sharded(text_folder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    recipe = load_recipe(None, [*SMALL, f"corpus.sources={text_folder}", "training.optimizer=muon"])
+    with pytest.raises(UserError, match=r"muon needs whole matrices .* --set training\.optimizer=adamw"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def command(text, folder, *more: str) -> list[str]:
+    """What a person types."""
+    settings = [word for assignment in SMALL for word in ("--set", assignment)]
+    return ["-m", "hf_genlm", "train", str(text), *settings, "--out", str(folder), "--processes", "2", *more]
+
+
+def training_for_long(text, folder) -> tuple[subprocess.Popen, list]:
+    """A run of two processes that has made a step, and its processes."""
+    import psutil
+
+    run = subprocess.Popen(
+        [sys.executable, *command(text, folder, "--steps", "1000000")], env=environment(), text=True,
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    log = folder / "log.jsonl"
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (log.exists() and '"step"' in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    workers = psutil.Process(run.pid).children()
+    assert len(workers) == 2
+    return run, workers
+
+
+def messages(stderr: str) -> list[str]:
+    """What was told to the person; there is no traceback beside it."""
+    assert "Traceback" not in stderr
+    return [line for line in stderr.splitlines() if line.startswith("hf-genlm:")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_run_within_a_minute(text_folder, tmp_path, victim):  # noqa: F811
+    run, workers = training_for_long(text_folder, tmp_path / "run")
+    (killed,) = [worker for worker in workers if worker.environ()["RANK"] == str(victim)]
+    began = time.monotonic()
+    killed.kill()
+    _, err = run.communicate(timeout=60)
+    assert time.monotonic() - began < 60
+    assert run.returncode == 1
+    assert messages(err) == [f"hf-genlm: process {victim} was ended by SIGKILL, and the others were stopped"]
+    assert not any(worker.is_running() for worker in workers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [(signal.SIGTERM, 143, "hf-genlm: stopped by SIGTERM"), (signal.SIGINT, 130, "hf-genlm: stopped")],
+)
+def test_signals_reach_every_process(text_folder, tmp_path, number, code, message):  # noqa: F811
+    run, workers = training_for_long(text_folder, tmp_path / "run")
+    run.send_signal(number)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == code
+    assert messages(err) == [message]
+    assert not any(worker.is_running() for worker in workers)
+
+
+@pytest.mark.slow
+def test_what_the_first_process_cannot_use_ends_all_with_one_line(text_folder, tmp_path):  # noqa: F811
+    """An error that only the first can find, and one that all of them find."""
+    for more, message in (
+        (["--set", "tokenizer.path=/nowhere"], "/nowhere"),
+        (["--set", "training.batch_size=9"], "training.batch_size = 9 is over all processes"),
+    ):
+        done = subprocess.run(
+            [sys.executable, *command(text_folder, tmp_path / "run", *more)], env=environment(),
+            capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2
+        (line,) = messages(done.stderr)
+        assert message in line
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_processes_keep_to_one_clock(text_folder, tmp_path):  # noqa: F811
+    """A run by the clock: planned once, and ended by all after the same step."""
+    words = command(text_folder, tmp_path / "run", "--minutes", "0.1", "--set", "training.most_passes=1000")
+    done = subprocess.run([sys.executable, *words], env=environment(), timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0
+    log = RunFolder.open(tmp_path / "run").read_log()
+    (planned,) = [event for event in log if event["event"] == "planned"]
+    (trained,) = [event for event in log if event["event"] == "trained"]
+    assert planned["threads"] == 1
+    assert trained["seconds"] + planned["seconds"] == pytest.approx(6.0, abs=1.5)
