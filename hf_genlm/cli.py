@@ -105,12 +105,23 @@ def _train(options: argparse.Namespace) -> int:
     if options.processes == 1:
         use_one_gpu()
     elif options.processes is not None:
-        code, message = launch(["-m", "hf_genlm", *options.arguments, "--out", out], options.processes)
-        if message is not None:
-            _complain(message)
-        return code
+        return _train_by_several(options, out)
     _train_and_tell(recipe, out, options.resume)
     return 0
+
+
+def _train_by_several(options: argparse.Namespace, out: str) -> int:
+    from hf_genlm.run_folder import RunFolder
+
+    try:
+        code, message = launch(["-m", "hf_genlm", *options.arguments, "--out", out], options.processes)
+    except KeyboardInterrupt:
+        code, message = 130, "stopped"
+    if code > 128 and RunFolder(out).has_stopped():  # the first process has said how to go on
+        return 0
+    if message is not None:
+        _complain(message)
+    return code
 
 
 def _train_as_one_of_several(recipe: Recipe, out: str, resume: bool) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from hf_genlm.errors import UserError
 
 _INPUT_IS_WRONG = 2
+_LAST_WISH_S = 50  # for a checkpoint, between a signal and SIGKILL
 _FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 
 
@@ -80,6 +81,7 @@ def launch(command: Sequence[str], processes: int) -> tuple[int, str | None]:
         rdzv_endpoint="localhost:0",  # any free port
         local_addr="localhost",
         max_restarts=0,
+        shutdown_timeout=_LAST_WISH_S,
         signals_to_handle=_FORWARDED if os.name == "posix" else "SIGTERM,SIGINT",
     )
     try:

@@ -133,6 +133,11 @@ class RunFolder:
                 events.append(json.loads(line))
         return events
 
+    def has_stopped(self) -> bool:
+        """Whether the last that was heard of it is that a signal ended it, with a checkpoint."""
+        events = self.read_log() if self.log_file.is_file() else []
+        return bool(events) and events[-1]["event"] == "stopped"
+
     def end_log_line(self) -> None:
         """Begin a new line, where a kill cut the last one off."""
         with self.log_file.open("ab+") as file:

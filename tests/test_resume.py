@@ -285,3 +285,33 @@ def test_a_model_that_found_no_room_is_saved_by_resuming(text, tmp_path, monkeyp
     assert not run.model.exists()
     monkeypatch.undo()
     assert weights_of(train(recipe_of(text), run.path, resume=True)) == weights_of(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX")
+def test_several_processes_stop_together_and_go_on_to_the_same_weights(text, tmp_path):
+    settings = [*killing.SETTINGS, "training.checkpoint_steps=20", "training.steps=400"]
+    command = [sys.executable, "-m", "hf_genlm", "train", "--processes", "2"]
+    begin = [*command, str(text), *(part for setting in settings for part in ("--set", setting))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path]), "ACCELERATE_USE_CPU": "true"}
+
+    def run(name: str, *more: str) -> subprocess.CompletedProcess:
+        command = [*more, "--out", str(tmp_path / name)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+    whole = run("undisturbed", *begin)
+    assert whole.returncode == 0, whole.stderr
+    stopped = tmp_path / "stopped"
+    child = subprocess.Popen(
+        [*begin, "--out", str(stopped)], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    while not (stopped / "checkpoints" / "checkpoint-20").is_dir():
+        assert child.poll() is None, child.communicate()[1]
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    said = child.communicate(timeout=60)[1]
+    assert child.returncode == 0, said
+    assert said.splitlines()[-1] == f"hf-genlm train --resume --out {stopped}"
+    resumed = run("stopped", *command, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert weights_of(RunFolder(stopped)) == weights_of(RunFolder(tmp_path / "undisturbed"))
