@@ -38,6 +38,7 @@ def environment(**more: str) -> dict[str, str]:
 
 START = """
 import sys
+sys.argv[0] = "hf-genlm"  # torch's launcher alone, not our model
 from hf_genlm.launch import launch
 print(launch(sys.argv[2:], int(sys.argv[1])), flush=True)
 """
@@ -212,9 +213,9 @@ MORE = {
 
 def test_two_processes_train_what_one_trains(text_folder, tmp_path, monkeypatch):  # noqa: F811
     """Whole and sharded by FSDP2: with tied and untied heads, the table of pairs, accumulation, the end of an
-    epoch, validation and samples between steps, and without a cache."""
+    epoch, validation and samples between steps, and without a cache. (Attention is in the long form.)"""
     more = {**MORE, "all": SHORT}
-    jobs = jobs_of(text_folder, ["gated_linear", "transformer"], more, sharded=False)
+    jobs = jobs_of(text_folder, ["gated_linear"], more, sharded=False)
     jobs += jobs_of(text_folder, ["gated_linear", "lstm"], more, sharded=True)
     compare_with_one(jobs, tmp_path / "runs", monkeypatch)
 
