@@ -64,24 +64,9 @@ def fit(
     training = recipe.training
     pace = Pace(len(rows), training.batch_size * training.accumulation, training.row_length - 1)
 
-    def sample(model: GenLMForCausalLM, step: int) -> None:
-        if training.samples == 0:
-            return
-        texts = write_samples(model, corpus.tokenizer, training.samples, _SAMPLE_TOKENS, training.seed)
-        for text in texts:
-            run.log("sample", step=step, prompt="", text=text)
-        with run.samples.open("a", encoding="utf-8") as file:
-            file.write(_samples_markdown(step, texts))
-
     def look(model: GenLMForCausalLM, step: int) -> None:
-        found = likelihood_of(model, corpus, recipe, _PARTIAL_VALIDATION_TOKENS)
-        values = {m.name: round(m.value, 5) for m in found}
-        run.log("validation", step=step, partial=True, tokens=found[0].n, **values)
-        sample(model, step)
-
-    def look_at_whole(model: GenLMForCausalLM, step: int) -> None:
         whole = trainer.whole_model()
-        from_first(lambda: look(whole, step))
+        from_first(lambda: _look(run, whole, corpus, recipe, step))
 
     watching = [ThreadsCallback(run, budget.step_s)] if budget.step_s is not None else []
     holding = [HoldRowsCallback(held, recipe.vectors.release_step)] if held is not None else []
@@ -96,7 +81,7 @@ def fit(
         callbacks=[
             BudgetCallback(budget),
             LogCallback(run, budget, pace),
-            MilestoneCallback(budget, _validations(training, budget), look_at_whole),
+            MilestoneCallback(budget, _validations(training, budget), look),
             *watching,
             *holding,
         ],
@@ -109,7 +94,7 @@ def fit(
     if whole is None:
         return None
     whole.config.use_cache = True  # Trainer turned it off for training
-    sample(whole, step)
+    _sample(run, whole, corpus, training, step)
     run.log(
         "trained",
         steps=step,
@@ -174,6 +159,28 @@ class BudgetTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """0: transformers' estimate walks all parameters at every step and is wrong for tied heads."""
         return 0
+
+
+def _look(
+    run: RunFolder, model: GenLMForCausalLM, corpus: TokenizedCorpus, recipe: Recipe, step: int
+) -> None:
+    """Measure the model on a part of the validation split, and let it write."""
+    found = likelihood_of(model, corpus, recipe, _PARTIAL_VALIDATION_TOKENS)
+    values = {m.name: round(m.value, 5) for m in found}
+    run.log("validation", step=step, partial=True, tokens=found[0].n, **values)
+    _sample(run, model, corpus, recipe.training, step)
+
+
+def _sample(
+    run: RunFolder, model: GenLMForCausalLM, corpus: TokenizedCorpus, training: TrainingRecipe, step: int
+) -> None:
+    if training.samples == 0:
+        return
+    texts = write_samples(model, corpus.tokenizer, training.samples, _SAMPLE_TOKENS, training.seed)
+    for text in texts:
+        run.log("sample", step=step, prompt="", text=text)
+    with run.samples.open("a", encoding="utf-8") as file:
+        file.write(_samples_markdown(step, texts))
 
 
 def _validations(training: TrainingRecipe, budget: Budget) -> int:
