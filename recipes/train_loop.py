@@ -68,6 +68,7 @@ def train(
 ) -> None:
     """The steps of the recipe; each one's loss, over all processes, goes to the log."""
     training, n = recipe.training, accelerator.num_processes
+    processes.draw_apart()
     model.train()
     model.config.use_cache = False
     optimizer = OptimizerFactory()(model, training)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.training.budget import Budget
-from hf_genlm.training.processes import all_of
+from hf_genlm.training.processes import all_of, draw_apart
 
 _LOG_EVERY_S = 0.5
 _LARGEST_PART = 0.1
@@ -46,6 +46,7 @@ class BudgetCallback(TrainerCallback):
         self.budget = budget
 
     def on_train_begin(self, args, state, control, **kwargs):
+        draw_apart()
         self.budget.start()
 
     def on_optimizer_step(self, args, state, control, **kwargs):

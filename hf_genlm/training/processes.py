@@ -22,7 +22,8 @@ from hf_genlm.text.packing import IGNORED
 T = TypeVar("T")
 # for what only the first one does, as reading a large corpus; a process that dies is noticed at once
 _PATIENCE = timedelta(hours=24)
-_DEATHS = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "Connection refused", "timed out")
+# of gloo, the CPU's; an error of NCCL may be the process's own, and is shown
+_DEATHS = ("closed by peer", "reset by peer", "Broken pipe")
 
 
 class LostProcess(Exception):
@@ -166,6 +167,12 @@ def rows_of_each(batch_size: int, accumulation: int = 1) -> int:
     )
 
 
+def draw_apart() -> None:
+    """Let each process draw its own random numbers from here on, those of dropout; the first one's stay."""
+    if index() > 0:
+        torch.manual_seed(torch.initial_seed() + index())
+
+
 def share_threads(stated: int | None) -> None:
     """Torch's threads in this process: `stated`, or else its share of the machine's cores."""
     if stated is not None:
@@ -185,7 +192,7 @@ def shard_on_cpu() -> None:
 
 @contextlib.contextmanager
 def noticing_losses() -> Iterator[None]:
-    """Turns the many errors of a message that cannot be sent or received into one.
+    """Turns the errors of a message that another process can no longer send or receive into one.
 
     Raises:
         LostProcess: another process has ended.

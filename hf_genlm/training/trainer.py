@@ -92,24 +92,9 @@ def fit(
         budget.seconds, budget.steps = begin.progress.seconds, begin.progress.steps
         budget.spent_s = max(budget.spent_s, begin.progress.elapsed_s)
 
-    def sample(model: GenLMForCausalLM, step: int) -> None:
-        if training.samples == 0:
-            return
-        texts = write_samples(model, job.corpus.tokenizer, training.samples, _SAMPLE_TOKENS, training.seed)
-        for text in texts:
-            run.log("sample", step=step, prompt="", text=text)
-        with run.samples.open("a", encoding="utf-8") as file:
-            file.write(_samples_markdown(step, texts))
-
     def look(model: GenLMForCausalLM, step: int) -> None:
-        found = likelihood_of(model, job.corpus, job.recipe, _PARTIAL_VALIDATION_TOKENS)
-        values = {m.name: round(m.value, 5) for m in found}
-        run.log("validation", step=step, partial=True, tokens=found[0].n, **values)
-        sample(model, step)
-
-    def look_at_whole(model: GenLMForCausalLM, step: int) -> None:
         whole = trainer.whole_model()
-        from_first(lambda: look(whole, step))
+        from_first(lambda: _look(run, whole, job, step))
 
     watching = [ThreadsCallback(run, budget.step_s)] if budget.step_s is not None else []
     release = job.recipe.vectors.release_step
@@ -129,7 +114,7 @@ def fit(
         callbacks=[
             BudgetCallback(budget),
             LogCallback(run, budget, job.pace),
-            MilestoneCallback(budget, _validations(training, budget), look_at_whole),
+            MilestoneCallback(budget, _validations(training, budget), look),
             *watching,
             *holding,
             CheckpointCallback(budget, every_s, training.checkpoint_steps, lambda: stop.is_made),
@@ -147,7 +132,7 @@ def fit(
     if whole is None:
         return None
     whole.config.use_cache = True  # Trainer turned it off for training
-    sample(whole, step)
+    _sample(run, whole, job, step)
     run.log(
         "trained",
         steps=step,
@@ -273,6 +258,29 @@ class BudgetTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """0: transformers' estimate walks all parameters at every step and is wrong for tied heads."""
         return 0
+
+
+def _look(run: RunFolder, model: GenLMForCausalLM, job: Job, step: int) -> None:
+    """Measure the model on a part of the validation split, and let it write."""
+    found = likelihood_of(model, job.corpus, job.recipe, _PARTIAL_VALIDATION_TOKENS)
+    values = {m.name: round(m.value, 5) for m in found}
+    run.log("validation", step=step, partial=True, tokens=found[0].n, **values)
+    _sample(run, model, job, step)
+
+
+def _sample(run: RunFolder, model: GenLMForCausalLM, job: Job, step: int) -> None:
+    training = job.recipe.training
+    if training.samples == 0:
+        return
+    texts = write_samples(model, job.corpus.tokenizer, training.samples, _SAMPLE_TOKENS, training.seed)
+    for text in texts:
+        run.log("sample", step=step, prompt="", text=text)
+
+    def note(reason: str) -> None:
+        run.log("note", message=f"the samples of step {step} were not written: {reason}")
+
+    with full_disk_as(note), run.samples.open("a", encoding="utf-8") as file:
+        file.write(_samples_markdown(step, texts))
 
 
 def _validations(training: TrainingRecipe, budget: Budget) -> int:
