@@ -44,10 +44,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_genlm import GenLMAttention
 from .bigram_genlm import GenLMBigramEmbedding
-from .cache_genlm import RecurrentStateLayer
+from .cache_genlm import CarriedState, RecurrentStateLayer
 from .configuration_genlm import GenLMConfig
 from .initialization_genlm import start_isometric
-from .layout_genlm import TimeLayout
+from .layout_genlm import TimeLayout, documents_going_on
 from .loss_genlm import cap_logits, causal_loss, causal_loss_without_logits
 from .mlp_genlm import GenLMMLP
 from .positions_genlm import GenLMRotaryEmbedding
@@ -189,12 +189,13 @@ class GenLMModel(GenLMPreTrainedModel):
             input_ids: (B, T) tokens; or `inputs_embeds`: (B, T, embedding_width), before W and b.
             attention_mask: (B, past + T), 0 at padding; or a dict with one mask for each layer type.
             position_ids: (B, T) or (1, T). A step other than +1 starts a packed document, where there is
-                neither mask nor cache.
-            past_key_values: keys, values and states of the tokens before these.
+                neither mask nor cache; position 0 does under a `CarriedState`.
+            past_key_values: keys, values and states of the tokens before these; or a `CarriedState`, for rows
+                of packed documents that begin with a state and have no keys and values of earlier tokens.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`, or these where pairs of tokens
-                are embedded.
+                are embedded; rows that a `CarriedState` cannot serve.
         """
         if isinstance(kwargs.get("cache"), Cache):  # its name from transformers 5.24 on
             # continuous batching gives the layers another by this name
@@ -211,15 +212,20 @@ class GenLMModel(GenLMPreTrainedModel):
             use_cache = (
                 use_cache and document is None
             )  # packed rows end in several documents: nothing to go on from
+        carried = past_key_values if isinstance(past_key_values, CarriedState) else None
+        if carried is not None:
+            carried.check(position_ids, attention_mask, self.gradient_checkpointing and self.training)
+            document = documents_going_on(position_ids.expand(inputs_embeds.shape[0], -1))
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None and len(past_key_values.layers) == 0:
+        if past_key_values is not None and len(past_key_values.layers) == 0 and carried is None:
             past_key_values.layers.extend(DynamicCache(config=self.config).layers)  # given as DynamicCache()
         if position_ids is None:
             n_past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + n_past)[None]
 
-        masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        attended = past_key_values if carried is None else None
+        masks = self._masks(inputs_embeds, attention_mask, attended, position_ids)
         padding = masks.get(RecurrentStateLayer._layer_type)
         layout = TimeLayout(None if padding is None else padding.bool(), document)
         hidden_states = self._embed(inputs_embeds, position_ids)

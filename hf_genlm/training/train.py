@@ -22,6 +22,7 @@ from hf_genlm.training.configure import (
     plan_recipe,
     settle_decay,
 )
+from hf_genlm.training.lanes import Lanes
 from hf_genlm.training.optimizer import check_optimizer
 from hf_genlm.training.pair_start import MOST_TOKENS, start_from_pairs
 from hf_genlm.training.plan import tokens_of_a_step
@@ -76,7 +77,9 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
             row_length=recipe.training.row_length,
             eos_id=corpus.tokenizer.eos_token_id,
             pad_id=corpus.tokenizer.pad_token_id,
+            goes_on=recipe.training.carry_state,
         )
+        lanes = Lanes(arguments, len(rows)) if recipe.training.carry_state else None
         adopt_vocabulary(config, corpus.tokenizer)
         set_seed(recipe.training.seed)
         model = GenLMForCausalLM(config)
@@ -95,7 +98,7 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
     write_text(run.recipe, recipe.to_yaml())
     write_json(run.environment, {**describe_environment(), "device": _describe(arguments.device)})
     run.log("model", parameters=model.num_parameters(), rows=len(rows), row_length=recipe.training.row_length)
-    fit(run, model, rows, corpus, recipe, budget, arguments, held)
+    fit(run, model, rows, corpus, recipe, budget, arguments, held, lanes)
     save(run, model, corpus.tokenizer)
     evaluate_run(run, corpus, recipe)
     return run

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset, Sampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from hf_genlm.errors import UserError, did_you_mean
@@ -25,6 +26,7 @@ from hf_genlm.training.callbacks import (
     ThreadsCallback,
     write_samples,
 )
+from hf_genlm.training.lanes import Lanes
 from hf_genlm.training.optimizer import OptimizerFactory
 from hf_genlm.training.tokenized import TokenizedCorpus
 
@@ -43,10 +45,15 @@ def fit(
     budget: Budget,
     arguments: TrainingArguments,
     held: torch.Tensor | None = None,
+    lanes: Lanes | None = None,
 ) -> None:
-    """Train `model` in place; the rows `held` (V,) of its embedding as the vectors section says."""
+    """Train `model` in place; the rows `held` (V,) of its embedding as the vectors section says.
+
+    With `lanes`, the rows of the text come in their order and its states are carried.
+    """
     training = recipe.training
-    pace = Pace(len(rows), training.batch_size * training.accumulation, training.row_length - 1)
+    n_rows = len(rows if lanes is None else lanes.order)
+    pace = Pace(n_rows, training.batch_size * training.accumulation, training.row_length - 1)
 
     def sample(model: GenLMForCausalLM, step: int) -> None:
         if training.samples == 0:
@@ -68,6 +75,7 @@ def fit(
     trainer = BudgetTrainer(
         budget=budget,
         recipe=training,
+        lanes=lanes,
         model=model,
         args=arguments,
         train_dataset=rows,
@@ -98,11 +106,24 @@ def fit(
 
 
 class BudgetTrainer(Trainer):
-    """Trainer with the learning rate tied to the budget: it reaches 0 when the time or the steps are up."""
+    """Trainer with the learning rate tied to the budget: it reaches 0 when the time or the steps are up.
 
-    def __init__(self, budget: Budget, recipe: TrainingRecipe, **kwargs: Any):
-        self.budget, self.recipe = budget, recipe
+    With `lanes` it takes the rows in their order and carries the recurrent states.
+    """
+
+    def __init__(self, budget: Budget, recipe: TrainingRecipe, lanes: Lanes | None = None, **kwargs: Any):
+        self.budget, self.recipe, self.lanes = budget, recipe, lanes
         super().__init__(**kwargs)
+        if lanes is not None:
+            self.add_callback(lanes)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        return super()._get_train_sampler(train_dataset) if self.lanes is None else self.lanes.order
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.lanes is not None:
+            self.lanes.load(resume_from_checkpoint)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -116,6 +137,8 @@ class BudgetTrainer(Trainer):
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss without logits, which nothing here reads, and with the recipe's own terms."""
+        if self.lanes is not None and model.training:
+            inputs = self.lanes.going_on(inputs)
         terms = {"label_smoothing": self.recipe.label_smoothing, "z_loss": self.recipe.z_loss}
         return super().compute_loss(model, {**inputs, "skip_logits": True, **terms}, *args, **kwargs)
 
@@ -146,6 +169,7 @@ def likelihood_of(
         context=recipe.evaluation.context,
         stride=recipe.evaluation.stride,
         batch_size=recipe.evaluation.batch_size,
+        carry_state=recipe.evaluation.carry_state,
         max_tokens=max_tokens,
         on_progress=on_progress,
     )
