@@ -98,7 +98,7 @@ def test_rows_with_a_carried_state_equal_one_long_row(name):
 
 @pytest.mark.parametrize("name", RECURRENT)
 def test_loss_and_gradients_are_those_of_the_row_given_the_state_as_it_is(name):
-    """The twin reads what the document holds before the row through transformers' cache, without gradients."""
+    """The twin reads what the document holds before the row by transformers' cache, without gradients."""
     model, rows = recurrent_model(name), packed()
     stream = [EOS, *(t for ids, _ in rows.documents for t in (*ids.tolist(), EOS))]
     carried = CarriedState()
@@ -131,7 +131,7 @@ def test_loss_and_gradients_are_those_of_the_row_given_the_state_as_it_is(name):
 @pytest.mark.parametrize("name", ATTENDING)
 @torch.no_grad()
 def test_attention_sees_its_row_alone(name):
-    """A row is what it is without a carried state where the recurrent layers say nothing, and else it is not."""
+    """Where recurrent layers say nothing a row is what it is without a carried state, and else it is not."""
     model, rows, plain = build_model(name).double(), packed(), packed(goes_on=False)
 
     def distance() -> float:
