@@ -39,24 +39,23 @@ def main() -> None:
     for decoder, row_length, state in ways:
         runs = [_run(options, decoder, row_length, state, seed) for seed in range(options.seeds)]
         carried, windows, ratio = (statistics.mean(values) for values in zip(*runs, strict=True))
-        each = " ".join(f"{run[0]:.4f}" for run in runs)
-        print(
-            f"| `{decoder}` | {row_length} | {state} | {carried:.4f} ({each}) | {windows:.4f} | {ratio:.2f} |",
-            flush=True,
-        )
+        of_each = " ".join(f"{run[0]:.4f}" for run in runs)
+        bits = f"{carried:.4f} ({of_each}) | {windows:.4f}"
+        print(f"| `{decoder}` | {row_length} | {state} | {bits} | {ratio:.2f} |", flush=True)
 
 
 def _run(
     options: argparse.Namespace, decoder: str, row_length: str, state: str, seed: int
 ) -> tuple[float, float, float]:
     """Bits per byte by carried states and by windows, and the first one's time in parts of the second's."""
+    from transformers import AutoTokenizer
+
     from hf_genlm.evaluation.likelihood import measure_likelihood
     from hf_genlm.model import GenLMForCausalLM
     from hf_genlm.recipe import load_recipe
     from hf_genlm.text.corpus import read_corpus
     from hf_genlm.text.encoding import encode_documents
     from hf_genlm.training.train import train
-    from transformers import AutoTokenizer
 
     settings = ["model.hidden_size=96", "model.num_hidden_layers=1", "training.batch_size=16",
                 f"model.decoder={decoder}", f"training.row_length={row_length}",
