@@ -206,26 +206,17 @@ class GenLMModel(GenLMPreTrainedModel):
             raise ValueError("inputs_embeds do not say which tokens they are: bigram_size needs input_ids")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        document = None
-        if position_ids is not None and attention_mask is None and past_key_values is None:
-            document = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[0], -1))
-            use_cache = (
-                use_cache and document is None
-            )  # packed rows end in several documents: nothing to go on from
-        carried = past_key_values if isinstance(past_key_values, CarriedState) else None
-        if carried is not None:
-            carried.check(position_ids, attention_mask, self.gradient_checkpointing and self.training)
-            document = documents_going_on(position_ids.expand(inputs_embeds.shape[0], -1))
+        document = self._documents(inputs_embeds.shape[0], attention_mask, past_key_values, position_ids)
+        use_cache = use_cache and document is None  # packed rows end in several: nothing to go on from
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None and len(past_key_values.layers) == 0 and carried is None:
+        if isinstance(past_key_values, DynamicCache) and len(past_key_values.layers) == 0:
             past_key_values.layers.extend(DynamicCache(config=self.config).layers)  # given as DynamicCache()
         if position_ids is None:
             n_past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + n_past)[None]
 
-        attended = past_key_values if carried is None else None
-        masks = self._masks(inputs_embeds, attention_mask, attended, position_ids)
+        masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         padding = masks.get(RecurrentStateLayer._layer_type)
         layout = TimeLayout(None if padding is None else padding.bool(), document)
         hidden_states = self._embed(inputs_embeds, position_ids)
@@ -250,6 +241,16 @@ class GenLMModel(GenLMPreTrainedModel):
             past_key_values=past_key_values,
         )
 
+    def _documents(self, n_rows, attention_mask, past_key_values, position_ids) -> torch.Tensor | None:
+        """(n_rows, T) numbers of packed documents, 0 for one that goes on; None: each row is one."""
+        if isinstance(past_key_values, CarriedState):
+            is_checkpointing = self.gradient_checkpointing and self.training
+            past_key_values.check(position_ids, attention_mask, is_checkpointing)
+            return documents_going_on(position_ids.expand(n_rows, -1))
+        if position_ids is None or attention_mask is not None or past_key_values is not None:
+            return None
+        return find_packed_sequence_indices(position_ids.expand(n_rows, -1))
+
     def _embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """From (B, T, embedding_width) to (B, T, hidden_size): W and b where there are any, and positions."""
         hidden_states = inputs_embeds if self.embed_proj is None else self.embed_proj(inputs_embeds)
@@ -272,6 +273,8 @@ class GenLMModel(GenLMPreTrainedModel):
         """One mask for each layer type in use."""
         if isinstance(attention_mask, dict):
             return attention_mask
+        if isinstance(past_key_values, CarriedState):
+            past_key_values = None  # it has no keys of earlier tokens
         return {
             layer_type: MASKS[layer_type](
                 config=self.config,
