@@ -238,6 +238,7 @@ def _measure(
         context=recipe.evaluation.context or limit,
         stride=recipe.evaluation.stride,
         batch_size=recipe.evaluation.batch_size,
+        carry_state=bool(recipe.evaluation.carry_state),
         split=split,
         on_progress=lambda done, total: display.hear(
             "progress", {"task": "evaluation", "done": done, "total": total}

@@ -89,6 +89,7 @@ class TrainingRecipe:
     row_length: int | None = None  # tokens in one packed row; None: follows from `size`
     batch_size: int | None = None  # rows in one forward pass, over all processes; None: follows from `size`
     accumulation: int = 1  # forward passes in one optimizer step
+    carry_state: bool = False  # rows in order; recurrent layers go on from where the row before ended
     start: str | None = None  # pairs: with what pairs of tokens say; random; None: pairs, unless tied
     optimizer: str = "adamw"  # or muon
     learning_rate: float | None = None  # peak; None: follows from the width
@@ -129,6 +130,7 @@ class EvaluationRecipe:
         None  # tokens by which the context slides over a long document; None: half the context
     )
     batch_size: int = 32  # windows in one forward pass; no figure depends on it
+    carry_state: bool | None = None  # look back to the document's start, by states; None: as in training
 
 
 @dataclass

@@ -8,11 +8,14 @@ Long documents. One of more than `context` tokens is read in windows of at most 
 beginnings lie `stride` apart. The first window scores all its targets, each later one only those that are not
 scored yet; so each of them has at least context - stride tokens before it, besides the one it follows.
 
+Carried state. A decoder of recurrent layers alone can read a document once, in windows side by side, each of
+which begins with the states in which the one before it ended: every token is then scored given all before it.
+
 Legend of shapes: B windows in a batch, T input tokens, N scored tokens, V vocabulary, W windows, D documents.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -61,6 +64,7 @@ def measure_likelihood(
     batch_size: int = 32,
     split: str = "validation",
     max_tokens: int | None = None,
+    carry_state: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Measurement]:
     """Score `documents` with a causal language model, on the device and in the number format of its weights.
@@ -76,6 +80,10 @@ def measure_likelihood(
             depends on it, beyond the rounding of float32.
         max_tokens: score a part only: windows spread evenly over all of them, always the same ones, until so
             many tokens are scored. Each window's score is what it is in the full pass.
+        carry_state: give each token all before it in its document. `context` is then only how much of a
+            document goes through the model at once, no result but the clusters of windows depends on it, and
+            `stride` is not used. The model's cache must hold states that go on for ever, which its config
+            says by `is_recurrent`. `max_tokens` takes documents spread evenly, the last up to there.
         on_progress: called with (tokens scored so far, tokens to score) after each forward pass.
 
     Returns:
@@ -92,18 +100,22 @@ def measure_likelihood(
         clusters are others, each is taken to have the bytes per token of all `documents`.
 
     Raises:
-        UserError: context < 2, a stride outside 1..context, no token to score, or logits not finite.
+        UserError: context < 2, a stride outside 1..context, no token to score, logits not finite, or
+            `carry_state` for a model with more than recurrent states.
     """
     stride = max(1, context // 2) if stride is None else stride
     _check(context, stride, batch_size, max_tokens)
     sizes = np.array([(len(ids), n_bytes) for ids, n_bytes in documents], dtype=np.int64).reshape(-1, 2)
     n_tokens, n_bytes = sizes[:, 0], sizes[:, 1] * (sizes[:, 0] > 0)
-    windows = make_windows(n_tokens, context, stride)
+    if carry_state:
+        _check_recurrent(model.config)
+    windows = make_windows(n_tokens, context, context if carry_state else stride)
     if not windows:
         raise UserError(f"the {split} split holds no token to score: give it a source with text")
     if max_tokens is not None:
-        windows = _spread(windows, max_tokens)
-    sums = _score(model, documents, windows, start_id, batch_size, on_progress)
+        windows = (_spread_documents if carry_state else _spread)(windows, max_tokens)
+    batches = (_carried_batches if carry_state else _batches)(windows, batch_size, model.config.vocab_size)
+    sums = _score(model, documents, windows, batches, start_id, carry_state, on_progress)
     return _measurements(sums, windows, n_tokens, n_bytes, split)
 
 
@@ -132,33 +144,69 @@ def _check(context: int, stride: int, batch_size: int, max_tokens: int | None) -
         raise UserError(f"max_tokens = {max_tokens}: must be at least 1")
 
 
+def _check_recurrent(config: Any) -> None:
+    if getattr(config, "is_recurrent", False):
+        return
+    kinds = sorted(set(getattr(config, "mixer_types", [config.model_type])))
+    raise UserError(
+        f"evaluation.carry_state = true: a model of {', '.join(kinds)} keeps more of what it has read than "
+        "states of one size; set it to false"
+    )
+
+
 def _spread(windows: list[Window], max_tokens: int) -> list[Window]:
     """Windows with `max_tokens` targets or just over, spread evenly: a larger part contains a smaller one.
 
     The i-th of W windows takes rank frac(i * golden ratio): any leading part of that order is near uniform
     over the text (Niederreiter, Random Number Generation and Quasi-Monte Carlo Methods, 1992, sec. 3.1).
     """
-    order = np.argsort((np.arange(len(windows)) * _GOLDEN_RATIO) % 1.0, kind="stable")
+    order = _spread_order(len(windows))
     sizes = np.array([windows[i].stop - windows[i].first for i in order])
     enough = int(np.searchsorted(np.cumsum(sizes), max_tokens)) + 1
     return [windows[i] for i in sorted(order[:enough])]
+
+
+def _spread_order(count: int) -> np.ndarray:
+    return np.argsort((np.arange(count) * _GOLDEN_RATIO) % 1.0, kind="stable")
+
+
+def _spread_documents(windows: list[Window], max_tokens: int) -> list[Window]:
+    """As `_spread`, of whole documents but for the last, whose windows are taken from its beginning."""
+    begins = [i for i, window in enumerate(windows) if window.start == 0]
+    ends = [*begins[1:], len(windows)]
+    chosen: list[int] = []
+    n_tokens = 0
+    for document in _spread_order(len(begins)):
+        for i in range(begins[document], ends[document]):
+            if n_tokens >= max_tokens:
+                return [windows[k] for k in sorted(chosen)]
+            chosen.append(i)
+            n_tokens += windows[i].stop - windows[i].first
+    return [windows[k] for k in sorted(chosen)]
 
 
 def _score(
     model: Any,
     documents: Sequence[Document],
     windows: list[Window],
+    batches: Iterable[np.ndarray],
     start_id: int,
-    batch_size: int,
+    carry_state: bool,
     on_progress: Callable[[int, int], None] | None,
 ) -> _Sums:
     """Sums of each window. They are kept apart and added in reading order, whatever the batches were."""
     tokens = np.array([window.stop - window.first for window in windows], dtype=np.float64)
     found = np.zeros((3, len(windows)))
     n_scored = 0
+    cache: Any = None  # the states of the documents of a batch, as transformers' caches hold them
     with _evaluating(model), torch.inference_mode():
-        for batch in _batches(windows, batch_size, model.config.vocab_size):
-            scores_3N = _score_batch(model, documents, [windows[i] for i in batch], start_id)
+        for batch in batches:
+            chosen = [windows[i] for i in batch]
+            if chosen[0].start == 0:
+                cache = None
+            elif cache is not None:
+                cache.batch_select_indices(torch.arange(len(chosen)))  # shorter documents have ended
+            scores_3N, cache = _score_batch(model, documents, chosen, start_id, cache, carry_state)
             begins = np.concatenate([[0], np.cumsum(tokens[batch][:-1])]).astype(np.int64)
             found[:, batch] = np.add.reduceat(scores_3N, begins, axis=1)
             n_scored += scores_3N.shape[1]
@@ -182,13 +230,33 @@ def _batches(windows: list[Window], batch_size: int, vocab_size: int) -> Iterato
         begin += rows
 
 
+def _carried_batches(windows: list[Window], batch_size: int, vocab_size: int) -> Iterator[np.ndarray]:
+    """Indices of the k-th windows of the same documents, for one k after another. The longest documents come
+    first, so that those which go on are the first rows of the batch before."""
+    begins = np.array([i for i, window in enumerate(windows) if window.start == 0])
+    counts = np.diff(begins, append=len(windows))
+    lengths = np.array([windows[last].stop for last in begins + counts - 1])
+    order = np.argsort(-lengths, kind="stable")
+    longest = max(window.stop - window.start for window in windows)
+    rows = min(batch_size, max(1, MAX_LOGITS // (longest * vocab_size)))
+    for first in range(0, len(order), rows):
+        chosen = order[first : first + rows]
+        for k in range(counts[chosen[0]]):
+            yield begins[chosen[counts[chosen] > k]] + k
+
+
 def _score_batch(
-    model: Any, documents: Sequence[Document], windows: list[Window], start_id: int
-) -> np.ndarray:
+    model: Any,
+    documents: Sequence[Document],
+    windows: list[Window],
+    start_id: int,
+    cache: Any,
+    carry_state: bool,
+) -> tuple[np.ndarray, Any]:
     """Per scored token of `windows`, in order: nats, and whether it was the best, and among the best 5.
 
     Returns:
-        (3, N) float64.
+        (3, N) float64, and the cache after the windows, where states are carried.
     """
     shape = len(windows), max(window.stop - window.start for window in windows)
     inputs_BT = np.full(shape, start_id, dtype=np.int64)
@@ -201,16 +269,19 @@ def _score_batch(
         targets_BT[row, : stop - start] = ids[start:stop]
         scored_BT[row, first - start : stop - start] = True
     device = next(model.parameters()).device
-    logits_BTV = model(input_ids=torch.from_numpy(inputs_BT).to(device), use_cache=False).logits
+    given = {"past_key_values": cache, "use_cache": True} if carry_state else {"use_cache": False}
+    output = model(input_ids=torch.from_numpy(inputs_BT).to(device), **given)
+    logits_BTV = output.logits
     mask_BT = torch.from_numpy(scored_BT).to(device)
     logits_NV = logits_BTV.flatten(0, 1) if scored_BT.all() else logits_BTV[mask_BT]
-    logits_NV = logits_NV.float()
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     targets_N = torch.from_numpy(targets_BT[scored_BT]).to(device)
     nats_N = cross_entropy(logits_NV, targets_N, reduction="none")
     at_least_N = (logits_NV >= logits_NV.gather(1, targets_N[:, None])).sum(
         dim=1
     )  # the target itself included
-    return torch.stack([nats_N, at_least_N <= 1, at_least_N <= 5]).cpu().double().numpy()
+    scores_3N = torch.stack([nats_N, at_least_N <= 1, at_least_N <= 5]).cpu().double().numpy()
+    return scores_3N, output.past_key_values if carry_state else None
 
 
 def _measurements(

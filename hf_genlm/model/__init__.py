@@ -5,7 +5,8 @@ Every file here but this one travels to the Hub with a saved model.
 
 from transformers import AutoConfig
 
-from .configuration_genlm import DECODERS, MIXER_TYPES, GenLMConfig, mixers_of
+from .cache_genlm import CarriedState
+from .configuration_genlm import DECODERS, MIXER_TYPES, RECURRENT_MIXERS, GenLMConfig, mixers_of
 from .modeling_genlm import (
     AUTO_CLASSES,
     MIXERS,
@@ -25,6 +26,8 @@ __all__ = [
     "DECODERS",
     "MIXERS",
     "MIXER_TYPES",
+    "RECURRENT_MIXERS",
+    "CarriedState",
     "GenLMConfig",
     "GenLMForCausalLM",
     "GenLMForSequenceClassification",

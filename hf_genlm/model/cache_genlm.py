@@ -1,4 +1,5 @@
-"""The cache layer that holds a recurrent state, so that transformers' caches serve RNN layers like any other.
+"""The cache layer that holds a recurrent state, so that transformers' caches serve RNN layers like any other,
+and the state that training carries from row to row.
 
 transformers' own linear-attention layer forgets a state that comes without a convolution, cannot tell how
 many tokens it has seen and cannot roll back; this one does all three.
@@ -6,7 +7,7 @@ many tokens it has seen and cannot roll back; this one does all three.
 
 import torch
 from transformers import cache_utils, masking_utils
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 
 class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
@@ -130,6 +131,52 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Nothing was offloaded."""
+
+
+class CarriedState(Cache):
+    """The recurrent states in which the rows of a batch end, for rows that go on from there.
+
+    `model(rows, position_ids=..., past_key_values=carried)` begins with the states that the same call left
+    for the rows before, at first with zeros, and forgets them wherever a position is 0, the start of a
+    document. No gradient passes from a row to the one before it: truncated backpropagation through time
+    (Williams and Peng, 1990). Attention layers leave nothing here and see each row alone.
+    """
+
+    def __init__(self):
+        super().__init__(layers=[])
+        # by layer and slot, each (batch, recurrent_size)
+        self.states = dict[tuple[int, int], torch.Tensor]()
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """The state that a layer begins with; None: zero."""
+        return self.states.get((layer_idx, state_idx))
+
+    def update_recurrent_state(self, recurrent_states, layer_idx: int, state_idx: int = 0, **kwargs):
+        """Keep the values of a state, (batch, recurrent_size), without their gradients."""
+        self.states[layer_idx, state_idx] = recurrent_states.detach().clone()
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        """Keys and values of these tokens alone."""
+        return key_states, value_states
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """False: a carried state cannot be rolled back."""
+        return False
+
+    def check(self, position_ids, attention_mask, is_checkpointing: bool) -> None:
+        """
+        Raises:
+            ValueError: what comes with the rows does not say where they go on, or would go on twice.
+        """
+        if position_ids is None or attention_mask is not None:
+            raise ValueError(
+                "a CarriedState needs position_ids, 0 where a document starts, and no attention_mask"
+            )
+        if is_checkpointing:
+            raise ValueError(
+                "gradient checkpointing runs each layer again, when its CarriedState has gone on: turn one "
+                "of them off"
+            )
 
 
 # The base class registers the layer for DynamicCache; StaticCache and the masks have tables of their own.

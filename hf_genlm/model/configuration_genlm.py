@@ -153,6 +153,12 @@ class GenLMConfig(PreTrainedConfig):
         return [_LAYER_TYPE_OF[mixer] for mixer in self.mixer_types]
 
     @property
+    def is_recurrent(self) -> bool:
+        """Whether states of one size hold all that passes from token to token, in a text of any length."""
+        are_recurrent = all(mixer in RECURRENT_MIXERS for mixer in self.mixer_types)
+        return are_recurrent and self.position_type != "learned"
+
+    @property
     def num_distinct_layers(self) -> int:
         """Layers with weights of their own."""
         return self.num_hidden_layers // self.shared_layers

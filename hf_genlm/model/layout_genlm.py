@@ -18,6 +18,15 @@ class Segments(NamedTuple):
     filled: torch.Tensor  # (S, L) False where `grid` is beyond the segment
 
 
+def documents_going_on(position_ids: torch.Tensor) -> torch.Tensor | None:
+    """(B, T) numbers of the documents of rows that may begin in mid-document: 0 before the first position 0,
+    one more from each on. None where no document starts, unless this is compiled."""
+    is_start = position_ids == 0
+    if not torch.compiler.is_compiling() and not is_start.any():
+        return None
+    return is_start.cumsum(dim=-1)
+
+
 class TimeLayout:
     """What the time axis of one forward pass holds, for all recurrent layers of it.
 

@@ -44,10 +44,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_genlm import GenLMAttention
 from .bigram_genlm import GenLMBigramEmbedding
-from .cache_genlm import RecurrentStateLayer
+from .cache_genlm import CarriedState, RecurrentStateLayer
 from .configuration_genlm import GenLMConfig
 from .initialization_genlm import start_isometric
-from .layout_genlm import TimeLayout
+from .layout_genlm import TimeLayout, documents_going_on
 from .loss_genlm import cap_logits, causal_loss, causal_loss_without_logits
 from .mlp_genlm import GenLMMLP
 from .positions_genlm import GenLMRotaryEmbedding
@@ -189,12 +189,13 @@ class GenLMModel(GenLMPreTrainedModel):
             input_ids: (B, T) tokens; or `inputs_embeds`: (B, T, embedding_width), before W and b.
             attention_mask: (B, past + T), 0 at padding; or a dict with one mask for each layer type.
             position_ids: (B, T) or (1, T). A step other than +1 starts a packed document, where there is
-                neither mask nor cache.
-            past_key_values: keys, values and states of the tokens before these.
+                neither mask nor cache; position 0 does under a `CarriedState`.
+            past_key_values: keys, values and states of the tokens before these; or a `CarriedState`, for rows
+                of packed documents that begin with a state and have no keys and values of earlier tokens.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`, or these where pairs of tokens
-                are embedded.
+                are embedded; rows that a `CarriedState` cannot serve.
         """
         if isinstance(kwargs.get("cache"), Cache):  # its name from transformers 5.24 on
             # continuous batching gives the layers another by this name
@@ -205,15 +206,11 @@ class GenLMModel(GenLMPreTrainedModel):
             raise ValueError("inputs_embeds do not say which tokens they are: bigram_size needs input_ids")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        document = None
-        if position_ids is not None and attention_mask is None and past_key_values is None:
-            document = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[0], -1))
-            use_cache = (
-                use_cache and document is None
-            )  # packed rows end in several documents: nothing to go on from
+        document = self._documents(inputs_embeds.shape[0], attention_mask, past_key_values, position_ids)
+        use_cache = use_cache and document is None  # packed rows end in several: nothing to go on from
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None and len(past_key_values.layers) == 0:
+        if isinstance(past_key_values, DynamicCache) and len(past_key_values.layers) == 0:
             past_key_values.layers.extend(DynamicCache(config=self.config).layers)  # given as DynamicCache()
         if position_ids is None:
             n_past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -244,6 +241,16 @@ class GenLMModel(GenLMPreTrainedModel):
             past_key_values=past_key_values,
         )
 
+    def _documents(self, n_rows, attention_mask, past_key_values, position_ids) -> torch.Tensor | None:
+        """(n_rows, T) numbers of packed documents, 0 for one that goes on; None: each row is one."""
+        if isinstance(past_key_values, CarriedState):
+            is_checkpointing = self.gradient_checkpointing and self.training
+            past_key_values.check(position_ids, attention_mask, is_checkpointing)
+            return documents_going_on(position_ids.expand(n_rows, -1))
+        if position_ids is None or attention_mask is not None or past_key_values is not None:
+            return None
+        return find_packed_sequence_indices(position_ids.expand(n_rows, -1))
+
     def _embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """From (B, T, embedding_width) to (B, T, hidden_size): W and b where there are any, and positions."""
         hidden_states = inputs_embeds if self.embed_proj is None else self.embed_proj(inputs_embeds)
@@ -266,6 +273,8 @@ class GenLMModel(GenLMPreTrainedModel):
         """One mask for each layer type in use."""
         if isinstance(attention_mask, dict):
             return attention_mask
+        if isinstance(past_key_values, CarriedState):
+            past_key_values = None  # it has no keys of earlier tokens
         return {
             layer_type: MASKS[layer_type](
                 config=self.config,

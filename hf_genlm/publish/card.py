@@ -86,7 +86,7 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         "n_parameters": sum(sizes.values()),
         "is_tied": "lm_head.weight" not in sizes,
         "measurements": read_measurements(run.evaluation),
-        "context": recipe.evaluation.context or recipe.training.row_length,
+        "context": _context_of(recipe),
         "audit": read_measurements(audit) if audit.is_file() else None,
         "corpus": _portable(read_json(run.corpus)),
         "vectors": _portable(read_json(run.vectors)) if run.vectors.is_file() else None,
@@ -95,6 +95,13 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         "recipe_yaml": yaml.safe_dump(_portable(asdict(recipe)), sort_keys=False, allow_unicode=True),
         "samples": markdown.fenced_blocks(samples)[-N_SAMPLES:],
     }
+
+
+def _context_of(recipe: Recipe) -> int | None:
+    """Tokens that a measured prediction looked back on at most; None: to the start of its document."""
+    if recipe.evaluation.carry_state:
+        return None
+    return recipe.evaluation.context or recipe.training.row_length
 
 
 def _front_matter(recipe: Recipe, facts: dict[str, Any]) -> "ModelCardData":

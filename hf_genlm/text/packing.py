@@ -16,11 +16,11 @@ _ROWS_IN_MEMORY = 1024  # each keeps the 64 KiB around it of a file of ids
 IGNORED = -100  # the label that cross-entropy leaves out
 
 
-def position_ids_of(rows: np.ndarray, eos_id: int) -> np.ndarray:
-    """Positions (..., T) int64 within documents of rows (..., T): 0 at their start and at every end-of-text
-    token."""
+def position_ids_of(rows: np.ndarray, eos_id: int, first: int = 0) -> np.ndarray:
+    """Positions (..., T) int64 within documents of rows (..., T): 0 at every end-of-text token, and `first`
+    where a row begins in mid-document."""
     steps = np.arange(rows.shape[-1], dtype=np.int64)
-    starts = np.where(rows == eos_id, steps, 0)
+    starts = np.where(rows == eos_id, steps, -first)
     return steps - np.maximum.accumulate(starts, axis=-1)
 
 
@@ -32,13 +32,21 @@ class PackedRows:
     the labels inside). The last row is filled up with `pad_id`, labelled -100.
 
     An item holds `input_ids`, `position_ids` and `labels`, each (T,) int64. No attention mask: with none,
-    transformers finds the documents of a row by their positions.
+    transformers finds the documents of a row by their positions. With `goes_on`, for models that carry a
+    state from row to row, position 0 means the start of a document alone: other rows begin at position 1.
 
     The stream is never built: a row is found in the ids of the documents, which may lie on disk, when it is
     asked for. A DataLoader asks for a whole batch at once.
     """
 
-    def __init__(self, documents: TokenizedDocuments, row_length: int, eos_id: int, pad_id: int):
+    def __init__(
+        self,
+        documents: TokenizedDocuments,
+        row_length: int,
+        eos_id: int,
+        pad_id: int,
+        goes_on: bool = False,
+    ):
         """
         Raises:
             UserError: the stream is shorter than one row, or a row shorter than two tokens.
@@ -51,6 +59,7 @@ class PackedRows:
         self.row_length = row_length
         self.eos_id = eos_id
         self.pad_id = pad_id
+        self.goes_on = goes_on
         self.documents = documents
         self._n_fetched = 0  # rows since the memory of the ids was given back
         # where the end-of-text tokens stand in the stream (n + 1,)
@@ -83,7 +92,7 @@ class PackedRows:
         input_ids_BT[is_padding_BT] = self.pad_id
         return {
             "input_ids": input_ids_BT,
-            "position_ids": position_ids_of(input_ids_BT, self.eos_id),
+            "position_ids": position_ids_of(input_ids_BT, self.eos_id, first=int(self.goes_on)),
             "labels": np.where(is_padding_BT, IGNORED, input_ids_BT),
         }
 

@@ -182,9 +182,10 @@ def resolve(recipe: Recipe, shape: Shape | None = None) -> Recipe:
         model.output_bias = training.start == "pairs"
     if training.learning_rate is None:
         training.learning_rate = float(f"{_LEARNING_RATE_AT_256 * (256 / model.hidden_size) ** 0.5:.2g}")
+    is_recurrent = all(mixer in RECURRENT_MIXERS for mixer in mixers)
+    _settle_carrying(resolved, mixers)
     if resolved.evaluation.context is None:
         # a state goes on beyond the rows it was trained on, attention does not
-        is_recurrent = all(mixer in RECURRENT_MIXERS for mixer in mixers)
         least = _RECURRENT_CONTEXT if is_recurrent else 0
         resolved.evaluation.context = max(training.row_length, least)
     resolved.evaluation.stride = resolved.evaluation.stride or max(1, resolved.evaluation.context // 2)
@@ -209,6 +210,30 @@ def resolve(recipe: Recipe, shape: Shape | None = None) -> Recipe:
     if training.z_loss < 0:
         raise UserError(f"training.z_loss = {training.z_loss:g} must be 0 or more")
     return resolved
+
+
+def _settle_carrying(resolved: Recipe, mixers: list[str]) -> None:
+    """Choose `evaluation.carry_state` where it was left open.
+
+    Raises:
+        UserError: a decoder whose layers keep no state, or, for evaluation, not states alone.
+    """
+    attending = [mixer for mixer in mixers if mixer not in RECURRENT_MIXERS]
+    training, evaluation = resolved.training, resolved.evaluation
+    if training.carry_state and len(attending) == len(mixers):
+        raise UserError(
+            f"training.carry_state = true: {attending[0]} layers keep no state that a row could pass on to "
+            "the next; choose a decoder with recurrent layers, or set it to false"
+        )
+    bounded = "learned positions" if resolved.model.position_type == "learned" else None
+    bounded = f"{attending[0]} layers" if attending else bounded
+    if evaluation.carry_state is None:
+        evaluation.carry_state = training.carry_state and bounded is None
+    if evaluation.carry_state and bounded is not None:
+        raise UserError(
+            f"evaluation.carry_state = true: {bounded} do not reach back to the start of a document of any "
+            "length; choose a decoder of recurrent layers alone, or set it to false"
+        )
 
 
 def _shape_of(size: str) -> Shape:

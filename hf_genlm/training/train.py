@@ -34,12 +34,14 @@ from hf_genlm.training.configure import (
     plan_recipe,
     settle_decay,
 )
+from hf_genlm.training.fit import Job, fit, likelihood_of
+from hf_genlm.training.lanes import Lanes
 from hf_genlm.training.optimizer import check_optimizer
 from hf_genlm.training.pair_start import MOST_TOKENS, start_from_pairs
 from hf_genlm.training.plan import tokens_of_a_step
 from hf_genlm.training.signals import StopRequest
 from hf_genlm.training.tokenized import TokenizedCorpus, prepare_corpus
-from hf_genlm.training.trainer import Job, check_compiler, fit, likelihood_of, training_arguments_of
+from hf_genlm.training.trainer import check_compiler, training_arguments_of
 from hf_genlm.training.word_vectors import adopt_dimension, start_from_vectors
 
 
@@ -194,8 +196,11 @@ def _job_of(run: RunFolder, recipe: Recipe, corpus: TokenizedCorpus, budget: Bud
         row_length=recipe.training.row_length,
         eos_id=corpus.tokenizer.eos_token_id,
         pad_id=corpus.tokenizer.pad_token_id,
+        goes_on=recipe.training.carry_state,
     )
-    return Job(rows, corpus, recipe, budget, training_arguments_of(run, recipe.training, budget))
+    arguments = training_arguments_of(run, recipe.training, budget)
+    lanes = Lanes(arguments, len(rows)) if recipe.training.carry_state else None
+    return Job(rows, corpus, recipe, budget, arguments, lanes)
 
 
 def _build(run: RunFolder, job: Job, is_new: bool = True) -> GenLMForCausalLM:

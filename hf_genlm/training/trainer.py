@@ -1,37 +1,24 @@
 """Trainer as a run uses it: its arguments, a rate that follows the budget, and what happens between steps."""
 
 import copy
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_genlm.errors import Stopped, UserError, did_you_mean
-from hf_genlm.evaluation.likelihood import measure_likelihood
-from hf_genlm.evaluation.measurement import Measurement
-from hf_genlm.memory import keeping_memory
+from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.model import GenLMForCausalLM
-from hf_genlm.recipe import Recipe, TrainingRecipe
+from hf_genlm.recipe import TrainingRecipe
 from hf_genlm.run_folder import RunFolder
-from hf_genlm.text.packing import PackedRows, collate
 from hf_genlm.training.budget import Budget, trapezoid
 from hf_genlm.training.callbacks import (
-    BudgetCallback,
-    CheckpointCallback,
     Diverged,
-    HoldRowsCallback,
-    LogCallback,
-    MilestoneCallback,
-    Pace,
-    ThreadsCallback,
-    write_samples,
 )
-from hf_genlm.training.checkpoints import Checkpoint, Progress, clear_parts, full_disk_as, part_of, seal
-from hf_genlm.training.optimizer import OptimizerFactory
+from hf_genlm.training.checkpoints import Progress, clear_parts, full_disk_as, part_of, seal
+from hf_genlm.training.lanes import Lanes
 from hf_genlm.training.processes import (
     RowsAndBlank,
     SharedOrder,
@@ -43,111 +30,13 @@ from hf_genlm.training.processes import (
     rows_of_each,
     shard_on_cpu,
 )
-from hf_genlm.training.signals import StopRequest
-from hf_genlm.training.tokenized import TokenizedCorpus
-
-_PARTIAL_VALIDATION_TOKENS = 16_384
-_SAMPLE_TOKENS = 64
-_VALIDATIONS = 4
-_SHORT_S = 29.0  # planning has taken its part of half a minute
-
-
-@dataclasses.dataclass
-class Job:
-    """What a run trains on, and how. `held` (V,): the rows of the embedding that keep their vectors."""
-
-    rows: PackedRows
-    corpus: TokenizedCorpus
-    recipe: Recipe
-    budget: Budget
-    arguments: TrainingArguments
-    held: torch.Tensor | None = None
-
-    @property
-    def pace(self) -> Pace:
-        """Steps as tokens."""
-        training = self.recipe.training
-        return Pace(len(self.rows), training.batch_size * training.accumulation, training.row_length - 1)
-
-
-def fit(
-    run: RunFolder,
-    model: GenLMForCausalLM,
-    job: Job,
-    begin: Checkpoint | None,
-    stop: StopRequest,
-    rate_scale: float = 1.0,
-) -> GenLMForCausalLM | None:
-    """Train `model`, from the checkpoint `begin` on if there is one, at `rate_scale` of its rate.
-
-    Returns:
-        the trained model, whole, in the first process; None in the others.
-
-    Raises:
-        Stopped: `stop` was asked for; a checkpoint was written.
-        Diverged: the loss became infinite or NaN.
-    """
-    training, budget = job.recipe.training, job.budget
-    if begin is not None:
-        budget.seconds, budget.steps = begin.progress.seconds, begin.progress.steps
-        budget.spent_s = max(budget.spent_s, begin.progress.elapsed_s)
-
-    def look(model: GenLMForCausalLM, step: int) -> None:
-        whole = trainer.whole_model()
-        from_first(lambda: _look(run, whole, job, step))
-
-    watching = [ThreadsCallback(run, budget.step_s)] if budget.step_s is not None else []
-    release = job.recipe.vectors.release_step
-    holding = [HoldRowsCallback(job.held, release)] if job.held is not None else []
-    every_s = 60 * training.checkpoint_minutes
-    trainer = BudgetTrainer(
-        run=run,
-        budget=budget,
-        recipe=training,
-        rate_scale=rate_scale,
-        is_rate_halved=rate_scale < 1 or (begin is not None and begin.progress.is_rate_halved),
-        model=model,
-        args=job.arguments,
-        train_dataset=job.rows,
-        data_collator=collate,
-        optimizer_cls_and_kwargs=(OptimizerFactory, {"recipe": training}),
-        callbacks=[
-            BudgetCallback(budget),
-            LogCallback(run, budget, job.pace),
-            MilestoneCallback(budget, _validations(training, budget), look),
-            *watching,
-            *holding,
-            CheckpointCallback(budget, every_s, training.checkpoint_steps, lambda: stop.is_made),
-        ],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.saved_step = None if begin is None else begin.progress.step
-    with keeping_memory(), stop.deferred():
-        trainer.train(resume_from_checkpoint=None if begin is None else str(begin.path))
-    step, seconds = trainer.state.global_step, budget.elapsed_s
-    if not budget.is_spent(step):  # the one other thing that ends it
-        run.log("stopped", step=step, checkpoint=trainer.saved_step)
-        raise Stopped(str(run.path), trainer.saved_step)
-    whole = trainer.whole_model()
-    if whole is None:
-        return None
-    whole.config.use_cache = True  # Trainer turned it off for training
-    _sample(run, whole, job, step)
-    run.log(
-        "trained",
-        steps=step,
-        tokens=job.pace.tokens(step),
-        epochs=round(step / job.pace.steps_per_epoch, 3),
-        seconds=round(seconds, 2),
-        tokens_per_s=round(job.pace.tokens(step) / seconds),
-    )
-    return whole
 
 
 class BudgetTrainer(Trainer):
     """Trainer with the learning rate tied to the budget: it reaches 0 when the time or the steps are up.
 
-    Its checkpoints are those of checkpoints.py; on a full disk one is missed, and the run goes on.
+    With `lanes` it takes the rows in their order and carries the recurrent states. Its checkpoints are those
+    of checkpoints.py; on a full disk one is missed, and the run goes on.
     """
 
     def __init__(
@@ -155,14 +44,17 @@ class BudgetTrainer(Trainer):
         run: RunFolder,
         budget: Budget,
         recipe: TrainingRecipe,
+        lanes: Lanes | None = None,
         rate_scale: float = 1.0,
         is_rate_halved: bool = False,
         **kwargs: Any,
     ):
-        self.run, self.budget, self.recipe = run, budget, recipe
+        self.run, self.budget, self.recipe, self.lanes = run, budget, recipe, lanes
         self.rate_scale, self.is_rate_halved = rate_scale, is_rate_halved
         self.saved_step: int | None = None
         super().__init__(**kwargs)
+        if lanes is not None:
+            self.add_callback(lanes)
 
     def get_train_dataloader(self) -> DataLoader:
         """Over the rows; several processes share a blank one behind them that fills the last step."""
@@ -171,6 +63,8 @@ class BudgetTrainer(Trainer):
         return super().get_train_dataloader()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        if self.lanes is not None:
+            return self.lanes.order
         if count() == 1:
             return super()._get_train_sampler(train_dataset)
         n_rows = len(self.train_dataset) - 1
@@ -199,6 +93,11 @@ class BudgetTrainer(Trainer):
             group["lr"] *= self.rate_scale
         return optimizer
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.lanes is not None:
+            self.lanes.load(resume_from_checkpoint)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         for group in self.optimizer.param_groups:
@@ -216,6 +115,8 @@ class BudgetTrainer(Trainer):
         from_first(lambda: clear_parts(folder))
         with full_disk_as(failures.append):
             super()._save_checkpoint(model, trial)
+            if self.lanes is not None:
+                self.lanes.save(part_of(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}")
         budget = self.budget
         progress = Progress(step, budget.elapsed_s, budget.seconds, budget.steps, self.is_rate_halved)
 
@@ -252,62 +153,14 @@ class BudgetTrainer(Trainer):
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss without logits, which nothing here reads, and with the recipe's own terms."""
+        if self.lanes is not None and model.training:
+            inputs = self.lanes.going_on(inputs)
         terms = {"label_smoothing": self.recipe.label_smoothing, "z_loss": self.recipe.z_loss}
         return super().compute_loss(model, {**inputs, "skip_logits": True, **terms}, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """0: transformers' estimate walks all parameters at every step and is wrong for tied heads."""
         return 0
-
-
-def _look(run: RunFolder, model: GenLMForCausalLM, job: Job, step: int) -> None:
-    """Measure the model on a part of the validation split, and let it write."""
-    found = likelihood_of(model, job.corpus, job.recipe, _PARTIAL_VALIDATION_TOKENS)
-    values = {m.name: round(m.value, 5) for m in found}
-    run.log("validation", step=step, partial=True, tokens=found[0].n, **values)
-    _sample(run, model, job, step)
-
-
-def _sample(run: RunFolder, model: GenLMForCausalLM, job: Job, step: int) -> None:
-    training = job.recipe.training
-    if training.samples == 0:
-        return
-    texts = write_samples(model, job.corpus.tokenizer, training.samples, _SAMPLE_TOKENS, training.seed)
-    for text in texts:
-        run.log("sample", step=step, prompt="", text=text)
-
-    def note(reason: str) -> None:
-        run.log("note", message=f"the samples of step {step} were not written: {reason}")
-
-    with full_disk_as(note), run.samples.open("a", encoding="utf-8") as file:
-        file.write(_samples_markdown(step, texts))
-
-
-def _validations(training: TrainingRecipe, budget: Budget) -> int:
-    """How many there are: a run of seconds has no time for them."""
-    if training.validations is not None:
-        return training.validations
-    is_short = budget.seconds is not None and budget.seconds < _SHORT_S
-    return 0 if is_short else _VALIDATIONS
-
-
-def likelihood_of(
-    model: GenLMForCausalLM,
-    corpus: TokenizedCorpus,
-    recipe: Recipe,
-    max_tokens: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[Measurement]:
-    return measure_likelihood(
-        model,
-        corpus.validation,
-        start_id=corpus.tokenizer.bos_token_id,
-        context=recipe.evaluation.context,
-        stride=recipe.evaluation.stride,
-        batch_size=recipe.evaluation.batch_size,
-        max_tokens=max_tokens,
-        on_progress=on_progress,
-    )
 
 
 def training_arguments_of(run: RunFolder, training: TrainingRecipe, budget: Budget) -> TrainingArguments:
@@ -352,14 +205,3 @@ def check_compiler(backend: str | None) -> None:
 def computes_bfloat16() -> bool:
     """Whether the device multiplies bfloat16 natively; emulated on a CPU it can be 100 times slower."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def _samples_markdown(step: int, texts: list[str]) -> str:
-    """Each text in a fence longer than any run of backticks in it."""
-    parts = [f"## After step {step}\n"]
-    for text in texts:
-        fence = "```"
-        while fence in text:
-            fence += "`"
-        parts.append(f"{fence}text\n{text}\n{fence}\n")
-    return "\n".join(parts) + "\n"

@@ -1,0 +1,196 @@
+"""One training: what Trainer is given, what is seen and written while it goes on, and what comes of it."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from transformers import PrinterCallback, TrainingArguments
+
+from hf_genlm.errors import Stopped
+from hf_genlm.evaluation.likelihood import measure_likelihood
+from hf_genlm.evaluation.measurement import Measurement
+from hf_genlm.memory import keeping_memory
+from hf_genlm.model import GenLMForCausalLM
+from hf_genlm.recipe import Recipe, TrainingRecipe
+from hf_genlm.run_folder import RunFolder
+from hf_genlm.text.packing import PackedRows, collate
+from hf_genlm.training.budget import Budget
+from hf_genlm.training.callbacks import (
+    BudgetCallback,
+    CheckpointCallback,
+    HoldRowsCallback,
+    LogCallback,
+    MilestoneCallback,
+    Pace,
+    ThreadsCallback,
+    write_samples,
+)
+from hf_genlm.training.checkpoints import Checkpoint, full_disk_as
+from hf_genlm.training.lanes import Lanes
+from hf_genlm.training.optimizer import OptimizerFactory
+from hf_genlm.training.processes import from_first
+from hf_genlm.training.signals import StopRequest
+from hf_genlm.training.tokenized import TokenizedCorpus
+from hf_genlm.training.trainer import BudgetTrainer
+
+_PARTIAL_VALIDATION_TOKENS = 16_384
+_SAMPLE_TOKENS = 64
+_VALIDATIONS = 4
+_SHORT_S = 29.0  # planning has taken its part of half a minute
+
+
+@dataclasses.dataclass
+class Job:
+    """What a run trains on, and how. `held` (V,): the rows of the embedding that keep their vectors."""
+
+    rows: PackedRows
+    corpus: TokenizedCorpus
+    recipe: Recipe
+    budget: Budget
+    arguments: TrainingArguments
+    lanes: Lanes | None = None  # where the rows come in their order, and states are carried
+    held: torch.Tensor | None = None
+
+    @property
+    def pace(self) -> Pace:
+        """Steps as tokens."""
+        training = self.recipe.training
+        n_rows = len(self.rows if self.lanes is None else self.lanes.order)
+        return Pace(n_rows, training.batch_size * training.accumulation, training.row_length - 1)
+
+
+def fit(
+    run: RunFolder,
+    model: GenLMForCausalLM,
+    job: Job,
+    begin: Checkpoint | None,
+    stop: StopRequest,
+    rate_scale: float = 1.0,
+) -> GenLMForCausalLM | None:
+    """Train `model`, from the checkpoint `begin` on if there is one, at `rate_scale` of its rate.
+
+    Returns:
+        the trained model, whole, in the first process; None in the others.
+
+    Raises:
+        Stopped: `stop` was asked for; a checkpoint was written.
+        Diverged: the loss became infinite or NaN.
+    """
+    training, budget = job.recipe.training, job.budget
+    if begin is not None:
+        budget.seconds, budget.steps = begin.progress.seconds, begin.progress.steps
+        budget.spent_s = max(budget.spent_s, begin.progress.elapsed_s)
+
+    def look(model: GenLMForCausalLM, step: int) -> None:
+        whole = trainer.whole_model()
+        from_first(lambda: _look(run, whole, job, step))
+
+    watching = [ThreadsCallback(run, budget.step_s)] if budget.step_s is not None else []
+    release = job.recipe.vectors.release_step
+    holding = [HoldRowsCallback(job.held, release)] if job.held is not None else []
+    every_s = 60 * training.checkpoint_minutes
+    trainer = BudgetTrainer(
+        run=run,
+        budget=budget,
+        recipe=training,
+        lanes=job.lanes,
+        rate_scale=rate_scale,
+        is_rate_halved=rate_scale < 1 or (begin is not None and begin.progress.is_rate_halved),
+        model=model,
+        args=job.arguments,
+        train_dataset=job.rows,
+        data_collator=collate,
+        optimizer_cls_and_kwargs=(OptimizerFactory, {"recipe": training}),
+        callbacks=[
+            BudgetCallback(budget),
+            LogCallback(run, budget, job.pace),
+            MilestoneCallback(budget, _validations(training, budget), look),
+            *watching,
+            *holding,
+            CheckpointCallback(budget, every_s, training.checkpoint_steps, lambda: stop.is_made),
+        ],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.saved_step = None if begin is None else begin.progress.step
+    with keeping_memory(), stop.deferred():
+        trainer.train(resume_from_checkpoint=None if begin is None else str(begin.path))
+    step, seconds = trainer.state.global_step, budget.elapsed_s
+    if not budget.is_spent(step):  # the one other thing that ends it
+        run.log("stopped", step=step, checkpoint=trainer.saved_step)
+        raise Stopped(str(run.path), trainer.saved_step)
+    whole = trainer.whole_model()
+    if whole is None:
+        return None
+    whole.config.use_cache = True  # Trainer turned it off for training
+    _sample(run, whole, job, step)
+    run.log(
+        "trained",
+        steps=step,
+        tokens=job.pace.tokens(step),
+        epochs=round(step / job.pace.steps_per_epoch, 3),
+        seconds=round(seconds, 2),
+        tokens_per_s=round(job.pace.tokens(step) / seconds),
+    )
+    return whole
+
+
+def _look(run: RunFolder, model: GenLMForCausalLM, job: Job, step: int) -> None:
+    """Measure the model on a part of the validation split, and let it write."""
+    found = likelihood_of(model, job.corpus, job.recipe, _PARTIAL_VALIDATION_TOKENS)
+    values = {m.name: round(m.value, 5) for m in found}
+    run.log("validation", step=step, partial=True, tokens=found[0].n, **values)
+    _sample(run, model, job, step)
+
+
+def _sample(run: RunFolder, model: GenLMForCausalLM, job: Job, step: int) -> None:
+    training = job.recipe.training
+    if training.samples == 0:
+        return
+    texts = write_samples(model, job.corpus.tokenizer, training.samples, _SAMPLE_TOKENS, training.seed)
+    for text in texts:
+        run.log("sample", step=step, prompt="", text=text)
+
+    def note(reason: str) -> None:
+        run.log("note", message=f"the samples of step {step} were not written: {reason}")
+
+    with full_disk_as(note), run.samples.open("a", encoding="utf-8") as file:
+        file.write(_samples_markdown(step, texts))
+
+
+def _validations(training: TrainingRecipe, budget: Budget) -> int:
+    """How many there are: a run of seconds has no time for them."""
+    if training.validations is not None:
+        return training.validations
+    is_short = budget.seconds is not None and budget.seconds < _SHORT_S
+    return 0 if is_short else _VALIDATIONS
+
+
+def likelihood_of(
+    model: GenLMForCausalLM,
+    corpus: TokenizedCorpus,
+    recipe: Recipe,
+    max_tokens: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Measurement]:
+    return measure_likelihood(
+        model,
+        corpus.validation,
+        start_id=corpus.tokenizer.bos_token_id,
+        context=recipe.evaluation.context,
+        stride=recipe.evaluation.stride,
+        batch_size=recipe.evaluation.batch_size,
+        carry_state=recipe.evaluation.carry_state,
+        max_tokens=max_tokens,
+        on_progress=on_progress,
+    )
+
+
+def _samples_markdown(step: int, texts: list[str]) -> str:
+    """Each text in a fence longer than any run of backticks in it."""
+    parts = [f"## After step {step}\n"]
+    for text in texts:
+        fence = "```"
+        while fence in text:
+            fence += "`"
+        parts.append(f"{fence}text\n{text}\n{fence}\n")
+    return "\n".join(parts) + "\n"
