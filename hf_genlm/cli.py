@@ -96,13 +96,14 @@ def _tokenizer(options: argparse.Namespace) -> None:
     out = Path(options.out)
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {options.out!r} already holds files: name a new folder, or remove it")
-    from hf_genlm.text.corpus import read_documents
+    from hf_genlm.text.corpus import notes_on, read_documents
     from hf_genlm.text.encoding import encode_documents
     from hf_genlm.text.tokenizer import train_tokenizer
 
     with Display() as display:
         display.show("reading")
-        documents, _ = read_documents(recipe.corpus.sources, recipe.corpus)
+        documents, report = read_documents(recipe.corpus.sources, recipe.corpus)
+        display.note(notes_on(report))
         n_bytes = int(documents.n_bytes.sum())
         display.show("training the tokenizer")
         tokenizer = train_tokenizer(documents, recipe.tokenizer, n_bytes)
@@ -129,16 +130,17 @@ def _evaluate(options: argparse.Namespace) -> None:
     recipe = load_recipe(run.recipe, options.assignments) if run else _recipe(options, {})
     with Display() as display:
         display.show("loading torch and transformers")
-        from hf_genlm.text.corpus import read_corpus, read_documents
+        from hf_genlm.text.corpus import notes_on, read_corpus, read_documents
 
         if options.sources:
             split = "given"
-            documents, _ = read_documents(options.sources, recipe.corpus)
+            documents, report = read_documents(options.sources, recipe.corpus)
         else:
             split = "validation"
             corpus = read_corpus(recipe.corpus)
-            _check_same_text(run, corpus.report)
-            documents = corpus.validation
+            documents, report = corpus.validation, corpus.report
+            _check_same_text(run, report)
+        display.note(notes_on(report))
         model, tokenizer = _load(options.model)
         measurements = _measure(model, tokenizer, documents, recipe, split, display)
     if run and not options.sources and not options.assignments:

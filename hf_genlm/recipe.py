@@ -31,6 +31,7 @@ class CorpusRecipe:
     split_seed: int = 0  # apart from training.seed: runs with other seeds share one split
     encoding: str = "utf-8"
     text_column: str = "text"  # the field of .jsonl, .parquet and Hub records that holds the text
+    damaged: str = "stop"  # skip: leave out damaged records, and damaged files inside folders; and count them
     cache: bool = True  # keep the tokenizer and the token ids for the next run over the same text
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_genlm.recipe import Recipe
 from hf_genlm.run_folder import RunFolder, write_json
 from hf_genlm.text.cache import Cache, cache_folder
-from hf_genlm.text.corpus import Corpus, read_corpus
+from hf_genlm.text.corpus import Corpus, notes_on, read_corpus
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents
 from hf_genlm.text.tokenizer import load_tokenizer, train_tokenizer
 from hf_genlm.training.word_vectors import count_words
@@ -36,6 +36,8 @@ def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
     cache = Cache(cache_folder() if recipe.corpus.cache else None, note)
     corpus = read_corpus(recipe.corpus)
     run.log("corpus", **{name: corpus.report[name] for name in ("description", "train", "validation")})
+    for message in notes_on(corpus.report):
+        note(message)
     if recipe.tokenizer.path is not None:
         tokenizer = load_tokenizer(recipe.tokenizer.path)
         if tokenizer.bos_token is None:
