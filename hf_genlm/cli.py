@@ -50,7 +50,7 @@ def _recipe(options: argparse.Namespace, fields: dict[str, str]) -> Recipe:
         if value is not None:
             set_field(recipe, name, value)
     if getattr(options, "sources", None):
-        recipe.corpus.sources = list(options.sources)
+        set_field(recipe, "corpus.sources", list(options.sources))
     return recipe
 
 
@@ -134,6 +134,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
         if options.sources:
             split = "given"
+            set_field(recipe, "corpus.sources", list(options.sources))  # names what may not be in it
             documents, report = read_documents(options.sources, recipe.corpus)
         else:
             split = "validation"
@@ -198,10 +199,11 @@ def _load(name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     import hf_genlm.model  # noqa: F401  registers the Auto classes
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {name!r}: {' '.join(str(error).split())}") from error
+        model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a damaged folder raises anything, from KeyError to the Rust libraries' own
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        raise UserError(f"cannot load {name!r}: {reason}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
@@ -211,6 +213,11 @@ def _source_of(name: str) -> str:
     source = str(path / "model") if (path / "model" / "config.json").is_file() else name
     if path.exists() and not (Path(source) / "config.json").is_file():
         raise UserError(f"{name!r} holds no model: neither it nor its model/ has a config.json")
+    if path.exists() and not any(Path(source).glob("*.safetensors")):
+        raise UserError(
+            f"{name!r} has no weights in model.safetensors, and no others are read, since a pickle can run "
+            "code: load the model where you trust it, and save_pretrained it again"
+        )
     if not path.exists() and name.count("/") != 1:
         raise UserError(f"no model at {name!r}: name a run folder, a model folder or a Hub id")
     return source
