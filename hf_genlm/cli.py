@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_genlm.arguments import MODEL_FIELDS, TRAIN_FIELDS, VOCABULARY_FIELD, build_parser
 from hf_genlm.display import Display, installation_lines, model_cost_lines, table
-from hf_genlm.errors import UserError
+from hf_genlm.errors import UserError, without_secrets
 from hf_genlm.recipe import Recipe, load_recipe, set_field
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def _load(name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a damaged folder raises anything, from KeyError to the Rust libraries' own
-        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        reason = without_secrets(" ".join(str(error).split()))[:500] or type(error).__name__
         raise UserError(f"cannot load {name!r}: {reason}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 

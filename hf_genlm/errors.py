@@ -14,11 +14,16 @@ _LEAST_SECRET = 8  # characters of a variable's value: a shorter one would be fo
 class UserError(ValueError):
     """Input that cannot be used. The message is one line: the value, the rule, the remedy.
 
-    The command line prints it and exits 2, without a traceback. Access tokens in it are blotted out.
+    The command line prints it and exits 2, without a traceback. Access tokens in it are blotted out, and
+    what is no printable character, as a line end, is written as its escape.
     """
 
     def __init__(self, message: str):
-        super().__init__(without_secrets(message))
+        super().__init__(_printable(without_secrets(message)))
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def without_secrets(text: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from hf_genlm.errors import UserError
+from hf_genlm.errors import UserError, without_secrets
 from hf_genlm.recipe import CorpusRecipe
 from hf_genlm.text.cache import NoRoom
 from hf_genlm.text.damage import Damage, LeaveOut, LeftOut, Place
@@ -291,7 +291,8 @@ def _read_hub(word: str, recipe: CorpusRecipe, split: str, reading: Reading) -> 
         _check_reachable(name)
         splits = datasets.load_dataset(name, config or None)
     except Exception as error:  # whatever goes wrong inside lies with the id or the way to the Hub
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        # a part of a token would not be known for one: it goes before the end is cut off
+        reason = without_secrets(" ".join(str(error).split()))[:200] or type(error).__name__
         raise UserError(
             f"{word!r} is no path here, and as a Hub dataset it cannot be loaded ({reason}): "
             "check the path, or the id owner/name:config and the network (HF_HUB_OFFLINE=1 uses a "
