@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_genlm.arguments import MODEL_FIELDS, TRAIN_FIELDS, VOCABULARY_FIELD, build_parser
 from hf_genlm.display import Display, installation_lines, model_cost_lines, table
-from hf_genlm.errors import Stopped, UserError
+from hf_genlm.errors import Stopped, UserError, without_secrets
 from hf_genlm.launch import check_processes, is_first, is_launched, launch, use_one_gpu
 from hf_genlm.recipe import Recipe, load_recipe, set_field
 
@@ -72,7 +72,7 @@ def _recipe(options: argparse.Namespace, fields: dict[str, str]) -> Recipe:
         if value is not None:
             set_field(recipe, name, value)
     if getattr(options, "sources", None):
-        recipe.corpus.sources = list(options.sources)
+        set_field(recipe, "corpus.sources", list(options.sources))
     return recipe
 
 
@@ -163,13 +163,14 @@ def _tokenizer(options: argparse.Namespace) -> None:
     out = Path(options.out)
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {options.out!r} already holds files: name a new folder, or remove it")
-    from hf_genlm.text.corpus import read_documents
+    from hf_genlm.text.corpus import notes_on, read_documents
     from hf_genlm.text.encoding import encode_documents
     from hf_genlm.text.tokenizer import train_tokenizer
 
     with Display() as display:
         display.show("reading")
-        documents, _ = read_documents(recipe.corpus.sources, recipe.corpus)
+        documents, report = read_documents(recipe.corpus.sources, recipe.corpus)
+        display.note(notes_on(report))
         n_bytes = int(documents.n_bytes.sum())
         display.show("training the tokenizer")
         tokenizer = train_tokenizer(documents, recipe.tokenizer, n_bytes)
@@ -196,16 +197,18 @@ def _evaluate(options: argparse.Namespace) -> None:
     recipe = load_recipe(run.recipe, options.assignments) if run else _recipe(options, {})
     with Display() as display:
         display.show("loading torch and transformers")
-        from hf_genlm.text.corpus import read_corpus, read_documents
+        from hf_genlm.text.corpus import notes_on, read_corpus, read_documents
 
         if options.sources:
             split = "given"
-            documents, _ = read_documents(options.sources, recipe.corpus)
+            set_field(recipe, "corpus.sources", list(options.sources))  # names what may not be in it
+            documents, report = read_documents(options.sources, recipe.corpus)
         else:
             split = "validation"
             corpus = read_corpus(recipe.corpus)
-            _check_same_text(run, corpus.report)
-            documents = corpus.validation
+            documents, report = corpus.validation, corpus.report
+            _check_same_text(run, report)
+        display.note(notes_on(report))
         model, tokenizer = _load(options.model)
         measurements = _measure(model, tokenizer, documents, recipe, split, display)
     if run and not options.sources and not options.assignments:
@@ -264,10 +267,11 @@ def _load(name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     import hf_genlm.model  # noqa: F401  registers the Auto classes
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {name!r}: {' '.join(str(error).split())}") from error
+        model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a damaged folder raises anything, from KeyError to the Rust libraries' own
+        reason = without_secrets(" ".join(str(error).split()))[:500] or type(error).__name__
+        raise UserError(f"cannot load {name!r}: {reason}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
@@ -277,6 +281,11 @@ def _source_of(name: str) -> str:
     source = str(path / "model") if (path / "model" / "config.json").is_file() else name
     if path.exists() and not (Path(source) / "config.json").is_file():
         raise UserError(f"{name!r} holds no model: neither it nor its model/ has a config.json")
+    if path.exists() and not any(Path(source).glob("*.safetensors")):
+        raise UserError(
+            f"{name!r} has no weights in model.safetensors, and no others are read, since a pickle can run "
+            "code: load the model where you trust it, and save_pretrained it again"
+        )
     if not path.exists() and name.count("/") != 1:
         raise UserError(f"no model at {name!r}: name a run folder, a model folder or a Hub id")
     return source

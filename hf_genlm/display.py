@@ -161,6 +161,11 @@ class Display:
         """A line that stays."""
         self.console.print(line, markup=False, soft_wrap=True)
 
+    def note(self, messages: Sequence[str]) -> None:
+        """Each as a line that stays."""
+        for message in messages:
+            self._note(message)
+
     def hear(self, event: str, fields: dict[str, Any]) -> None:
         """The listener that `train` wants; events without a row in the table are not shown."""
         if event in self._renderers:

@@ -1,14 +1,40 @@
 """What a person can mend or has asked for; everything else that is raised is a fault of ours."""
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
+
+# an access token of the Hub; a login in front of the host of an address
+_SECRETS = (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), re.compile(r"(?<=://)[^/\s@'\"]+(?=@)"))
+_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_LEAST_SECRET = 8  # characters of a variable's value: a shorter one would be found in any text
 
 
 class UserError(ValueError):
     """Input that cannot be used. The message is one line: the value, the rule, the remedy.
 
-    The command line prints it and exits 2, without a traceback.
+    The command line prints it and exits 2, without a traceback. Access tokens in it are blotted out, and
+    what is no printable character, as a line end, is written as its escape.
     """
+
+    def __init__(self, message: str):
+        super().__init__(_printable(without_secrets(message)))
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def without_secrets(text: str) -> str:
+    """`text` with `***` for every access token of the Hub and every login in an address."""
+    for pattern in _SECRETS:
+        text = pattern.sub("***", text)
+    for name in _TOKEN_VARIABLES:
+        value = os.environ.get(name, "").strip()
+        if len(value) >= _LEAST_SECRET:
+            text = text.replace(value, "***")
+    return text
 
 
 class Stopped(KeyboardInterrupt):

@@ -4,19 +4,25 @@ section.key=value`.
 Every field has a default; a recipe file states only what differs. Unknown words stop the run and suggest the
 near one. A run writes its recipe to the run folder, with every size, rate and length that was left open as it
 was chosen: that file repeats the run.
+
+Of YAML's own reading of plain words only null, true and false are taken: the field says what is a number. So
+`no` is Norwegian, `1e-3` a number, and `1:30` no 90.
 """
 
 import dataclasses
+import re
+import reprlib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.errors import UserError, did_you_mean, without_secrets
+from hf_genlm.ranges import MOST_WHOLE, RANGES
 
 
 @dataclass
@@ -31,6 +37,7 @@ class CorpusRecipe:
     split_seed: int = 0  # apart from training.seed: runs with other seeds share one split
     encoding: str = "utf-8"
     text_column: str = "text"  # the field of .jsonl, .parquet and Hub records that holds the text
+    damaged: str = "stop"  # skip: leave out damaged records, and damaged files inside folders; and count them
     cache: bool = True  # keep the tokenizer and the token ids for the next run over the same text
 
 
@@ -166,7 +173,8 @@ def load_recipe(path: str | Path | None = None, assignments: Iterable[str] = ())
     """The defaults, overlaid with the YAML file at `path`, overlaid with `section.key=value` assignments.
 
     Raises:
-        UserError: unreadable file, unknown section or key, or a value that does not fit its field.
+        UserError: unreadable file, unknown section or key, or a value that does not fit its field or holds
+            an access token.
     """
     recipe = Recipe()
     if path is not None:
@@ -218,7 +226,7 @@ def set_field(recipe: Recipe, name: str, value: Any) -> None:
     """Set `section.key`, coercing `value` to the field's type.
 
     Raises:
-        UserError: unknown section or key (with the near word), or a value of another type.
+        UserError: unknown section or key (with the near word), or a value of another type or out of range.
     """
     section_name, _, key = name.partition(".")
     sections = [f.name for f in dataclasses.fields(recipe)]
@@ -228,26 +236,92 @@ def set_field(recipe: Recipe, name: str, value: Any) -> None:
     hints = typing.get_type_hints(type(section))
     if key not in hints:
         raise UserError(f"unknown recipe key {name!r}{did_you_mean(key, hints)}")
-    setattr(section, key, _coerce(name, value, hints[key]))
+    coerced = _coerce(name, value, hints[key])
+    _check(name, coerced)
+    setattr(section, key, coerced)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """
+    Raises:
+        UserError: a number is out of its range, or a word holds an access token. What `load_recipe` gives
+            has been checked.
+    """
+    for section in dataclasses.fields(recipe):
+        for key, value in vars(getattr(recipe, section.name)).items():
+            _check(f"{section.name}.{key}", value)
+
+
+def _check(name: str, value: Any) -> None:
+    if name in RANGES and value is not None and not RANGES[name].holds(value):
+        raise UserError(f"{name} = {value}: it must be {RANGES[name]}")
+    for word in value if isinstance(value, list) else [value]:
+        if isinstance(word, str) and without_secrets(word) != word:
+            raise UserError(
+                f"{name} holds an access token or a login, which would stand in the run folder and on the "
+                "model card: leave it out, and log in with `hf auth login` or set HF_TOKEN"
+            )
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which plain words stay words, but for null, true and false, and no key stands twice."""
+
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012  of this class, not of its parent
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_NULL = re.compile(r"(?:~|null|Null|NULL|)$")
+_BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", _NULL, ["~", "n", "N", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
+_MOST_CHARACTERS = 1 << 17  # of a recipe file
+_SHORT = reprlib.Repr()  # what a message shows of a value, which aliases can make endless
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
+
+
+def _load_yaml(text: str) -> Any:
+    """
+    Raises:
+        ValueError: `text` is not YAML.
+    """
+    try:
+        loader = _Loader(text)
+        return loader.get_single_data()
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MOST_CHARACTERS + 1)
+        if len(text) > _MOST_CHARACTERS:
+            raise ValueError(f"it has more than {_MOST_CHARACTERS:,} characters")
+        content = _load_yaml(text)
     except OSError as error:
         raise UserError(f"cannot read the recipe {str(path)!r}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"the recipe {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:  # a name that no file can have, too
+        raise UserError(f"the recipe {str(path)!r} is not YAML: {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"the recipe {str(path)!r} must hold sections such as 'training:', not {content!r}")
+        raise UserError(
+            f"the recipe {str(path)!r} must hold sections such as 'training:', not {_shown(content)}"
+        )
     return content
 
 
 def _section_items(section: str, values: Any, path: str | Path) -> Mapping[str, Any]:
     if not isinstance(values, dict):
-        raise UserError(f"section {section!r} of the recipe {str(path)!r} must hold keys, not {values!r}")
+        raise UserError(
+            f"section {section!r} of the recipe {str(path)!r} must hold keys, not {_shown(values)}"
+        )
     return values
 
 
@@ -255,38 +329,86 @@ def _split(assignment: str) -> tuple[str, Any]:
     name, equals, text = assignment.partition("=")
     if not equals:
         raise UserError(f"--set {assignment!r}: write section.key=value, for example training.steps=300")
-    return name.strip(), _parse_scalar(assignment, text)
+    return name.strip(), _parse_value(assignment, text.strip())
 
 
-def _parse_scalar(assignment: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {assignment!r}: the value is not YAML") from error
+def _parse_value(assignment: str, text: str) -> Any:
+    """A list or quoted word of YAML; anything else as it stands, so that `*` and `#` need no quotes."""
+    if text.startswith(("[", "{", "'", '"')):
+        try:
+            return _load_yaml(text)
+        except ValueError as error:
+            raise UserError(f"--set {assignment!r}: the value is not YAML ({error})") from error
+    if _NULL.match(text):
+        return None
+    return text.lower() == "true" if _BOOL.match(text) else text
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`; PyYAML reads `1e-3` as a string and `30` as an int, so go by the field."""
+    """`value` as the type `hint`.
+
+    Raises:
+        UserError: it is none.
+    """
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in options:
         return None
     (kind,) = [option for option in options if option is not type(None)]
-    if typing.get_origin(kind) is list:
-        items = value if isinstance(value, list) else str(value).split(",") if value is not None else []
-        return [str(item) for item in items]
+    is_list = typing.get_origin(kind) is list
     try:
-        if kind is bool and isinstance(value, bool):
-            return value
-        if kind is int and not isinstance(value, bool) and float(value) == int(float(value)):
-            return int(float(value))
-        if kind is float and not isinstance(value, bool):
-            return float(value)
-        if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            return str(value)
-    except (TypeError, ValueError, OverflowError):
-        pass  # falls through to the one message below
-    raise UserError(f"{name} = {value!r}: expected {_name_of(kind)}")
+        return _words(value) if is_list else _KINDS[kind][0](value)
+    except (TypeError, ValueError, OverflowError) as error:
+        expected = "words" if is_list else _KINDS[kind][1]
+        raise UserError(f"{name} = {_shown(value)}: expected {expected}") from error
 
 
-def _name_of(kind: type) -> str:
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[kind]
+def _words(value: Any) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [_word(item) for item in value]
+    return [item.strip() for item in _word(value).split(",")]
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError
+    return str(value)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, str):
+        value = int(value) if re.fullmatch(r"[-+]?[0-9]{1,20}", value) else _number(value)
+    if isinstance(value, bool) or value != int(value) or abs(value) > MOST_WHOLE:
+        raise ValueError
+    return int(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or (isinstance(value, str) and not value.isascii()):
+        raise TypeError
+    number = float(value)
+    if number - number != 0:  # neither infinite nor undefined
+        raise ValueError
+    return number
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _shown(value: Any) -> str:
+    """What stands for `value` in a message: a number that was written as one without quotes."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\.?[0-9][0-9a-zA-Z_.+-]{0,40}", value):
+        return value
+    return _SHORT.repr(value)
+
+
+_KINDS: dict[type, tuple[Callable[[Any], Any], str]] = {
+    bool: (_truth, "true or false"),
+    int: (_whole, "a whole number"),
+    float: (_number, "a number"),
+    str: (_word, "a word"),
+}

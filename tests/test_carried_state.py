@@ -257,8 +257,9 @@ def trainer_of(
         remove_unused_columns=False, learning_rate=RECIPE.learning_rate,
     )  # fmt: skip
     return BudgetTrainer(
-        run=run, budget=Budget(steps=STEPS), recipe=RECIPE, lanes=Lanes(args, len(rows)), model=model, args=args,
-        train_dataset=rows, data_collator=collate, callbacks=[] if stop is None else [StopAt(stop)],
+        run=run, budget=Budget(steps=STEPS), recipe=RECIPE, lanes=Lanes(args, len(rows)), model=model,
+        args=args, train_dataset=rows, data_collator=collate,
+        callbacks=[] if stop is None else [StopAt(stop)],
         optimizer_cls_and_kwargs=(OptimizerFactory, {"recipe": RECIPE}),
     )  # fmt: skip
 
@@ -330,7 +331,7 @@ def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(stop, undisturbed, tmp
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     trainer = trainer_of(build_model("gru"), tmp_path, stop=1, save_steps=1)
     trainer.train()
-    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint = tmp_path / "checkpoints/checkpoint-1"
     args = TrainingArguments(tmp_path, per_device_train_batch_size=2, use_cpu=True)
     with pytest.raises(UserError, match="has the states of 4 rows a step, and this run takes 2"):
         Lanes(args, 40).load(checkpoint)
@@ -359,7 +360,10 @@ def test_two_processes_train_what_one_does(tmp_path):
     subprocess.run([sys.executable, *launch, str(tmp_path)], check=True, timeout=240, env=environment)
     found = load_file(tmp_path / "weights.safetensors")["weights"]
     torch.testing.assert_close(found, weights_of(one.model), atol=1e-9, rtol=0)
-    states = [load_file(folder / f"checkpoint-7/{STATE_FILE}") for folder in (tmp_path, tmp_path / "one")]
+    states = [
+        load_file(folder / f"checkpoints/checkpoint-7/{STATE_FILE}")
+        for folder in (tmp_path, tmp_path / "one")
+    ]
     torch.testing.assert_close(*states, atol=1e-8, rtol=0)
 
 

@@ -106,9 +106,9 @@ def test_shared_layers_are_the_same_layers_written_out(tokens):
         ({"shared_layers": 3}, "must divide"),
         ({"shared_layers": 0}, "at least 1"),
         ({"mixer_types": ["gru", "lstm"], "shared_layers": 2}, "mixers must repeat every 1"),
-        ({"mlp_rank": 0}, "mlp_rank must be more than 0"),
-        ({"embedding_size": -1}, "embedding_size must be more than 0"),
-        ({"final_logit_softcapping": 0.0}, "final_logit_softcapping must be more than 0"),
+        ({"mlp_rank": 0}, "mlp_rank must be at least 1"),
+        ({"embedding_size": -1}, "embedding_size must be at least 1"),
+        ({"final_logit_softcapping": 0.0}, "final_logit_softcapping must be at least"),
     ],
 )
 def test_what_cannot_be_shared_or_reduced_is_refused(overrides, message):

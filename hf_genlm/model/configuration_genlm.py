@@ -1,5 +1,7 @@
 """Configuration of a GenLM decoder: the embedding, one mixer word per layer, and their shapes."""
 
+import difflib
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -19,17 +21,30 @@ DECODERS = {
     "hybrid": ("gated_linear", "gated_linear", "full_attention"),
 }
 
-_POSITIVE = (
-    "vocab_size",
-    "hidden_size",
-    "recurrent_size",
-    "intermediate_size",
-    "shared_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
+_WIDTH = (1, 2**20)
+# field: (least, most), where it is not None; an open least end is an epsilon
+_RANGES = {
+    "vocab_size": (1, 2**31 - 1),
+    "hidden_size": _WIDTH,
+    "embedding_size": _WIDTH,
+    "bigram_size": (1, 2**31 - 1),
+    "num_hidden_layers": (1, 1000),
+    "recurrent_size": _WIDTH,
+    "intermediate_size": _WIDTH,
+    "mlp_rank": _WIDTH,
+    "shared_layers": (1, 1000),
+    "num_attention_heads": _WIDTH,
+    "num_key_value_heads": _WIDTH,
+    "head_dim": _WIDTH,
+    "sliding_window": (2, 2**31 - 1),
+    "max_position_embeddings": (1, 2**31 - 1),
+    "rms_norm_eps": (1e-30, 1.0),
+    "dropout": (0.0, 1.0 - 1e-6),
+    "attention_dropout": (0.0, 1.0 - 1e-6),
+    "final_logit_softcapping": (1e-6, 1e30),
+    "initializer_range": (0.0, 1e3),
+}
+_ROPE_WORDS = ("rope_type", "type", "truncate")  # the parameters of rotary positions that are no numbers
 
 # transformers keys caches and masks by these words; cache_genlm.py registers "genlm_linear_attention"
 _LAYER_TYPE_OF = dict.fromkeys(RECURRENT_MIXERS, "genlm_linear_attention") | {
@@ -84,8 +99,11 @@ class GenLMConfig(PreTrainedConfig):
         tie_word_embeddings: the head is E (through W when there is one).
         initializer_range: standard deviation of new weights.
 
+    A key that is no field is kept as an attribute, as transformers' configs do, but not a slip of one.
+
     Raises:
-        ValueError: a value outside its rule, with the rule.
+        ValueError, TypeError, StrictDataclassError: a value outside its rule, with the rule; the last, of
+            huggingface_hub, stands for another type, or has the ValueError of a rule as its cause.
     """
 
     model_type = "genlm"
@@ -124,6 +142,9 @@ class GenLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         decoder = kwargs.pop("decoder", None)
         rope_parameters = kwargs.pop("rope_parameters", None)
+        _check_rope(rope_parameters)
+        self._refuse_slips(kwargs)
+        self.validate_ranges()  # before anything is counted by them
         if self.mixer_types is None:
             self.mixer_types = mixers_of(decoder or "gated_linear", self.num_hidden_layers or 4)
         elif decoder is not None:
@@ -209,9 +230,6 @@ class GenLMConfig(PreTrainedConfig):
 
     def validate_shapes(self):
         """Sizes are positive and divide each other where the layers need it."""
-        for name in _POSITIVE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
@@ -227,18 +245,26 @@ class GenLMConfig(PreTrainedConfig):
                 f"embedding_size ({self.embedding_size}) other than hidden_size ({self.hidden_size}) needs "
                 "embedding_projection"
             )
-        if self.sliding_window == 1:
-            raise ValueError("sliding_window must be at least 2: a token and one before it")
-        for name in (
-            "embedding_size",
-            "bigram_size",
-            "sliding_window",
-            "mlp_rank",
-            "final_logit_softcapping",
-        ):
+
+    def validate_ranges(self):
+        """Numbers are finite and in their ranges, ids of tokens not negative."""
+        for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be more than 0, not {value}")
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"{name} must be at least {least:,} and at most {most:,}, not {value}")
+        if len(self.mixer_types or ()) > _RANGES["num_hidden_layers"][1]:
+            raise ValueError(f"mixer_types must name at most {_RANGES['num_hidden_layers'][1]:,} layers")
+        ids = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        for token_id in (*ids, self.bos_token_id, self.pad_token_id):
+            if token_id is not None and not 0 <= token_id < 2**31:
+                raise ValueError(f"a token id must be from 0 to 2,147,483,647, not {token_id}")
+
+    def validate_activation(self):
+        """A known activation."""
+        from transformers.activations import ACT2FN
+
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"unknown hidden_act {self.hidden_act!r}; known: {', '.join(ACT2FN)}")
 
     def validate_bigrams(self):
         """Where pairs are embedded, the first layer has a state."""
@@ -257,8 +283,44 @@ class GenLMConfig(PreTrainedConfig):
     def validate_rope(self):
         """transformers' check of the rotary parameters, where they are used, after the plainer ones."""
         self.validate_shapes()
-        if self.has_rotary_positions:
+        if not self.has_rotary_positions:
+            return
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even with rotary positions, not {self.head_dim}")
+        _check_rope(self.rope_parameters)
+        try:
             super().validate_rope()
+        except KeyError as error:  # transformers' word for a parameter that this kind needs
+            raise ValueError(f"rope_parameters: {error.args[0]}") from error
+
+    def _refuse_slips(self, keys):
+        """A key that is one letter away from a field would be ignored."""
+        for key in keys:
+            near = difflib.get_close_matches(key, GenLMConfig.__annotations__, n=1, cutoff=0.9)
+            if near:
+                raise ValueError(f"unknown key {key!r}; did you mean {near[0]!r}?")
+            if callable(getattr(type(self), key, None)):
+                raise ValueError(f"{key!r} is a method of the config, no key")
+
+
+def _check_rope(rope_parameters):
+    """A known kind, and numbers that are finite and more than 0, or lists of such."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if not isinstance(rope_parameters, dict | None):
+        raise TypeError(f"rope_parameters must be a dict, not {rope_parameters!r}")
+    given = rope_parameters or {}
+    known = ("default", *ROPE_INIT_FUNCTIONS)
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in known:
+        raise ValueError(f"unknown rope_type {kind!r}; known: {', '.join(known)}")
+    if given.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("rope_parameters: partial_rotary_factor must be 1: whole heads are turned")
+    for name, value in given.items():
+        for number in value if isinstance(value, list) else [value]:
+            is_number = isinstance(number, int | float) and not isinstance(number, bool)
+            if name not in _ROPE_WORDS and not (is_number and 0 < number < 1e30):
+                raise ValueError(f"rope_parameters: {name} must be a finite number above 0, not {number!r}")
 
 
 __all__ = ["DECODERS", "GenLMConfig", "mixers_of"]

@@ -25,6 +25,7 @@ from hf_genlm.errors import UserError
 _FORMAT = 1  # part of every key: raise it when the content for the same key changes
 _SUFFIX = ".arrays"
 _MAX_BYTES = 20 * 10**9
+_SPARE = 1 << 28  # bytes of the disk that are left to others
 _STALE_S = 86_400  # age of a file that was never finished
 _TAIL = struct.Struct("<Q32s8s")  # bytes of the table, sha256 of all before it and of the table, magic
 _MAGIC = b"hfgenlm\n"
@@ -180,10 +181,30 @@ def scratch_file() -> IO[bytes]:
         return tempfile.TemporaryFile()
 
 
-def no_space(error: OSError, n_bytes: int) -> UserError:
+class NoRoom(UserError):
+    """The disk that scratch files lie on has no room for more."""
+
+
+def check_room(file: IO[bytes], n_bytes: int, n_more: int) -> None:
+    """
+    Raises:
+        NoRoom: with `n_more` bytes in `file`, which has `n_bytes`, less than `_SPARE` would be left of the
+            disk for everything else that writes to it.
+    """
+    if not hasattr(os, "fstatvfs"):
+        return
+    state = os.fstatvfs(file.fileno())
+    if state.f_bavail * state.f_frsize < n_more + _SPARE:
+        raise _no_room(n_bytes, "the disk is nearly full")
+
+
+def no_space(error: OSError, n_bytes: int) -> NoRoom:
     """What a person can do about `error`, which came after `n_bytes` were written."""
-    reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
-    return UserError(
+    return _no_room(n_bytes, "the disk is full" if error.errno == errno.ENOSPC else error.strerror)
+
+
+def _no_room(n_bytes: int, reason: str | None) -> NoRoom:
+    return NoRoom(
         f"writing to the cache or {tempfile.gettempdir()!r} failed after {n_bytes:,} bytes ({reason}): "
         "make room, or name a folder on another disk by HF_GENLM_CACHE"
     )

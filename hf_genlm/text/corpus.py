@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hf_genlm.errors import UserError
+from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.recipe import CorpusRecipe
+from hf_genlm.text.damage import DAMAGED, LeftOut, left_out_line
 from hf_genlm.text.formats import check_encoding
 from hf_genlm.text.sources import Reading, read_sources, read_standard_library
 from hf_genlm.text.store import CHUNK, Document, Documents, TextStore, as_documents
 
-__all__ = ["Corpus", "Document", "read_corpus", "read_documents", "split_documents"]
+__all__ = ["Corpus", "Document", "notes_on", "read_corpus", "read_documents", "split_documents"]
 
 _FEW_DOCUMENTS = 20  # fewer than these are split inside
 _DOMINANT_SHARE = (
@@ -75,6 +76,8 @@ def read_corpus(recipe: CorpusRecipe) -> Corpus:
         "duplicates_removed": n_before - len(train),
         "empty_skipped": sum(part.empty_skipped for part in readings),
         "files_skipped": sum(part.files_skipped for part in readings),
+        "links_out": sum(part.links_out for part in readings),
+        "damaged": _left_out_of(readings).to_json(),
         "train": _count(train),
         "validation": _count(validation),
         "files": [file for part in readings for file in part.files],
@@ -99,10 +102,21 @@ def read_documents(
         "description": _describe(sources, reading),
         "empty_skipped": reading.empty_skipped,
         "files_skipped": reading.files_skipped,
+        "links_out": reading.links_out,
+        "damaged": reading.left_out.to_json(),
         **_count(documents),
         "files": reading.files,
     }
     return documents, report
+
+
+def notes_on(report: dict[str, Any]) -> list[str]:
+    """What a person should hear of a report on a corpus, a line each."""
+    line = left_out_line(report["damaged"])
+    notes = [] if line is None else [line]
+    if report["links_out"]:
+        notes.append(f"{report['links_out']:,} of the files are links that lead out of the folder named")
+    return notes
 
 
 class Block(NamedTuple):
@@ -265,13 +279,23 @@ def _digests(documents: Documents) -> Iterator[bytes]:
 
 def _read(sources: Sequence[str], recipe: CorpusRecipe, split: str) -> Reading:
     check_encoding(recipe.encoding)
+    if recipe.damaged not in DAMAGED:
+        raise UserError(f"unknown corpus.damaged {recipe.damaged!r}{did_you_mean(recipe.damaged, DAMAGED)}")
     reading = read_sources(sources, recipe, split) if sources else read_standard_library()
     if not len(reading.writer):
+        lost = left_out_line(reading.left_out.to_json())
         raise UserError(
             f"no text was found in {', '.join(map(repr, sources))}: "
-            "every record and file is empty, name other sources"
+            f"every record and file is empty{f' ({lost})' if lost else ''}, name other sources"
         )
     return reading
+
+
+def _left_out_of(readings: Sequence[Reading]) -> LeftOut:
+    total = LeftOut()
+    for reading in readings:
+        total.join(reading.left_out)
+    return total
 
 
 def _describe(sources: Sequence[str], reading: Reading) -> str:

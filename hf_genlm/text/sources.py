@@ -7,13 +7,15 @@ import re
 import stat
 import sysconfig
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from hf_genlm.errors import UserError
+from hf_genlm.errors import UserError, without_secrets
 from hf_genlm.recipe import CorpusRecipe
-from hf_genlm.text.formats import Parts, RawFile, check_column, format_of, text_value, texts_of
+from hf_genlm.text.cache import NoRoom
+from hf_genlm.text.damage import Damage, LeaveOut, LeftOut, Place
+from hf_genlm.text.formats import Parts, RawFile, check_column, format_of, texts_of, texts_of_rows
 from hf_genlm.text.store import CHUNK, Document, DocumentWriter
 
 __all__ = ["Document", "Reading", "read_sources", "read_standard_library"]
@@ -34,17 +36,27 @@ class Reading:
         default_factory=list
     )  # name, bytes, sha256 (both as on disk), documents
     empty_skipped: int = 0  # empty records, and empty files inside folders
-    files_skipped: int = 0  # files inside folders whose suffix is not a text's
+    files_skipped: int = 0  # files inside folders whose suffix is not a text's, and what is no file
+    links_out: int = 0  # files that a link inside a folder leads to, out of it
+    left_out: LeftOut = field(default_factory=LeftOut)  # damaged records, and damaged files inside folders
 
     def add(
         self, name: str, texts: Iterable[Parts], n_bytes: int | None = None, sha256: str | None = None
     ) -> int:
         """Take in the texts of one file; how many are not empty. No `n_bytes` where no file is on this
-        disk."""
+        disk.
+
+        Raises:
+            Damage: the file is no whole one; nothing of it is taken in then.
+        """
         n_texts, before = 0, len(self.writer)
-        for parts in texts:
-            self.writer.add(parts, name)
-            n_texts += 1
+        try:
+            for parts in texts:
+                self.writer.add(parts, name)
+                n_texts += 1
+        except Damage:
+            self.writer.keep(before)
+            raise
         n_kept = len(self.writer) - before
         self.empty_skipped += n_texts - n_kept
         self.files.append({"name": name, "bytes": n_bytes, "sha256": sha256, "documents": n_kept})
@@ -55,28 +67,41 @@ class Reading:
 class _Found:
     path: Path
     name: str
-    named: bool  # by the person, not met inside a folder
+    named: bool  # by the person, not met inside a folder or through a glob
+    links_out: bool = False  # a link inside a folder, to a file elsewhere
+
+
+@dataclass(frozen=True)
+class _Located:
+    """What a source stands for: files, and the number of others skipped; or a Hub data set."""
+
+    files: list[_Found]
+    n_skipped: int = 0
+    is_hub: bool = False
 
 
 def read_sources(words: Iterable[str], recipe: CorpusRecipe, split: str) -> Reading:
     """Read every source once, in the order given; folders and globs in the order of their names.
 
-    `split` ("train" or "validation") is the one to take of a Hub data set that has several.
+    `split` ("train" or "validation") is the one to take of a Hub data set that has several. A file is read
+    to its end or left out: of one that turns out to be damaged in the middle nothing is taken.
 
     Raises:
-        UserError: a source is missing, unreadable, or not text.
+        UserError: a source is missing, unreadable, or not text; or, with `corpus.damaged` "stop", a record
+            or a file of it is damaged.
     """
     reading = Reading()
     seen: set[str] = set()
     for word in words:
-        found, skipped = _locate(word)
-        reading.files_skipped += skipped
-        if not found:
+        located = _locate(word)
+        reading.files_skipped += located.n_skipped
+        if located.is_hub:
             _read_hub(word, recipe, split, reading)
-        for file in found:
+        for file in located.files:
             identity = os.path.realpath(file.path)
             if identity not in seen:
                 seen.add(identity)
+                reading.links_out += file.links_out
                 _read_file(file, recipe, reading)
     return reading
 
@@ -91,7 +116,7 @@ def read_standard_library() -> Reading:
 
     root = Path(sysconfig.get_path("stdlib"))
     reading = Reading()
-    for path in _walk(root, pruned=_NOT_LIBRARY):
+    for path in _walk(root, pruned=_NOT_LIBRARY)[0]:
         name = path.relative_to(root).as_posix()
         if path.suffix != ".py" or path.name.startswith(_BUILD_FILE):
             continue
@@ -115,60 +140,77 @@ def read_standard_library() -> Reading:
     return reading
 
 
-def _locate(word: str) -> tuple[list[_Found], int]:
-    """Files of a source and the number of others skipped; no files for the id of a Hub data set."""
+def _locate(word: str) -> _Located:
+    """
+    Raises:
+        UserError: nothing is there, and `word` is no id of a Hub data set either.
+    """
     path = Path(os.path.expanduser(word))
     if word and os.path.isdir(
         path
     ):  # pathlib's own questions raise on a name too long or a closed parent folder
         return _in_folder(word, path)
     if word and os.path.lexists(path):
-        return [_Found(path, _shown(path), named=True)], 0
+        return _Located([_Found(path, _shown(path), named=True)])
     if glob.has_magic(word):
         matches = sorted(glob.glob(os.path.expanduser(word), recursive=True))
         parts = [_locate(match) for match in matches]
-        found = [file for files, _ in parts for file in files]
+        found = [replace(file, named=False) for part in parts for file in part.files]
         if found:
-            return found, sum(skipped for _, skipped in parts)
+            return _Located(found, sum(part.n_skipped for part in parts))
         raise UserError(f"no file matches {word!r}: check the pattern and the folder it starts from")
     if _HUB_ID.fullmatch(word) and format_of(word) == (None, None):
-        return [], 0
+        return _Located([], is_hub=True)
     raise UserError(
         f"{word!r} does not exist: name a file, a folder or a glob, "
         "or a Hub dataset id, which looks like owner/name"
     )
 
 
-def _in_folder(word: str, folder: Path) -> tuple[list[_Found], int]:
-    paths = list(_walk(folder))
+def _in_folder(word: str, folder: Path) -> _Located:
+    paths, n_others = _walk(folder)
     known = [path for path in paths if format_of(path.name)[0] is not None]
+    n_skipped = len(paths) - len(known) + n_others
     if not known:
         raise UserError(
-            f"folder {word!r} holds no readable file ({len(paths)} others): put .txt, .md, .py, .jsonl "
+            f"folder {word!r} holds no readable file ({n_skipped} others): put .txt, .md, .py, .jsonl "
             "or .parquet there, also compressed, or name a file of another suffix itself"
         )
-    base = _shown(folder)
-    found = [_Found(path, f"{base}{path.relative_to(folder).as_posix()}", named=False) for path in known]
-    return found, len(paths) - len(known)
+    base, inside = _shown(folder), os.path.realpath(folder)
+    found = [
+        _Found(path, f"{base}{path.relative_to(folder).as_posix()}", False, _leads_out(path, inside))
+        for path in known
+    ]
+    return _Located(found, n_skipped)
 
 
-def _walk(folder: Path, pruned: Iterable[str] = ()) -> list[Path]:
-    """Regular files below `folder`, but hidden ones and `pruned` folders, sorted by relative path."""
+def _leads_out(path: Path, folder: str) -> bool:
+    """Whether a path inside `folder` is a link to a file elsewhere."""
+    return path.is_symlink() and os.path.commonpath([folder, os.path.realpath(path)]) != folder
+
+
+def _walk(folder: Path, pruned: Iterable[str] = ()) -> tuple[list[Path], int]:
+    """Regular files below `folder`, but hidden ones and `pruned` folders, sorted by relative path; and how
+    many pipes, devices, links to folders and links to nothing stand among them. Links to files are followed.
+    """
 
     def stop(error: OSError) -> NoReturn:
         raise UserError(
             f"{error.filename!r} cannot be read ({error.strerror}): change its permissions"
         ) from error
 
-    found = []
+    found: list[Path] = []
+    n_others = 0
     for parent, folders, files in os.walk(folder, onerror=stop):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in pruned]
+        n_others += sum(os.path.islink(os.path.join(parent, name)) for name in folders)
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     try:
         regular = [path for path in found if path.is_file()]
     except OSError as error:  # a folder that may be listed but not entered
         stop(error)
-    return sorted(regular, key=lambda path: path.relative_to(folder).as_posix())
+    by_name = sorted(regular, key=lambda path: path.relative_to(folder).as_posix())
+    return by_name, n_others + len(found) - len(regular)
 
 
 def _shown(path: Path) -> str:
@@ -181,7 +223,8 @@ def _shown(path: Path) -> str:
 
 
 def _read_file(file: _Found, recipe: CorpusRecipe, reading: Reading) -> None:
-    label = str(file.path)
+    label, of_file = str(file.path), LeftOut()
+    leave_out = _leave_out(of_file, file.name, recipe)
     try:
         if not stat.S_ISREG(file.path.stat().st_mode):
             raise UserError(
@@ -189,14 +232,44 @@ def _read_file(file: _Found, recipe: CorpusRecipe, reading: Reading) -> None:
             )
         with file.path.open("rb") as stream:
             n_bytes, sha256 = _measure(stream)
-            texts = texts_of(RawFile(label, file.path.name, stream), recipe) if n_bytes else [()]
+            texts = texts_of(RawFile(label, file.path.name, stream), recipe, leave_out) if n_bytes else [()]
             n_kept = reading.add(file.name, texts, n_bytes, sha256)
     except OSError as error:
         raise UserError(
             f"{label!r} cannot be read ({error.strerror}): check the file's permissions"
         ) from error
+    except NoRoom as error:
+        raise NoRoom(f"{label!r}, which has {n_bytes:,} bytes, holds more text than fits: {error}") from error
+    except Damage as damage:
+        if file.named and damage.place.unit is None:
+            raise
+        _leave_out(reading.left_out, file.name, recipe)(damage)
+        return
+    reading.left_out.join(of_file)
     if file.named and not n_kept:
-        raise UserError(f"{label!r} is empty: a source must hold text, leave it out or fill it")
+        _refuse_hollow(label, of_file)
+
+
+def _leave_out(left_out: LeftOut, name: str, recipe: CorpusRecipe) -> LeaveOut:
+    """What is done with damage in the file `name`."""
+
+    def take(damage: Damage) -> None:
+        if recipe.damaged == "stop":
+            raise UserError(
+                f"{damage}; or leave out what is damaged with --set corpus.damaged=skip"
+            ) from damage
+        left_out.take(name, damage)
+
+    return take
+
+
+def _refuse_hollow(label: str, left_out: LeftOut) -> NoReturn:
+    if left_out.records:
+        raise UserError(
+            f"{label!r} holds no text that can be used: {left_out.records:,} records are damaged, the first "
+            f"one {left_out.places[0]['reason']}; mend the file, or leave it out"
+        )
+    raise UserError(f"{label!r} is empty: a source must hold text, leave it out or fill it")
 
 
 def _measure(stream: IO[bytes]) -> tuple[int, str]:
@@ -218,7 +291,8 @@ def _read_hub(word: str, recipe: CorpusRecipe, split: str, reading: Reading) -> 
         _check_reachable(name)
         splits = datasets.load_dataset(name, config or None)
     except Exception as error:  # whatever goes wrong inside lies with the id or the way to the Hub
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        # a part of a token would not be known for one: it goes before the end is cut off
+        reason = without_secrets(" ".join(str(error).split()))[:200] or type(error).__name__
         raise UserError(
             f"{word!r} is no path here, and as a Hub dataset it cannot be loaded ({reason}): "
             "check the path, or the id owner/name:config and the network (HF_HUB_OFFLINE=1 uses a "
@@ -233,11 +307,11 @@ def _read_hub(word: str, recipe: CorpusRecipe, split: str, reading: Reading) -> 
             f"{word!r} has no split {split!r}, it has {', '.join(splits)}: save the one you mean to a "
             ".jsonl file"
         )
-    check_column(word, splits[chosen].column_names, recipe)
+    check_column(Place(word), splits[chosen].column_names, recipe)
     records = splits[chosen].select_columns([recipe.text_column])
     batches = records.iter(batch_size=1000)
     values = (value for batch in batches for value in batch[recipe.text_column])
-    reading.add(word, ((text_value(word, value, recipe),) for value in values))
+    reading.add(word, texts_of_rows(word, values, recipe, _leave_out(reading.left_out, word, recipe)))
 
 
 def _check_reachable(name: str) -> None:

@@ -13,10 +13,11 @@ from typing import IO, Any, overload
 
 import numpy as np
 
-from hf_genlm.text.cache import no_space, scratch_file
+from hf_genlm.text.cache import check_room, no_space, scratch_file
 
 CHUNK = 1 << 20  # bytes read or written at once
 _IN_MEMORY = 1 << 26  # bytes; a larger text goes to disk
+_ROOM_EVERY = 1 << 26  # bytes after which the room on the disk is looked at again
 _BLOCK = 4096  # documents whose borders are looked up at once
 
 
@@ -37,12 +38,13 @@ class TextStore:
     """UTF-8 bytes that are appended and read by their place. The file goes when nothing refers to it.
 
     Raises:
-        UserError: from `append`, when the disk is full.
+        NoRoom: from `append`, before the disk is full: a small compressed file may hold any amount of text.
     """
 
     def __init__(self) -> None:
         self.file: IO[bytes] = io.BytesIO()
         self.n_bytes = 0
+        self._checked_to = 0  # bytes that the disk has room for
 
     def append(self, content: bytes) -> None:
         """Write `content` behind what is there."""
@@ -50,11 +52,19 @@ class TextStore:
             if isinstance(self.file, io.BytesIO) and self.n_bytes + len(content) > _IN_MEMORY:
                 in_memory, self.file = self.file, scratch_file()
                 self.file.write(in_memory.getbuffer())
+            if self.n_bytes + len(content) > max(_IN_MEMORY, self._checked_to):
+                check_room(self.file, self.n_bytes, _ROOM_EVERY + len(content))
+                self._checked_to = self.n_bytes + len(content) + _ROOM_EVERY
             self.file.seek(self.n_bytes)
             self.file.write(content)
         except OSError as error:
             raise no_space(error, self.n_bytes) from error
         self.n_bytes += len(content)
+
+    def cut(self, n_bytes: int) -> None:
+        """Keep the first `n_bytes`."""
+        self.file.truncate(n_bytes)
+        self.n_bytes = n_bytes
 
     def read(self, start: int, stop: int) -> bytes:
         """The bytes [start, stop)."""
@@ -174,6 +184,13 @@ class DocumentWriter:
         self._characters.append(characters)
         self._source_ids.append(len(self._sources) - 1)
         return True
+
+    def keep(self, n: int) -> None:
+        """Let go of all but the first `n` documents, and of one that was begun."""
+        self._store.cut(self._stops[n - 1] if n else 0)
+        for values in (self._stops, self._characters, self._source_ids):
+            del values[n:]
+        del self._sources[self._source_ids[-1] + 1 if n else 0 :]
 
     def documents(self) -> Documents:
         """All that was taken in."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.text.damage import DAMAGED
 from hf_genlm.text.vector_formats import (
     FORMATS,
     BadEntry,
@@ -26,7 +27,6 @@ from hf_genlm.text.vector_formats import (
     unit_of,
 )
 
-DAMAGED = ("stop", "skip")  # what to do about a bad line: end, or leave it out and count it
 _PROGRESS_EVERY = 1 << 14  # words
 
 

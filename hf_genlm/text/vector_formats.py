@@ -8,7 +8,6 @@ import hashlib
 import importlib.util
 import io
 import os
-import shutil
 import struct
 import tempfile
 import zlib
@@ -22,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from hf_genlm.errors import UserError
+from hf_genlm.text.cache import check_room
 
 _HEAD_BYTES = 1 << 18  # looked at to tell the format
 _HEAD_LINES = 100  # whose commonest length gives the dimension where no header does
@@ -247,7 +247,9 @@ def fasttext_vectors(path: Path, layout: Layout, words: list[str]) -> np.ndarray
         if layout.is_gzip:
             plain = Path(folder) / "model.bin"  # gensim knows gzip by the suffix, and reads it slowly
             with reading(path, True) as (stream, _), plain.open("wb") as file:
-                shutil.copyfileobj(stream, file, _CHUNK)
+                while content := stream.read(_CHUNK):
+                    check_room(file, file.tell(), len(content))
+                    file.write(content)
         try:
             loaded = load_facebook_vectors(os.fspath(plain))
             rows = [loaded.key_to_index[word] for word in words]

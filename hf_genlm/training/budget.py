@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.model import DECODERS, mixers_of
 from hf_genlm.model.configuration_genlm import RECURRENT_MIXERS
-from hf_genlm.recipe import Recipe, TrainingRecipe
+from hf_genlm.ranges import RANGES
+from hf_genlm.recipe import ModelRecipe, Recipe, TrainingRecipe, check_recipe
 from hf_genlm.training.processes import clock_of_first, count
 
 
@@ -38,6 +39,7 @@ _LEAST_DECAY, _MOST_DECAY = 0.1, 6.0
 _MEMORY_PASSES = 0.63  # that AdamW's memory of a weight holds, once decay is in full
 _ALL_DUE = 4.0  # passes
 _LARGEST_STEPS = 10**9
+_LARGEST_SIZE = 1e12  # parameters
 
 
 @dataclass
@@ -146,8 +148,10 @@ def resolve(recipe: Recipe, shape: Shape | None = None) -> Recipe:
     `shape` is what the size stands for where the recipe has none.
 
     Raises:
-        UserError: an unknown size or decoder, or a number outside its rule.
+        UserError: an unknown size or decoder, a number outside its rule, or fields that contradict each
+            other.
     """
+    check_recipe(recipe)
     if recipe.model.mixers is None and recipe.model.decoder not in DECODERS:
         raise UserError(
             f"unknown --decoder {recipe.model.decoder!r}{did_you_mean(recipe.model.decoder, DECODERS)}"
@@ -157,7 +161,7 @@ def resolve(recipe: Recipe, shape: Shape | None = None) -> Recipe:
     if (training.minutes, training.steps, training.tokens) == (None, None, None):
         training.minutes = DEFAULT_MINUTES
     if model.mixers is not None:
-        model.num_hidden_layers = len(model.mixers)
+        _adopt_mixers(model, model.mixers)
     sizes = (model.hidden_size, model.num_hidden_layers, training.row_length, training.batch_size)
     if model.size is not None or (shape is None and None in sizes):
         model.size = model.size or "tiny"
@@ -189,13 +193,11 @@ def resolve(recipe: Recipe, shape: Shape | None = None) -> Recipe:
         least = _RECURRENT_CONTEXT if is_recurrent else 0
         resolved.evaluation.context = max(training.row_length, least)
     resolved.evaluation.stride = resolved.evaluation.stride or max(1, resolved.evaluation.context // 2)
-    if training.most_passes <= 0:
-        raise UserError(f"training.most_passes = {training.most_passes:g} must be more than 0")
-    if training.threads is not None and training.threads < 1:
-        raise UserError(f"training.threads = {training.threads}: at least 1")
-    for name in ("row_length", "batch_size", "accumulation"):
-        if getattr(training, name) < (2 if name == "row_length" else 1):
-            raise UserError(f"training.{name} = {getattr(training, name)} is too small")
+    if resolved.evaluation.stride > resolved.evaluation.context:
+        raise UserError(
+            f"evaluation.stride = {resolved.evaluation.stride}: it must lie in 1.."
+            f"{resolved.evaluation.context}, which is evaluation.context"
+        )
     if training.start not in STARTS:
         raise UserError(f"unknown training.start {training.start!r}{did_you_mean(training.start, STARTS)}")
     if training.start == "pairs" and model.tie_word_embeddings:
@@ -203,12 +205,6 @@ def resolve(recipe: Recipe, shape: Shape | None = None) -> Recipe:
             "training.start = 'pairs' fits the head to the text, and model.tie_word_embeddings makes it the "
             "embedding: set one of them otherwise"
         )
-    if not 0 <= training.label_smoothing < 1:
-        raise UserError(
-            f"training.label_smoothing = {training.label_smoothing:g} must be from 0 to less than 1"
-        )
-    if training.z_loss < 0:
-        raise UserError(f"training.z_loss = {training.z_loss:g} must be 0 or more")
     return resolved
 
 
@@ -236,15 +232,30 @@ def _settle_carrying(resolved: Recipe, mixers: list[str]) -> None:
         )
 
 
+def _adopt_mixers(model: ModelRecipe, mixers: list[str]) -> None:
+    """The depth is that of the mixers."""
+    most = int(RANGES["model.num_hidden_layers"].most)
+    if not 1 <= len(mixers) <= most:
+        raise UserError(f"model.mixers names {len(mixers)} layers: name from 1 to {most:,}, or a --decoder")
+    if model.num_hidden_layers not in (None, len(mixers)):
+        raise UserError(
+            f"model.num_hidden_layers = {model.num_hidden_layers}, and model.mixers names {len(mixers)}: "
+            "leave one of them out"
+        )
+    model.num_hidden_layers = len(mixers)
+
+
 def _shape_of(size: str) -> Shape:
     if size in SIZES:
         return SIZES[size]
-    number = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB])", size, flags=re.IGNORECASE)
+    number = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([KMB])", size, flags=re.IGNORECASE | re.ASCII)
     if number is None:
         raise UserError(
             f"unknown --size {size!r}{did_you_mean(size, SIZES)}, or a parameter count such as 30M"
         )
     target = float(number[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[number[2].upper()]
+    if not 1 <= target <= _LARGEST_SIZE:
+        raise UserError(f"--size {size!r}: from 1 to {_LARGEST_SIZE:,.0f} parameters, such as 30M")
     # a layer holds about 12 d^2 parameters; depth grows with width as in the named sizes (d = 64 per layer)
     width = max(64, 64 * round((target / 12 * 64) ** (1 / 3) / 64))
     layers = max(1, round(target / (12 * width**2)))

@@ -11,7 +11,7 @@ from hf_genlm.errors import UserError
 from hf_genlm.recipe import Recipe
 from hf_genlm.run_folder import RunFolder, read_json, write_json
 from hf_genlm.text.cache import ArrayWriter, Cache, cache_folder
-from hf_genlm.text.corpus import Corpus, read_corpus
+from hf_genlm.text.corpus import Corpus, notes_on, read_corpus
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents, tokenized_of
 from hf_genlm.text.tokenizer import load_tokenizer, train_tokenizer
 from hf_genlm.training import processes
@@ -93,6 +93,8 @@ def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> TokenizedCorpus:
     cache = Cache(cache_folder() if recipe.corpus.cache else None, note)
     corpus = read_corpus(recipe.corpus)
     run.log("corpus", **{name: corpus.report[name] for name in ("description", "train", "validation")})
+    for message in notes_on(corpus.report):
+        note(message)
     if is_again:
         _check_same(read_json(run.corpus), corpus.report)
     path = str(run.tokenizer) if is_again else recipe.tokenizer.path

@@ -21,9 +21,10 @@ import numpy as np
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.recipe import Recipe
 from hf_genlm.run_folder import RunFolder, write_json
+from hf_genlm.text.damage import DAMAGED
 from hf_genlm.text.encoding import pieces
 from hf_genlm.text.store import Document, as_documents
-from hf_genlm.text.vector_files import DAMAGED, WordVectors, peek_dimension, read_vectors
+from hf_genlm.text.vector_files import WordVectors, peek_dimension, read_vectors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -1,0 +1,91 @@
+"""What the numbers of a recipe may be."""
+
+import math
+from typing import NamedTuple
+
+MOST_WHOLE = 2**53  # beyond, a float does not hold every whole number
+
+
+class Range(NamedTuple):
+    """From `least` to `most`; an open end is no part of it."""
+
+    least: float
+    most: float = math.inf
+    is_open_below: bool = False
+    is_open_above: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` lies in it; not a number does not."""
+        above = self.least < value if self.is_open_below else self.least <= value
+        below = value < self.most if self.is_open_above else value <= self.most
+        return above and below
+
+    def __str__(self) -> str:
+        if self.most == math.inf:
+            if self.is_open_below:
+                return f"more than {self.least:,}"
+            return f"at least {self.least:,}"
+        if self.is_open_below and self.is_open_above:
+            return f"between {self.least:,} and {self.most:,}"
+        above = "more than " if self.is_open_below else ""
+        below = "less than " if self.is_open_above else ""
+        return f"from {above}{self.least:,} to {below}{self.most:,}"
+
+
+_SIZE = Range(1, 2**20)
+_COUNT = Range(1)
+_NOT_NEGATIVE = Range(0)
+_POSITIVE = Range(0, is_open_below=True)
+_SHARE = Range(0, 1)
+_PART = Range(0, 1, is_open_above=True)
+
+# every number of a recipe has its row
+RANGES = {
+    "corpus.validation_fraction": Range(0, 1, is_open_below=True, is_open_above=True),
+    "corpus.split_seed": Range(-MOST_WHOLE),
+    "tokenizer.vocab_size": Range(258, 2**24),  # 256 bytes and two special tokens
+    "tokenizer.max_characters": _COUNT,
+    "model.hidden_size": _SIZE,
+    "model.num_hidden_layers": Range(1, 1000),
+    "model.num_attention_heads": _SIZE,
+    "model.num_key_value_heads": _SIZE,
+    "model.intermediate_size": _SIZE,
+    "model.mlp_rank": _SIZE,
+    "model.shared_layers": _SIZE,
+    "model.embedding_size": _SIZE,
+    "model.bigram_size": Range(0, 2**30),
+    "model.sliding_window": Range(2, 2**30),
+    "model.final_logit_softcapping": _POSITIVE,
+    "model.dropout": _PART,
+    "vectors.release_step": _COUNT,
+    "training.minutes": Range(0, 10**7, is_open_below=True),
+    "training.steps": _COUNT,
+    "training.tokens": _COUNT,
+    "training.most_passes": _POSITIVE,
+    "training.seed": Range(0, 2**32 - 1),  # numpy's
+    "training.row_length": Range(2, 2**20),
+    "training.batch_size": _SIZE,
+    "training.accumulation": _SIZE,
+    "training.learning_rate": _POSITIVE,
+    "training.embedding_rate": _NOT_NEGATIVE,
+    "training.matrix_rate": _NOT_NEGATIVE,
+    "training.weight_decay": _NOT_NEGATIVE,
+    "training.embedding_decay": _NOT_NEGATIVE,
+    "training.bigram_decay": _NOT_NEGATIVE,
+    "training.beta1": _PART,
+    "training.beta2": _PART,
+    "training.max_grad_norm": _NOT_NEGATIVE,
+    "training.label_smoothing": _PART,
+    "training.z_loss": _NOT_NEGATIVE,
+    "training.warmup_fraction": _SHARE,
+    "training.decay_fraction": _SHARE,
+    "training.threads": Range(1, 2**16),
+    "training.validations": Range(0, 10**6),
+    "training.samples": Range(0, 10**4),
+    "training.checkpoint_minutes": _NOT_NEGATIVE,
+    "training.checkpoint_steps": _NOT_NEGATIVE,
+    "training.checkpoints_kept": _COUNT,
+    "evaluation.context": Range(2, 2**30),
+    "evaluation.stride": Range(1, 2**30),
+    "evaluation.batch_size": _SIZE,
+}
