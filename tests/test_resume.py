@@ -3,6 +3,7 @@ the same weights."""
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -167,7 +168,10 @@ def test_resume_needs_a_folder(capsys):
     assert "--out" in capsys.readouterr().err
 
 
-def test_a_run_by_the_clock_goes_on_with_the_time_that_was_left(text, tmp_path):
+def test_a_run_by_the_clock_goes_on_with_the_time_that_was_left(text, tmp_path, monkeypatch):
+    """By a clock of our own, which a busy machine does not move."""
+    now = itertools.count(0.0, 0.01)
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
     settings = ("training.minutes=0.1", "training.steps=null", "training.most_passes=10000")
 
     def hear(event, fields):
@@ -177,13 +181,12 @@ def test_a_run_by_the_clock_goes_on_with_the_time_that_was_left(text, tmp_path):
     with pytest.raises(Stopped):
         train(recipe_of(text, *settings), tmp_path / "run", hear)
     begun = newest_checkpoint(tmp_path / "run" / "checkpoints").progress
-    time.sleep(1)
     run = train(recipe_of(text, *settings), tmp_path / "run", resume=True)
     steps = [e for e in run.read_log() if e["event"] == "step"]
     trained = next(e for e in run.read_log() if e["event"] == "trained")
-    assert 0.4 * begun.seconds < begun.elapsed_s < 0.9 * begun.seconds
+    assert 0.4 * begun.seconds < begun.elapsed_s < 0.7 * begun.seconds
     assert trained["seconds"] == pytest.approx(begun.seconds, rel=0.1)
-    assert steps[-1]["learning_rate"] < 0.1 * max(e["learning_rate"] for e in steps)
+    assert steps[-1]["learning_rate"] < 0.2 * max(e["learning_rate"] for e in steps)
 
 
 def test_a_clock_that_jumps_changes_nothing(monkeypatch):
@@ -264,7 +267,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(text, small_disk, undist
             fill(ballast)
         if event == "note":
             missed.append(fields["message"])
-        if len(missed) == 2 and ballast.exists():
+        if event == "trained":
             ballast.unlink()
 
     run = train(recipe_of(text), small_disk / "run", hear)

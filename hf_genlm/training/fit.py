@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from hf_genlm.errors import Stopped
 from hf_genlm.evaluation.likelihood import measure_likelihood
@@ -85,10 +85,6 @@ def fit(
         whole = trainer.whole_model()
         from_first(lambda: _look(run, whole, job, step))
 
-    watching = [ThreadsCallback(run, budget.step_s)] if budget.step_s is not None else []
-    release = job.recipe.vectors.release_step
-    holding = [HoldRowsCallback(job.held, release)] if job.held is not None else []
-    every_s = 60 * training.checkpoint_minutes
     trainer = BudgetTrainer(
         run=run,
         budget=budget,
@@ -101,14 +97,7 @@ def fit(
         train_dataset=job.rows,
         data_collator=collate,
         optimizer_cls_and_kwargs=(OptimizerFactory, {"recipe": training}),
-        callbacks=[
-            BudgetCallback(budget),
-            LogCallback(run, budget, job.pace),
-            MilestoneCallback(budget, _validations(training, budget), look),
-            *watching,
-            *holding,
-            CheckpointCallback(budget, every_s, training.checkpoint_steps, lambda: stop.is_made),
-        ],
+        callbacks=_callbacks(run, job, look, stop),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.saved_step = None if begin is None else begin.progress.step
@@ -132,6 +121,24 @@ def fit(
         tokens_per_s=round(job.pace.tokens(step) / seconds),
     )
     return whole
+
+
+def _callbacks(
+    run: RunFolder, job: Job, look: Callable[[GenLMForCausalLM, int], None], stop: StopRequest
+) -> list[TrainerCallback]:
+    training, budget = job.recipe.training, job.budget
+    release = job.recipe.vectors.release_step
+    watching = [ThreadsCallback(run, budget.step_s)] if budget.step_s is not None else []
+    holding = [HoldRowsCallback(job.held, release)] if job.held is not None else []
+    every_s, every_steps = 60 * training.checkpoint_minutes, training.checkpoint_steps
+    return [
+        BudgetCallback(budget),  # first: the others read its clock
+        LogCallback(run, budget, job.pace),
+        MilestoneCallback(budget, _validations(training, budget), look),
+        *watching,
+        *holding,
+        CheckpointCallback(budget, every_s, every_steps, lambda: stop.is_made),
+    ]
 
 
 def _look(run: RunFolder, model: GenLMForCausalLM, job: Job, step: int) -> None:
