@@ -389,7 +389,7 @@ def test_what_the_first_process_cannot_use_ends_all_with_one_line(text_folder, t
 @pytest.mark.slow
 def test_processes_keep_to_one_clock(text_folder, tmp_path):  # noqa: F811
     """A run by the clock: planned once, and ended by all after the same step."""
-    words = command(text_folder, tmp_path / "run", "--minutes", "0.1", "--set", "training.most_passes=1000")
+    words = command(text_folder, tmp_path / "run", "--minutes", "0.1", "--set", "training.steps=null")
     done = subprocess.run([sys.executable, *words], env=environment(), timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0
     log = RunFolder.open(tmp_path / "run").read_log()
