@@ -356,16 +356,14 @@ def test_a_killed_process_ends_the_run_within_a_minute(text_folder, tmp_path, vi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "code", "message"),
-    [(signal.SIGTERM, 143, "hf-genlm: stopped by SIGTERM"), (signal.SIGINT, 130, "hf-genlm: stopped")],
-)
-def test_signals_reach_every_process(text_folder, tmp_path, number, code, message):  # noqa: F811
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_reach_every_process(text_folder, tmp_path, number):  # noqa: F811
     run, workers = training_for_long(text_folder, tmp_path / "run")
     run.send_signal(number)
     _, err = run.communicate(timeout=60)
-    assert run.returncode == code
-    assert messages(err) == [message]
+    assert run.returncode == 0
+    assert messages(err) == []
+    assert err.splitlines()[-1] == f"hf-genlm train --resume --out {tmp_path / 'run'}"
     assert not any(worker.is_running() for worker in workers)
 
 
