@@ -43,7 +43,7 @@ _PART = Range(0, 1, is_open_above=True)
 RANGES = {
     "corpus.validation_fraction": Range(0, 1, is_open_below=True, is_open_above=True),
     "corpus.split_seed": Range(-MOST_WHOLE),
-    "tokenizer.vocab_size": Range(258, 2**24),  # 256 bytes and two special tokens
+    "tokenizer.vocab_size": Range(258),  # 256 bytes and two special tokens
     "tokenizer.max_characters": _COUNT,
     "model.hidden_size": _SIZE,
     "model.num_hidden_layers": Range(1, 1000),

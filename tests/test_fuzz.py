@@ -13,6 +13,7 @@ import lzma
 import math
 import os
 import string
+import typing
 from collections import Counter
 
 import pytest
@@ -154,19 +155,35 @@ def check_config(fields: dict) -> str:
 
 # recipes
 
-NAMES = [
-    f"{section.name}.{field.name}"
+HINTS = {
+    f"{section.name}.{key}": hint
     for section in dataclasses.fields(Recipe)
-    for field in dataclasses.fields(section.default_factory)
-]
+    for key, hint in typing.get_type_hints(section.default_factory).items()
+}
+NAMES = list(HINTS)
+NEAR = {
+    bool: st.sampled_from(["true", "false"]),
+    int: st.sampled_from(["1", "2", "4", "8", "64", "300", "1e2"]),
+    float: st.sampled_from(["0.5", "1", "0.01", "1e-3", "0"]),
+    str: st.sampled_from(["gru", "tiny", "rotary", "pairs", "adamw", "auto", "text", "é"]),
+}
 WORDS = st.sampled_from(["no", "true", "null", "1e-3", "1e400", "010", "1:30", ".nan", ".inf", "30M", "tiny",
                          "gru,lstm", "[a, b]", "{a: b}", "'", '"x', "*", "&a", "!!int 3", "a # b", "٣", "1_0",
                          "lstm", "rotary", "pairs", "muon", "", "~", "<<", "\x00", "\ud800"])  # fmt: skip
 
 
+def values_near(name: str):
+    """Of the type of a field, as text; of a field that is none, a word."""
+    options = typing.get_args(HINTS.get(name, str)) or (HINTS.get(name, str),)
+    return NEAR.get(options[0], NEAR[str])
+
+
 @st.composite
 def assignments(draw):
-    name = draw(st.sampled_from(NAMES) | st.text(max_size=12))
+    name = draw(st.sampled_from(NAMES))
+    if draw(st.integers(0, 3)):
+        return f"{name}={draw(values_near(name))}"
+    name = draw(st.just(name) | st.text(max_size=12))
     value = draw(WORDS | WHOLE.map(str) | REAL.map(str) | st.text(max_size=12))
     return f"{name}={value}" if draw(st.integers(0, 19)) else value
 
@@ -177,9 +194,11 @@ def recipe_texts(draw):
     if draw(st.integers(0, 4)) == 0:
         return draw(st.text(max_size=60) | st.text("[]{}:,-&*!|>#%@'\"ab1 \n", max_size=60))
     lines = []
-    for name in draw(st.lists(st.sampled_from(NAMES), max_size=4)):
+    strange = draw(st.integers(0, 2)) == 0
+    for name in draw(st.lists(st.sampled_from(NAMES), max_size=4, unique_by=lambda name: name.split(".")[0])):
         section, key = name.split(".")
-        value = draw(WORDS | WHOLE.map(str) | REAL.map(str) | ANYTHING.map(repr))
+        near = values_near(name)
+        value = draw(near | WORDS | WHOLE.map(str) | REAL.map(str) | ANYTHING.map(repr) if strange else near)
         lines.append(
             f"{section}: {{{key}: {value}}}" if draw(st.booleans()) else f"{section}:\n  {key}: {value}"
         )
@@ -237,7 +256,7 @@ PACK = {
     ".zip": lambda content: zipped(("../../x.txt", content)),
 }
 TEXT = st.text(max_size=30) | st.text("aé日😀\r\n \u2028\ufeff\0", max_size=30)
-RECORDS = st.lists(
+RECORDS = st.lists(TEXT.map(lambda text: {"text": text}), max_size=5) | st.lists(
     st.one_of(
         TEXT.map(lambda text: {"text": text}),
         ANYTHING.map(lambda value: {"text": value}),
@@ -257,7 +276,7 @@ def files(draw):
         values = draw(
             st.lists(st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=9), max_size=4)
         )
-        content = parquet_of({draw(st.sampled_from(["text", "text", "t"])): values or [""]})
+        content = parquet_of({draw(st.sampled_from(["text"] * 5 + ["t"])): values or [""]})
     elif kind == ".jsonl":
         lines = [json.dumps(record, ensure_ascii=draw(st.booleans())) for record in draw(RECORDS)]
         content = "\n".join(lines).encode("utf-8", "surrogatepass")
@@ -267,10 +286,10 @@ def files(draw):
             if draw(st.booleans())
             else draw(st.binary(max_size=60))
         )
-    if draw(st.integers(0, 2)) == 0 and kind != ".parquet":
+    if draw(st.integers(0, 3)) == 0 and kind != ".parquet":
         content = mangled(draw, content)
     packed = PACK[suffix](content)
-    is_whole = draw(st.booleans())
+    is_whole = draw(st.integers(0, 2)) > 0
     return f"a{kind}{suffix}", packed if is_whole else mangled(draw, packed), is_whole, content, kind
 
 

@@ -22,7 +22,7 @@ DECODERS = {
 }
 
 _WIDTH = (1, 2**20)
-# field: (least, most), where it is not None; an open least end is an epsilon
+# field: (least, most) of what is not None; where 0 or 1 itself will not do, a number next to it
 _RANGES = {
     "vocab_size": (1, 2**31 - 1),
     "hidden_size": _WIDTH,
@@ -229,7 +229,7 @@ class GenLMConfig(PreTrainedConfig):
                 )
 
     def validate_shapes(self):
-        """Sizes are positive and divide each other where the layers need it."""
+        """Sizes divide each other where the layers need it."""
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
