@@ -130,13 +130,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     with Display() as display:
         display.show("loading torch and transformers")
         from hf_genlm.text.corpus import read_corpus, read_documents
+        from hf_genlm.text.held_out import read_stream
 
         if options.sources:
             split = "given"
             documents, _ = read_documents(options.sources, recipe.corpus)
         else:
             split = "validation"
-            corpus = read_corpus(recipe.corpus)
+            corpus = (read_stream if recipe.corpus.stream else read_corpus)(recipe.corpus)
             _check_same_text(run, corpus.report)
             documents = corpus.validation
         model, tokenizer = _load(options.model)

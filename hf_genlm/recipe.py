@@ -31,6 +31,10 @@ class CorpusRecipe:
     split_seed: int = 0  # apart from training.seed: runs with other seeds share one split
     encoding: str = "utf-8"
     text_column: str = "text"  # the field of .jsonl, .parquet and Hub records that holds the text
+    stream: bool = False  # read while training and keep nothing: for text larger than memory and disk
+    shuffle_buffer: int = 16_384  # rows of a stream that are shuffled among each other; 0: none
+    weights: list[float] | None = None  # share of each source in a stream; None: one after the other
+    validation_bytes: int = 2_000_000  # the most that is held out of a stream
     cache: bool = True  # keep the tokenizer and the token ids for the next run over the same text
 
 
@@ -234,7 +238,8 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     (kind,) = [option for option in options if option is not type(None)]
     if typing.get_origin(kind) is list:
         items = value if isinstance(value, list) else str(value).split(",") if value is not None else []
-        return [str(item) for item in items]
+        (item_kind,) = typing.get_args(kind)
+        return [str(item) if item_kind is str else _coerce(name, item, item_kind) for item in items]
     try:
         if kind is bool and isinstance(value, bool):
             return value

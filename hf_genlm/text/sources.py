@@ -1,12 +1,13 @@
 """From the words a person names as sources to documents: files, folders, globs, Hub ids, the default."""
 
+import contextlib
 import glob
 import hashlib
 import os
 import re
 import stat
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -16,7 +17,16 @@ from hf_genlm.recipe import CorpusRecipe
 from hf_genlm.text.formats import Parts, RawFile, check_column, format_of, text_value, texts_of
 from hf_genlm.text.store import CHUNK, Document, DocumentWriter
 
-__all__ = ["Document", "Reading", "read_sources", "read_standard_library"]
+__all__ = [
+    "Document",
+    "FoundFile",
+    "Reading",
+    "locate",
+    "open_hub",
+    "opened",
+    "read_sources",
+    "read_standard_library",
+]
 
 # what CPython brings beside its library: its tests, and what was installed into it
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -52,7 +62,9 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class _Found:
+class FoundFile:
+    """A file of a source; `name` is shown to people."""
+
     path: Path
     name: str
     named: bool  # by the person, not met inside a folder
@@ -69,7 +81,7 @@ def read_sources(words: Iterable[str], recipe: CorpusRecipe, split: str) -> Read
     reading = Reading()
     seen: set[str] = set()
     for word in words:
-        found, skipped = _locate(word)
+        found, skipped = locate(word)
         reading.files_skipped += skipped
         if not found:
             _read_hub(word, recipe, split, reading)
@@ -115,7 +127,7 @@ def read_standard_library() -> Reading:
     return reading
 
 
-def _locate(word: str) -> tuple[list[_Found], int]:
+def locate(word: str) -> tuple[list[FoundFile], int]:
     """Files of a source and the number of others skipped; no files for the id of a Hub data set."""
     path = Path(os.path.expanduser(word))
     if word and os.path.isdir(
@@ -123,10 +135,10 @@ def _locate(word: str) -> tuple[list[_Found], int]:
     ):  # pathlib's own questions raise on a name too long or a closed parent folder
         return _in_folder(word, path)
     if word and os.path.lexists(path):
-        return [_Found(path, _shown(path), named=True)], 0
+        return [FoundFile(path, _shown(path), named=True)], 0
     if glob.has_magic(word):
         matches = sorted(glob.glob(os.path.expanduser(word), recursive=True))
-        parts = [_locate(match) for match in matches]
+        parts = [locate(match) for match in matches]
         found = [file for files, _ in parts for file in files]
         if found:
             return found, sum(skipped for _, skipped in parts)
@@ -139,7 +151,7 @@ def _locate(word: str) -> tuple[list[_Found], int]:
     )
 
 
-def _in_folder(word: str, folder: Path) -> tuple[list[_Found], int]:
+def _in_folder(word: str, folder: Path) -> tuple[list[FoundFile], int]:
     paths = list(_walk(folder))
     known = [path for path in paths if format_of(path.name)[0] is not None]
     if not known:
@@ -148,7 +160,7 @@ def _in_folder(word: str, folder: Path) -> tuple[list[_Found], int]:
             "or .parquet there, also compressed, or name a file of another suffix itself"
         )
     base = _shown(folder)
-    found = [_Found(path, f"{base}{path.relative_to(folder).as_posix()}", named=False) for path in known]
+    found = [FoundFile(path, f"{base}{path.relative_to(folder).as_posix()}", named=False) for path in known]
     return found, len(paths) - len(known)
 
 
@@ -180,7 +192,22 @@ def _shown(path: Path) -> str:
     return "" if name == "." else f"{name}/"
 
 
-def _read_file(file: _Found, recipe: CorpusRecipe, reading: Reading) -> None:
+def _read_file(file: FoundFile, recipe: CorpusRecipe, reading: Reading) -> None:
+    with opened(file) as stream:
+        n_bytes, sha256 = _measure(stream)
+        texts = texts_of(RawFile(str(file.path), file.path.name, stream), recipe) if n_bytes else [()]
+        n_kept = reading.add(file.name, texts, n_bytes, sha256)
+    if file.named and not n_kept:
+        raise empty_file(file)
+
+
+@contextlib.contextmanager
+def opened(file: FoundFile) -> Iterator[IO[bytes]]:
+    """The bytes of a file.
+
+    Raises:
+        UserError: it is no regular file, or opening or what is done inside meets an OSError.
+    """
     label = str(file.path)
     try:
         if not stat.S_ISREG(file.path.stat().st_mode):
@@ -188,15 +215,16 @@ def _read_file(file: _Found, recipe: CorpusRecipe, reading: Reading) -> None:
                 f"{label!r} is neither a file nor a folder: save the text to a file and name that"
             )
         with file.path.open("rb") as stream:
-            n_bytes, sha256 = _measure(stream)
-            texts = texts_of(RawFile(label, file.path.name, stream), recipe) if n_bytes else [()]
-            n_kept = reading.add(file.name, texts, n_bytes, sha256)
+            yield stream
     except OSError as error:
         raise UserError(
             f"{label!r} cannot be read ({error.strerror}): check the file's permissions"
         ) from error
-    if file.named and not n_kept:
-        raise UserError(f"{label!r} is empty: a source must hold text, leave it out or fill it")
+
+
+def empty_file(file: FoundFile) -> UserError:
+    """What to raise at a named file without text."""
+    return UserError(f"{str(file.path)!r} is empty: a source must hold text, leave it out or fill it")
 
 
 def _measure(stream: IO[bytes]) -> tuple[int, str]:
@@ -211,12 +239,23 @@ def _measure(stream: IO[bytes]) -> tuple[int, str]:
 
 def _read_hub(word: str, recipe: CorpusRecipe, split: str, reading: Reading) -> None:
     """A data set of the Hub, one document a record."""
+    batches = open_hub(word, recipe, split).iter(batch_size=1000)
+    values = (value for batch in batches for value in batch[recipe.text_column])
+    reading.add(word, ((text_value(word, value, recipe),) for value in values))
+
+
+def open_hub(word: str, recipe: CorpusRecipe, split: str, streaming: bool = False) -> Any:
+    """The text column of a split of a Hub data set: a `datasets.Dataset`, or its `IterableDataset`.
+
+    Raises:
+        UserError: it cannot be loaded, has no such split, or is known to lack the column.
+    """
     import datasets
 
     name, _, config = word.partition(":")
     try:
         _check_reachable(name)
-        splits = datasets.load_dataset(name, config or None)
+        splits = datasets.load_dataset(name, config or None, streaming=streaming)
     except Exception as error:  # whatever goes wrong inside lies with the id or the way to the Hub
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
@@ -233,11 +272,9 @@ def _read_hub(word: str, recipe: CorpusRecipe, split: str, reading: Reading) -> 
             f"{word!r} has no split {split!r}, it has {', '.join(splits)}: save the one you mean to a "
             ".jsonl file"
         )
-    check_column(word, splits[chosen].column_names, recipe)
-    records = splits[chosen].select_columns([recipe.text_column])
-    batches = records.iter(batch_size=1000)
-    values = (value for batch in batches for value in batch[recipe.text_column])
-    reading.add(word, ((text_value(word, value, recipe),) for value in values))
+    if splits[chosen].column_names is not None:  # a stream may know them from its first record alone
+        check_column(word, splits[chosen].column_names, recipe)
+    return splits[chosen].select_columns([recipe.text_column])
 
 
 def _check_reachable(name: str) -> None:

@@ -3,13 +3,16 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from hf_genlm.recipe import Recipe
+from hf_genlm.recipe import Recipe, TrainingRecipe
 from hf_genlm.run_folder import RunFolder, write_json
 from hf_genlm.text.cache import Cache, cache_folder
 from hf_genlm.text.corpus import Corpus, read_corpus
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents
+from hf_genlm.text.packing import PackedRows
+from hf_genlm.text.store import Documents
 from hf_genlm.text.tokenizer import load_tokenizer, train_tokenizer
 from hf_genlm.training.word_vectors import count_words
 
@@ -26,6 +29,24 @@ class TokenizedCorpus:
     validation: TokenizedDocuments
     words: dict[str, int]
 
+    @property
+    def n_tokens(self) -> int:
+        """Of the training text."""
+        return self.train.n_tokens
+
+    def rows(self, training: TrainingRecipe) -> PackedRows:
+        """What a resolved recipe trains on."""
+        return PackedRows(
+            self.train,
+            row_length=training.row_length,
+            eos_id=self.tokenizer.eos_token_id,
+            pad_id=self.tokenizer.pad_token_id,
+        )
+
+    def known_ids(self, rows: PackedRows) -> np.ndarray:
+        """(n,): all of the training text that is at hand as ids."""
+        return self.train.ids
+
 
 def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
     """Read, split and tokenize the corpus; writes corpus.json and tokenizer/."""
@@ -36,16 +57,8 @@ def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
     cache = Cache(cache_folder() if recipe.corpus.cache else None, note)
     corpus = read_corpus(recipe.corpus)
     run.log("corpus", **{name: corpus.report[name] for name in ("description", "train", "validation")})
-    if recipe.tokenizer.path is not None:
-        tokenizer = load_tokenizer(recipe.tokenizer.path)
-        if tokenizer.bos_token is None:
-            tokenizer.bos_token = tokenizer.eos_token  # as in our own: what stands before a document
-    else:
-        run.tell("progress", task="tokenizer", done=0, total=None)
-        text = corpus.report["train"]
-        tokenizer = train_tokenizer(corpus.train, recipe.tokenizer, text["bytes"], cache, text["sha256"])
-    recipe.tokenizer.vocab_size = len(tokenizer)
-    tokenizer.save_pretrained(run.tokenizer)
+    text = corpus.report["train"]
+    tokenizer = tokenizer_of(run, recipe, corpus.train, text["bytes"], cache, text["sha256"])
     words = count_words(corpus.train) if recipe.vectors.path is not None else {}
     train, validation = _encode_splits(run, tokenizer, corpus, cache, note)
     tokenized = TokenizedCorpus(tokenizer, train, validation, words)
@@ -60,6 +73,28 @@ def prepare_corpus(run: RunFolder, recipe: Recipe) -> TokenizedCorpus:
         ),
     )
     return tokenized
+
+
+def tokenizer_of(
+    run: RunFolder,
+    recipe: Recipe,
+    documents: Documents,
+    n_bytes: int,
+    cache: Cache | None = None,
+    sha256: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """The recipe's own tokenizer, or one that is trained on `documents`, of a text of `n_bytes`; saved to
+    tokenizer/."""
+    if recipe.tokenizer.path is not None:
+        tokenizer = load_tokenizer(recipe.tokenizer.path)
+        if tokenizer.bos_token is None:
+            tokenizer.bos_token = tokenizer.eos_token  # as in our own: what stands before a document
+    else:
+        run.tell("progress", task="tokenizer", done=0, total=None)
+        tokenizer = train_tokenizer(documents, recipe.tokenizer, n_bytes, cache, sha256)
+    recipe.tokenizer.vocab_size = len(tokenizer)
+    tokenizer.save_pretrained(run.tokenizer)
+    return tokenizer
 
 
 def _encode_splits(

@@ -13,7 +13,6 @@ from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.recipe import Recipe
 from hf_genlm.run_folder import Listener, RunFolder, describe_environment, write_json, write_text
-from hf_genlm.text.packing import PackedRows
 from hf_genlm.training.budget import budget_of, resolve
 from hf_genlm.training.configure import (
     adopt_vocabulary,
@@ -25,6 +24,7 @@ from hf_genlm.training.configure import (
 from hf_genlm.training.optimizer import check_optimizer
 from hf_genlm.training.pair_start import MOST_TOKENS, start_from_pairs
 from hf_genlm.training.plan import tokens_of_a_step
+from hf_genlm.training.streamed import StreamedCorpus, prepare_stream
 from hf_genlm.training.tokenized import TokenizedCorpus, prepare_corpus
 from hf_genlm.training.trainer import check_compiler, fit, likelihood_of, training_arguments_of
 from hf_genlm.training.word_vectors import adopt_dimension, start_from_vectors
@@ -44,6 +44,9 @@ def _keeping_threads() -> Iterator[None]:
 def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> RunFolder:
     """Read the corpus, train tokenizer and model, measure the saved model, and leave all of it in `out`.
 
+    With `corpus.stream`, how much text there is remains unknown: the size and the decay of the weights are
+    chosen as for one pass at most, and `training.most_passes` ends nothing; what ends is read again.
+
     `listener(event, fields)` hears every logged event, and `progress` {task, done, total} within a stage.
 
     Raises:
@@ -60,29 +63,24 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
     run = RunFolder.create(out, listener)
     try:
         run.log("started", decoder=recipe.model.decoder, mixers=config.mixer_types)
-        corpus = prepare_corpus(run, recipe)
+        corpus = (prepare_stream if recipe.corpus.stream else prepare_corpus)(run, recipe)
         arguments = training_arguments_of(run, recipe.training, budget)
         if budget.seconds is not None:
-            n_tokens = corpus.train.n_tokens
-            recipe = plan_recipe(run, given, corpus.tokenizer, n_tokens, budget, arguments.device)
+            recipe = plan_recipe(run, given, corpus.tokenizer, corpus.n_tokens, budget, arguments.device)
             config = build_config(recipe, mixer_types_of(recipe))
             arguments = training_arguments_of(run, recipe.training, budget)
         else:
-            settle_decay(recipe, budget.steps, corpus.train.n_tokens)
+            settle_decay(recipe, budget.steps, corpus.n_tokens)
         corpus.tokenizer.model_max_length = recipe.training.row_length
         corpus.tokenizer.save_pretrained(run.tokenizer)  # again: its model_max_length is known now
-        rows = PackedRows(
-            corpus.train,
-            row_length=recipe.training.row_length,
-            eos_id=corpus.tokenizer.eos_token_id,
-            pad_id=corpus.tokenizer.pad_token_id,
-        )
+        rows = corpus.rows(recipe.training)
         adopt_vocabulary(config, corpus.tokenizer)
         set_seed(recipe.training.seed)
         model = GenLMForCausalLM(config)
         held = None
         if recipe.vectors.path is not None:
-            found = start_from_vectors(run, model, corpus.tokenizer, corpus.words, corpus.train.ids, recipe)
+            ids = corpus.known_ids(rows)
+            found = start_from_vectors(run, model, corpus.tokenizer, corpus.words, ids, recipe)
             held = torch.from_numpy(found) if recipe.vectors.frozen else None
         if recipe.training.start == "pairs":
             learned = start_from_pairs(
@@ -94,7 +92,9 @@ def train(recipe: Recipe, out: str | Path, listener: Listener | None = None) -> 
         raise
     write_text(run.recipe, recipe.to_yaml())
     write_json(run.environment, {**describe_environment(), "device": _describe(arguments.device)})
-    run.log("model", parameters=model.num_parameters(), rows=len(rows), row_length=recipe.training.row_length)
+    run.log(
+        "model", parameters=model.num_parameters(), rows=rows.n_rows, row_length=recipe.training.row_length
+    )
     fit(run, model, rows, corpus, recipe, budget, arguments, held)
     save(run, model, corpus.tokenizer)
     evaluate_run(run, corpus, recipe)
@@ -108,7 +108,9 @@ def save(run: RunFolder, model: GenLMForCausalLM, tokenizer: PreTrainedTokenizer
     run.log("saved", bytes=sum(file.stat().st_size for file in run.model.iterdir()))
 
 
-def evaluate_run(run: RunFolder, corpus: TokenizedCorpus, recipe: Recipe) -> list[Measurement]:
+def evaluate_run(
+    run: RunFolder, corpus: TokenizedCorpus | StreamedCorpus, recipe: Recipe
+) -> list[Measurement]:
     """Measure the model as it lies on disk, on the whole validation split; writes evaluation.json."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = GenLMForCausalLM.from_pretrained(run.model).to(device)

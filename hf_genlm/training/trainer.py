@@ -14,6 +14,7 @@ from hf_genlm.memory import keeping_memory
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.recipe import Recipe, TrainingRecipe
 from hf_genlm.run_folder import RunFolder
+from hf_genlm.text.packed_stream import PackedStream
 from hf_genlm.text.packing import PackedRows, collate
 from hf_genlm.training.budget import Budget, trapezoid
 from hf_genlm.training.callbacks import (
@@ -26,6 +27,7 @@ from hf_genlm.training.callbacks import (
     write_samples,
 )
 from hf_genlm.training.optimizer import OptimizerFactory
+from hf_genlm.training.streamed import StreamCallback, StreamedCorpus
 from hf_genlm.training.tokenized import TokenizedCorpus
 
 _PARTIAL_VALIDATION_TOKENS = 16_384
@@ -37,8 +39,8 @@ _SHORT_S = 29.0  # planning has taken its part of half a minute
 def fit(
     run: RunFolder,
     model: GenLMForCausalLM,
-    rows: PackedRows,
-    corpus: TokenizedCorpus,
+    rows: PackedRows | PackedStream,
+    corpus: TokenizedCorpus | StreamedCorpus,
     recipe: Recipe,
     budget: Budget,
     arguments: TrainingArguments,
@@ -46,7 +48,7 @@ def fit(
 ) -> None:
     """Train `model` in place; the rows `held` (V,) of its embedding as the vectors section says."""
     training = recipe.training
-    pace = Pace(len(rows), training.batch_size * training.accumulation, training.row_length - 1)
+    pace = Pace(rows.n_rows, training.batch_size * training.accumulation, training.row_length - 1)
 
     def sample(model: GenLMForCausalLM, step: int) -> None:
         if training.samples == 0:
@@ -65,6 +67,7 @@ def fit(
 
     watching = [ThreadsCallback(run, budget.step_s)] if budget.step_s is not None else []
     holding = [HoldRowsCallback(held, recipe.vectors.release_step)] if held is not None else []
+    streaming = [StreamCallback(rows, pace.rows_per_step)] if isinstance(rows, PackedStream) else []
     trainer = BudgetTrainer(
         budget=budget,
         recipe=training,
@@ -79,6 +82,7 @@ def fit(
             MilestoneCallback(budget, _validations(training, budget), look),
             *watching,
             *holding,
+            *streaming,
         ],
     )
     trainer.remove_callback(PrinterCallback)
@@ -91,7 +95,7 @@ def fit(
         "trained",
         steps=step,
         tokens=pace.tokens(step),
-        epochs=round(step / pace.steps_per_epoch, 3),
+        epochs=pace.epochs(step),
         seconds=round(seconds, 2),
         tokens_per_s=round(pace.tokens(step) / seconds),
     )
@@ -134,7 +138,7 @@ def _validations(training: TrainingRecipe, budget: Budget) -> int:
 
 def likelihood_of(
     model: GenLMForCausalLM,
-    corpus: TokenizedCorpus,
+    corpus: TokenizedCorpus | StreamedCorpus,
     recipe: Recipe,
     max_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -171,6 +175,7 @@ def training_arguments_of(run: RunFolder, training: TrainingRecipe, budget: Budg
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
+        accelerator_config={"dispatch_batches": False},  # of a stream, each process takes its rows by itself
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     if arguments.n_gpu > 1:
