@@ -29,8 +29,8 @@ from hf_genlm.training.train import train
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
-    write_jsonl(folder / "train.jsonl", range(600))
-    write_jsonl(folder / "held.jsonl", range(590, 640))
+    write_jsonl(folder / "train.jsonl", range(600), 60)
+    write_jsonl(folder / "held.jsonl", range(590, 640), 60)
     return folder
 
 
@@ -49,7 +49,7 @@ def test_a_streamed_run_has_the_losses_of_one_in_memory(sources, tmp_path, every
         return arguments
 
     monkeypatch.setattr(train_module, "training_arguments_of", in_order)
-    settings = ["training.weight_decay=0.1", "model.dropout=0.1", "training.accumulation=2"]
+    settings = ["training.weight_decay=0.1", "training.accumulation=2"]
     runs = [
         train(recipe_of(sources, *settings, *streamed), tmp_path / name)
         for name, streamed in (
@@ -172,8 +172,8 @@ def test_the_command_line_streams(sources, tmp_path, capsys):
     )
 
 
-def test_weights_mix_sources_and_a_size_is_planned(sources, tmp_path):
-    """Two sources with weights, with word vectors' counts of the beginning left out: a whole run of them."""
+def test_a_run_over_a_mixture(sources, tmp_path):
+    """A whole run over two sources of which each begins again by itself."""
     recipe = recipe_of(sources, "corpus.stream=true", "training.steps=4", "training.validations=0")
     recipe.corpus.sources.append(str(sources / "held.jsonl"))
     recipe.corpus.weights = [1.0, 1.0]
@@ -195,8 +195,7 @@ def test_a_text_of_unknown_length_is_taken_for_one_pass(sources):
     assert recipe.training.weight_decay == chosen
 
 
-def test_a_stream_stops_before_the_run_folder_is_made_of(tmp_path):
-    """A fault of the person's leaves nothing behind."""
+def test_a_stream_that_cannot_be_read_leaves_nothing_behind(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n', encoding="utf-8")
     recipe = load_recipe(None, [*SMALL, f"corpus.sources={tmp_path / 'a.jsonl'}", "corpus.stream=true"])
     with pytest.raises(UserError, match="has no field 'text'"):

@@ -1,4 +1,4 @@
-"""Promise: a stream gives the rows that a text in memory gives, and goes on at any row as if nothing had been."""
+"""Promise: a stream gives the rows of a text in memory, and goes on at any row as if nothing had been."""
 
 import itertools
 import json
@@ -145,7 +145,8 @@ def test_a_tokenizer_that_is_not_cut(folder, tokenizer):
 def test_shuffled_blocks_are_those_rows_in_another_order(folder, tokenizer):
     recipe = CorpusRecipe(sources=[str(folder / "a.jsonl")])
     rows = rows_in_memory(recipe, tokenizer, 17)
-    assert len(rows) > 25 and len(rows) % 10
+    assert len(rows) > 25
+    assert len(rows) % 10
 
     def ids(stream, count):
         return [tuple(row["input_ids"]) for row in taken(stream, count)]
@@ -192,7 +193,7 @@ def test_a_stream_goes_on_inside_a_long_text(folder, tokenizer, monkeypatch):
     undisturbed = PackedStream(open_stream(recipe), tokenizer, 129, 8)
     rows = taken(undisturbed, 2500)
     states = [undisturbed.state_after(n) for n in (700, 1501, 2222)]
-    assert any(state["mark"]["place"]["documents"]["pieces"] for state in states)
+    assert all(state["mark"]["place"]["documents"]["pieces"] for state in states[1:])
     for state in states:
         again = PackedStream(open_stream(recipe), tokenizer, 129, 8)
         again.load_state_dict(state)
@@ -257,7 +258,7 @@ def test_processes_share_the_rows_of_one(shuffle_buffer, split_batches, tmp_path
     for n_processes in (2, 3):
         size = 12 if split_batches else 12 // n_processes
         parts = [batches(n_processes, process, size) for process in range(n_processes)]
-        assert [sum(step, []) for step in zip(*parts, strict=True)] == alone
+        assert [list(itertools.chain(*step)) for step in zip(*parts, strict=True)] == alone
 
 
 def texts_of_a_pass(stream) -> list[str]:
@@ -340,7 +341,8 @@ def test_a_data_set_of_the_hub_is_streamed(hub, tmp_path, tokenizer, small_batch
     local = CorpusRecipe(sources=[str(tmp_path / "shard-*.jsonl")])
     undisturbed = PackedStream(open_stream(recipe), tokenizer, 9, 16)
     rows = taken(undisturbed, 700)
-    assert hub and all(call == ("owner/name", "part", {"streaming": True}) for call in hub)
+    assert hub
+    assert all(call == ("owner/name", "part", {"streaming": True}) for call in hub)
     assert_same_rows(rows, taken(PackedStream(open_stream(local), tokenizer, 9, 16), 700))
     assert len(hub) == 2  # the second pass
     for n in (0, 5, 123, 301, 640):
@@ -350,7 +352,7 @@ def test_a_data_set_of_the_hub_is_streamed(hub, tmp_path, tokenizer, small_batch
 
 
 def test_faults_of_a_hub_stream(hub, tmp_path, tokenizer):
-    with pytest.raises(UserError, match="'owner/name.* has no field 'body', it has 'text', 'id'"):
+    with pytest.raises(UserError, match=r"'owner/name.* has no field 'body', it has 'text', 'id'"):
         texts_of_a_pass(open_stream(CorpusRecipe(sources=["owner/name"], text_column="body")))
     with pytest.raises(UserError, match="'owner/name, record 1': field 'id' is int, not text"):
         texts_of_a_pass(open_stream(CorpusRecipe(sources=["owner/name"], text_column="id")))
@@ -370,9 +372,9 @@ def test_a_record_that_cannot_be_read_is_named(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sources": []}, "--stream (needs a SOURCE|reads sources that are named)"),
+        ({"sources": []}, "--stream needs a SOURCE"),
         ({"weights": [1.0, 2.0]}, "corpus.weights has 2 numbers for 1 sources"),
-        ({"weights": [0.0]}, r"corpus.weights = \[0.0\]: .*more than 0"),
+        ({"weights": [0.0]}, r"corpus.weights = \[0.0\]: each must be more than 0"),
         ({"shuffle_buffer": -1}, "corpus.shuffle_buffer = -1"),
         ({"validation_fraction": 0.0}, "corpus.validation_fraction = 0.0"),
         ({"validation_bytes": 0}, "corpus.validation_bytes = 0"),
@@ -391,13 +393,13 @@ def test_streams_without_text(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"empty.txt' is empty"):
         texts_of_a_pass(open_stream(CorpusRecipe(sources=[str(tmp_path / "empty.txt")])))
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 9, encoding="utf-8")
-    with pytest.raises(UserError, match="no training text was found in 'a.jsonl'|no training text was found"):
+    with pytest.raises(UserError, match=r"no training text was found in '.*a\.jsonl'"):
         texts_of_a_pass(open_stream(CorpusRecipe(sources=[str(tmp_path / "a.jsonl")])))
     (tmp_path / "b.txt").write_text(text_of(1, 5), encoding="utf-8")
     one = CorpusRecipe(sources=[str(tmp_path / "b.txt")])
-    with pytest.raises(UserError, match="nothing can be held out .*--validation FILE"):
+    with pytest.raises(UserError, match=r"nothing can be held out .*--validation FILE"):
         read_stream(one)
-    with pytest.raises(UserError, match="training.row_length = 500: all the text has less than one row"):
+    with pytest.raises(UserError, match=r"training.row_length = 500: all the text has less than one row"):
         taken(PackedStream(open_stream(one), tokenizer, 500), 1)
 
 
@@ -405,7 +407,7 @@ def test_weights_are_numbers_of_the_recipe():
     recipe = load_recipe(None, ["corpus.weights=[0.7, 3e-1]", "corpus.stream=true"])
     assert recipe.corpus.weights == [0.7, 0.3]
     assert load_recipe(None, ["corpus.weights=2,1"]).corpus.weights == [2.0, 1.0]
-    with pytest.raises(UserError, match="corpus.weights = 'x': expected a number"):
+    with pytest.raises(UserError, match=r"corpus.weights = 'x': expected a number"):
         load_recipe(None, ["corpus.weights=[x]"])
 
 
@@ -429,43 +431,38 @@ print(n_rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def peak_kb(path) -> int:
+def peak_kb(paths) -> int:
     done = subprocess.run(
-        [sys.executable, "-c", READER, str(path)], capture_output=True, text=True, check=True, timeout=900
+        [sys.executable, "-c", READER, *map(str, paths)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=900,
     )
     n_rows, peak = map(int, done.stdout.split())
-    assert n_rows > path.stat().st_size / 129 / 8
+    assert n_rows > sum(path.stat().st_size for path in paths) / 129 / 8
     return peak
 
 
 def assert_memory_does_not_grow(folder, small_mb: int, large_mb: int, at_most_kb: int) -> None:
-    """One file of records, of which each is another, and one of a single document."""
-    block = [json.dumps({"text": text_of(seed, 200)}, ensure_ascii=False) for seed in range(700)]
-    for suffix, line in ((".jsonl", "\n".join(block)), (".txt", "\n".join(block))):
-        peaks = []
-        for n_mb in (small_mb, large_mb):
-            path = folder / f"text-{n_mb}{suffix}"
+    """So many megabytes of records, and as many of one document."""
+    lines = [json.dumps({"text": text_of(seed, 200)}, ensure_ascii=False) for seed in range(700)]
+    peaks = []
+    for n_mb in (small_mb, large_mb):
+        paths = [folder / f"{n_mb}.jsonl", folder / f"{n_mb}.txt"]
+        for path in paths:
             with path.open("w", encoding="utf-8") as file:
-                if suffix == ".txt":
-                    (folder / "one.txt").write_text("another document\n", encoding="utf-8")
                 while file.tell() < n_mb * 1_000_000:
-                    file.write(line + "\n")
-            peaks.append(peak_kb(path) if suffix == ".jsonl" else peak_kb_of_one(path, folder / "one.txt"))
-        assert peaks[1] - peaks[0] < at_most_kb, (suffix, peaks)
-
-
-def peak_kb_of_one(path, other) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", READER, str(path), str(other)],
-        capture_output=True, text=True, check=True, timeout=900,
-    )  # fmt: skip
-    return int(done.stdout.split()[1])
+                    file.write("\n".join(lines) + "\n")
+        peaks.append(peak_kb(paths))
+    print(f"peak of {2 * small_mb} and {2 * large_mb} MB: {peaks} KiB")
+    assert peaks[1] - peaks[0] < at_most_kb
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path):
-    assert_memory_does_not_grow(tmp_path, 6, 30, at_most_kb=12_000)
+    assert_memory_does_not_grow(tmp_path, 3, 15, at_most_kb=12_000)
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_a_large_text(tmp_path):
-    assert_memory_does_not_grow(tmp_path, 30, 300, at_most_kb=25_000)
+    assert_memory_does_not_grow(tmp_path, 15, 150, at_most_kb=25_000)

@@ -46,6 +46,7 @@ class _Rows:
     place: _Place
     rows: np.ndarray
     ends_pass: bool
+    n_passes: int  # that every lane has ended
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class PackedStream(IterableDataset):
         for found in self._made(_Place(0, [self.eos_id], None, is_exact=False)):
             parts.append(found.rows[:, :-1].ravel())
             n_targets += int((found.rows[:, 1:] != _PADDING).sum())
-            if found.ends_pass or n_targets >= count:
+            if found.n_passes or n_targets >= count:
                 break
         return np.concatenate(parts)[: min(count, n_targets)]
 
@@ -205,7 +206,7 @@ class PackedStream(IterableDataset):
                         f"training.row_length = {self.row_length}: all the text has less than one row; "
                         "give more, or a smaller row_length"
                     )
-                yield _Rows(place, rows, ends_pass)
+                yield _Rows(place, rows, ends_pass, walk.passes)
                 place = _Place(
                     place.row + len(rows), tail.tolist(), walk.position, is_exact=self._encoder.fast is None
                 )

@@ -317,16 +317,14 @@ def check_stream(recipe: CorpusRecipe) -> None:
     """
     n_sources = len(recipe.sources)
     if not n_sources:
-        raise UserError(
-            "--stream reads sources that are named, and none is: name a SOURCE, or leave --stream out"
-        )
+        raise UserError("--stream needs a SOURCE: the text that Python brings is small, leave --stream out")
     if recipe.weights is not None and len(recipe.weights) != n_sources:
         raise UserError(
             f"corpus.weights has {len(recipe.weights)} numbers for {n_sources} sources: give one for each"
         )
     if any(not 0 < weight < float("inf") for weight in recipe.weights or ()):
         raise UserError(
-            f"corpus.weights = {recipe.weights}: a share must be more than 0, or leave its source out"
+            f"corpus.weights = {recipe.weights}: each must be more than 0, or leave its source out"
         )
     if recipe.shuffle_buffer < 0:
         raise UserError(f"corpus.shuffle_buffer = {recipe.shuffle_buffer}: a number of rows, or 0 for none")
