@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -55,7 +56,7 @@ def folder(tmp_path_factory):
     """Files of every kind, empty records, and one text that is read and encoded in several parts."""
     folder = tmp_path_factory.mktemp("stream")
     write_jsonl(folder / "a.jsonl", range(60))
-    (folder / "b.txt").write_text("\n".join(text_of(seed, 9) for seed in range(12_000)), encoding="utf-8")
+    (folder / "b.txt").write_text("\n".join(text_of(seed, 9) for seed in range(24_000)), encoding="utf-8")
     (folder / "c.txt").write_text("", encoding="utf-8")
     values = [text_of(seed, 5) if seed % 3 else None for seed in range(100, 140)]
     parquet.write_table(pa.table({"text": values}), folder / "d.parquet")
@@ -191,9 +192,9 @@ def test_a_stream_goes_on_inside_a_long_text(folder, tokenizer, monkeypatch):
     monkeypatch.setattr(packed_stream, "_BATCH", 1 << 16)
     recipe = CorpusRecipe(sources=[str(folder / "b.txt"), str(folder / "e.md")])
     undisturbed = PackedStream(open_stream(recipe), tokenizer, 129, 8)
-    rows = taken(undisturbed, 2500)
-    states = [undisturbed.state_after(n) for n in (700, 1501, 2222)]
-    assert all(state["mark"]["place"]["documents"]["pieces"] for state in states[1:])
+    rows = taken(undisturbed, 5000)
+    states = [undisturbed.state_after(n) for n in (1500, 3001, 4444)]
+    assert any(state["mark"]["place"]["documents"]["pieces"] for state in states)
     for state in states:
         again = PackedStream(open_stream(recipe), tokenizer, 129, 8)
         again.load_state_dict(state)
@@ -411,8 +412,9 @@ def test_weights_are_numbers_of_the_recipe():
         load_recipe(None, ["corpus.weights=[x]"])
 
 
-READER = """
-import resource, sys
+READER = r"""
+import re, sys
+from pathlib import Path
 from hf_genlm.recipe import CorpusRecipe, TokenizerRecipe
 from hf_genlm.text.held_out import beginning, read_stream
 from hf_genlm.text.packed_stream import PackedStream
@@ -427,25 +429,21 @@ for row in stream:
     n_rows += 1
     if row["labels"][-1] == -100:  # the pass is over, but for what is left of its last block
         break
-print(n_rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+status = Path("/proc/self/status").read_text()
+print(n_rows, re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 """
 
 
 def peak_kb(paths) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", READER, *map(str, paths)],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=900,
-    )
+    command = [sys.executable, "-c", READER, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=900)
     n_rows, peak = map(int, done.stdout.split())
     assert n_rows > sum(path.stat().st_size for path in paths) / 129 / 8
     return peak
 
 
 def assert_memory_does_not_grow(folder, small_mb: int, large_mb: int, at_most_kb: int) -> None:
-    """So many megabytes of records, and as many of one document."""
+    """So many megabytes of records, and as many of one document, of which nothing may stay."""
     lines = [json.dumps({"text": text_of(seed, 200)}, ensure_ascii=False) for seed in range(700)]
     peaks = []
     for n_mb in (small_mb, large_mb):
@@ -459,8 +457,9 @@ def assert_memory_does_not_grow(folder, small_mb: int, large_mb: int, at_most_kb
     assert peaks[1] - peaks[0] < at_most_kb
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read where Linux tells it")
 def test_memory_does_not_grow_with_the_text(tmp_path):
-    assert_memory_does_not_grow(tmp_path, 3, 15, at_most_kb=12_000)
+    assert_memory_does_not_grow(tmp_path, 2, 10, at_most_kb=8_000)
 
 
 @pytest.mark.slow
