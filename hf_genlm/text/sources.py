@@ -255,7 +255,8 @@ def open_hub(word: str, recipe: CorpusRecipe, split: str, streaming: bool = Fals
     name, _, config = word.partition(":")
     try:
         _check_reachable(name)
-        splits = datasets.load_dataset(name, config or None, streaming=streaming)
+        options = {"streaming": True} if streaming else {}
+        splits = datasets.load_dataset(name, config or None, **options)
     except Exception as error:  # whatever goes wrong inside lies with the id or the way to the Hub
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
