@@ -21,6 +21,7 @@ TRAIN_FIELDS = {
     "tokens": "training.tokens",
     "seed": "training.seed",
     "validation": "corpus.validation",
+    "stream": "corpus.stream",
 }
 _MODEL_HELP = "a run folder, a model folder or a Hub id"
 
@@ -63,6 +64,12 @@ def _add_train(verbs: Any) -> None:
     train.add_argument("--tokens", metavar="N", help="train on so many tokens")
     train.add_argument(
         "--validation", action="append", metavar="FILE", help="hold out this, instead of splitting"
+    )
+    train.add_argument(
+        "--stream",
+        action="store_const",
+        const=True,
+        help="read while training, and keep nothing: for text larger than memory and disk",
     )
     train.add_argument("--seed", metavar="N", help="of the weights and the order of rows (default 0)")
     train.add_argument("--out", metavar="DIR", help="the run folder to make (default runs/DECODER-DATE)")

@@ -198,6 +198,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     with Display() as display:
         display.show("loading torch and transformers")
         from hf_genlm.text.corpus import notes_on, read_corpus, read_documents
+        from hf_genlm.text.held_out import read_stream
 
         if options.sources:
             split = "given"
@@ -205,7 +206,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             documents, report = read_documents(options.sources, recipe.corpus)
         else:
             split = "validation"
-            corpus = read_corpus(recipe.corpus)
+            corpus = (read_stream if recipe.corpus.stream else read_corpus)(recipe.corpus)
             documents, report = corpus.validation, corpus.report
             _check_same_text(run, report)
         display.note(notes_on(report))

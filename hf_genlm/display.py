@@ -180,14 +180,18 @@ class Display:
     def _corpus(self, description: str, train: dict, validation: dict) -> None:
         self.say(f"corpus        {description}")
         for name, split in (("train", train), ("validation", validation)):
-            self.say(f"  {name:<12}{split['documents']:,} documents, {split['bytes']:,} bytes")
+            what = "read while training"
+            if split["documents"] is not None:
+                what = f"{split['documents']:,} documents, {split['bytes']:,} bytes"
+            self.say(f"  {name:<12}{what}")
 
     def _tokenized(
-        self, vocab_size: int, train_tokens: int, validation_tokens: int, bytes_per_token: float
+        self, vocab_size: int, train_tokens: int | None, validation_tokens: int, bytes_per_token: float
     ) -> None:
+        to_train_on = "" if train_tokens is None else f"{train_tokens:,} to train on, "
         self.say(
             f"tokenizer     {vocab_size:,} tokens, {bytes_per_token} bytes per token; "
-            f"{train_tokens:,} to train on, {validation_tokens:,} held out"
+            f"{to_train_on}{validation_tokens:,} held out"
         )
 
     def _vectors(
@@ -208,19 +212,21 @@ class Display:
         step_s: float,
         tokens: int,
         threads: int,
-        passes: float,
+        passes: float | None,
         **_: Any,
     ) -> None:
+        times = "" if passes is None else f", {passes:g} times the text"
         self.say(
             f"planned       width {hidden_size}, {num_hidden_layers} layers, {threads} threads: "
-            f"about {tokens:,} tokens at {1000 * step_s:.0f} ms a step, {passes:g} times the text"
+            f"about {tokens:,} tokens at {1000 * step_s:.0f} ms a step{times}"
         )
 
     def _threads(self, step: int, threads: int) -> None:
         self.say(f"threads       {threads} from step {step} on: something else keeps a core busy")
 
-    def _model(self, parameters: int, rows: int, row_length: int) -> None:
-        self.say(f"model         {parameters:,} parameters; {rows:,} rows of {row_length} tokens")
+    def _model(self, parameters: int, rows: int | None, row_length: int) -> None:
+        counted = "" if rows is None else f"{rows:,} "
+        self.say(f"model         {parameters:,} parameters; {counted}rows of {row_length} tokens")
 
     def _step(
         self, step: int, loss: float, tokens_per_s: int, left_s: float, progress: float, **_: Any

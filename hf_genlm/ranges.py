@@ -43,6 +43,8 @@ _PART = Range(0, 1, is_open_above=True)
 RANGES = {
     "corpus.validation_fraction": Range(0, 1, is_open_below=True, is_open_above=True),
     "corpus.split_seed": Range(-MOST_WHOLE),
+    "corpus.shuffle_buffer": _NOT_NEGATIVE,
+    "corpus.validation_bytes": _COUNT,
     "tokenizer.vocab_size": Range(258),  # 256 bytes and two special tokens
     "tokenizer.max_characters": _COUNT,
     "model.hidden_size": _SIZE,

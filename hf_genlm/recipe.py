@@ -38,6 +38,10 @@ class CorpusRecipe:
     encoding: str = "utf-8"
     text_column: str = "text"  # the field of .jsonl, .parquet and Hub records that holds the text
     damaged: str = "stop"  # skip: leave out damaged records, and damaged files inside folders; and count them
+    stream: bool = False  # read while training and keep nothing: for text larger than memory and disk
+    shuffle_buffer: int = 16_384  # rows of a stream that are shuffled among each other; 0: none
+    weights: list[float] | None = None  # share of each source in a stream; None: one after the other
+    validation_bytes: int = 2_000_000  # the most that is held out of a stream
     cache: bool = True  # keep the tokenizer and the token ids for the next run over the same text
 
 
@@ -356,10 +360,13 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         return None
     (kind,) = [option for option in options if option is not type(None)]
     is_list = typing.get_origin(kind) is list
+    (item_kind,) = typing.get_args(kind) if is_list else (None,)
     try:
-        return _words(value) if is_list else _KINDS[kind][0](value)
+        if not is_list:
+            return _KINDS[kind][0](value)
+        return [_KINDS[item_kind][0](word) for word in _words(value)]
     except (TypeError, ValueError, OverflowError) as error:
-        expected = "words" if is_list else _KINDS[kind][1]
+        expected = f"a list, each {_KINDS[item_kind][1]}" if is_list else _KINDS[kind][1]
         raise UserError(f"{name} = {_shown(value)}: expected {expected}") from error
 
 

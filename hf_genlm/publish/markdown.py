@@ -49,9 +49,9 @@ def fenced_blocks(markdown: str) -> list[str]:
     return [*blocks, "\n".join(inside)] if marks else blocks
 
 
-def count(number: int) -> str:
+def count(number: int | None) -> str:
     """1234567 as `1,234,567`."""
-    return f"{number:,}"
+    return "unknown" if number is None else f"{number:,}"
 
 
 def _on_one_line(text: str) -> str:

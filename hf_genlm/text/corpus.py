@@ -78,8 +78,8 @@ def read_corpus(recipe: CorpusRecipe) -> Corpus:
         "files_skipped": sum(part.files_skipped for part in readings),
         "links_out": sum(part.links_out for part in readings),
         "damaged": _left_out_of(readings).to_json(),
-        "train": _count(train),
-        "validation": _count(validation),
+        "train": count_text(train),
+        "validation": count_text(validation),
         "files": [file for part in readings for file in part.files],
     }
     return Corpus(train, validation, report)
@@ -104,7 +104,7 @@ def read_documents(
         "files_skipped": reading.files_skipped,
         "links_out": reading.links_out,
         "damaged": reading.left_out.to_json(),
-        **_count(documents),
+        **count_text(documents),
         "files": reading.files,
     }
     return documents, report
@@ -301,15 +301,19 @@ def _left_out_of(readings: Sequence[Reading]) -> LeftOut:
 def _describe(sources: Sequence[str], reading: Reading) -> str:
     if not sources:
         return f"CPython {platform.python_version()} standard library source and reference topics"
-    names = list(dict.fromkeys(file["name"].partition("/")[0] for file in reading.files))
-    if any(file["bytes"] is None for file in reading.files):  # a Hub id: its owner alone says nothing
-        names = [file["name"] for file in reading.files]
+    return named(reading.files)
+
+
+def named(files: Sequence[dict[str, Any]]) -> str:
+    """What a person is told about so many files of a report."""
+    names = list(dict.fromkeys(file["name"].partition("/")[0] for file in files))
+    if any(file["bytes"] is None for file in files):  # a Hub id: its owner alone says nothing
+        names = [file["name"] for file in files]
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
-    n_files = len(reading.files)
-    return f"{n_files} file{'' if n_files == 1 else 's'}: {shown}"
+    return f"{len(files)} file{'' if len(files) == 1 else 's'}: {shown}"
 
 
-def _count(documents: Documents) -> dict[str, Any]:
+def count_text(documents: Documents) -> dict[str, Any]:
     """`sha256` is of every text in order as UTF-8, each behind its byte count (8 bytes, little-endian)."""
     digest = hashlib.sha256()
     last, n_bytes = -1, documents.n_bytes

@@ -238,16 +238,20 @@ def cuts_are_exact(backend: Tokenizer) -> bool:
 def pieces(documents: Documents, cuts: bool = True) -> Iterator[tuple[int, str]]:
     """(number of the document, text) of all documents in order; with `cuts`, long ones in pieces."""
     for i, parts in itertools.groupby(documents.texts(), key=lambda part: part[0]):
-        begun: list[str] = []
-        for _, part in parts:
-            border = _last_border(part) if cuts else 0
-            if border:
-                text = "".join([*begun, part[:border]])
-                yield from ((i, piece) for piece in pieces_of(text))
-                begun = []
-            begun.append(part[border:])
-        text = "".join(begun)
-        yield from ((i, piece) for piece in (pieces_of(text) if cuts else (text,)))
+        yield from ((i, piece) for piece in pieces_of_parts((part for _, part in parts), cuts))
+
+
+def pieces_of_parts(parts: Iterable[str], cuts: bool = True) -> Iterator[str]:
+    """The text that `parts` join to, whole or, with `cuts`, in pieces that depend on the parts."""
+    begun: list[str] = []
+    for part in parts:
+        border = _last_border(part) if cuts else 0
+        if border:
+            yield from pieces_of("".join([*begun, part[:border]]))
+            begun = []
+        begun.append(part[border:])
+    text = "".join(begun)
+    yield from pieces_of(text) if cuts else (text,)
 
 
 def pieces_of(text: str, length: int = _PIECE) -> Iterator[str]:

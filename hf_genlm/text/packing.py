@@ -77,8 +77,13 @@ class PackedRows:
         """Labels trained on in one epoch."""
         return self._length - 1
 
-    def __len__(self) -> int:
+    @property
+    def n_rows(self) -> int:
+        """Rows of one epoch."""
         return -(-self.n_targets // (self.row_length - 1))
+
+    def __len__(self) -> int:
+        return self.n_rows
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         return {key: value[0] for key, value in self.__getitems__([index]).items()}

@@ -1,12 +1,13 @@
 """From the words a person names as sources to documents: files, folders, globs, Hub ids, the default."""
 
+import contextlib
 import glob
 import hashlib
 import os
 import re
 import stat
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -18,7 +19,17 @@ from hf_genlm.text.damage import Damage, LeaveOut, LeftOut, Place
 from hf_genlm.text.formats import Parts, RawFile, check_column, format_of, texts_of, texts_of_rows
 from hf_genlm.text.store import CHUNK, Document, DocumentWriter
 
-__all__ = ["Document", "Reading", "read_sources", "read_standard_library"]
+__all__ = [
+    "Document",
+    "FoundFile",
+    "Located",
+    "Reading",
+    "locate",
+    "open_hub",
+    "opened",
+    "read_sources",
+    "read_standard_library",
+]
 
 # what CPython brings beside its library: its tests, and what was installed into it
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -64,7 +75,9 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class _Found:
+class FoundFile:
+    """A file of a source; `name` is shown to people."""
+
     path: Path
     name: str
     named: bool  # by the person, not met inside a folder or through a glob
@@ -72,10 +85,10 @@ class _Found:
 
 
 @dataclass(frozen=True)
-class _Located:
+class Located:
     """What a source stands for: files, and the number of others skipped; or a Hub data set."""
 
-    files: list[_Found]
+    files: list[FoundFile]
     n_skipped: int = 0
     is_hub: bool = False
 
@@ -93,7 +106,7 @@ def read_sources(words: Iterable[str], recipe: CorpusRecipe, split: str) -> Read
     reading = Reading()
     seen: set[str] = set()
     for word in words:
-        located = _locate(word)
+        located = locate(word)
         reading.files_skipped += located.n_skipped
         if located.is_hub:
             _read_hub(word, recipe, split, reading)
@@ -140,8 +153,9 @@ def read_standard_library() -> Reading:
     return reading
 
 
-def _locate(word: str) -> _Located:
-    """
+def locate(word: str) -> Located:
+    """What a source stands for.
+
     Raises:
         UserError: nothing is there, and `word` is no id of a Hub data set either.
     """
@@ -151,23 +165,23 @@ def _locate(word: str) -> _Located:
     ):  # pathlib's own questions raise on a name too long or a closed parent folder
         return _in_folder(word, path)
     if word and os.path.lexists(path):
-        return _Located([_Found(path, _shown(path), named=True)])
+        return Located([FoundFile(path, _shown(path), named=True)])
     if glob.has_magic(word):
         matches = sorted(glob.glob(os.path.expanduser(word), recursive=True))
-        parts = [_locate(match) for match in matches]
+        parts = [locate(match) for match in matches]
         found = [replace(file, named=False) for part in parts for file in part.files]
         if found:
-            return _Located(found, sum(part.n_skipped for part in parts))
+            return Located(found, sum(part.n_skipped for part in parts))
         raise UserError(f"no file matches {word!r}: check the pattern and the folder it starts from")
     if _HUB_ID.fullmatch(word) and format_of(word) == (None, None):
-        return _Located([], is_hub=True)
+        return Located([], is_hub=True)
     raise UserError(
         f"{word!r} does not exist: name a file, a folder or a glob, "
         "or a Hub dataset id, which looks like owner/name"
     )
 
 
-def _in_folder(word: str, folder: Path) -> _Located:
+def _in_folder(word: str, folder: Path) -> Located:
     paths, n_others = _walk(folder)
     known = [path for path in paths if format_of(path.name)[0] is not None]
     n_skipped = len(paths) - len(known) + n_others
@@ -178,10 +192,10 @@ def _in_folder(word: str, folder: Path) -> _Located:
         )
     base, inside = _shown(folder), os.path.realpath(folder)
     found = [
-        _Found(path, f"{base}{path.relative_to(folder).as_posix()}", False, _leads_out(path, inside))
+        FoundFile(path, f"{base}{path.relative_to(folder).as_posix()}", False, _leads_out(path, inside))
         for path in known
     ]
-    return _Located(found, n_skipped)
+    return Located(found, n_skipped)
 
 
 def _leads_out(path: Path, folder: str) -> bool:
@@ -222,22 +236,15 @@ def _shown(path: Path) -> str:
     return "" if name == "." else f"{name}/"
 
 
-def _read_file(file: _Found, recipe: CorpusRecipe, reading: Reading) -> None:
+def _read_file(file: FoundFile, recipe: CorpusRecipe, reading: Reading) -> None:
     label, of_file = str(file.path), LeftOut()
     leave_out = _leave_out(of_file, file.name, recipe)
+    n_bytes = 0
     try:
-        if not stat.S_ISREG(file.path.stat().st_mode):
-            raise UserError(
-                f"{label!r} is neither a file nor a folder: save the text to a file and name that"
-            )
-        with file.path.open("rb") as stream:
+        with opened(file) as stream:
             n_bytes, sha256 = _measure(stream)
             texts = texts_of(RawFile(label, file.path.name, stream), recipe, leave_out) if n_bytes else [()]
             n_kept = reading.add(file.name, texts, n_bytes, sha256)
-    except OSError as error:
-        raise UserError(
-            f"{label!r} cannot be read ({error.strerror}): check the file's permissions"
-        ) from error
     except NoRoom as error:
         raise NoRoom(f"{label!r}, which has {n_bytes:,} bytes, holds more text than fits: {error}") from error
     except Damage as damage:
@@ -247,7 +254,7 @@ def _read_file(file: _Found, recipe: CorpusRecipe, reading: Reading) -> None:
         return
     reading.left_out.join(of_file)
     if file.named and not n_kept:
-        _refuse_hollow(label, of_file)
+        _refuse_hollow(file, of_file)
 
 
 def _leave_out(left_out: LeftOut, name: str, recipe: CorpusRecipe) -> LeaveOut:
@@ -263,13 +270,39 @@ def _leave_out(left_out: LeftOut, name: str, recipe: CorpusRecipe) -> LeaveOut:
     return take
 
 
-def _refuse_hollow(label: str, left_out: LeftOut) -> NoReturn:
+@contextlib.contextmanager
+def opened(file: FoundFile) -> Iterator[IO[bytes]]:
+    """The bytes of a file.
+
+    Raises:
+        UserError: it is no regular file, or opening or what is done inside meets an OSError.
+    """
+    label = str(file.path)
+    try:
+        if not stat.S_ISREG(file.path.stat().st_mode):
+            raise UserError(
+                f"{label!r} is neither a file nor a folder: save the text to a file and name that"
+            )
+        with file.path.open("rb") as stream:
+            yield stream
+    except OSError as error:
+        raise UserError(
+            f"{label!r} cannot be read ({error.strerror}): check the file's permissions"
+        ) from error
+
+
+def _refuse_hollow(file: FoundFile, left_out: LeftOut) -> NoReturn:
     if left_out.records:
         raise UserError(
-            f"{label!r} holds no text that can be used: {left_out.records:,} records are damaged, the first "
-            f"one {left_out.places[0]['reason']}; mend the file, or leave it out"
+            f"{str(file.path)!r} holds no text that can be used: {left_out.records:,} records are damaged, the "
+            f"first one {left_out.places[0]['reason']}; mend the file, or leave it out"
         )
-    raise UserError(f"{label!r} is empty: a source must hold text, leave it out or fill it")
+    raise empty_file(file)
+
+
+def empty_file(file: FoundFile) -> UserError:
+    """What to raise at a named file without text."""
+    return UserError(f"{str(file.path)!r} is empty: a source must hold text, leave it out or fill it")
 
 
 def _measure(stream: IO[bytes]) -> tuple[int, str]:
@@ -284,12 +317,24 @@ def _measure(stream: IO[bytes]) -> tuple[int, str]:
 
 def _read_hub(word: str, recipe: CorpusRecipe, split: str, reading: Reading) -> None:
     """A data set of the Hub, one document a record."""
+    batches = open_hub(word, recipe, split).iter(batch_size=1000)
+    values = (value for batch in batches for value in batch[recipe.text_column])
+    reading.add(word, texts_of_rows(word, values, recipe, _leave_out(reading.left_out, word, recipe)))
+
+
+def open_hub(word: str, recipe: CorpusRecipe, split: str, streaming: bool = False) -> Any:
+    """The text column of a split of a Hub data set: a `datasets.Dataset`, or its `IterableDataset`.
+
+    Raises:
+        UserError: it cannot be loaded, has no such split, or is known to lack the column.
+    """
     import datasets
 
     name, _, config = word.partition(":")
     try:
         _check_reachable(name)
-        splits = datasets.load_dataset(name, config or None)
+        options = {"streaming": True} if streaming else {}
+        splits = datasets.load_dataset(name, config or None, **options)
     except Exception as error:  # whatever goes wrong inside lies with the id or the way to the Hub
         # a part of a token would not be known for one: it goes before the end is cut off
         reason = without_secrets(" ".join(str(error).split()))[:200] or type(error).__name__
@@ -307,11 +352,9 @@ def _read_hub(word: str, recipe: CorpusRecipe, split: str, reading: Reading) -> 
             f"{word!r} has no split {split!r}, it has {', '.join(splits)}: save the one you mean to a "
             ".jsonl file"
         )
-    check_column(Place(word), splits[chosen].column_names, recipe)
-    records = splits[chosen].select_columns([recipe.text_column])
-    batches = records.iter(batch_size=1000)
-    values = (value for batch in batches for value in batch[recipe.text_column])
-    reading.add(word, texts_of_rows(word, values, recipe, _leave_out(reading.left_out, word, recipe)))
+    if splits[chosen].column_names is not None:  # a stream may know them from its first record alone
+        check_column(Place(word), splits[chosen].column_names, recipe)
+    return splits[chosen].select_columns([recipe.text_column])
 
 
 def _check_reachable(name: str) -> None:

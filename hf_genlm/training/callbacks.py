@@ -23,7 +23,7 @@ _SLOW, _SLOW_STEPS = 3.0, 5  # times the planned step, that many steps in a row
 class Pace:
     """How many tokens `step` optimizer steps have trained on."""
 
-    n_rows: int
+    n_rows: int | None  # of one pass over the text; None: not known
     rows_per_step: int
     targets_per_row: int
 
@@ -32,8 +32,14 @@ class Pace:
         """Optimizer steps in one pass over the rows."""
         return -(-self.n_rows // self.rows_per_step)
 
+    def epochs(self, step: int) -> float | None:
+        """Passes over the rows so far; None: not known."""
+        return None if self.n_rows is None else round(step / self.steps_per_epoch, 3)
+
     def tokens(self, step: int) -> int:
         """Predicted tokens so far, repeats counted; the padding of a corpus's last row is counted too."""
+        if self.n_rows is None:  # no pass ends with a smaller step
+            return step * self.rows_per_step * self.targets_per_row
         epochs, rest = divmod(step, self.steps_per_epoch)
         rows = epochs * self.n_rows + min(rest * self.rows_per_step, self.n_rows)
         return rows * self.targets_per_row

@@ -67,7 +67,7 @@ def plan_recipe(
     run: RunFolder,
     given: Recipe,
     tokenizer: PreTrainedTokenizerBase,
-    corpus_tokens: int,
+    corpus_tokens: int | None,
     budget: Budget,
     device: torch.device,
 ) -> Recipe:
@@ -101,9 +101,10 @@ def plan_recipe(
         budget.step_s = step_s  # a number of threads that was stated is kept to
     seconds = time.monotonic() - began
     budget.seconds = max(step_s, budget.seconds - seconds)
-    budget.steps = max(
-        1, math.ceil(recipe.training.most_passes * corpus_tokens / tokens_of_a_step(recipe.training))
-    )
+    if corpus_tokens is not None:
+        budget.steps = max(
+            1, math.ceil(recipe.training.most_passes * corpus_tokens / tokens_of_a_step(recipe.training))
+        )
     n_steps = min(budget.steps, int(budget.seconds / step_s))
     passes = settle_decay(recipe, n_steps, corpus_tokens)
     run.log(
@@ -115,19 +116,22 @@ def plan_recipe(
         threads=threads,
         step_s=round(step_s, 5),
         tokens=n_steps * tokens_of_a_step(recipe.training),
-        passes=round(passes, 2),
+        passes=None if passes is None else round(passes, 2),
         weight_decay=recipe.training.weight_decay,
         seconds=round(seconds, 3),
     )
     return recipe
 
 
-def settle_decay(recipe: Recipe, n_steps: int, corpus_tokens: int) -> float:
+def settle_decay(recipe: Recipe, n_steps: int, corpus_tokens: int | None) -> float | None:
     """Choose `training.weight_decay` of a run of `n_steps` where it was left open; returns its passes over
-    the text."""
+    the text. Where the tokens of the text are not known (None), it is chosen as for one pass."""
     training = recipe.training
-    steps_of_a_pass = max(1.0, corpus_tokens / tokens_of_a_step(training))
-    passes = n_steps / steps_of_a_pass
+    if corpus_tokens is None:
+        passes, steps_of_a_pass = None, float(n_steps)
+    else:
+        steps_of_a_pass = max(1.0, corpus_tokens / tokens_of_a_step(training))
+        passes = n_steps / steps_of_a_pass
     if training.weight_decay is None:
-        training.weight_decay = decay_for(passes, steps_of_a_pass, training.learning_rate)
+        training.weight_decay = decay_for(passes or 1.0, steps_of_a_pass, training.learning_rate)
     return passes

@@ -13,6 +13,7 @@ from hf_genlm.memory import keeping_memory
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.recipe import Recipe, TrainingRecipe
 from hf_genlm.run_folder import RunFolder
+from hf_genlm.text.packed_stream import PackedStream
 from hf_genlm.text.packing import PackedRows, collate
 from hf_genlm.training.budget import Budget
 from hf_genlm.training.callbacks import (
@@ -30,6 +31,7 @@ from hf_genlm.training.lanes import Lanes
 from hf_genlm.training.optimizer import OptimizerFactory
 from hf_genlm.training.processes import from_first
 from hf_genlm.training.signals import StopRequest
+from hf_genlm.training.streamed import StreamCallback, StreamedCorpus
 from hf_genlm.training.tokenized import TokenizedCorpus
 from hf_genlm.training.trainer import BudgetTrainer
 
@@ -43,8 +45,8 @@ _SHORT_S = 29.0  # planning has taken its part of half a minute
 class Job:
     """What a run trains on, and how. `held` (V,): the rows of the embedding that keep their vectors."""
 
-    rows: PackedRows
-    corpus: TokenizedCorpus
+    rows: PackedRows | PackedStream
+    corpus: TokenizedCorpus | StreamedCorpus
     recipe: Recipe
     budget: Budget
     arguments: TrainingArguments
@@ -55,7 +57,7 @@ class Job:
     def pace(self) -> Pace:
         """Steps as tokens."""
         training = self.recipe.training
-        n_rows = len(self.rows if self.lanes is None else self.lanes.order)
+        n_rows = self.rows.n_rows if self.lanes is None else len(self.lanes.order)
         return Pace(n_rows, training.batch_size * training.accumulation, training.row_length - 1)
 
 
@@ -116,7 +118,7 @@ def fit(
         "trained",
         steps=step,
         tokens=job.pace.tokens(step),
-        epochs=round(step / job.pace.steps_per_epoch, 3),
+        epochs=job.pace.epochs(step),
         seconds=round(seconds, 2),
         tokens_per_s=round(job.pace.tokens(step) / seconds),
     )
@@ -130,6 +132,7 @@ def _callbacks(
     release = job.recipe.vectors.release_step
     watching = [ThreadsCallback(run, budget.step_s)] if budget.step_s is not None else []
     holding = [HoldRowsCallback(job.held, release)] if job.held is not None else []
+    streaming = [StreamCallback(job.rows, job.pace.rows_per_step)] if job.recipe.corpus.stream else []
     every_s, every_steps = 60 * training.checkpoint_minutes, training.checkpoint_steps
     return [
         BudgetCallback(budget),  # first: the others read its clock
@@ -137,6 +140,7 @@ def _callbacks(
         MilestoneCallback(budget, _validations(training, budget), look),
         *watching,
         *holding,
+        *streaming,
         CheckpointCallback(budget, every_s, every_steps, lambda: stop.is_made),
     ]
 
@@ -174,7 +178,7 @@ def _validations(training: TrainingRecipe, budget: Budget) -> int:
 
 def likelihood_of(
     model: GenLMForCausalLM,
-    corpus: TokenizedCorpus,
+    corpus: TokenizedCorpus | StreamedCorpus,
     recipe: Recipe,
     max_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,

@@ -11,6 +11,7 @@ Weight decay puts that off (`decay_for` in budget.py) and does not end it: a run
 `training.most_passes`, and a small text gets a small decoder however long it may take.
 """
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -63,21 +64,21 @@ def plan_size(
     recipe: Recipe,
     seconds: float,
     vocab_size: int,
-    corpus_tokens: int,
+    corpus_tokens: int | None,
     build: Callable[[Recipe], GenLMForCausalLM],
 ) -> Plan:
     """The best rung for a training of so many seconds on this machine.
 
     Args:
         recipe: of open size, as the person gave it.
-        corpus_tokens: in the training text.
+        corpus_tokens: in the training text; None: as many as the time holds.
         build: a new model of a resolved recipe, on the device that trains it.
     """
     began = time.monotonic()
     # a hybrid is one from the depth on at which every mixer of it has a layer
     least = len(DECODERS.get(recipe.model.decoder, ()))
     ladder = [replace(shape, num_hidden_layers=max(least, shape.num_hidden_layers)) for shape in LADDER]
-    at_most = int(recipe.training.most_passes * corpus_tokens)
+    at_most = sys.maxsize if corpus_tokens is None else int(recipe.training.most_passes * corpus_tokens)
     measured: dict[int, Plan] = {}
     rung = 0
     while rung not in measured:

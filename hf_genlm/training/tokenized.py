@@ -5,14 +5,17 @@ import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hf_genlm.errors import UserError
-from hf_genlm.recipe import Recipe
+from hf_genlm.recipe import Recipe, TrainingRecipe
 from hf_genlm.run_folder import RunFolder, read_json, write_json
 from hf_genlm.text.cache import ArrayWriter, Cache, cache_folder
 from hf_genlm.text.corpus import Corpus, notes_on, read_corpus
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents, tokenized_of
+from hf_genlm.text.packing import PackedRows
+from hf_genlm.text.store import Documents
 from hf_genlm.text.tokenizer import load_tokenizer, train_tokenizer
 from hf_genlm.training import processes
 from hf_genlm.training.word_vectors import count_words
@@ -32,6 +35,25 @@ class TokenizedCorpus:
     train: TokenizedDocuments
     validation: TokenizedDocuments
     words: dict[str, int]
+
+    @property
+    def n_tokens(self) -> int:
+        """Of the training text."""
+        return self.train.n_tokens
+
+    def rows(self, training: TrainingRecipe) -> PackedRows:
+        """What a resolved recipe trains on."""
+        return PackedRows(
+            self.train,
+            row_length=training.row_length,
+            eos_id=self.tokenizer.eos_token_id,
+            pad_id=self.tokenizer.pad_token_id,
+            goes_on=training.carry_state,
+        )
+
+    def known_ids(self, rows: PackedRows) -> np.ndarray:
+        """(n,): all of the training text that is at hand as ids."""
+        return self.train.ids
 
 
 def prepare_corpus(run: RunFolder, recipe: Recipe, is_again: bool = False) -> TokenizedCorpus:
@@ -96,18 +118,9 @@ def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> TokenizedCorpus:
     for message in notes_on(corpus.report):
         note(message)
     if is_again:
-        _check_same(read_json(run.corpus), corpus.report)
-    path = str(run.tokenizer) if is_again else recipe.tokenizer.path
-    if path is not None:
-        tokenizer = load_tokenizer(path)
-        if tokenizer.bos_token is None:
-            tokenizer.bos_token = tokenizer.eos_token  # as in our own: what stands before a document
-    else:
-        run.tell("progress", task="tokenizer", done=0, total=None)
-        text = corpus.report["train"]
-        tokenizer = train_tokenizer(corpus.train, recipe.tokenizer, text["bytes"], cache, text["sha256"])
-    recipe.tokenizer.vocab_size = len(tokenizer)
-    tokenizer.save_pretrained(run.tokenizer)
+        check_same(read_json(run.corpus), corpus.report)
+    text = corpus.report["train"]
+    tokenizer = tokenizer_of(run, recipe, corpus.train, text["bytes"], is_again, cache, text["sha256"])
     words = count_words(corpus.train) if recipe.vectors.path is not None else {}
     train, validation = _encode_splits(run, tokenizer, corpus, cache, note)
     tokenized = TokenizedCorpus(tokenizer, train, validation, words)
@@ -124,12 +137,46 @@ def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> TokenizedCorpus:
     return tokenized
 
 
-def _check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+def tokenizer_of(
+    run: RunFolder,
+    recipe: Recipe,
+    documents: Documents,
+    n_bytes: int,
+    is_again: bool,
+    cache: Cache | None = None,
+    sha256: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """The recipe's own tokenizer, or one that is trained on `documents`, of a text of `n_bytes`; saved to
+    tokenizer/. With `is_again`, the one that lies there."""
+    path = str(run.tokenizer) if is_again else recipe.tokenizer.path
+    if path is not None:
+        tokenizer = load_tokenizer(path)
+        if tokenizer.bos_token is None:
+            tokenizer.bos_token = tokenizer.eos_token  # as in our own: what stands before a document
+    else:
+        run.tell("progress", task="tokenizer", done=0, total=None)
+        tokenizer = train_tokenizer(documents, recipe.tokenizer, n_bytes, cache, sha256)
+    recipe.tokenizer.vocab_size = len(tokenizer)
+    tokenizer.save_pretrained(run.tokenizer)
+    return tokenizer
+
+
+def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """
+    Raises:
+        UserError: the text that a report describes is not that of `before`; which files are others.
+    """
+    files = {file["name"]: (file["bytes"], file["sha256"]) for file in before["files"]}
+    changed = [
+        file["name"]
+        for file in now["files"]
+        if files.pop(file["name"], None) != (file["bytes"], file["sha256"])
+    ]
+    changed += files
+    is_streamed = "stream" in now  # then its files tell by their sizes alone
     for split in ("train", "validation"):
-        if before[split]["sha256"] != now[split]["sha256"]:
-            files = {file["name"]: file["sha256"] for file in before["files"]}
-            changed = [file["name"] for file in now["files"] if files.pop(file["name"], "") != file["sha256"]]
-            names = ", ".join([*changed, *files][:3]) or "the split"
+        if before[split]["sha256"] != now[split]["sha256"] or (is_streamed and changed):
+            names = ", ".join(changed[:3]) or "the split"
             raise UserError(
                 f"the {split} text is not what this run began with (changed: {names}): bring it back, or "
                 "start a new run"

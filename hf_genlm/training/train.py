@@ -22,7 +22,6 @@ from hf_genlm.run_folder import (
     write_json,
     write_text,
 )
-from hf_genlm.text.packing import PackedRows
 from hf_genlm.training import processes
 from hf_genlm.training.budget import Budget, budget_of, resolve
 from hf_genlm.training.callbacks import Diverged
@@ -40,6 +39,7 @@ from hf_genlm.training.optimizer import check_optimizer
 from hf_genlm.training.pair_start import MOST_TOKENS, start_from_pairs
 from hf_genlm.training.plan import tokens_of_a_step
 from hf_genlm.training.signals import StopRequest
+from hf_genlm.training.streamed import StreamedCorpus, prepare_stream
 from hf_genlm.training.tokenized import TokenizedCorpus, prepare_corpus
 from hf_genlm.training.trainer import check_compiler, training_arguments_of
 from hf_genlm.training.word_vectors import adopt_dimension, start_from_vectors
@@ -62,6 +62,10 @@ def train(
     """Read the corpus, train tokenizer and model, measure the saved model, and leave all of it in `out`.
 
     `listener(event, fields)` hears every logged event, and `progress` {task, done, total} within a stage.
+
+    With `corpus.stream`, how much text there is remains unknown: the size and the decay of the weights are
+    chosen as for one pass at most, and `training.most_passes` ends nothing; what ends is read again.
+
     In a process group every process calls this; the first one alone writes and measures, and the others
     return when it has the model.
 
@@ -124,7 +128,7 @@ def _resume(run: RunFolder, stated: Recipe, stop: StopRequest) -> RunFolder:
         job = _prepare(run, recipe)
         return _finish(run, job, _build(run, job), None, stop)
     _check(recipe)
-    corpus = prepare_corpus(run, recipe, is_again=True)
+    corpus = _read(run, recipe, is_again=True)
     job = _job_of(run, recipe, corpus, budget_of(recipe.training, tokens_of_a_step(recipe.training)))
     if has_model:
         return _measure(run, job)
@@ -139,6 +143,10 @@ def _check(recipe: Recipe) -> None:
     build_config(recipe, mixer_types_of(recipe))
     check_optimizer(recipe.training.optimizer)
     check_compiler(recipe.training.compile)
+    if recipe.corpus.stream and recipe.training.carry_state:
+        raise UserError(
+            "training.carry_state = true needs all rows at hand, and --stream has none of them: leave one out"
+        )
     _check_sharding(recipe)
     processes.rows_of_each(recipe.training.batch_size, recipe.training.accumulation)
     budget_of(recipe.training, tokens_of_a_step(recipe.training))
@@ -167,18 +175,17 @@ def _prepare(run: RunFolder, given: Recipe) -> Job:
     adopt_dimension(recipe)
     run.log("started", decoder=recipe.model.decoder, mixers=mixer_types_of(recipe))
     processes.share_threads(recipe.training.threads)
-    corpus = prepare_corpus(run, recipe)
+    corpus = _read(run, recipe)
     budget = budget_of(recipe.training, tokens_of_a_step(recipe.training))
     if budget.seconds is not None:
         device = training_arguments_of(run, recipe.training, budget).device
 
         def plan(budget: Budget = budget) -> tuple[Recipe, Budget]:
-            n_tokens = corpus.train.n_tokens
-            return plan_recipe(run, given, corpus.tokenizer, n_tokens, budget, device), budget
+            return plan_recipe(run, given, corpus.tokenizer, corpus.n_tokens, budget, device), budget
 
         recipe, budget = processes.from_first(plan)
     else:
-        settle_decay(recipe, budget.steps, corpus.train.n_tokens)
+        settle_decay(recipe, budget.steps, corpus.n_tokens)
     corpus.tokenizer.model_max_length = recipe.training.row_length
     job = _job_of(run, recipe, corpus, budget)
     if processes.is_first():
@@ -189,17 +196,15 @@ def _prepare(run: RunFolder, given: Recipe) -> Job:
     return job
 
 
-def _job_of(run: RunFolder, recipe: Recipe, corpus: TokenizedCorpus, budget: Budget) -> Job:
+def _read(run: RunFolder, recipe: Recipe, is_again: bool = False) -> TokenizedCorpus | StreamedCorpus:
+    return (prepare_stream if recipe.corpus.stream else prepare_corpus)(run, recipe, is_again)
+
+
+def _job_of(run: RunFolder, recipe: Recipe, corpus: TokenizedCorpus | StreamedCorpus, budget: Budget) -> Job:
     processes.share_threads(recipe.training.threads)
-    rows = PackedRows(
-        corpus.train,
-        row_length=recipe.training.row_length,
-        eos_id=corpus.tokenizer.eos_token_id,
-        pad_id=corpus.tokenizer.pad_token_id,
-        goes_on=recipe.training.carry_state,
-    )
+    rows = corpus.rows(recipe.training)
     arguments = training_arguments_of(run, recipe.training, budget)
-    lanes = Lanes(arguments, len(rows)) if recipe.training.carry_state else None
+    lanes = Lanes(arguments, rows.n_rows) if recipe.training.carry_state else None
     return Job(rows, corpus, recipe, budget, arguments, lanes)
 
 
@@ -212,7 +217,7 @@ def _build(run: RunFolder, job: Job, is_new: bool = True) -> GenLMForCausalLM:
     model = GenLMForCausalLM(config)
     job.held = processes.from_first(lambda: _start(run, model, job, is_new))
     processes.share_weights(model)
-    n_rows, row_length = len(job.rows), recipe.training.row_length
+    n_rows, row_length = job.rows.n_rows, recipe.training.row_length
     run.log("model", parameters=model.num_parameters(), rows=n_rows, row_length=row_length)
     return model
 
@@ -222,7 +227,8 @@ def _start(run: RunFolder, model: GenLMForCausalLM, job: Job, is_new: bool) -> t
     recipe, corpus = job.recipe, job.corpus
     held = None
     if recipe.vectors.path is not None:
-        found = start_from_vectors(run, model, corpus.tokenizer, corpus.words, corpus.train.ids, recipe)
+        ids = corpus.known_ids(job.rows)
+        found = start_from_vectors(run, model, corpus.tokenizer, corpus.words, ids, recipe)
         held = torch.from_numpy(found) if recipe.vectors.frozen else None
     if recipe.training.start == "pairs" and is_new:
         tokens = job.rows.first_tokens(MOST_TOKENS)
@@ -292,7 +298,9 @@ def save(run: RunFolder, model: GenLMForCausalLM, tokenizer: PreTrainedTokenizer
     run.log("saved", bytes=sum(file.stat().st_size for file in run.model.iterdir()))
 
 
-def evaluate_run(run: RunFolder, corpus: TokenizedCorpus, recipe: Recipe) -> list[Measurement]:
+def evaluate_run(
+    run: RunFolder, corpus: TokenizedCorpus | StreamedCorpus, recipe: Recipe
+) -> list[Measurement]:
     """Measure the model as it lies on disk, on the whole validation split; writes evaluation.json."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = GenLMForCausalLM.from_pretrained(run.model).to(device)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -58,7 +58,7 @@ class BudgetTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Over the rows; several processes share a blank one behind them that fills the last step."""
-        if count() > 1 and not isinstance(self.train_dataset, RowsAndBlank):
+        if count() > 1 and not isinstance(self.train_dataset, (RowsAndBlank, IterableDataset)):
             self.train_dataset = RowsAndBlank(self.train_dataset)
         return super().get_train_dataloader()
 
@@ -184,6 +184,7 @@ def training_arguments_of(run: RunFolder, training: TrainingRecipe, budget: Budg
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
+        accelerator_config={"dispatch_batches": False},  # of a stream, each process takes its rows by itself
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
     )

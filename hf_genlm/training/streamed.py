@@ -1,0 +1,140 @@
+"""The corpus of a run that reads it while it trains, and its place in a checkpoint."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from hf_genlm.errors import UserError
+from hf_genlm.recipe import Recipe, TrainingRecipe
+from hf_genlm.run_folder import RunFolder, read_json, write_json
+from hf_genlm.text.encoding import TokenizedDocuments, encode_documents
+from hf_genlm.text.held_out import beginning, read_stream
+from hf_genlm.text.packed_stream import PackedStream
+from hf_genlm.text.streaming import DocumentStream, HeldOut, open_stream
+from hf_genlm.training import processes
+from hf_genlm.training.pair_start import MOST_TOKENS
+from hf_genlm.training.tokenized import check_same, tokenizer_of
+from hf_genlm.training.word_vectors import count_words
+
+
+@dataclasses.dataclass
+class StreamedCorpus:
+    """A training text that is read again in every pass, and a validation text as token ids.
+
+    As `TokenizedCorpus`; `words` are those of the text that the tokenizer was trained on.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    stream: DocumentStream
+    validation: TokenizedDocuments
+    words: dict[str, int]
+    shuffle_buffer: int
+    run: RunFolder
+
+    n_tokens = None  # not known
+
+    def rows(self, training: TrainingRecipe) -> PackedStream:
+        """What a resolved recipe trains on."""
+        return PackedStream(
+            self.stream,
+            self.tokenizer,
+            row_length=training.row_length,
+            shuffle_buffer=self.shuffle_buffer,
+            seed=training.seed,
+            note=lambda message: self.run.log("note", message=message),
+        )
+
+    def known_ids(self, rows: PackedStream) -> np.ndarray:
+        """(n,): the beginning of the training text."""
+        return rows.first_tokens(MOST_TOKENS)
+
+
+def prepare_stream(run: RunFolder, recipe: Recipe, is_again: bool = False) -> StreamedCorpus:
+    """Open the stream, hold out its validation text, and train the tokenizer on the beginning of the rest;
+    writes corpus.json and tokenizer/. With `is_again`, for a run that has begun: by the tokenizer that lies
+    there.
+
+    Of several processes the first one does, and alone has the validation text; the others open the stream
+    too.
+
+    The beginning is `tokenizer.max_characters` long. The vocabulary is chosen by the bytes of the files, or
+    of that beginning, where they are less.
+    """
+    made: list[StreamedCorpus] = []
+
+    def make() -> tuple[PreTrainedTokenizerBase, HeldOut]:
+        made.append(_prepare(run, recipe, is_again))
+        return made[0].tokenizer, made[0].stream.held
+
+    tokenizer, held = processes.from_first(make)
+    if made:
+        return made[0]
+    recipe.tokenizer.vocab_size = len(tokenizer)
+    stream, none = open_stream(recipe.corpus).without(held), np.zeros(0, dtype=np.int64)
+    nothing = TokenizedDocuments(none, np.zeros(1, dtype=np.int64), none)
+    return StreamedCorpus(tokenizer, stream, nothing, {}, recipe.corpus.shuffle_buffer, run)
+
+
+def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> StreamedCorpus:
+    run.tell("progress", task="beginning of the stream", done=0, total=None)
+    found = read_stream(recipe.corpus)
+    stream, report = found.stream, found.report
+    run.log("corpus", **{name: report[name] for name in ("description", "train", "validation")})
+    if is_again:
+        check_same(read_json(run.corpus), report)
+    text = beginning(stream, recipe.tokenizer.max_characters)
+    n_bytes = max(stream.n_bytes, int(text.n_bytes.sum()))
+    tokenizer = tokenizer_of(run, recipe, text, n_bytes, is_again)
+    validation = encode_documents(tokenizer, found.validation)
+    report["validation"]["tokens"] = validation.n_tokens
+    write_json(run.corpus, report)
+    run.log(
+        "tokenized",
+        vocab_size=len(tokenizer),
+        train_tokens=None,
+        validation_tokens=validation.n_tokens,
+        bytes_per_token=round(report["validation"]["bytes"] / max(1, validation.n_tokens), 3),
+    )
+    words = count_words(text) if recipe.vectors.path is not None else {}
+    return StreamedCorpus(tokenizer, stream, validation, words, recipe.corpus.shuffle_buffer, run)
+
+
+class StreamCallback(TrainerCallback, ExportableState):
+    """Keeps the place in a stream in Trainer's checkpoints, and goes on from there when Trainer resumes.
+
+    It lies in trainer_state.json (`stateful_callbacks`), which Trainer writes with the checkpoint: there is
+    none without the other. It is that behind the last row trained on, whatever was fetched beyond. Give it to
+    Trainer with its other callbacks; nothing more is needed to resume.
+    """
+
+    def __init__(self, rows: PackedStream, rows_per_step: int):
+        """`rows_per_step`: of an optimizer step, over accumulation and all processes."""
+        self.rows, self.rows_per_step = rows, rows_per_step
+        self._step = 0
+        self._row_of_step_0 = 0
+
+    def on_init_end(self, args, state, control, **kwargs):
+        args.ignore_data_skip = True  # the stream begins where it has to
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        if state.global_step:
+            saved = state.stateful_callbacks.get(type(self).__name__)
+            if saved is None:
+                raise UserError("the checkpoint has no place in a stream: its run was not one with --stream")
+            self.rows.load_state_dict(saved["attributes"]["stream"])
+        self._step = state.global_step
+        self._row_of_step_0 = self.rows.state_dict()["rows"] - self._step * self.rows_per_step
+        # a loader draws a seed when it begins: not from the numbers of the dropout, which a checkpoint has
+        train_dataloader.base_dataloader.generator = torch.Generator()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._step = state.global_step
+
+    def state(self) -> dict[str, Any]:
+        """What Trainer writes to a checkpoint."""
+        n_rows = self._row_of_step_0 + self._step * self.rows_per_step
+        return {"args": {}, "attributes": {"stream": self.rows.state_after(n_rows)}}
