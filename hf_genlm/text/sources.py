@@ -294,8 +294,8 @@ def opened(file: FoundFile) -> Iterator[IO[bytes]]:
 def _refuse_hollow(file: FoundFile, left_out: LeftOut) -> NoReturn:
     if left_out.records:
         raise UserError(
-            f"{str(file.path)!r} holds no text that can be used: {left_out.records:,} records are damaged, the "
-            f"first one {left_out.places[0]['reason']}; mend the file, or leave it out"
+            f"{str(file.path)!r} holds no text that can be used: {left_out.records:,} records are damaged, "
+            f"the first one {left_out.places[0]['reason']}; mend the file, or leave it out"
         )
     raise empty_file(file)
 
