@@ -33,6 +33,7 @@ SETTINGS = (
     "model.hidden_size=32",
     "model.num_hidden_layers=2",
     "model.mixers=gated_linear,lstm",
+    "model.bigram_size=64",
     "model.dropout=0.1",
     "corpus.cache=false",
 )
