@@ -195,12 +195,7 @@ def load_recipe(path: str | Path | None = None, assignments: Iterable[str] = ())
 
 
 # what may be said anew when a run is resumed: it decides nothing about the model
-_FREE = (
-    "corpus.cache",
-    "training.checkpoint_minutes",
-    "training.checkpoint_steps",
-    "training.checkpoints_kept",
-)
+_FREE = {"corpus.cache", *(f"training.checkpoint{name}" for name in ("_minutes", "_steps", "s_kept"))}
 
 
 def adopt_unchanged(recipe: Recipe, stated: Recipe) -> None:
@@ -360,13 +355,12 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         return None
     (kind,) = [option for option in options if option is not type(None)]
     is_list = typing.get_origin(kind) is list
-    (item_kind,) = typing.get_args(kind) if is_list else (None,)
+    kind = typing.get_args(kind)[0] if is_list else kind
+    read, expected = _KINDS[kind]
     try:
-        if not is_list:
-            return _KINDS[kind][0](value)
-        return [_KINDS[item_kind][0](word) for word in _words(value)]
+        return [read(word) for word in _words(value)] if is_list else read(value)
     except (TypeError, ValueError, OverflowError) as error:
-        expected = f"a list, each {_KINDS[item_kind][1]}" if is_list else _KINDS[kind][1]
+        expected = f"{expected.split()[-1]}s" if is_list else expected
         raise UserError(f"{name} = {_shown(value)}: expected {expected}") from error
 
 

@@ -33,7 +33,8 @@ def folder(text_folder, tmp_path_factory):  # noqa: F811
     """The model folder of a run: a cell, a linear recurrence and attention in one model."""
     out = tmp_path_factory.mktemp("citizen") / "run"
     settings = [word for setting in ECONOMY for word in ("--set", setting)]
-    options = ["--mixers", f"{MIXERS},{MIXERS}", "--out", str(out), *SMALL_OPTIONS, *settings]
+    options = ["--mixers", f"{MIXERS},{MIXERS}", "--out", str(out), *SMALL_OPTIONS,
+               "--set", "model.num_hidden_layers=null", *settings]  # fmt: skip
     assert main(["train", str(text_folder), *options]) == 0
     return out / "model"
 

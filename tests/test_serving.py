@@ -79,4 +79,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path, capsys):
     assert "no model at" in last_line(capsys)
     (tmp_path / "config.json").write_text('{"model_type": "nobody-knows-this"}')
     assert main(["chat", str(tmp_path)]) == 2
+    assert "no weights in model.safetensors" in last_line(capsys)
+    (tmp_path / "model.safetensors").touch()
+    assert main(["chat", str(tmp_path)]) == 2
     assert "did not start" in last_line(capsys)

@@ -164,7 +164,7 @@ def test_minutes_end_the_run_with_the_rate_at_zero(text_folder, tmp_path, every_
     assert trained["seconds"] == pytest.approx(3.0, abs=0.5)
     assert trained["steps"] == steps[-1]["step"]
     peak = resolve(recipe).training.learning_rate
-    assert steps[-1]["learning_rate"] < 0.1 * max(step["learning_rate"] for step in steps) <= peak
+    assert steps[-1]["learning_rate"] < 0.2 * max(step["learning_rate"] for step in steps) <= peak
 
 
 def test_budget_by_the_clock(monkeypatch):

@@ -112,9 +112,9 @@ def read_documents(
 
 def notes_on(report: dict[str, Any]) -> list[str]:
     """What a person should hear of a report on a corpus, a line each."""
-    line = left_out_line(report["damaged"])
+    line = left_out_line(report["damaged"]) if "damaged" in report else None
     notes = [] if line is None else [line]
-    if report["links_out"]:
+    if report.get("links_out"):
         notes.append(f"{report['links_out']:,} of the files are links that lead out of the folder named")
     return notes
 
