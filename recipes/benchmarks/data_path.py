@@ -176,12 +176,12 @@ def cut_short() -> None:
     """Leave out the exact evaluation, whose time is that of the model: it reads the same file of ids."""
     from hf_genlm.training import train
 
-    whole = train._likelihood
+    whole = train.likelihood_of
 
     def a_part(model, corpus, recipe, max_tokens=None, on_progress=None):
         return whole(model, corpus, recipe, 20_000, on_progress)
 
-    train._likelihood = a_part
+    train.likelihood_of = a_part
 
 
 def write_text(path: Path, n_bytes: int, records: bool) -> int:
