@@ -41,11 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except Stopped as stopped:
         if is_first():
-            reached = (
-                "before its first checkpoint" if stopped.step is None else f"after step {stopped.step:,}"
-            )
-            print(f"stopped {reached}; to go on:", file=sys.stderr)
-            print(f"hf-genlm train --resume --out {stopped.folder}", file=sys.stderr)
+            _say_how_to_go_on(stopped)
         return 0
     except KeyboardInterrupt:
         if not is_launched():  # else the launcher says it

@@ -194,33 +194,6 @@ def load_recipe(path: str | Path | None = None, assignments: Iterable[str] = ())
     return recipe
 
 
-# what may be said anew when a run is resumed: it decides nothing about the model
-_FREE = {"corpus.cache", *(f"training.checkpoint{name}" for name in ("_minutes", "_steps", "s_kept"))}
-
-
-def adopt_unchanged(recipe: Recipe, stated: Recipe) -> None:
-    """Take into `recipe`, that of a run which is resumed, what `stated` may change of it.
-
-    Raises:
-        UserError: `stated` says something else than the run began with; what.
-    """
-    default = Recipe()
-    for section in dataclasses.fields(recipe):
-        for key in dataclasses.fields(getattr(recipe, section.name)):
-            name = f"{section.name}.{key.name}"
-            was, said, unsaid = (
-                getattr(getattr(each, section.name), key.name) for each in (recipe, stated, default)
-            )
-            if said in (unsaid, was):
-                continue
-            if name not in _FREE:
-                raise UserError(
-                    f"{name} = {said!r} is not what this run began with ({was!r}): resume it without that, "
-                    "or start a new run"
-                )
-            setattr(getattr(recipe, section.name), key.name, said)
-
-
 def set_field(recipe: Recipe, name: str, value: Any) -> None:
     """Set `section.key`, coercing `value` to the field's type.
 

@@ -1,6 +1,8 @@
 """What several promises need: small models of every kind, with weights that make a difference."""
 
 import os
+import subprocess
+import sys
 
 # before torch is imported: no test may reach for a network, and a worker among others has one core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -61,6 +63,15 @@ def build_model(stack: str | list[str], seed: int = 0, **overrides) -> GenLMForC
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
     return model
+
+
+def by_triton_interpreter(code: str) -> str:
+    """The last word that `code` prints, its Triton kernels run without a GPU; else the end of its errors."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    return (done.stdout.split() or [done.stderr[-2000:]])[-1]
 
 
 @pytest.fixture(scope="session", autouse=True)

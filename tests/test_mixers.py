@@ -1,12 +1,8 @@
 """Promise: every mixer computes its definition, however it is run: whole, stepwise, padded, packed, fused."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import VOCAB, build_model
+from conftest import VOCAB, build_model, by_triton_interpreter
 
 from hf_genlm.model import MIXERS, GenLMConfig, GenLMForCausalLM
 from hf_genlm.model.mlp_genlm import squared_relu
@@ -166,11 +162,7 @@ print("equal")
 def test_fla_gives_the_same_scan():
     """By Triton's interpreter, which needs no GPU."""
     pytest.importorskip("fla", reason="fla-core is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", WITH_FLA], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.stdout.split()[-1:] == ["equal"], done.stderr[-2000:]
+    assert by_triton_interpreter(WITH_FLA) == "equal"
 
 
 def naive_lm(model: GenLMForCausalLM, ids: torch.Tensor) -> torch.Tensor:

@@ -72,7 +72,9 @@ def stopped(text, tmp_path) -> RunFolder:
 
 def test_a_run_that_a_signal_ended_comes_to_the_same_weights(text, stopped, undisturbed):
     assert not stopped.model.exists()
+    written = [(path.name, path.stat().st_mtime_ns) for path in sorted(stopped.tokenizer.iterdir())]
     resumed = train(recipe_of(text), stopped.path, resume=True)
+    assert [(path.name, path.stat().st_mtime_ns) for path in sorted(stopped.tokenizer.iterdir())] == written
     assert weights_of(resumed) == weights_of(undisturbed)
     assert resumed.evaluation.read_bytes() == undisturbed.evaluation.read_bytes()
     assert not resumed.checkpoints.exists(), "nothing is left to resume"
@@ -127,7 +129,16 @@ def test_a_damaged_checkpoint_is_passed_over(text, stopped, undisturbed):
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    resumed = train(recipe_of(text), stopped.path, resume=True)
+    left = []
+
+    def hear(event, fields):
+        if event == "checkpoint":
+            left.append(sorted(path.name for path in stopped.checkpoints.iterdir()))
+
+    resumed = train(recipe_of(text), stopped.path, hear, resume=True)
+    assert left[0] == ["checkpoint-10", "checkpoint-15", "damaged-checkpoint-11"], (
+        "it takes no whole one's place"
+    )
     assert [e["step"] for e in resumed.read_log() if e["event"] == "resumed"] == [10]
     assert any("checkpoint-11 is damaged" in e.get("message", "") for e in resumed.read_log())
     assert weights_of(resumed) == weights_of(undisturbed)

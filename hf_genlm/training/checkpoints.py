@@ -51,7 +51,7 @@ def part_of(folder: Path) -> Path:
     return folder / _PART
 
 
-def seal(folder: Path, progress: Progress, keep: int) -> Checkpoint:
+def seal(folder: Path, progress: Progress, keep: int) -> None:
     """Make what lies in `part_of(folder)` a checkpoint, then remove all but the `keep` newest.
 
     Raises:
@@ -65,16 +65,18 @@ def seal(folder: Path, progress: Progress, keep: int) -> Checkpoint:
     (written / _MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     flush(written)
     final = folder / written.name
-    shutil.rmtree(final, ignore_errors=True)  # of a step that was done once before a roll-back
+    shutil.rmtree(final, ignore_errors=True)
     written.rename(final)
     clear_parts(folder)
+    flush(folder)  # the new name, before an old one goes
     for path in _by_step(folder)[:-keep]:
         shutil.rmtree(path)
-    return Checkpoint(final, progress)
 
 
 def newest_checkpoint(folder: Path, note: Callable[[str], None] = lambda message: None) -> Checkpoint | None:
-    """The newest one that is as it was written. `note` hears of damaged ones, which are passed over."""
+    """The newest one that is as it was written. Newer ones are damaged: `note` hears of them, and they lie
+    aside as `damaged-checkpoint-N` from then on, where they take no whole one's place.
+    """
     found = (_verified(path, note) for path in reversed(_by_step(folder)))
     return next((checkpoint for checkpoint in found if checkpoint is not None), None)
 
@@ -89,6 +91,9 @@ def _verified(path: Path, note: Callable[[str], None]) -> Checkpoint | None:
                 raise ValueError(f"{name} is not what was written")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         note(f"{path.name} is damaged and not used: {error}")
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
         return None
     return Checkpoint(path, progress)
 

@@ -17,6 +17,14 @@ from hf_genlm.training.budget import Budget, decay_for, resolve
 from hf_genlm.training.plan import is_open, measure_step, plan_size, tokens_of_a_step
 from hf_genlm.training.word_vectors import adopt_dimension
 
+# what may be said anew when a run is resumed: it decides nothing about the model
+_FREE = {
+    "corpus.cache",
+    "training.checkpoint_minutes",
+    "training.checkpoint_steps",
+    "training.checkpoints_kept",
+}
+
 
 def build_config(recipe: Recipe, mixer_types: list[str]) -> GenLMConfig:
     """The model's config, but for the vocabulary.
@@ -135,3 +143,26 @@ def settle_decay(recipe: Recipe, n_steps: int, corpus_tokens: int | None) -> flo
     if training.weight_decay is None:
         training.weight_decay = decay_for(passes or 1.0, steps_of_a_pass, training.learning_rate)
     return passes
+
+
+def adopt_unchanged(recipe: Recipe, stated: Recipe) -> None:
+    """Take into `recipe`, that of a run which is resumed, what `stated` may change of it.
+
+    Raises:
+        UserError: `stated` says something else than the run began with; what.
+    """
+    default = Recipe()
+    for section in dataclasses.fields(recipe):
+        for key in dataclasses.fields(getattr(recipe, section.name)):
+            name = f"{section.name}.{key.name}"
+            was, said, unsaid = (
+                getattr(getattr(each, section.name), key.name) for each in (recipe, stated, default)
+            )
+            if said in (unsaid, was):
+                continue
+            if name not in _FREE:
+                raise UserError(
+                    f"{name} = {said!r} is not what this run began with ({was!r}): resume it without that, "
+                    "or start a new run"
+                )
+            setattr(getattr(recipe, section.name), key.name, said)

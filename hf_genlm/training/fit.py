@@ -183,6 +183,7 @@ def likelihood_of(
     max_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Measurement]:
+    """The likelihood of the validation text, as the recipe says; see `measure_likelihood`."""
     return measure_likelihood(
         model,
         corpus.validation,

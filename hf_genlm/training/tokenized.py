@@ -157,7 +157,8 @@ def tokenizer_of(
         run.tell("progress", task="tokenizer", done=0, total=None)
         tokenizer = train_tokenizer(documents, recipe.tokenizer, n_bytes, cache, sha256)
     recipe.tokenizer.vocab_size = len(tokenizer)
-    tokenizer.save_pretrained(run.tokenizer)
+    if not is_again:  # a kill in mid-writing would take from a run the one that it has
+        tokenizer.save_pretrained(run.tokenizer)
     return tokenizer
 
 

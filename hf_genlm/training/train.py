@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.model import GenLMForCausalLM
-from hf_genlm.recipe import Recipe, adopt_unchanged, load_recipe
+from hf_genlm.recipe import Recipe, load_recipe
 from hf_genlm.run_folder import (
     FollowedRun,
     Listener,
@@ -27,6 +27,7 @@ from hf_genlm.training.budget import Budget, budget_of, resolve
 from hf_genlm.training.callbacks import Diverged
 from hf_genlm.training.checkpoints import Checkpoint, full_disk_as, newest_checkpoint
 from hf_genlm.training.configure import (
+    adopt_unchanged,
     adopt_vocabulary,
     build_config,
     mixer_types_of,
@@ -289,6 +290,7 @@ def save(run: RunFolder, model: GenLMForCausalLM, tokenizer: PreTrainedTokenizer
         tokenizer.save_pretrained(aside)
         flush(aside)
         aside.rename(run.model)
+        flush(run.model.parent)
     if failed:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(

@@ -14,9 +14,7 @@ from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.recipe import TrainingRecipe
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.training.budget import Budget, trapezoid
-from hf_genlm.training.callbacks import (
-    Diverged,
-)
+from hf_genlm.training.callbacks import Diverged
 from hf_genlm.training.checkpoints import Progress, clear_parts, full_disk_as, part_of, seal
 from hf_genlm.training.lanes import Lanes
 from hf_genlm.training.processes import (
@@ -164,6 +162,11 @@ class BudgetTrainer(Trainer):
 
 
 def training_arguments_of(run: RunFolder, training: TrainingRecipe, budget: Budget) -> TrainingArguments:
+    """What a resolved recipe means to Trainer; the batch is this process's share.
+
+    Raises:
+        UserError: an unknown dtype, a batch that the processes cannot share, or several GPUs in one process.
+    """
     use_bf16 = {"auto": computes_bfloat16(), "bfloat16": True, "float32": False}.get(training.dtype)
     if use_bf16 is None:
         raise UserError(f"unknown training.dtype {training.dtype!r}; known: auto, bfloat16, float32")
@@ -198,6 +201,10 @@ def training_arguments_of(run: RunFolder, training: TrainingRecipe, budget: Budg
 
 
 def check_compiler(backend: str | None) -> None:
+    """
+    Raises:
+        UserError: torch.compile has no such backend.
+    """
     if backend is not None and backend not in torch.compiler.list_backends(exclude_tags=()):
         known = torch.compiler.list_backends()
         raise UserError(f"unknown training.compile {backend!r}{did_you_mean(backend, known)}")
