@@ -28,6 +28,12 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def complain(message: str) -> None:
+    """One line on stderr, once, whatever the number of processes."""
+    if is_first():
+        sys.stderr.write(f"hf-genlm: {message}\n")
+
+
 def check_processes(processes: int | None) -> None:
     """
     Raises:
