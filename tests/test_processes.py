@@ -307,6 +307,33 @@ def test_accelerate_reads_every_configuration(monkeypatch):
                 assert several.SHARDED.items() <= variables.items()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_the_same(text_folder, tmp_path, monkeypatch, stage):  # noqa: F811
+    """One process, which accelerate hands to DeepSpeed without a GPU too; with a validation and a checkpoint."""
+    pytest.importorskip("deepspeed", reason="pip install deepspeed")
+    monkeypatch.setattr("hf_genlm.training.callbacks._LOG_EVERY_S", 0.0)
+    settings = [*SMALL, f"corpus.sources={text_folder}", *SHORT, "training.checkpoint_steps=4"]
+    one = train(load_recipe(None, settings), tmp_path / "one")
+    config = str(ROOT / "recipes" / "accelerate" / f"deepspeed_zero{stage}.yaml")
+    jobs = [{"name": "several", "sharded": False, "assignments": settings}]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    words = ["--num_processes", "1", str(ROOT / "tests" / "several.py"), str(tmp_path / "jobs.json")]
+    done = subprocess.run(
+        [*launcher, *words], env=environment(DS_ACCELERATOR="cpu", ACCELERATE_USE_CPU="false"),
+        capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    several_run = RunFolder.open(tmp_path / "several")
+    (trained, *_) = (tmp_path / "trained-0.jsonl").read_text().splitlines()
+    assert json.loads(trained)[0] == "DeepSpeedEngine"
+    curves = losses(several_run), losses(one)
+    assert len(curves[0]) == len(curves[1]) == 8
+    assert max(abs(a - b) for a, b in zip(*curves, strict=True)) < 1e-5
+    assert [event["step"] for event in several_run.read_log() if event["event"] == "checkpoint"] == [4]
+
+
 def test_what_needs_whole_matrices_is_refused_where_they_are_sharded(text_folder, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     recipe = load_recipe(None, [*SMALL, f"corpus.sources={text_folder}", "training.optimizer=muon"])

@@ -29,7 +29,7 @@ from hf_genlm.training.callbacks import (
 from hf_genlm.training.checkpoints import Checkpoint, full_disk_as
 from hf_genlm.training.lanes import Lanes
 from hf_genlm.training.optimizer import OptimizerFactory
-from hf_genlm.training.processes import from_first
+from hf_genlm.training.processes import from_first, load_whole
 from hf_genlm.training.signals import StopRequest
 from hf_genlm.training.streamed import StreamCallback, StreamedCorpus
 from hf_genlm.training.tokenized import TokenizedCorpus
@@ -110,6 +110,7 @@ def fit(
         run.log("stopped", step=step, checkpoint=trainer.saved_step)
         raise Stopped(str(run.path), trainer.saved_step)
     whole = trainer.whole_model()
+    load_whole()
     if whole is None:
         return None
     whole.config.use_cache = True  # Trainer turned it off for training

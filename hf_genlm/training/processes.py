@@ -190,6 +190,14 @@ def shard_on_cpu() -> None:
         state.distributed_type = DistributedType.MULTI_GPU  # what it turns into FSDP
 
 
+def load_whole() -> None:
+    """Let the models that are loaded from here on be whole, which transformers shards under ZeRO-3."""
+    if is_sharded():
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+
+
 @contextlib.contextmanager
 def noticing_losses() -> Iterator[None]:
     """Turns the errors of a message that another process can no longer send or receive into one.

@@ -79,8 +79,8 @@ class BudgetTrainer(Trainer):
         weights = self.accelerator.get_state_dict(self.model_wrapped)
         if not is_first():
             return None
-        config = copy.deepcopy(model.config)
-        whole = GenLMForCausalLM.from_pretrained(None, config=config, state_dict=weights)
+        whole = GenLMForCausalLM(copy.deepcopy(model.config))  # from_pretrained would shard it under ZeRO-3
+        whole.load_state_dict(weights)
         whole.to(self.args.device)
         return whole
 
