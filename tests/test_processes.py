@@ -310,7 +310,7 @@ def test_accelerate_reads_every_configuration(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_trains_the_same(text_folder, tmp_path, monkeypatch, stage):  # noqa: F811
-    """One process, which accelerate hands to DeepSpeed without a GPU too; with a validation and a checkpoint."""
+    """One process, which accelerate gives to DeepSpeed without a GPU too; a validation, and a checkpoint."""
     pytest.importorskip("deepspeed", reason="pip install deepspeed")
     monkeypatch.setattr("hf_genlm.training.callbacks._LOG_EVERY_S", 0.0)
     settings = [*SMALL, f"corpus.sources={text_folder}", *SHORT, "training.checkpoint_steps=4"]
