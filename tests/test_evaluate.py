@@ -1,6 +1,7 @@
 """Promise: `hf-genlm evaluate` measures any causal model, and its figures are those of lm-eval."""
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -41,8 +42,9 @@ doc_to_text: ""
 doc_to_target: text
 metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]
 """
+# as lm-eval's own: its target_delimiter, a space, stands before each sentence
 BLIMP = """
-task: blimp_UID
+task: TASK
 dataset_path: json
 dataset_kwargs: {data_files: {train: FOLDER/pairs/UID.jsonl}}
 validation_split: train
@@ -53,6 +55,7 @@ doc_to_choice: "{{[sentence_good, sentence_bad]}}"
 num_fewshot: 0
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
+PLAIN = BLIMP + 'target_delimiter: ""'
 GROUP = """
 group: blimp_all
 task: [blimp_order, blimp_number]
@@ -68,15 +71,27 @@ def data(tmp_path_factory) -> Path:
     (folder / "texts.jsonl").write_text("\n".join(lines))
     (folder / "rolling.yaml").write_text(ROLLING.replace("FOLDER", str(folder)))
     (folder / "group.yaml").write_text(GROUP)
-    (folder / "pairs").mkdir()
     for uid, pairs in PAIRS.items():
-        lines = [
-            json.dumps({"sentence_good": good, "sentence_bad": bad, "UID": uid, "linguistics_term": "all"})
-            for good, bad in pairs
-        ]
-        (folder / "pairs" / f"{uid}.jsonl").write_text("\n".join(lines))
-        (folder / f"{uid}.yaml").write_text(BLIMP.replace("FOLDER", str(folder)).replace("UID", uid))
+        write_pairs(folder / "pairs", uid, pairs)
+        write_pairs(folder / "spaced", uid, [(f" {good}", f" {bad}") for good, bad in pairs])
+        write_task(folder, PLAIN, f"blimp_{uid}", uid)
+        write_task(folder, BLIMP, f"spaced_{uid}", uid)
     return folder
+
+
+def write_pairs(folder: Path, uid: str, pairs: list[tuple[str, str]]) -> None:
+    folder.mkdir(exist_ok=True)
+    lines = [
+        json.dumps({"sentence_good": good, "sentence_bad": bad, "UID": uid, "linguistics_term": "all"})
+        for good, bad in pairs
+    ]
+    (folder / f"{uid}.jsonl").write_text("\n".join(lines))
+
+
+def write_task(folder: Path, template: str, task: str, uid: str) -> None:
+    """On the pairs in `folder`."""
+    text = template.replace("FOLDER", str(folder)).replace("TASK", task).replace("UID", uid)
+    (folder / f"{task}.yaml").write_text(text)
 
 
 @pytest.fixture(scope="module", params=["hybrid", "gpt2"])
@@ -96,6 +111,16 @@ def folder(request, tmp_path_factory) -> Path:
         build_model("hybrid", vocab_size=400, max_position_embeddings=CONTEXT, **ids).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def own_tasks_only(monkeypatch):
+    """lm-eval's own 14,000 task files stay unread."""
+    tasks = pytest.importorskip("lm_eval.tasks", reason="lm_eval is not installed")
+    only_folder = functools.partial(tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(
+        tasks, "TaskManager", lambda include_path=None, **_: only_folder(include_path=include_path)
+    )
 
 
 @pytest.fixture
@@ -172,9 +197,8 @@ class TestTheSameAsLmEval:
         found = measured(capsys)
         values = {name: m["value"] for name, m in found.items()}
         assert values["bits_per_byte/rolling"] == pytest.approx(values["bits_per_byte"], rel=1e-6)
-        # perplexities differ by as much as the nats that they are powers of
-        for ours, theirs in (("word_perplexity", "word_perplexity/rolling"),):
-            assert math.log(values[theirs]) == pytest.approx(math.log(values[ours]), rel=1e-6)
+        nats_per_word = [math.log(values[f"word_perplexity{task}"]) for task in ("", "/rolling")]
+        assert nats_per_word[0] == pytest.approx(nats_per_word[1], rel=1e-6)
         assert values["acc/blimp_all"] == values["minimal_pairs_accuracy"]
         for uid in PAIRS:
             assert values[f"acc/blimp_{uid}"] == values[f"minimal_pairs_accuracy/{uid}"]
@@ -186,13 +210,20 @@ class TestTheSameAsLmEval:
         assert not found["bits_per_byte/rolling"]["higher_is_better"]
         assert found["bits_per_byte/rolling"]["unit"] == found["bits_per_byte"]["unit"]
 
+    def test_pairs_by_lm_evals_own_template(self, folder, data, capsys):
+        """It puts a space before each sentence, as these pairs have it."""
+        pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+        options = ["--pairs", str(data / "spaced"), "--tasks", "spaced_*", "--include-path", str(data)]
+        assert main(["evaluate", str(folder), "--json", *options]) == 0
+        found = measured(capsys)
+        for uid in PAIRS:
+            assert found[f"acc/spaced_{uid}"]["value"] == found[f"minimal_pairs_accuracy/{uid}"]["value"]
+
     def test_but_a_tie_counts_half(self, folder, tmp_path, capsys):
         """lm-eval takes the first of two sentences that are as likely, which is the good one."""
         pytest.importorskip("lm_eval", reason="lm_eval is not installed")
-        (tmp_path / "pairs").mkdir()
-        tie = {"sentence_good": "two items", "sentence_bad": "two items"}
-        (tmp_path / "pairs" / "ties.jsonl").write_text(json.dumps(tie))
-        (tmp_path / "t.yaml").write_text(BLIMP.replace("UID", "ties").replace("FOLDER", str(tmp_path)))
+        write_pairs(tmp_path / "pairs", "ties", [("two items", "two items")])
+        write_task(tmp_path, PLAIN, "blimp_ties", "ties")
         options = [
             "--pairs",
             str(tmp_path / "pairs"),
@@ -263,8 +294,6 @@ class TestSuite:
             (["--suite", "likelihood", "--pairs", "x"], "--pairs is for --suite minimal_pairs"),
             (["x.txt", "--suite", "minimal_pairs", "--pairs", "x"], "SOURCE is for text"),
             (["--pairs", "nowhere"], "no pairs at 'nowhere'"),
-            (["--tasks", "blimp_ordre", "--include-path", "DATA"], "did you mean 'blimp_order'?"),
-            (["--tasks", "zzzzqqqq", "--include-path", "DATA"], "--include-path"),
             (["--suite", "likelihood"], "name the SOURCE"),
         ],
     )
@@ -273,10 +302,22 @@ class TestSuite:
         assert main(["evaluate", str(folder), *options]) == 2
         assert words in last_line(capsys)
 
+    @pytest.mark.parametrize(
+        ("task", "words"), [("blimp_ordre", "did you mean 'blimp_order'?"), ("zzzzqqqq", "--include-path")]
+    )
+    def test_an_unknown_task_is_named(self, task, words, folder, data, own_tasks_only, capsys):
+        assert main(["evaluate", str(folder), "--tasks", task, "--include-path", str(data)]) == 2
+        assert words in last_line(capsys)
+
+    @pytest.mark.slow
+    def test_lm_evals_own_tasks_are_known(self, folder, capsys):
+        pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+        assert main(["evaluate", str(folder), "--tasks", "blimp_pasive_1"]) == 2
+        assert "did you mean 'blimp_passive_1'?" in last_line(capsys)
+
     def test_data_that_cannot_be_had_are_named(self, folder, data, tmp_path, capsys):
         pytest.importorskip("lm_eval", reason="lm_eval is not installed")
-        broken = BLIMP.replace("UID", "broken").replace("FOLDER", str(tmp_path))
-        (tmp_path / "broken.yaml").write_text(broken)
+        write_task(tmp_path, PLAIN, "blimp_broken", "nowhere")
         options = ["--tasks", "blimp_broken", "--include-path", str(tmp_path)]
         assert main(["evaluate", str(folder), *options]) == 2
         assert "lm-eval cannot run blimp_broken" in last_line(capsys)

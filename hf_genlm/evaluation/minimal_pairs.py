@@ -5,8 +5,9 @@ Pairs are files of BLiMP's format (Warstadt et al., TACL 2020): a JSON object a 
 that the paradigm belongs to (the paradigm itself, where there is none).
 
 A pair counts 1 where the good sentence has the higher log-probability, summed over its tokens given the start
-token, and 1/2 where both are as likely, to within the rounding of float32. (lm-evaluation-harness takes the
-first of two equal scores, which for BLiMP is the good one.)
+token, and 1/2 where both are as likely, to within the rounding of float32. A sentence is read as it stands in
+the file. (The BLiMP tasks of lm-evaluation-harness put a space before each, and take the first of two equal
+scores, which is that of the good one.)
 """
 
 import json
