@@ -96,6 +96,16 @@ def _add_evaluate(verbs: Any) -> None:
     evaluate.add_argument(
         "sources", nargs="*", metavar="SOURCE", help="default: the run's own validation split"
     )
+    evaluate.add_argument(
+        "--suite",
+        metavar="A,B,..",
+        help="likelihood, minimal_pairs, lm_eval; default: what SOURCE, --pairs and --tasks ask for",
+    )
+    evaluate.add_argument(
+        "--pairs", metavar="PATH", help="a .jsonl file of BLiMP's format, or a folder of them"
+    )
+    evaluate.add_argument("--tasks", metavar="A,B,..", help="tasks of lm-eval; pip install 'hf_genlm[eval]'")
+    evaluate.add_argument("--include-path", metavar="DIR", help="where task files besides lm-eval's own are")
     evaluate.add_argument("--json", action="store_true", help="print the measurements as JSON")
     _add_recipe_options(evaluate)
 

@@ -2,7 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,11 +14,14 @@ _COST_WIDTHS = (28, 14, 10, 15, 13, 19)
 
 
 def table(measurements: Sequence["Measurement"]) -> str:
-    """One line a measurement: name, value, standard error, unit, count."""
+    """One line a measurement: name, value, standard error, 95 % interval, unit, count."""
+    width = max((len(m.name) for m in measurements), default=0)
     lines = []
     for m in measurements:
         error = f"± {m.stderr:.4f}" if m.stderr is not None else ""
-        lines.append(f"{m.name:<16} {m.value:>10.4f} {error:<10} {m.unit:<12} n = {m.n:,} ({m.split})")
+        interval = "[{:.4f}, {:.4f}]".format(*m.interval) if m.interval is not None else ""
+        figures = f"{m.value:>10.4f} {error:<10} {interval:<20}"
+        lines.append(f"{m.name:<{width}} {figures} {m.unit:<12} n = {m.n:,} ({m.split})")
     return "\n".join(lines)
 
 
@@ -156,6 +160,13 @@ class Display:
     def show(self, description: str) -> None:
         """Name the stage that begins."""
         self.bar.update(self.task, description=description, total=None, completed=0, facts="")
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """No bar of ours, while a library shows its own."""
+        self.bar.stop()
+        yield
+        self.bar.start()
 
     def say(self, line: str) -> None:
         """A line that stays."""

@@ -22,7 +22,9 @@ from hf_genlm.run_folder import RunFolder, describe_environment, write_json
 MEASURED = [
     Measurement("nats_per_token", 3.2171234, "nats/token", 41234, 0.0123456, "validation", False),
     Measurement("perplexity", 24.956, "1", 41234, 0.31, "validation", False),
-    Measurement("bits_per_byte", 1.7345678, "bits/byte", 98765, 0.0066, "validation", False),
+    Measurement(
+        "bits_per_byte", 1.7345678, "bits/byte", 98765, 0.0066, "validation", False, (1.72111, 1.7477)
+    ),
     Measurement("top1_accuracy", 0.3456789, "fraction", 41234, 0.0021, "validation", True),
     Measurement("top5_accuracy", 0.5678912, "fraction", 41234, None, "validation", True),
 ]
@@ -149,7 +151,7 @@ def test_what_the_recipe_leaves_open_is_not_invented(tmp_path):
 def test_every_measured_number_is_that_of_the_file(tmp_path):
     rows = table_with(ModelCard.load(write_card(make_run(tmp_path))).text, "measurement")[2:]
     assert len(rows) == len(MEASURED)
-    for (_, value, stderr, n, unit, better, split), m in zip(rows, MEASURED, strict=True):
+    for (_, value, stderr, interval, n, unit, better, split), m in zip(rows, MEASURED, strict=True):
         decimals = len(value.partition(".")[2])
         assert float(value) == round(m.value, decimals)
         assert n == f"{m.n:,}"
@@ -159,6 +161,10 @@ def test_every_measured_number_is_that_of_the_file(tmp_path):
         else:
             assert float(stderr) == round(m.stderr, decimals)
             assert float(stderr) == pytest.approx(m.stderr, rel=0.05), "two figures of the error are shown"
+        if m.interval is None:
+            assert interval == "unknown"
+        else:
+            assert interval == " to ".join(f"{end:.{decimals}f}" for end in m.interval)
 
 
 def test_a_number_that_is_not_finite_is_called_unknown(tmp_path):
@@ -169,6 +175,20 @@ def test_a_number_that_is_not_finite_is_called_unknown(tmp_path):
     card = ModelCard.load(write_card(run))
     assert table_with(card.text, "measurement")[2][1:3] == ["unknown", "unknown"]
     assert not card.data.eval_results
+
+
+def test_what_was_measured_on_other_text_is_not_said_of_the_corpus(tmp_path):
+    run = make_run(tmp_path)
+    part = Measurement("minimal_pairs_accuracy/passive_1", 0.75, "fraction", 1000, 0.01, "blimp", True)
+    lm_eval = Measurement("acc/blimp_passive_1", 0.7, "fraction", 1000, 0.01, "blimp_passive_1:train", True)
+    write_measurements(run.evaluation, [*MEASURED, part, lm_eval])
+    card = ModelCard.load(write_card(run))
+    assert table_with(card.text, "measurement")[-2][0] == "Minimal pairs: passive_1"
+    assert card.data.metrics == [*(m.name for m in MEASURED), "minimal_pairs_accuracy", "acc"]
+    names = {
+        (result.dataset_name, result.dataset_split) for result in card.data.eval_results[len(MEASURED) :]
+    }
+    assert names == {("blimp", "blimp"), ("blimp_passive_1:train", "blimp_passive_1:train")}
 
 
 def test_parameters_are_counted_by_part(tmp_path):

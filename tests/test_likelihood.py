@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +13,16 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation import likelihood
+from hf_genlm.evaluation.bootstrap import bootstrap_sums, percentile_interval
 from hf_genlm.evaluation.likelihood import make_windows, measure_likelihood
-from hf_genlm.evaluation.measurement import Measurement, ratio_stderr, read_measurements, write_measurements
+from hf_genlm.evaluation.measurement import (
+    Measurement,
+    ratio_stderr,
+    read_measurements,
+    update_measurements,
+    write_measurements,
+)
+from hf_genlm.text.store import Document, as_documents
 
 START, VOCAB, CONTEXT = 0, 29, 12
 
@@ -73,6 +82,8 @@ def reference_nats(model, ids, context: int, stride: int) -> list[float]:
     for t in range(1, len(text)):
         # the window that scores token t begins at the smallest multiple of stride from which t is in reach
         begin = max(0, math.ceil((t - context) / stride)) * stride
+        if stride == context:  # lm-eval's windows: the last one is full
+            begin = max(0, min(begin, len(ids) - context))
         logits = model(torch.tensor([text[begin:t]]), use_cache=False).logits[0, -1]
         nats.append(-float(logits.log_softmax(-1)[text[t]]))
     return nats
@@ -116,7 +127,7 @@ def test_equals_the_definition_in_float64(any_model, longest, stride):
     assert found["nats_per_token"].value == pytest.approx(total / tokens, rel=1e-6)
     assert found["perplexity"].value == pytest.approx(math.exp(total / tokens), rel=1e-5)
     assert found["bits_per_byte"].value == pytest.approx(total / math.log(2) / n_bytes, rel=1e-6)
-    assert [found[name].n for name in found] == [tokens, tokens, n_bytes, tokens, tokens]
+    assert [found[name].n for name in found] == [tokens, tokens, n_bytes, tokens, tokens, tokens]
 
 
 def test_a_document_that_fits_is_one_plain_cross_entropy(model):
@@ -208,6 +219,7 @@ def test_units_splits_and_directions(model):
         "bits_per_byte": ("bits/byte", False),
         "top1_accuracy": ("fraction", True),
         "top5_accuracy": ("fraction", True),
+        "calibration_error": ("fraction", False),
     }
 
 
@@ -265,6 +277,123 @@ class TestPartial:
         full, part = measure(model, documents), measure(model, documents, max_tokens=900)
         for name, whole in full.items():
             assert abs(part[name].value - whole.value) < 4 * part[name].stderr, name
+
+
+class TestIntervals:
+    def test_are_percentiles_of_ratios_over_drawn_documents(self):
+        logits = torch.linspace(2, -2, VOCAB)
+        nats_of = -logits.double().log_softmax(0).numpy()
+        documents = make_documents(80, 40)
+        words = np.arange(1, 81)
+        found = measure(CountingModel(logits), documents, n_words=words)
+        nats = np.array([nats_of[ids].sum() for ids, _ in documents])
+        tokens = np.array([len(ids) for ids, _ in documents])
+        sizes = np.array([size for _, size in documents])
+        hits = np.array([(ids < 5).sum() for ids, _ in documents])
+        draws = np.random.default_rng(1).integers(0, 80, size=(20000, 80))
+        drawn = {
+            "nats_per_token": nats[draws].sum(1) / tokens[draws].sum(1),
+            "perplexity": np.exp(nats[draws].sum(1) / tokens[draws].sum(1)),
+            "bits_per_byte": nats[draws].sum(1) / math.log(2) / sizes[draws].sum(1),
+            "word_perplexity": np.exp(nats[draws].sum(1) / words[draws].sum(1)),
+            "top5_accuracy": hits[draws].sum(1) / tokens[draws].sum(1),
+        }
+        for name, values in drawn.items():
+            expected = np.quantile(values, [0.025, 0.975])
+            assert found[name].interval == pytest.approx(tuple(expected), abs=0.15 * values.std()), name
+
+    def test_are_always_the_same_and_hold_the_value(self, model):
+        documents = make_documents(25, 30)
+        found = measure(model, documents)
+        again = measure(model, documents)
+        for name, one in found.items():
+            assert one.interval == again[name].interval
+            assert one.interval[0] < one.value < one.interval[1]
+
+    def test_hold_the_mean_of_all_text_as_often_as_they_say(self):
+        """Of 400 samples of 40 documents each, 95 % do, but for chance and the few clusters."""
+        generator = np.random.default_rng(0)
+        means = generator.normal(3.0, 1.0, size=(400, 40))
+        tokens = generator.integers(50, 150, size=(400, 40))
+        hits = 0
+        for mean, n in zip(means, tokens, strict=True):
+            sums = bootstrap_sums(np.stack([mean * n, n], axis=1), resamples=1000)
+            low, high = percentile_interval(sums[:, 0] / sums[:, 1])
+            hits += low <= 3.0 <= high
+        assert 0.90 <= hits / 400 <= 0.97
+
+    def test_draw_the_same_whatever_is_drawn_at_once(self, monkeypatch):
+        sums = np.random.default_rng(0).normal(size=(30, 2))
+        whole = bootstrap_sums(sums, resamples=64)
+        assert whole.shape == (64, 2)
+        assert whole.mean(axis=0) == pytest.approx(sums.sum(axis=0), abs=4.0)
+        monkeypatch.setattr("hf_genlm.evaluation.bootstrap._AT_ONCE", 60)
+        assert np.allclose(bootstrap_sums(sums, resamples=64), whole)
+
+    def test_are_unknown_for_one_cluster(self, model):
+        assert {m.interval for m in measure(model, [(np.array([3]), 1)]).values()} == {None}
+
+
+class TestCalibration:
+    def naive(self, probabilities: np.ndarray, targets: np.ndarray) -> float:
+        """Guo et al., 2017, eq. 3, from all probabilities at once."""
+        confidence = probabilities.max(axis=1)
+        hits = probabilities.argmax(axis=1) == targets
+        error = 0.0
+        for k in range(15):
+            chosen = (confidence > k / 15) & (confidence <= (k + 1) / 15)
+            if chosen.any():
+                error += chosen.mean() * abs(hits[chosen].mean() - confidence[chosen].mean())
+        return error
+
+    @pytest.mark.parametrize("batch_size", [1, 7])
+    def test_equals_the_definition(self, any_model, batch_size):
+        documents = make_documents(30, CONTEXT)
+        probabilities, targets = [], []
+        with torch.no_grad():
+            for ids, _ in documents:
+                inputs = torch.tensor([[START, *map(int, ids[:-1])]])
+                probabilities.append(any_model(inputs, use_cache=False).logits[0].softmax(-1).numpy())
+                targets.append(ids)
+        expected = self.naive(np.concatenate(probabilities), np.concatenate(targets))
+        found = measure(any_model, documents, batch_size=batch_size)["calibration_error"]
+        assert expected > 0.01
+        assert found.value == pytest.approx(expected, rel=1e-5)
+
+    def test_is_nothing_where_confidence_is_what_happens(self):
+        """A model that gives one token 3/4, which is right three times out of four."""
+        logits = torch.full((VOCAB,), math.log(0.25 / (VOCAB - 1)))
+        logits[3] = math.log(0.75)
+        ids = np.tile([3, 3, 3, 4], 3)
+        found = measure(CountingModel(logits), [(ids, 12)] * 20)
+        assert found["calibration_error"].value == pytest.approx(0.0, abs=1e-6)
+        always = measure(CountingModel(logits), [(np.full(8, 3), 8)] * 20)
+        assert always["calibration_error"].value == pytest.approx(0.25, abs=1e-6)
+        assert always["calibration_error"].stderr == pytest.approx(0.0, abs=1e-6)
+
+
+class TestWords:
+    def test_perplexity_is_that_of_the_words_of_all_documents(self, model):
+        documents = make_documents(25, 20)
+        words = np.arange(1, 26)
+        found = measure(model, documents, n_words=words)
+        nats = found["nats_per_token"].value * found["nats_per_token"].n
+        assert found["word_perplexity"].value == pytest.approx(math.exp(nats / words.sum()), rel=1e-9)
+        assert found["word_perplexity"].n == words.sum()
+        assert "word_perplexity" not in measure(model, documents)
+        assert list(found)[:-1] == list(measure(model, documents)), "and nothing else changes"
+
+    def test_are_counted_as_lm_eval_counts_them(self, monkeypatch):
+        monkeypatch.setattr("hf_genlm.text.store.CHUNK", 8)  # longer texts are read in parts
+        texts = [
+            "a",
+            " a b ",
+            "one two\n\nthree  four\tfive",
+            "\u3000no\u00a0break \x1d",
+            "x" * 30 + " " * 30,
+        ]
+        counted = as_documents([Document(text, "x") for text in texts]).count_words()
+        assert counted.tolist() == [len(re.split(r"\s+", text)) for text in texts]
 
 
 class TestStandardError:
@@ -342,6 +471,33 @@ class TestFile:
         assert read_measurements(tmp_path / "evaluation.json") == found
         assert list(json.loads((tmp_path / "evaluation.json").read_text())) == ["measurements"]
         assert [file.name for file in tmp_path.iterdir()] == ["evaluation.json"]
+
+    def test_without_intervals_is_what_it_was(self, tmp_path):
+        """Files that were written before there were any are read, and none is written where there is none."""
+        plain = Measurement("perplexity", 3.0, "1", 3, 0.5, "validation", False)
+        write_measurements(tmp_path / "e.json", [plain])
+        (content,) = json.loads((tmp_path / "e.json").read_text())["measurements"]
+        assert set(content) == {"name", "value", "unit", "n", "stderr", "split", "higher_is_better"}
+        assert read_measurements(tmp_path / "e.json") == [plain]
+
+    def test_an_update_replaces_what_has_the_same_name_and_split(self, tmp_path):
+        def measured(name: str, value: float, split: str) -> Measurement:
+            return Measurement(name, value, "1", 3, 0.5, split, False, (value - 1, value + 1))
+
+        old = [measured("a", 1, "x"), measured("b", 2, "x"), measured("a", 3, "y")]
+        update_measurements(tmp_path / "e.json", old)
+        update_measurements(tmp_path / "e.json", [measured("b", 5, "x"), measured("c", 6, "x")])
+        expected = [old[0], measured("b", 5, "x"), old[2], measured("c", 6, "x")]
+        assert read_measurements(tmp_path / "e.json") == expected
+
+    @pytest.mark.parametrize("interval", ["3", "[1]", '[1, "x"]', "[1, 2, 3]"])
+    def test_a_damaged_interval_is_named(self, tmp_path, interval):
+        content = Measurement("p", 3.0, "1", 3, None, "v", False).to_json() | {
+            "interval": json.loads(interval)
+        }
+        (tmp_path / "e.json").write_text(json.dumps({"measurements": [content]}))
+        with pytest.raises(UserError, match=r"e\.json"):
+            read_measurements(tmp_path / "e.json")
 
     def test_what_is_not_finite_stays_json(self, tmp_path):
         write_measurements(

@@ -73,7 +73,11 @@ def test_every_decoder_trains_and_is_measured(decoder, text_folder, tmp_path, ev
     assert len(curve) == 30
     assert sum(curve[-5:]) / 5 < min(curve[0], math.log(400) - 1.0)
     values = {m.name: m for m in read_measurements(run.evaluation)}
-    assert set(values) == {"nats_per_token", "perplexity", "bits_per_byte", "top1_accuracy", "top5_accuracy"}
+    assert set(values) == {
+        "nats_per_token", "perplexity", "bits_per_byte", "word_perplexity",
+        "top1_accuracy", "top5_accuracy", "calibration_error",
+    }  # fmt: skip
+    assert all(m.interval[0] <= m.value <= m.interval[1] for m in values.values())
     assert {m.split for m in values.values()} == {"validation"}
     corpus = json.loads(run.corpus.read_text())
     assert values["bits_per_byte"].n == corpus["validation"]["bytes"]

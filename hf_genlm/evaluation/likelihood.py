@@ -6,7 +6,8 @@ convention of `loglikelihood_rolling` in lm-evaluation-harness. Bytes are those 
 
 Long documents. One of more than `context` tokens is read in windows of at most `context` input tokens whose
 beginnings lie `stride` apart. The first window scores all its targets, each later one only those that are not
-scored yet; so each of them has at least context - stride tokens before it, besides the one it follows.
+scored yet; so each of them has at least context - stride tokens before it, besides the one it follows. With
+stride = context the windows are those of lm-evaluation-harness: the last one reaches back until it is full.
 
 Carried state. A decoder of recurrent layers alone can read a document once, in windows side by side, each of
 which begins with the states in which the one before it ended: every token is then scored given all before it.
@@ -24,15 +25,14 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from hf_genlm.errors import UserError
-from hf_genlm.evaluation.measurement import Measurement, ratio_stderr
+from hf_genlm.evaluation.measurement import Measurement
+from hf_genlm.evaluation.sums import BINS, Sums, gaps_of, measurements_of
 
 Document = tuple[np.ndarray, int]
 
 # B * T * V of one forward pass: 128 MiB of float32 logits, and about as much again while they are scored.
 # A single window that is larger still goes through alone.
 MAX_LOGITS = 2**25
-# From so many documents on, documents are the clusters of the standard error.
-MIN_DOCUMENT_CLUSTERS = 20
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
@@ -43,15 +43,6 @@ class Window(NamedTuple):
     start: int
     first: int
     stop: int
-
-
-class _Sums(NamedTuple):
-    """What each window adds up to, in the order of the windows; each (W,) float64."""
-
-    tokens: np.ndarray
-    nats: np.ndarray
-    top1: np.ndarray
-    top5: np.ndarray
 
 
 def measure_likelihood(
@@ -65,6 +56,7 @@ def measure_likelihood(
     split: str = "validation",
     max_tokens: int | None = None,
     carry_state: bool = False,
+    n_words: Sequence[int] | np.ndarray | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Measurement]:
     """Score `documents` with a causal language model, on the device and in the number format of its weights.
@@ -84,6 +76,7 @@ def measure_likelihood(
             document goes through the model at once, no result but the clusters of windows depends on it, and
             `stride` is not used. The model's cache must hold states that go on for ever, which its config
             says by `is_recurrent`. `max_tokens` takes documents spread evenly, the last up to there.
+        n_words: (D,) words of each document's original text; without them, no word_perplexity.
         on_progress: called with (tokens scored so far, tokens to score) after each forward pass.
 
     Returns:
@@ -94,10 +87,12 @@ def measure_likelihood(
           is the number of bytes that the scored tokens stand for at that rate.
         - top1_accuracy, top5_accuracy (fraction): the target counts as among the k best when fewer than k
           other tokens have a logit at least as high. Ties count against the model: equal logits score 0.
-        Standard errors are clustered (`ratio_stderr`). Clusters are documents where at least
-        `MIN_DOCUMENT_CLUSTERS` of them were scored, otherwise windows. Windows of one document resemble each
-        other, so their error is rather a lower bound. Bytes are known of whole documents only: where the
-        clusters are others, each is taken to have the bytes per token of all `documents`.
+        - calibration_error (fraction): see `sums`.
+        - word_perplexity (1): exp(nats per word), over words as bits_per_byte is over bytes.
+        Standard errors (`ratio_stderr`) and 95 % intervals (`bootstrap`) are clustered: by document where at
+        least `MIN_DOCUMENT_CLUSTERS` were scored, otherwise by window, of which those of a document resemble
+        each other: their error is rather a lower bound. Windows are taken to have the bytes per token of all
+        `documents`.
 
     Raises:
         UserError: context < 2, a stride outside 1..context, no token to score, logits not finite, or
@@ -109,25 +104,56 @@ def measure_likelihood(
     n_tokens, n_bytes = sizes[:, 0], sizes[:, 1] * (sizes[:, 0] > 0)
     if carry_state:
         _check_recurrent(model.config)
-    windows = make_windows(n_tokens, context, context if carry_state else stride)
+    windows = make_windows(n_tokens, context, stride, carry_state)
     if not windows:
         raise UserError(f"the {split} split holds no token to score: give it a source with text")
     if max_tokens is not None:
         windows = (_spread_documents if carry_state else _spread)(windows, max_tokens)
     batches = (_carried_batches if carry_state else _batches)(windows, batch_size, model.config.vocab_size)
     sums = _score(model, documents, windows, batches, start_id, carry_state, on_progress)
-    return _measurements(sums, windows, n_tokens, n_bytes, split)
+    sizes_of_documents = {"tokens": n_tokens, "bytes": n_bytes}
+    if n_words is not None:
+        sizes_of_documents["words"] = np.asarray(n_words, dtype=np.int64) * (n_tokens > 0)
+    return measurements_of(sums, [window.document for window in windows], sizes_of_documents, split)
 
 
-def make_windows(n_tokens: Sequence[int] | np.ndarray, context: int, stride: int) -> list[Window]:
-    """The windows of documents with `n_tokens` tokens each, in reading order; each token is scored in one."""
+def document_nats(
+    model: Any,
+    token_ids: Sequence[Sequence[int]],
+    *,
+    start_id: int,
+    context: int,
+    batch_size: int = 32,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """-log P of each of D texts given the start token, summed over its tokens, as `measure_likelihood` scores
+    them: (D,) float64, 0 for an empty one."""
+    _check(context, max(1, context // 2), batch_size, None)
+    documents = [(np.asarray(ids, dtype=np.int64), 0) for ids in token_ids]
+    windows = make_windows([len(ids) for ids in token_ids], context, max(1, context // 2))
+    batches = _batches(windows, batch_size, model.config.vocab_size)
+    sums = _score(model, documents, windows, batches, start_id, False, on_progress)
+    return np.bincount([window.document for window in windows], sums.nats, minlength=len(documents))
+
+
+def make_windows(
+    n_tokens: Sequence[int] | np.ndarray, context: int, stride: int, carry_state: bool = False
+) -> list[Window]:
+    """The windows of documents with `n_tokens` tokens each, in reading order; each token is scored in one.
+
+    They lie side by side where states are carried from one to the next, whatever the `stride`.
+    """
     windows = []
+    step = context if carry_state else stride
+    reaches_back = stride == context and not carry_state
     for document, length in enumerate(n_tokens):
         start = first = 0
         while first < length:
             stop = min(start + context, int(length))
+            if reaches_back:
+                start = max(0, stop - context)
             windows.append(Window(document, start, first, stop))
-            start, first = start + stride, stop
+            start, first = start + step, stop
     return windows
 
 
@@ -193,30 +219,34 @@ def _score(
     start_id: int,
     carry_state: bool,
     on_progress: Callable[[int, int], None] | None,
-) -> _Sums:
+) -> Sums:
     """Sums of each window. They are kept apart and added in reading order, whatever the batches were."""
     tokens = np.array([window.stop - window.first for window in windows], dtype=np.float64)
     found = np.zeros((3, len(windows)))
+    gaps = np.zeros((len(windows), BINS))
     n_scored = 0
     cache: Any = None  # the states of the documents of a batch, as transformers' caches hold them
-    with _evaluating(model), torch.inference_mode():
+    with evaluation_mode(model), torch.inference_mode():
         for batch in batches:
             chosen = [windows[i] for i in batch]
             if chosen[0].start == 0:
                 cache = None
             elif cache is not None:
                 cache.batch_select_indices(torch.arange(len(chosen)))  # shorter documents have ended
-            scores_3N, cache = _score_batch(model, documents, chosen, start_id, cache, carry_state)
-            begins = np.concatenate([[0], np.cumsum(tokens[batch][:-1])]).astype(np.int64)
-            found[:, batch] = np.add.reduceat(scores_3N, begins, axis=1)
-            n_scored += scores_3N.shape[1]
+            scores_4N, cache = _score_batch(model, documents, chosen, start_id, cache, carry_state)
+            if not np.isfinite(scores_4N).all():
+                raise UserError(
+                    "the model's logits are not finite, its training diverged: train with a lower "
+                    "learning_rate"
+                )
+            lengths = tokens[batch].astype(np.int64)
+            found[:, batch] = np.add.reduceat(scores_4N[:3], np.cumsum(lengths) - lengths, axis=1)
+            gaps[batch] = gaps_of(scores_4N[1], scores_4N[3], lengths)
+            n_scored += scores_4N.shape[1]
             if on_progress is not None:
                 on_progress(n_scored, int(tokens.sum()))
-    if not np.isfinite(found).all():
-        raise UserError(
-            "the model's logits are not finite, its training diverged: train with a lower learning_rate"
-        )
-    return _Sums(tokens, *found)
+    nats, top1, top5 = found
+    return Sums(tokens, nats, top1, top5, gaps)
 
 
 def _batches(windows: list[Window], batch_size: int, vocab_size: int) -> Iterator[np.ndarray]:
@@ -253,10 +283,11 @@ def _score_batch(
     cache: Any,
     carry_state: bool,
 ) -> tuple[np.ndarray, Any]:
-    """Per scored token of `windows`, in order: nats, and whether it was the best, and among the best 5.
+    """Per scored token of `windows`, in order: nats, whether it was the best, and among the best 5, and the
+    probability of the likeliest token.
 
     Returns:
-        (3, N) float64, and the cache after the windows, where states are carried.
+        (4, N) float64, and the cache after the windows, where states are carried.
     """
     shape = len(windows), max(window.stop - window.start for window in windows)
     inputs_BT = np.full(shape, start_id, dtype=np.int64)
@@ -277,53 +308,16 @@ def _score_batch(
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     targets_N = torch.from_numpy(targets_BT[scored_BT]).to(device)
     nats_N = cross_entropy(logits_NV, targets_N, reduction="none")
-    at_least_N = (logits_NV >= logits_NV.gather(1, targets_N[:, None])).sum(
-        dim=1
-    )  # the target itself included
-    scores_3N = torch.stack([nats_N, at_least_N <= 1, at_least_N <= 5]).cpu().double().numpy()
-    return scores_3N, output.past_key_values if carry_state else None
-
-
-def _measurements(
-    sums: _Sums, windows: list[Window], n_tokens: np.ndarray, n_bytes: np.ndarray, split: str
-) -> list[Measurement]:
-    """The five figures from the windows' sums; `n_tokens` and `n_bytes` (D,) are those of whole documents."""
-    n = int(sums.tokens.sum())
-    total_tokens, total_bytes = int(n_tokens.sum()), int(n_bytes.sum())
-    assert total_bytes > 0, "documents with tokens must have bytes"
-    documents, document = np.unique([window.document for window in windows], return_inverse=True)
-    by_document = len(documents) >= MIN_DOCUMENT_CLUSTERS
-    cluster = document if by_document else np.arange(len(windows))
-
-    def clustered(sums_W: np.ndarray) -> np.ndarray:
-        return np.bincount(cluster, sums_W)
-
-    tokens = clustered(sums.tokens)
-    whole_documents = by_document and n == total_tokens
-    sizes = n_bytes[documents] if whole_documents else tokens * (total_bytes / total_tokens)
-    nats_per_token = math.fsum(sums.nats) / n
-    nats_stderr = ratio_stderr(clustered(sums.nats), tokens)
-    bits_per_byte = nats_per_token / math.log(2) * (total_tokens / total_bytes)
-    bits_stderr = ratio_stderr(clustered(sums.nats) / math.log(2), sizes)
-    perplexity = math.exp(nats_per_token) if nats_per_token < 700 else math.inf
-    perplexity_stderr = None if nats_stderr is None else perplexity * nats_stderr
-    scored_bytes = round(n * total_bytes / total_tokens)
-
-    def accuracy(name: str, hits: np.ndarray) -> Measurement:
-        stderr = ratio_stderr(clustered(hits), tokens)
-        return Measurement(name, math.fsum(hits) / n, "fraction", n, stderr, split, True)
-
-    return [
-        Measurement("nats_per_token", nats_per_token, "nats/token", n, nats_stderr, split, False),
-        Measurement("perplexity", perplexity, "1", n, perplexity_stderr, split, False),
-        Measurement("bits_per_byte", bits_per_byte, "bits/byte", scored_bytes, bits_stderr, split, False),
-        accuracy("top1_accuracy", sums.top1),
-        accuracy("top5_accuracy", sums.top5),
-    ]
+    target_logits_N = logits_NV.gather(1, targets_N[:, None])
+    at_least_N = (logits_NV >= target_logits_N).sum(dim=1)  # the target itself included
+    # log of the sum of exp(logits) = nats + the target's logit
+    confidence_N = (logits_NV.amax(dim=1) - target_logits_N[:, 0] - nats_N).exp()
+    scores_4N = torch.stack([nats_N, at_least_N <= 1, at_least_N <= 5, confidence_N])
+    return scores_4N.cpu().double().numpy(), output.past_key_values if carry_state else None
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards every module is back in the mode it had."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

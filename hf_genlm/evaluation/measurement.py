@@ -18,7 +18,8 @@ class Measurement:
     """One measured number.
 
     `n` counts what the value is an average over, in the denominator of `unit` (tokens for "nats/token").
-    `stderr` is the standard error of `value` in the same unit, None where it cannot be known.
+    `stderr` is the standard error of `value` in the same unit, `interval` the two ends of its 95 % interval;
+    None where they cannot be known.
     """
 
     name: str
@@ -28,25 +29,31 @@ class Measurement:
     stderr: float | None
     split: str
     higher_is_better: bool
+    interval: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by name. JSON has no infinity: a number that is not finite becomes None."""
+        """The fields by name, `interval` only where there is one. JSON has no infinity: a number that is not
+        finite becomes None, and an interval with such an end is left out."""
         content = asdict(self)
         for key in ("value", "stderr"):
             if content[key] is not None and not math.isfinite(content[key]):
                 content[key] = None
-        return content
+        ends = content.pop("interval")
+        return content if ends is None or not np.isfinite(ends).all() else {**content, "interval": list(ends)}
 
     @classmethod
     def from_json(cls, content: Any) -> "Measurement":
-        """The inverse of `to_json`; a value of None is read as nan.
+        """The inverse of `to_json`; a value of None is read as nan, and an interval may be missing.
 
         Raises:
             UserError: a field is missing, unknown or of another type.
         """
-        names = {field.name for field in fields(cls)}
-        if not isinstance(content, dict) or set(content) != names:
-            raise UserError(f"a measurement holds exactly {', '.join(sorted(names))}, not {content!r}")
+        names = {field.name for field in fields(cls)} - {"interval"}
+        if not isinstance(content, dict) or set(content) - {"interval"} != names:
+            raise UserError(
+                f"a measurement holds exactly {', '.join(sorted(names))}, and may hold an interval, "
+                f"not {content!r}"
+            )
         try:
             return cls(
                 name=_of_type(str, content["name"]),
@@ -56,6 +63,7 @@ class Measurement:
                 stderr=None if content["stderr"] is None else float(content["stderr"]),
                 split=_of_type(str, content["split"]),
                 higher_is_better=_of_type(bool, content["higher_is_better"]),
+                interval=_ends_of(content.get("interval")),
             )
         except (TypeError, ValueError) as error:
             raise UserError(f"{content!r} is not a measurement: {error}") from error
@@ -94,6 +102,17 @@ def read_measurements(path: str | Path) -> list[Measurement]:
         raise UserError(f"{str(path)!r} is damaged: {error}") from error
 
 
+def update_measurements(path: str | Path, measurements: Iterable[Measurement]) -> None:
+    """Write `measurements` to a file, in place of those of the same name and split; its others stay.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = Path(path)
+    kept = read_measurements(path) if path.is_file() else []
+    write_measurements(path, {(m.name, m.split): m for m in [*kept, *measurements]}.values())
+
+
 def ratio_stderr(numerators: Iterable[float], denominators: Iterable[float]) -> float | None:
     """Standard error of R = sum(y) / sum(x) over n clusters i with totals y_i and x_i.
 
@@ -111,6 +130,13 @@ def ratio_stderr(numerators: Iterable[float], denominators: Iterable[float]) -> 
         return None
     residuals = y - (y.sum() / x.sum()) * x
     return float(np.sqrt(len(x) / (len(x) - 1) * np.square(residuals).sum()) / x.sum())
+
+
+def _ends_of(value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    low, high = _of_type(list, value)
+    return float(low), float(high)
 
 
 def _of_type(kind: type, value: Any) -> Any:

@@ -39,6 +39,20 @@ _DEFINITIONS = {
     "perplexity": ("Perplexity per token", "exp of the nats per token; compares only within one vocabulary"),
     "top1_accuracy": ("Top-1 accuracy", "share of tokens that the model ranked first; ties count against it"),
     "top5_accuracy": ("Top-5 accuracy", "share of tokens that the model ranked among its first five"),
+    "calibration_error": (
+        "Calibration error",
+        "expected calibration error of the likeliest token, over 15 bins of equal width",
+    ),
+    "word_perplexity": (
+        "Perplexity per word",
+        "exp of the nats per word of the original text; as lm-evaluation-harness counts, a document has one "
+        "word more than runs of white space; models with different vocabularies compare by it",
+    ),
+    "minimal_pairs_accuracy": (
+        "Minimal pairs",
+        "share of pairs of sentences of which the model finds the acceptable one likelier; ties count half",
+    ),
+    "minimal_pairs_accuracy_macro": ("Minimal pairs, macro", "mean of that over the linguistic phenomena"),
 }
 _DECODER_TAGS = {"full_attention": "transformer", "sliding_attention": "sliding"}
 _DIRECTORIES = re.compile(r"(?<![\w.:/\\~])(?:file:|~|[A-Za-z]:)?[/\\]+(?:[^\s/\\]+[/\\]+)+")
@@ -111,10 +125,10 @@ def _front_matter(recipe: Recipe, facts: dict[str, Any]) -> "ModelCardData":
         EvalResult(
             task_type="text-generation",
             dataset_type="text",
-            dataset_name=facts["corpus"]["description"],
+            dataset_name=facts["corpus"]["description"] if _is_of(facts, measurement) else measurement.split,
             dataset_split=measurement.split,
             dataset_args={"sha256": facts["corpus"][measurement.split]["sha256"]}
-            if measurement.split in facts["corpus"]
+            if _is_of(facts, measurement)
             else None,
             metric_type=measurement.name,
             metric_name=_title(measurement),
@@ -129,7 +143,7 @@ def _front_matter(recipe: Recipe, facts: dict[str, Any]) -> "ModelCardData":
         license=recipe.card.license,
         language=recipe.card.language or None,
         tags=["genlm", "custom_code", *_decoder_tags(facts["config"]["mixer_types"])],
-        metrics=[measurement.name for measurement in facts["measurements"]],
+        metrics=list(dict.fromkeys(m.name.partition("/")[0] for m in facts["measurements"])),
         model_name=facts["name"],
         eval_results=results or None,
     )
@@ -142,7 +156,7 @@ def _render(facts: dict[str, Any]) -> str:
     environment.filters.update(
         prose=markdown.prose, code=markdown.code, fence=markdown.fence, count=markdown.count, figures=_figures
     )
-    environment.filters.update(title=_title, cut=_cut)
+    environment.filters.update(title=_title, cut=_cut, interval=_interval)
     template = resources.files("hf_genlm.publish").joinpath("card_template.md").read_text(encoding="utf-8")
     definitions = [_DEFINITIONS[m.name] for m in facts["measurements"] if m.name in _DEFINITIONS]
     return environment.from_string(template).render(
@@ -150,8 +164,21 @@ def _render(facts: dict[str, Any]) -> str:
     )
 
 
+def _is_of(facts: dict[str, Any], measurement: Measurement) -> bool:
+    """Whether it was measured on a split of the run's corpus."""
+    return measurement.split in ("train", "validation") and measurement.split in facts["corpus"]
+
+
 def _title(measurement: Measurement) -> str:
-    return _DEFINITIONS.get(measurement.name, (measurement.name, ""))[0]
+    name, _, part = measurement.name.partition("/")
+    title = _DEFINITIONS.get(name, (name, ""))[0]
+    return f"{title}: {part}" if part else title
+
+
+def _interval(measurement: Measurement) -> str:
+    if measurement.interval is None:
+        return "unknown"
+    return " to ".join(_figures(end, measurement) for end in measurement.interval)
 
 
 def _figures(number: float | None, measurement: Measurement) -> str:

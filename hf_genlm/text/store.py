@@ -6,6 +6,7 @@ Up to 64 MB they stay in memory, more go to a nameless file: memory does not gro
 import codecs
 import io
 import itertools
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from hf_genlm.text.cache import check_room, no_space, scratch_file
 CHUNK = 1 << 20  # bytes read or written at once
 _IN_MEMORY = 1 << 26  # bytes; a larger text goes to disk
 _ROOM_EVERY = 1 << 26  # bytes after which the room on the disk is looked at again
+_SPACE = re.compile(r"\s+")
 _BLOCK = 4096  # documents whose borders are looked up at once
 
 
@@ -144,6 +146,17 @@ class Documents(Sequence[Document]):
             decoder = codecs.getincrementaldecoder("utf-8")()
             for _, content in parts:
                 yield i, decoder.decode(content)
+
+    def count_words(self) -> np.ndarray:
+        """(n,) int64: one more than there are runs of white space, as lm-evaluation-harness counts the words
+        of each text (`len(re.split(r"\\s+", text))`)."""
+        words = np.ones(len(self), dtype=np.int64)
+        last, in_space = -1, False
+        for i, text in self.texts():
+            words[i] += len(_SPACE.findall(text)) - (i == last and in_space and text[:1].isspace())
+            if text:
+                last, in_space = i, text[-1].isspace()
+        return words
 
     def _neighbours(self) -> Iterator[tuple[int, list[int], list[int]]]:
         """(first document, starts, stops) of documents that one read of at most `CHUNK` bytes gets, or of a

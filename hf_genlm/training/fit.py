@@ -193,6 +193,7 @@ def likelihood_of(
         stride=recipe.evaluation.stride,
         batch_size=recipe.evaluation.batch_size,
         carry_state=recipe.evaluation.carry_state,
+        n_words=corpus.n_words,
         max_tokens=max_tokens,
         on_progress=on_progress,
     )

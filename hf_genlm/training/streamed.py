@@ -34,6 +34,7 @@ class StreamedCorpus:
     words: dict[str, int]
     shuffle_buffer: int
     run: RunFolder
+    n_words: np.ndarray | None = None
 
     n_tokens = None  # not known
 
@@ -100,7 +101,8 @@ def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> StreamedCorpus:
         bytes_per_token=round(report["validation"]["bytes"] / max(1, validation.n_tokens), 3),
     )
     words = count_words(text) if recipe.vectors.path is not None else {}
-    return StreamedCorpus(tokenizer, stream, validation, words, recipe.corpus.shuffle_buffer, run)
+    n_words = found.validation.count_words()
+    return StreamedCorpus(tokenizer, stream, validation, words, recipe.corpus.shuffle_buffer, run, n_words)
 
 
 class StreamCallback(TrainerCallback, ExportableState):

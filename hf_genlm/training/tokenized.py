@@ -28,13 +28,15 @@ _SHARED = "train"
 class TokenizedCorpus:
     """Both splits as token ids, with the tokenizer that made them.
 
-    `words` counts those of the training text, for word vectors alone: otherwise it is empty.
+    `words` counts those of the training text, for word vectors alone: otherwise it is empty. `n_words` (n,)
+    is how many each validation document has; None where that text is not at hand.
     """
 
     tokenizer: PreTrainedTokenizerBase
     train: TokenizedDocuments
     validation: TokenizedDocuments
     words: dict[str, int]
+    n_words: np.ndarray | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -123,7 +125,7 @@ def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> TokenizedCorpus:
     tokenizer = tokenizer_of(run, recipe, corpus.train, text["bytes"], is_again, cache, text["sha256"])
     words = count_words(corpus.train) if recipe.vectors.path is not None else {}
     train, validation = _encode_splits(run, tokenizer, corpus, cache, note)
-    tokenized = TokenizedCorpus(tokenizer, train, validation, words)
+    tokenized = TokenizedCorpus(tokenizer, train, validation, words, corpus.validation.count_words())
     write_json(run.corpus, corpus.report)
     run.log(
         "tokenized",
