@@ -66,6 +66,7 @@ def measure_likelihood(
     max_tokens: int | None = None,
     carry_state: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    on_scores: Callable[[Sequence[Window], np.ndarray], None] | None = None,
 ) -> list[Measurement]:
     """Score `documents` with a causal language model, on the device and in the number format of its weights.
 
@@ -85,6 +86,8 @@ def measure_likelihood(
             `stride` is not used. The model's cache must hold states that go on for ever, which its config
             says by `is_recurrent`. `max_tokens` takes documents spread evenly, the last up to there.
         on_progress: called with (tokens scored so far, tokens to score) after each forward pass.
+        on_scores: called with the windows of each forward pass and the nats (N,) of their scored tokens, in
+            the order of these windows.
 
     Returns:
         - nats_per_token (nats/token): the sum of nats over the number of tokens.
@@ -115,7 +118,7 @@ def measure_likelihood(
     if max_tokens is not None:
         windows = (_spread_documents if carry_state else _spread)(windows, max_tokens)
     batches = (_carried_batches if carry_state else _batches)(windows, batch_size, model.config.vocab_size)
-    sums = _score(model, documents, windows, batches, start_id, carry_state, on_progress)
+    sums = _score(model, documents, windows, batches, start_id, carry_state, on_progress, on_scores)
     return _measurements(sums, windows, n_tokens, n_bytes, split)
 
 
@@ -193,6 +196,7 @@ def _score(
     start_id: int,
     carry_state: bool,
     on_progress: Callable[[int, int], None] | None,
+    on_scores: Callable[[Sequence[Window], np.ndarray], None] | None = None,
 ) -> _Sums:
     """Sums of each window. They are kept apart and added in reading order, whatever the batches were."""
     tokens = np.array([window.stop - window.first for window in windows], dtype=np.float64)
@@ -209,6 +213,8 @@ def _score(
             scores_3N, cache = _score_batch(model, documents, chosen, start_id, cache, carry_state)
             begins = np.concatenate([[0], np.cumsum(tokens[batch][:-1])]).astype(np.int64)
             found[:, batch] = np.add.reduceat(scores_3N, begins, axis=1)
+            if on_scores is not None:
+                on_scores(chosen, scores_3N[0])
             n_scored += scores_3N.shape[1]
             if on_progress is not None:
                 on_progress(n_scored, int(tokens.sum()))
