@@ -146,6 +146,7 @@ class Display:
             "diverged": self._diverged,
             "run": self._run,
             "kept": self._kept,
+            "finished": self._finished,
             "failed": self._failed,
         }
 
@@ -265,6 +266,9 @@ class Display:
 
     def _kept(self, run: str, number: int, of: int) -> None:
         self.say(f"run           {number} of {of}: {run} is done")
+
+    def _finished(self, run: str, bits_per_byte: float, **_: Any) -> None:
+        self.say(f"finished      {run}: {bits_per_byte:.4f} bits per byte")
 
     def _failed(self, run: str, reason: str, **_: Any) -> None:
         self.say(f"failed        {run}: {reason}")

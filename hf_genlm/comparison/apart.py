@@ -1,13 +1,14 @@
 """A function in a process of its own: nothing that ran before it holds memory or threads, and its crash ends
 it alone."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -46,7 +47,8 @@ def run_apart(function: Callable[..., Any], *arguments: Any, listener: Listener,
     context = _context()
     here, there = context.Pipe(duplex=False)
     child = context.Process(target=_serve, args=(there, str(messages), function, arguments))
-    child.start()
+    with _stderr_to(messages):  # libraries have much to say while they are imported
+        child.start()
     there.close()
     try:
         kind, answer = _hear_out(here, listener)
@@ -80,6 +82,20 @@ def _context() -> Any:
     return context
 
 
+@contextlib.contextmanager
+def _stderr_to(path: Path) -> Iterator[None]:
+    """Within, what this process starts writes its errors to the end of a file."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with path.open("ab") as file:
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def _hear_out(pipe: Connection, listener: Listener) -> tuple[str, Any]:
     """Pass on what is told, up to the answer."""
     while True:
@@ -102,10 +118,9 @@ def _serve(pipe: Connection, messages: str, function: Callable[..., Any], argume
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C of the terminal is for the parent alone
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with open(messages, "ab", buffering=0) as file:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            os.dup2(file.fileno(), stream.fileno())
+    with open(messages, "ab") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
 
     def tell(event: str, fields: dict[str, Any]) -> None:
         _send(pipe, ("told", (event, fields)))

@@ -21,8 +21,8 @@ def draw_scores(results: Results, path: Path) -> Path:
     above, below = (axes[0], axes[1]) if rows == 2 else (axes, None)
     for place, candidate in enumerate(results.candidates):
         style: Any = {"color": COLOURS[place % len(COLOURS)]}
-        if candidate.on_text.interval is not None:
-            above.plot(candidate.on_text.interval, [place, place], linewidth=5, alpha=0.35, **style)
+        if candidate.mean.interval is not None:
+            above.plot(candidate.mean.interval, [place, place], linewidth=5, alpha=0.3, **style)
         above.plot([candidate.mean.value], [place], marker="|", markersize=16, markeredgewidth=2, **style)
         values = [run.bits_per_byte for run in candidate.runs]
         above.plot(values, np.full(len(values), place), "o", markersize=5, markeredgecolor="white", **style)
@@ -70,7 +70,7 @@ def draw_curves(results: Results, path: Path) -> tuple[Path, bool]:
     axes.set_ylabel(
         "bits per byte, part of held-out text" if is_validation else "training loss, nats per token"
     )
-    axes.legend(fontsize=9)
+    axes.legend(frameon=False)
     return save_png(figure, path), is_validation
 
 

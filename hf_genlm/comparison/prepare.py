@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from hf_genlm.comparison.plan import Fields, Plan
 from hf_genlm.doctor import ModelCost, describe_model
@@ -96,8 +95,9 @@ def _planned_shape(
     recipe: Recipe, seconds: float, tokenizer: PreTrainedTokenizerBase, n_tokens: int | None
 ) -> Fields:
     """What a run by the clock would choose."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plan = plan_size(recipe, seconds, len(tokenizer), n_tokens, builder_of(tokenizer, device))
+    arguments = TrainingArguments(output_dir="unused", report_to="none")  # writes nothing
+    build = builder_of(tokenizer, arguments.device)
+    plan = plan_size(recipe, seconds, len(tokenizer), n_tokens, build)
     return _shape_fields(resolve(recipe, plan.shape))
 
 

@@ -29,9 +29,10 @@ def write_comparison(folder: ComparisonFolder, plan: Plan, results: Results) -> 
         Picture(
             scores,
             f"Bits per byte of {_names(results)}, and how much more each has than {results.best.name}",
-            "Above: a dot for each seed, a stroke for their mean, a band for the 95 % interval of that mean "
-            "on this very text. Below: the difference from the best with its 95 % interval over seeds and "
-            "text, which is what decides; filled where the two can be told apart.",
+            "Above: a dot for each seed, a stroke for their mean, a band for its 95 % interval over seeds "
+            "and texts. All are measured on the same text, so bands that overlap say little. Below, what "
+            "decides: the difference from the best, paired, with its 95 % interval; filled where the two can "
+            "be told apart.",
         ),
         Heading("Results"),
         _scores(results, plan),
@@ -72,7 +73,6 @@ def _scores(results: Results, plan: Plan) -> Table:
         [
             c.name,
             f"{c.mean.value:.3f}",
-            _ends(c.on_text.interval),
             _ends(c.mean.interval),
             *([f"{c.nats_per_token:.3f}"] if plan.one_tokenizer else []),
             f"{len(c.runs)} of {plan.seeds}",
@@ -81,11 +81,10 @@ def _scores(results: Results, plan: Plan) -> Table:
     ]
     nats = ["nats per token"] if plan.one_tokenizer else []
     return Table(
-        ["", "bits per byte", "95 %, this text", "95 %, such texts", *nats, "seeds"],
+        ["", "bits per byte", "95 %", *nats, "seeds"],
         rows,
-        "Mean over the seeds; less is better. The first interval is of that mean on this very text; the "
-        "second holds for other texts of the kind too. The text is the same for all, so compare by the "
-        "differences, not by whether these overlap.",
+        "Mean over the seeds; less is better. The intervals are over seeds and texts of this kind. "
+        "Compare by the differences below, not by whether these overlap.",
         best=frozenset({0}),
     )
 
@@ -186,7 +185,7 @@ def _limits(results: Results, plan: Plan) -> Sequence[str]:
         "these very models differ on such texts, not whether the candidates do. Give --seeds 3 or more."
         if plan.seeds == 1
         else f"{plan.seeds} seeds tell the variation between runs roughly, which makes the intervals wide; "
-        "they assume that runs vary normally. More --seeds make them narrower."
+        "they assume that runs vary normally. More seeds make them narrower."
     )
     about_pieces = (
         "Documents are taken to be independent of each other."
@@ -198,7 +197,7 @@ def _limits(results: Results, plan: Plan) -> Sequence[str]:
         "The variance of a difference is that between the seeds of each candidate, over their number, and "
         f"that between the {pieces}, paired. Their sum has the degrees of freedom of Satterthwaite (1946) "
         "and is tested by Student's t, as Welch (1947) does; where seeds and text interact it is rather too "
-        "large (Owen, 2007, arXiv:0712.1111). Many p-values are corrected as by Holm (1979).",
+        "large (Owen, 2007). Many p-values are corrected as by Holm (1979).",
         seeds,
         about_pieces,
         "A comparison holds for its text, its amount of training and its machine: more can turn it.",

@@ -9,7 +9,7 @@ import numpy as np
 
 from hf_genlm.comparison.plan import Plan, Run
 from hf_genlm.comparison.running import ComparisonFolder, prepared_of
-from hf_genlm.comparison.statistics import Estimate, difference_in_bits, holm, mean_bits, mean_over_seeds
+from hf_genlm.comparison.statistics import Estimate, difference_in_bits, holm, mean_bits
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.blocks import BlockSums
 from hf_genlm.recipe import load_recipe
@@ -38,11 +38,10 @@ class RunResult:
 
 @dataclass(frozen=True)
 class CandidateResult:
-    """A candidate over its finished runs. `on_text` is its mean on this text, `mean` on such texts."""
+    """A candidate over its finished runs; `mean` is that of their bits per byte."""
 
     name: str
     runs: list[RunResult]
-    on_text: Estimate
     mean: Estimate
     nats_per_token: float
     parameters: int
@@ -159,6 +158,7 @@ def verdict(results: Results) -> str:
     parts = [f"{d.name} is {signed(d.estimate, '')} worse{_p(d)}" for d in told]
     parts += [f"{d.name} cannot be told from {best.name} ({signed(d.estimate)}{_p(d)})" for d in untold]
     head = "is best" if not untold else "has the lowest mean"
+    head = "is the only one that finished" if not results.differences else head
     sentence = f"{best.name} {head}: {best.mean.value:.3f} bits per byte{_interval(best.mean)}"
     return "; ".join([sentence, *parts]) + "."
 
@@ -202,7 +202,6 @@ def _candidate(
     return CandidateResult(
         name=name,
         runs=runs,
-        on_text=mean_over_seeds([run.bits_per_byte for run in runs]),
         mean=mean_bits(nats_SC, bytes_C),
         nats_per_token=float(np.mean([run.nats_per_token for run in runs])),
         parameters=prepared["parameters"],
@@ -256,7 +255,6 @@ def _candidate_json(candidate: CandidateResult) -> dict[str, Any]:
     return {
         "name": candidate.name,
         "bits_per_byte": _estimate_json(candidate.mean),
-        "bits_per_byte_on_this_text": _estimate_json(candidate.on_text),
         "nats_per_token": candidate.nats_per_token,
         "parameters": candidate.parameters,
         "training_flops": candidate.training_flops,

@@ -21,6 +21,7 @@ from filelock import FileLock
 from hf_genlm.comparison.apart import Crashed, run_apart
 from hf_genlm.comparison.plan import Plan, Run
 from hf_genlm.errors import UserError
+from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.recipe import Recipe
 from hf_genlm.run_folder import Listener, RunFolder, read_json, write_json, write_text
 
@@ -96,7 +97,8 @@ def run_all(folder: ComparisonFolder, plan: Plan) -> dict[str, str]:
                 continue
             _check_text(folder, run, prepared[run.candidate])
             _keep(folder, run)
-            folder.log("finished", **where)
+            bits = {m.name: m.value for m in read_measurements(folder.run(run).evaluation)}["bits_per_byte"]
+            folder.log("finished", **where, bits_per_byte=round(bits, 5))
     return failed
 
 

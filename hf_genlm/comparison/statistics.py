@@ -4,10 +4,10 @@ Two things vary: the run (weights and order of rows, by the seed) and the text t
 All runs are measured on the same text, so seeds and pieces of text are crossed. The variance of a mean over S
 seeds is then that between the seeds over S, plus that of the text, which of a difference is taken between
 pairs on the same piece. Where seed and piece interact both parts hold the interaction, so their sum is rather
-too large (Owen, The pigeonhole bootstrap, 2007, arXiv:0712.1111). The parts have few degrees of freedom:
-their sum is given those of Satterthwaite (Biometrics Bulletin 2, 1946), and Student's t with them, as Welch
-(1947) does for two groups. A bootstrap over three seeds would be too narrow: it makes their variance smaller
-by a third, and knows no t.
+too large (Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1, 2007). The parts have few degrees
+of freedom: their sum is given those of Satterthwaite (Biometrics Bulletin 2, 1946), and Student's t with
+them, as Welch (Biometrika 34, 1947) does for two groups. A bootstrap over three seeds would be too narrow: it
+makes their variance smaller by a third, and knows no t.
 """
 
 import math
@@ -51,11 +51,6 @@ class Estimate:
         if self.stderr == 0:
             return 1.0 if self.value == 0 else 0.0
         return float(2 * t.sf(abs(self.value) / self.stderr, self.degrees))
-
-
-def mean_over_seeds(values: Sequence[float]) -> Estimate:
-    """The mean of a candidate on this very text: only the seed varies."""
-    return _estimate(float(np.mean(values)), [_seed_part(np.asarray(values))])
 
 
 def mean_bits(nats_SC: np.ndarray, bytes_C: np.ndarray) -> Estimate:

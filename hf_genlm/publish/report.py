@@ -90,6 +90,7 @@ def _render(template: str, title: str, blocks: Sequence[Block], folder: Path, is
     )
     environment.filters.update(
         prose=markdown.prose,
+        cell=markdown.cell,
         fence=markdown.fence,
         relative=lambda path: path.relative_to(folder).as_posix(),
         base64=lambda path: base64.b64encode(path.read_bytes()).decode("ascii"),

@@ -18,7 +18,8 @@ from hf_genlm.errors import UserError
 from hf_genlm.launch import use_one_gpu
 
 # of what a run tells, what is shown here; its log holds the rest
-_SHOWN = {"progress", "note", "corpus", "tokenized", "step", "threads", "diverged", "run", "kept", "failed"}
+_SHOWN = {"progress", "note", "corpus", "tokenized", "step", "threads", "diverged"}
+_SHOWN |= {"run", "kept", "finished", "failed"}
 _OF_A_RUN = {"note", "corpus", "tokenized"}  # each run reads the same text again
 
 
