@@ -42,7 +42,6 @@ SMALL = (
     "tokenizer.vocab_size=300",
     "model.hidden_size=32",
     "model.num_hidden_layers=1",
-    "model.bigram_size=64",
 )
 BITS = math.log(2)
 
@@ -363,23 +362,22 @@ def in_the_middle(out: Path) -> Path | None:
     return None
 
 
-def wait_for(found, seconds: float = 120):
-    began = time.monotonic()
-    while not (value := found()):
-        assert time.monotonic() - began < seconds
+def wait_for_the_middle(command: subprocess.Popen, out: Path) -> Path:
+    while not (half := in_the_middle(out)):
+        assert command.poll() is None, command.stderr.read()
         time.sleep(0.005)
-    return value
+    return half
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_comparison_that_was_ended_goes_on(number, text, tmp_path, capsys):
     out = tmp_path / "out"
-    words = words_of(text, out, "--decoders", "lstm,transformer", "--seeds", "2", "--steps", "20")
+    words = words_of(text, out, "--decoders", "lstm,transformer", "--seeds", "2", "--steps", "10")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path])}
     command = subprocess.Popen(
         [sys.executable, "-m", "hf_genlm", *words], stderr=subprocess.PIPE, env=environment
     )
-    half = wait_for(lambda: in_the_middle(out))
+    half = wait_for_the_middle(command, out)
     command.send_signal(number)
     said = command.communicate(timeout=60)[1].decode()
     assert command.returncode == (-9 if number == signal.SIGKILL else 0)
@@ -420,7 +418,7 @@ def check_report(out: Path, printed: str):
             values = {m.name: m.value for m in measured}
             assert run["bits_per_byte"] == pytest.approx(values["bits_per_byte"], rel=1e-9)
             assert run["nats_per_token"] == pytest.approx(values["nats_per_token"], rel=1e-9)
-            assert run["steps"] == 20
+            assert run["steps"] == 10
         mean = np.mean([run["bits_per_byte"] for run in candidate["runs"]])
         assert candidate["bits_per_byte"]["value"] == pytest.approx(mean)
     best, other = results["candidates"]
@@ -428,7 +426,7 @@ def check_report(out: Path, printed: str):
     assert results["verdict"].startswith(f"{best['name']} ")
     page = (out / "report.html").read_text()
     markdown = (out / "report.md").read_text()
-    for words in ("20 optimizer steps", f"{best['parameters'] / 1000:.1f}k", "Satterthwaite", "2 of 2"):
+    for words in ("10 optimizer steps", f"{best['parameters'] / 1000:.1f}k", "Satterthwaite", "2 of 2"):
         assert words in page
         assert words in markdown
     assert page.count("data:image/png;base64,") == 2
@@ -448,10 +446,10 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(text, tmp_path, capsys):
     assert captured.out.startswith("good is the only one that finished")
     results = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [c["name"] for c in results["candidates"]] == ["good"]
-    assert "no finite number" in results["failed"]["bad-seed0"]
+    assert "finite" in results["failed"]["bad-seed0"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "1 of 2 runs failed" in page
-    assert "no finite number" in page
+    assert "finite" in page
 
 
 def test_a_refused_comparison_leaves_nothing(text, tmp_path, capsys):
