@@ -117,6 +117,7 @@ def test_recipes_keep_what_they_say_but_for_what_ends_them(tmp_path):
         (["--decoders", "lstm,gru", "--set", "model.decoder=gru"], "model.decoder is set by the candidates"),
         (["--decoders", "lstm,gru", "--set", "model.mixers=gru"], "overrules --decoders"),
         (["--sizes", "tiny,small", "--parameters", "3M"], "--parameters chooses the width"),
+        (["--decoders", "lstm,gru", "--parameters", "tiny"], "write a count such as 300K"),
         (["--recipes", "a.yaml", "--sizes", "tiny"], "leave --decoders and --sizes out"),
         (["--decoders", "lstm,gru", "--set", "training.stepps=3"], "did you mean 'steps'"),
     ],

@@ -31,6 +31,7 @@ _OWN = {
 }
 # nothing is written while the clock runs, unless it is asked for
 _FIRST = ("training.samples=0",)
+_PARAMETERS = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([KMB])", flags=re.IGNORECASE | re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,80}")
 
 Fields = dict[str, Any]  # "section.key" -> value, of what a recipe says
@@ -68,6 +69,11 @@ class Plan:
     def is_by_clock(self) -> bool:
         """Whether the time ends each run."""
         return self.until == "minutes"
+
+    @property
+    def n_parameters(self) -> float | None:
+        """`parameters` as a number."""
+        return None if self.parameters is None else _count_of(self.parameters)
 
     def runs(self) -> list[Run]:
         """All runs in their order: one seed of every candidate after another, each round begun by another
@@ -158,6 +164,8 @@ def make_plan(
         if parameters is not None and (recipe.model.size, recipe.model.hidden_size) != (None, None):
             raise UserError(f"{name}: --parameters chooses the width: leave --sizes, model.size and "
                             "model.hidden_size out")  # fmt: skip
+    if parameters is not None:
+        _count_of(parameters)
     stated = {name: _stated(recipe) for name, recipe in candidates.items()}
     _check_one(stated, "corpus", "a comparison is on one text: name it by SOURCE, --validation and --set")
     if one_tokenizer:
@@ -245,6 +253,13 @@ def _check_one(stated: dict[str, Fields], section: str, rule: str) -> None:
         for field in {**stated[first], **stated[name]}:
             if field.startswith(section + ".") and stated[first].get(field) != stated[name].get(field):
                 raise UserError(f"{first} and {name} differ in {field}: {rule}")
+
+
+def _count_of(parameters: str) -> float:
+    found = _PARAMETERS.fullmatch(parameters)
+    if found is None:
+        raise UserError(f"--parameters {parameters}: write a count such as 300K, 3M or 1B")
+    return float(found[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[found[2].upper()]
 
 
 def _amount_of(until: str, amount: str | float) -> float:

@@ -75,7 +75,7 @@ def _settle(
     fields: Fields = {}
     recipe = plan.recipe(name, own)
     if plan.parameters is not None:
-        fields |= _fitted_shape(recipe, plan.parameters, name)
+        fields |= _fitted_shape(recipe, plan, name)
     elif plan.is_by_clock and is_open(recipe):
         fields |= _planned_shape(recipe, 60 * plan.amount, tokenizer, n_tokens)
     recipe = plan.recipe(name, {**own, **fields})
@@ -101,19 +101,20 @@ def _planned_shape(
     return _shape_fields(resolve(recipe, plan.shape))
 
 
-def _fitted_shape(recipe: Recipe, parameters: str, name: str) -> Fields:
-    """The depth and the rows of `--size parameters`, and the width whose count of all parameters, embedding,
-    tables and head included, comes nearest to that number.
+def _fitted_shape(recipe: Recipe, plan: Plan, name: str) -> Fields:
+    """The depth and the rows of a `--size` of so many parameters, and the width whose count of all
+    parameters, embedding, tables and head included, comes nearest to that number.
 
     Raises:
         UserError: none comes within a tenth of it.
     """
-    set_field(recipe, "model.size", parameters)
+    set_field(recipe, "model.size", plan.parameters)
     resolved = resolve(recipe)
     resolved.model.size = None
     least = len(DECODERS[resolved.model.decoder]) if resolved.model.mixers is None else 1
     resolved.model.num_hidden_layers = max(least, resolved.model.num_hidden_layers or 1)
-    target = float(parameters[:-1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[parameters[-1].upper()]
+    target = plan.n_parameters
+    assert target is not None
 
     def count(width: int) -> float:
         recipe.model.size, recipe.model.hidden_size = None, width
@@ -127,7 +128,7 @@ def _fitted_shape(recipe: Recipe, parameters: str, name: str) -> Fields:
     found = count(width)
     if abs(found - target) > _FAR * target:
         raise UserError(
-            f"--parameters {parameters}: the nearest that {name} comes to with this vocabulary is "
+            f"--parameters {plan.parameters}: the nearest that {name} comes to with this vocabulary is "
             f"{found:,.0f}: name another count, or a smaller --set tokenizer.vocab_size"
         )
     resolved.model.hidden_size = width

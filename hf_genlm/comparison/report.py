@@ -47,8 +47,11 @@ def write_comparison(folder: ComparisonFolder, plan: Plan, results: Results) -> 
         Heading("How sure this is"),
         *(Text(text) for text in _limits(results, plan)),
         Heading("How to repeat it"),
-        Text("Each run is an ordinary run folder below runs/, and its recipe repeats it:"),
-        Code("\n".join(_commands(results)), "bash"),
+        Text(
+            "Each run is an ordinary run folder, which every verb takes. Its recipe repeats it, from where "
+            "the comparison was started; for the other seeds say --seed:"
+        ),
+        Code("\n".join(_commands(folder, results)), "bash"),
         Text(_about_text(folder, results)),
         Text(_about_machine(read_json(first_run.environment))),
     ]
@@ -204,11 +207,9 @@ def _limits(results: Results, plan: Plan) -> Sequence[str]:
     )
 
 
-def _commands(results: Results) -> list[str]:
-    return [
-        f"hf-genlm train --recipe {shlex.quote(f'runs/{plan_run(c).name}/recipe.yaml')} --out again"
-        for c in results.candidates
-    ]
+def _commands(folder: ComparisonFolder, results: Results) -> list[str]:
+    recipes = [folder.run(plan_run(candidate)).recipe for candidate in results.candidates]
+    return [f"hf-genlm train --recipe {shlex.quote(str(recipe))} --out again" for recipe in recipes]
 
 
 def _about_text(folder: ComparisonFolder, results: Results) -> str:
