@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(verbs)
     _add_tokenizer(verbs)
     _add_evaluate(verbs)
+    _add_compare(verbs)
     _add_generate(verbs)
     _add_serving(verbs)
     card = verbs.add_parser("card", help="write the model card of a run again")
@@ -110,6 +111,43 @@ def _add_evaluate(verbs: Any) -> None:
     _add_recipe_options(evaluate)
 
 
+def _add_compare(verbs: Any) -> None:
+    compare = verbs.add_parser(
+        "compare", help="which decoder, size or recipe is best for a text, and how sure"
+    )
+    compare.add_argument(
+        "sources", nargs="*", metavar="SOURCE", help="as of train; nothing: the library source of Python"
+    )
+    compare.add_argument("--decoders", type=_words, default=[], metavar="A,B,..", help="candidates")
+    compare.add_argument(
+        "--sizes", type=_words, default=[], metavar="A,B,..", help="candidates, or of each decoder"
+    )
+    compare.add_argument("--recipes", type=_words, default=[], metavar="FILE,..", help="candidates, instead")
+    compare.add_argument("--minutes", metavar="F", help="train each run for so long (default 3)")
+    compare.add_argument("--steps", metavar="N", help="or for so many optimizer steps")
+    compare.add_argument("--tokens", metavar="N", help="or on so many tokens")
+    compare.add_argument("--flops", metavar="F", help="or for so many FLOPs, as 1e15")
+    compare.add_argument("--parameters", metavar="N", help="all candidates at about so many, as 3M")
+    compare.add_argument("--seeds", type=_count, default=3, metavar="N", help="runs of each (default 3)")
+    compare.add_argument("--validation", action="append", default=[], metavar="FILE", help="hold out this")
+    compare.add_argument(
+        "--own-tokenizers",
+        action="store_true",
+        help="a tokenizer for each recipe by what it says, instead of one for all",
+    )
+    compare.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="assignments",
+        metavar="SECTION.KEY=VALUE",
+        help="for all candidates",
+    )
+    compare.add_argument(
+        "--out", required=True, metavar="DIR", help="the folder to make, or to go on with by the same command"
+    )
+
+
 def _add_generate(verbs: Any) -> None:
     generate = verbs.add_parser("generate", help="continue a prompt")
     generate.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
@@ -174,6 +212,10 @@ def _add_vocabulary_option(parser: argparse.ArgumentParser) -> None:
 def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="FILE", help="a YAML recipe")
     parser.add_argument("--set", action="append", default=[], dest="assignments", metavar="SECTION.KEY=VALUE")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _count(text: str) -> int:

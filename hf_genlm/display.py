@@ -148,6 +148,10 @@ class Display:
             "trained": self._trained,
             "resumed": self._resumed,
             "diverged": self._diverged,
+            "run": self._run,
+            "kept": self._kept,
+            "finished": self._finished,
+            "failed": self._failed,
         }
 
     def __enter__(self) -> "Display":
@@ -266,6 +270,19 @@ class Display:
             f"diverged      the loss is no finite number after step {step:,}: back to step {back_to:,}, "
             f"at half of the rate, {learning_rate:g}"
         )
+
+    def _run(self, run: str, number: int, of: int) -> None:
+        self.say(f"run           {number} of {of}: {run}")
+        self.show(f"{run}: starting")
+
+    def _kept(self, run: str, number: int, of: int) -> None:
+        self.say(f"run           {number} of {of}: {run} is done")
+
+    def _finished(self, run: str, bits_per_byte: float, **_: Any) -> None:
+        self.say(f"finished      {run}: {bits_per_byte:.4f} bits per byte")
+
+    def _failed(self, run: str, reason: str, **_: Any) -> None:
+        self.say(f"failed        {run}: {reason}")
 
     def _trained(self, steps: int, tokens: int, seconds: float, tokens_per_s: int, **_: Any) -> None:
         self.say(

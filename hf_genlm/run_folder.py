@@ -1,8 +1,8 @@
 """The run folder: the one place through which the verbs speak to each other.
 
 RUN/ recipe.yaml  environment.json  corpus.json  log.jsonl  tokenizer/  checkpoints/
-     vectors.json (with word vectors)  evaluation.json  samples.md  model/ (exactly what is pushed)
-     .lock (held by the process that trains)
+     vectors.json (with word vectors)  evaluation.json  evaluation_blocks.npy (likelihood by blocks of text)
+     samples.md  model/ (exactly what is pushed)  .lock (held by the process that trains)
 """
 
 import contextlib
@@ -39,6 +39,7 @@ class RunFolder:
     tokenizer = property(lambda self: self.path / "tokenizer")
     checkpoints = property(lambda self: self.path / "checkpoints")
     evaluation = property(lambda self: self.path / "evaluation.json")
+    blocks = property(lambda self: self.path / "evaluation_blocks.npy")
     samples = property(lambda self: self.path / "samples.md")
     model = property(lambda self: self.path / "model")
     lock_file = property(lambda self: self.path / ".lock")

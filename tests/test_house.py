@@ -38,6 +38,17 @@ MAY_IMPORT = {
         "publish.parameters",
         "serving",
     },
+    "comparison": {
+        "recipe",
+        "errors",
+        "run_folder",
+        "model",
+        "training",
+        "evaluation.blocks",
+        "evaluation.measurement",
+        "doctor",
+        "publish",
+    },
     "publish": {"recipe", "errors", "run_folder", "evaluation.measurement"},
 }
 TOP = {"cli", "verbs", "__init__", "__main__"}  # may import everything

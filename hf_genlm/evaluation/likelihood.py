@@ -58,6 +58,7 @@ def measure_likelihood(
     carry_state: bool = False,
     n_words: Sequence[int] | np.ndarray | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    on_scores: Callable[[Sequence[Window], np.ndarray], None] | None = None,
 ) -> list[Measurement]:
     """Score `documents` with a causal language model, on the device and in the number format of its weights.
 
@@ -78,6 +79,8 @@ def measure_likelihood(
             says by `is_recurrent`. `max_tokens` takes documents spread evenly, the last up to there.
         n_words: (D,) words of each document's original text; without them, no word_perplexity.
         on_progress: called with (tokens scored so far, tokens to score) after each forward pass.
+        on_scores: called with the windows of each forward pass and the nats (N,) of their scored tokens, in
+            the order of these windows.
 
     Returns:
         - nats_per_token (nats/token): the sum of nats over the number of tokens.
@@ -110,7 +113,7 @@ def measure_likelihood(
     if max_tokens is not None:
         windows = (_spread_documents if carry_state else _spread)(windows, max_tokens)
     batches = (_carried_batches if carry_state else _batches)(windows, batch_size, model.config.vocab_size)
-    sums = _score(model, documents, windows, batches, start_id, carry_state, on_progress)
+    sums = _score(model, documents, windows, batches, start_id, carry_state, on_progress, on_scores)
     sizes_of_documents = {"tokens": n_tokens, "bytes": n_bytes}
     if n_words is not None:
         sizes_of_documents["words"] = np.asarray(n_words, dtype=np.int64) * (n_tokens > 0)
@@ -219,6 +222,7 @@ def _score(
     start_id: int,
     carry_state: bool,
     on_progress: Callable[[int, int], None] | None,
+    on_scores: Callable[[Sequence[Window], np.ndarray], None] | None = None,
 ) -> Sums:
     """Sums of each window. They are kept apart and added in reading order, whatever the batches were."""
     tokens = np.array([window.stop - window.first for window in windows], dtype=np.float64)
@@ -243,6 +247,8 @@ def _score(
             found[:, batch] = np.add.reduceat(scores_4N[:3], np.cumsum(lengths) - lengths, axis=1)
             gaps[batch] = gaps_of(scores_4N[1], scores_4N[3], lengths)
             n_scored += scores_4N.shape[1]
+            if on_scores is not None:
+                on_scores(chosen, scores_4N[0])
             if on_progress is not None:
                 on_progress(n_scored, int(tokens.sum()))
     nats, top1, top5 = found

@@ -8,14 +8,21 @@ import unicodedata
 
 _PLAIN = re.compile(r"[A-Za-z0-9._/+=,@:-]+(?: [A-Za-z0-9._/+=,@:-]+)*")
 # a `_` inside a word and marks such as `-` inside a line are text already
-_SYNTAX = re.compile(r"[#$&*<>@\[\\\]`|~]|(?<![^\W_])_|_(?![^\W_])|^(?:[-+=]+|\d+[.)])")
+_INSIDE = r"[#$&*<>@\[\\\]`|~]|(?<![^\W_])_|_(?![^\W_])"
+_SYNTAX_OF_A_CELL = re.compile(_INSIDE)
+_SYNTAX = re.compile(rf"{_INSIDE}|^(?:[-+=]+|\d+[.)])")
 _FENCE = re.compile(r" {0,3}(`{3,})([^`]*)")
 _INVISIBLE = {"Cc", "Cs", "Zl", "Zp"}  # control characters, lone surrogates, line and paragraph separators
 
 
 def prose(text: object) -> str:
     """`text` on one line, what Markdown or HTML could read as syntax turned into entities."""
-    return _SYNTAX.sub(lambda found: "".join(f"&#{ord(c)};" for c in found.group()), _on_one_line(str(text)))
+    return _SYNTAX.sub(_as_entities, _on_one_line(str(text)))
+
+
+def cell(text: object) -> str:
+    """As `prose`, for a table's cell, which begins no line: a number stays as it is."""
+    return _SYNTAX_OF_A_CELL.sub(_as_entities, _on_one_line(str(text)))
 
 
 def code(text: object) -> str:
@@ -52,6 +59,10 @@ def fenced_blocks(markdown: str) -> list[str]:
 def count(number: int | None) -> str:
     """1234567 as `1,234,567`."""
     return "unknown" if number is None else f"{number:,}"
+
+
+def _as_entities(found: re.Match[str]) -> str:
+    return "".join(f"&#{ord(c)};" for c in found.group())
 
 
 def _on_one_line(text: str) -> str:

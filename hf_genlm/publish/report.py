@@ -19,6 +19,14 @@ class Heading:
 
 
 @dataclass(frozen=True)
+class Lead:
+    """The paragraph that says it all, set large."""
+
+    text: str
+    kind = "lead"
+
+
+@dataclass(frozen=True)
 class Text:
     """A paragraph of plain words."""
 
@@ -56,7 +64,7 @@ class Code:
     kind = "code"
 
 
-Block = Heading | Text | Table | Picture | Code
+Block = Heading | Lead | Text | Table | Picture | Code
 
 
 def write_report(folder: Path, title: str, blocks: Sequence[Block]) -> tuple[Path, Path]:
@@ -82,6 +90,7 @@ def _render(template: str, title: str, blocks: Sequence[Block], folder: Path, is
     )
     environment.filters.update(
         prose=markdown.prose,
+        cell=markdown.cell,
         fence=markdown.fence,
         relative=lambda path: path.relative_to(folder).as_posix(),
         base64=lambda path: base64.b64encode(path.read_bytes()).decode("ascii"),

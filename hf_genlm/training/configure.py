@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -71,6 +72,20 @@ def adopt_vocabulary(config: GenLMConfig, tokenizer: PreTrainedTokenizerBase) ->
         setattr(config, name, getattr(tokenizer, name))
 
 
+def builder_of(
+    tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> Callable[[Recipe], GenLMForCausalLM]:
+    """What makes new models of resolved recipes, for the vocabulary of `tokenizer`, on `device`."""
+
+    def build(recipe: Recipe) -> GenLMForCausalLM:
+        adopt_dimension(recipe)
+        config = build_config(recipe, mixer_types_of(recipe))
+        adopt_vocabulary(config, tokenizer)
+        return GenLMForCausalLM(config).to(device)
+
+    return build
+
+
 def plan_recipe(
     run: RunFolder,
     given: Recipe,
@@ -85,13 +100,7 @@ def plan_recipe(
     """
     given = copy.deepcopy(given)
     given.tokenizer.vocab_size = len(tokenizer)
-
-    def build(recipe: Recipe) -> GenLMForCausalLM:
-        adopt_dimension(recipe)
-        config = build_config(recipe, mixer_types_of(recipe))
-        adopt_vocabulary(config, tokenizer)
-        return GenLMForCausalLM(config).to(device)
-
+    build = builder_of(tokenizer, device)
     run.tell("progress", task="planning", done=0, total=None)
     began = time.monotonic()
     shape = None

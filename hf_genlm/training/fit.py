@@ -1,13 +1,14 @@
 """One training: what Trainer is given, what is seen and written while it goes on, and what comes of it."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from hf_genlm.errors import Stopped
-from hf_genlm.evaluation.likelihood import measure_likelihood
+from hf_genlm.evaluation.likelihood import Window, measure_likelihood
 from hf_genlm.evaluation.measurement import Measurement
 from hf_genlm.memory import keeping_memory
 from hf_genlm.model import GenLMForCausalLM
@@ -183,6 +184,7 @@ def likelihood_of(
     recipe: Recipe,
     max_tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    on_scores: Callable[[Sequence[Window], np.ndarray], None] | None = None,
 ) -> list[Measurement]:
     """The likelihood of the validation text, as the recipe says; see `measure_likelihood`."""
     return measure_likelihood(
@@ -196,6 +198,7 @@ def likelihood_of(
         n_words=corpus.n_words,
         max_tokens=max_tokens,
         on_progress=on_progress,
+        on_scores=on_scores,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from hf_genlm.errors import UserError
+from hf_genlm.evaluation.blocks import BlockSums
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.recipe import Recipe, load_recipe
@@ -81,7 +82,7 @@ def train(
     """
     processes.join()
     if not resume:
-        _check(recipe)
+        check(recipe)
     stop = StopRequest(str(out))
     with _opened(out, listener, resume) as run, stop.heard():
         if resume:
@@ -128,7 +129,7 @@ def _resume(run: RunFolder, stated: Recipe, stop: StopRequest) -> RunFolder:
             run.samples.unlink(missing_ok=True)
         job = _prepare(run, recipe)
         return _finish(run, job, _build(run, job), None, stop)
-    _check(recipe)
+    check(recipe)
     corpus = _read(run, recipe, is_again=True)
     job = _job_of(run, recipe, corpus, budget_of(recipe.training, tokens_of_a_step(recipe.training)))
     if has_model:
@@ -137,8 +138,12 @@ def _resume(run: RunFolder, stated: Recipe, stop: StopRequest) -> RunFolder:
     return _finish(run, job, _build(run, job, is_new=False), begin, stop)
 
 
-def _check(recipe: Recipe) -> None:
-    """What can be wrong with a recipe by itself, before anything is read."""
+def check(recipe: Recipe) -> None:
+    """What can be wrong with a recipe by itself, before anything is read.
+
+    Raises:
+        UserError: that.
+    """
     recipe = resolve(recipe)
     adopt_dimension(recipe)
     build_config(recipe, mixer_types_of(recipe))
@@ -303,14 +308,17 @@ def save(run: RunFolder, model: GenLMForCausalLM, tokenizer: PreTrainedTokenizer
 def evaluate_run(
     run: RunFolder, corpus: TokenizedCorpus | StreamedCorpus, recipe: Recipe
 ) -> list[Measurement]:
-    """Measure the model as it lies on disk, on the whole validation split; writes evaluation.json."""
+    """Measure the model as it lies on disk, on the whole validation split; writes evaluation.json, and the
+    sums by block of the text beside it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = GenLMForCausalLM.from_pretrained(run.model).to(device)
 
     def on_progress(done: int, total: int) -> None:
         run.tell("progress", task="evaluation", done=done, total=total)
 
-    found = likelihood_of(model, corpus, recipe, on_progress=on_progress)
+    blocks = BlockSums.of(corpus.validation)
+    found = likelihood_of(model, corpus, recipe, on_progress=on_progress, on_scores=blocks.add)
+    blocks.save(run.blocks)
     write_measurements(run.evaluation, found)
     run.log("evaluated", measurements=[m.to_json() for m in found])
     return found
