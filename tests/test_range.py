@@ -270,6 +270,8 @@ def test_the_verb_writes_a_report_and_trains_nothing_twice(tmp_path, capsys, mon
         ("--lengths 8", "32..1048576"),
         ("--pairs 4,x", "whole number"),
         ("--decoders ,", "no decoder is named"),
+        ("--minutes 0", "more than 0"),
+        ("--decoders transformer --width 7", "head_dim must be even"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(words, said, tmp_path, capsys):

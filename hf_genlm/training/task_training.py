@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch.nn.functional import cross_entropy
 
 from hf_genlm.errors import UserError
@@ -39,12 +40,14 @@ class TaskRun:
     minutes: float | None = None
     hidden_size: int = 64
     num_hidden_layers: int = 2
-    tokens_per_step: int = 6144
+    tokens_per_step: int = 4096
     learning_rate: float = 3e-3  # of AdamW's part of Muon, as training.learning_rate
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise UserError("a run needs an end: give --steps or --minutes")
+        if self.minutes is not None and self.minutes <= 0:
+            raise UserError(f"minutes = {self.minutes}: must be more than 0")
 
     @property
     def name(self) -> str:
@@ -107,11 +110,14 @@ def new_model(run: TaskRun) -> GenLMForCausalLM:
     """A decoder preset for the task, its weights drawn from the seed.
 
     A head of its own: what answers need not look like what is asked.
+
+    Raises:
+        UserError: a width or a number of layers that the decoder cannot have.
     """
     task = TASKS[run.task]
     torch.manual_seed(run.seed)
-    model = GenLMForCausalLM(
-        GenLMConfig(
+    try:
+        config = GenLMConfig(
             vocab_size=task.vocab_size,
             mixer_types=mixers_of(run.decoder, run.num_hidden_layers),
             hidden_size=run.hidden_size,
@@ -119,7 +125,12 @@ def new_model(run: TaskRun) -> GenLMForCausalLM:
             max_position_embeddings=task.n_tokens(max(run.sizes)),
             tie_word_embeddings=False,
         )
-    )
+    except (ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(
+            f"a {run.decoder} of width {run.hidden_size} and {run.num_hidden_layers} layers: {reason}"
+        ) from error
+    model = GenLMForCausalLM(config)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").train()
 
 

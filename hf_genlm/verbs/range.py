@@ -53,7 +53,7 @@ def _runs(options: argparse.Namespace) -> "list[TaskRun]":
             decoder=decoder,
             seed=seed,
             sizes=sizes,
-            steps=None if options.minutes else options.steps,
+            steps=options.steps if options.minutes is None else None,
             minutes=options.minutes,
             hidden_size=options.width,
             num_hidden_layers=options.layers,
