@@ -125,8 +125,10 @@ def test_who_knows_is_right_and_distances_part_the_questions(name):
     assert whole.name == f"{name}_accuracy/{size}_{task.size_name}"
     assert whole.n == sum(part.n for part in parts)
     batch = task.batch(np.random.default_rng([0, size]), 10, size)
-    near = (batch.distances >= 1) & (batch.distances <= 16) & (batch.targets != IGNORED)
-    assert parts[0].n == near.sum()
+    for part in parts:
+        first, last = map(int, part.name.split("/distance_")[1].split("-"))
+        within = (batch.distances >= first) & (batch.distances <= last) & (batch.targets != IGNORED)
+        assert part.n == within.sum()
 
 
 def test_who_guesses_among_what_was_shown_is_right_by_chance():
