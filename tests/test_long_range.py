@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import EOS, VOCAB, build_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.long_range import (
@@ -115,8 +122,13 @@ def test_what_cannot_be_measured_is_refused():
     with pytest.raises(UserError, match="did you mean 'yarn'"):
         measure_extrapolation(model, documents_of([63]), EOS, scalings=["yarm"])
     learned = build_model("elman", position_type="learned", max_position_embeddings=16)
-    with pytest.raises(UserError, match="no position beyond"):
-        measure_extrapolation(learned, documents_of([63]), EOS)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=16, n_embd=8, n_layer=1, n_head=1))
+    for model in (learned, gpt2):
+        with pytest.raises(UserError, match="are learned"):
+            measure_extrapolation(model, documents_of([63]), EOS)
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=8, num_hidden_layers=1))
+    with pytest.raises(UserError, match="give trained_length"):
+        measure_extrapolation(mamba, documents_of([63]), EOS)
 
 
 def twin(model, rope_parameters):

@@ -126,14 +126,17 @@ def measure_extrapolation(
         nats_per_token/2x_linear/1-64 and so on (nats/token): the factor, the scaling, the positions.
 
     Raises:
-        UserError: an unknown scaling; learned positions, which end; no document of that length.
+        UserError: an unknown scaling or trained length; learned positions, which end; no document of that
+            length.
     """
     for name in scalings:
         if name not in ROPE_SCALINGS:
             raise UserError(f"unknown scaling of positions {name!r}{did_you_mean(name, ROPE_SCALINGS)}")
-    if getattr(model.config, "position_type", None) == "learned":
-        raise UserError("position_type = learned: no position beyond the trained length has a vector")
-    length = trained_length or model.config.max_position_embeddings
+    length = trained_length or getattr(model.config, "max_position_embeddings", None)
+    if length is None:
+        raise UserError("the model's config has no max_position_embeddings: give trained_length")
+    if _has_learned_positions(model):
+        raise UserError("the model's positions are learned: none beyond the trained length has a vector")
     chosen = scalings if _rotary_embeddings(model) else ["none"]
     measurements: list[Measurement] = []
     for done, factor in enumerate(factors):
@@ -283,6 +286,18 @@ def _rotary_embeddings(model: Any) -> list[tuple[Any, str, Any]]:
         for name, child in parent.named_children()
         if isinstance(getattr(child, "rope_type", None), str) and hasattr(child, "inv_freq")
     ]
+
+
+def _has_learned_positions(model: Any) -> bool:
+    """By our configs' own word; of others, by a table of about as many vectors as positions."""
+    if hasattr(model.config, "position_type"):
+        return bool(model.config.position_type == "learned")
+    n_positions = getattr(model.config, "max_position_embeddings", None) or 0
+    return any(
+        n_positions <= module.num_embeddings <= n_positions + 2  # OPT's begin at 2
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings()
+    )
 
 
 def _halved(on_progress: Progress | None, n_windows: int) -> Callable[[int, int], Callable[[int], None]]:
