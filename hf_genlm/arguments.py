@@ -123,6 +123,13 @@ def _add_range(verbs: Any) -> None:
         "--minutes", type=_amount, metavar="F", help="of training, for each model, instead of steps"
     )
     measure.add_argument("--seeds", type=_count, default=3, metavar="N", help="so many (default 3)")
+    measure.add_argument(
+        "--rates",
+        type=_amounts,
+        default=[0.003, 0.001],
+        metavar="F,F,..",
+        help="learning rates to try in order, the next where one is not enough (default 0.003,0.001)",
+    )
     measure.add_argument("--width", type=_count, default=64, metavar="N", help="of the models (default 64)")
     measure.add_argument("--layers", type=_count, default=2, metavar="N", help="of each model (default 2)")
     measure.add_argument(
@@ -204,6 +211,10 @@ def _count(text: str) -> int:
 
 def _counts(text: str) -> list[int]:
     return [_count(word.strip()) for word in text.split(",")]
+
+
+def _amounts(text: str) -> list[float]:
+    return [_amount(word.strip()) for word in text.split(",")]
 
 
 def _amount(text: str) -> float:

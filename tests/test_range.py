@@ -190,7 +190,7 @@ def outcome(decoder: str, seed: int, values: dict[int, float]) -> Outcome:
         measurements.append(measured(f"recall_accuracy/{size}_pairs/distance_1-16", value))
     chance = tuple(1 / size for size in values)
     return Outcome(
-        "recall", decoder, seed, "pairs", tuple(values), chance, ("x",), 5, 2, 1.0, tuple(measurements)
+        "recall", decoder, seed, 0.003, "pairs", tuple(values), chance, ("x",), 5, 2, 1.0, tuple(measurements)
     )
 
 
@@ -229,18 +229,18 @@ def test_sentences_follow_the_numbers():
     )
 
 
-VERB = "range --decoders elman,hybrid --tasks recall,copy --pairs 2,4 --lengths 32 --width 16 --seeds 2"
+VERB = "range --decoders elman,hybrid --tasks recall,copy --pairs 2,4 --lengths 32 --width 16 --rates 0.003"
 
 
 def test_the_verb_writes_a_report_and_trains_nothing_twice(tmp_path, capsys, monkeypatch):
-    arguments = [*VERB.split(), "--steps", "2", "--out", str(tmp_path)]
+    arguments = [*VERB.split(), "--seeds", "2", "--steps", "2", "--out", str(tmp_path)]
     assert main(arguments) == 0
     told = capsys.readouterr().out
     assert "Recall of 4 pairs: elman (" in told
     assert "Copy of 32 tokens: " in told
     assert len(list((tmp_path / "runs").iterdir())) == 8
     measured = {m.name: m for m in read_measurements(tmp_path / "range.json")}
-    kept = [json.loads((tmp_path / f"runs/recall-elman-{seed}.json").read_text()) for seed in (0, 1)]
+    kept = [json.loads((tmp_path / f"runs/recall-elman-{seed}-0.003.json").read_text()) for seed in (0, 1)]
     values = [run["outcome"]["measurements"][0]["value"] for run in kept]
     assert measured["recall_accuracy/elman/2_pairs"].value == pytest.approx(sum(values) / 2)
     page, plain = ((tmp_path / f"report.{kind}").read_text() for kind in ("html", "md"))
@@ -255,12 +255,31 @@ def test_the_verb_writes_a_report_and_trains_nothing_twice(tmp_path, capsys, mon
     monkeypatch.setattr(task_training, "train_on_task", refuse)
     assert main(arguments) == 0
     assert capsys.readouterr().out == told
-    (tmp_path / "runs/copy-hybrid-1.json").unlink()
+    (tmp_path / "runs/copy-hybrid-1-0.003.json").unlink()
     with pytest.raises(AssertionError, match="trained again"):
         main(arguments)
     arguments[arguments.index("--steps") + 1] = "3"
     assert main(arguments) == 2
     assert "was trained by other settings" in capsys.readouterr().err
+
+
+def test_each_decoder_has_the_best_of_the_rates_that_were_needed(tmp_path, monkeypatch):
+    """elman: none is enough, the second is best; gru: the first is enough."""
+    accuracies = {("elman", 0.1): 0.1, ("elman", 0.2): 0.3, ("elman", 0.3): 0.2, ("gru", 0.1): 0.95}
+    trained = []
+
+    def pretend(run, place, display):
+        trained.append((run.decoder, run.seed, run.learning_rate))
+        made = outcome(run.decoder, run.seed, {4: accuracies[run.decoder, run.learning_rate]})
+        return replace(made, learning_rate=run.learning_rate)
+
+    monkeypatch.setattr("hf_genlm.verbs.range._train", pretend)
+    words = "range --decoders elman,gru --tasks recall --pairs 4 --seeds 2 --rates 0.1,0.2,0.3 --out"
+    assert main([*words.split(), str(tmp_path)]) == 0
+    first = [("elman", 0, 0.1), ("elman", 0, 0.2), ("elman", 0, 0.3), ("gru", 0, 0.1)]
+    assert trained == [*first, ("elman", 1, 0.2), ("gru", 1, 0.1)]
+    measured = {m.name: m.value for m in read_measurements(tmp_path / "range.json")}
+    assert measured["recall_accuracy/elman/4_pairs"] == 0.3
 
 
 @pytest.mark.parametrize(
@@ -273,6 +292,7 @@ def test_the_verb_writes_a_report_and_trains_nothing_twice(tmp_path, capsys, mon
         ("--pairs 4,x", "whole number"),
         ("--decoders ,", "no decoder is named"),
         ("--minutes 0", "more than 0"),
+        ("--rates 0", "more than 0"),
         ("--decoders transformer --width 7", "head_dim must be even"),
     ],
 )

@@ -26,6 +26,7 @@ class Outcome:
     task: str
     decoder: str
     seed: int
+    learning_rate: float
     size_name: str
     sizes: tuple[int, ...]
     chance: tuple[float, ...]
@@ -34,6 +35,12 @@ class Outcome:
     steps: int
     seconds: float
     measurements: tuple[Measurement, ...]
+
+    @property
+    def accuracies(self) -> tuple[float, ...]:
+        """One for each of `sizes`."""
+        by_name = {m.name: m.value for m in self.measurements}
+        return tuple(by_name[f"{self.task}_accuracy/{size}_{self.size_name}"] for size in self.sizes)
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name."""
@@ -165,15 +172,17 @@ def _model_table(outcomes: Sequence[Outcome]) -> Table:
                 task,
                 ", ".join(group[0].mixers),
                 f"{group[0].n_parameters:,}",
+                f"{group[0].learning_rate:g}",
                 " to ".join(f"{step:,}" for step in dict.fromkeys((steps[0], steps[-1]))),
                 f"{math.fsum(outcome.seconds for outcome in group) / len(group):.0f}",
             ]
         )
     return Table(
-        ["decoder", "task", "layers", "parameters", "steps", "seconds"],
+        ["decoder", "task", "layers", "parameters", "rate", "steps", "seconds"],
         rows,
-        "Width, number of layers, optimizer, rates, tokens a step and curriculum are the same for all; "
-        "parameters and seconds of training are not.",
+        "Width, number of layers, optimizer, tokens a step and curriculum are the same for all; parameters "
+        "and seconds of training are not. Of the rates, the next was tried where the one before did not "
+        f"reach {HELD} at the largest size with the first seed; the best of those tried is shown.",
     )
 
 

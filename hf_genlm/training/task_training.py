@@ -48,11 +48,13 @@ class TaskRun:
             raise UserError("a run needs an end: give --steps or --minutes")
         if self.minutes is not None and self.minutes <= 0:
             raise UserError(f"minutes = {self.minutes}: must be more than 0")
+        if self.learning_rate <= 0:
+            raise UserError(f"a rate of {self.learning_rate}: must be more than 0")
 
     @property
     def name(self) -> str:
-        """For files: the task, the decoder, the seed."""
-        return f"{self.task}-{self.decoder}-{self.seed}"
+        """For files: the task, the decoder, the seed, the rate."""
+        return f"{self.task}-{self.decoder}-{self.seed}-{self.learning_rate:g}"
 
     def to_json(self) -> dict[str, Any]:
         """The fields by name, as JSON keeps them."""

@@ -3,6 +3,8 @@
 import argparse
 import json
 import shlex
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +24,16 @@ def run(options: argparse.Namespace) -> None:
 
         runs = _runs(options)
         folder = Path(options.out)
-        outcomes = [
-            _outcome(run, folder, f"{number} of {len(runs)}", display) for number, run in enumerate(runs, 1)
-        ]
+        best: dict[tuple[str, str], Outcome] = {}  # of the first seed of a task and decoder
+        outcomes = []
+        for number, run in enumerate(runs, 1):
+            place, model = f"{number} of {len(runs)}", (run.task, run.decoder)
+            if model in best:
+                chosen = replace(run, learning_rate=best[model].learning_rate)
+                outcomes.append(_outcome(chosen, folder, place, display))
+            else:
+                best[model] = _best_of_rates(run, options.rates, folder, place, display)
+                outcomes.append(best[model])
         command = f"hf-genlm {shlex.join(options.arguments)}"
         html, plain = write_range_report(folder, outcomes, command)
     for task in dict.fromkeys(outcome.task for outcome in outcomes):
@@ -64,6 +73,20 @@ def _runs(options: argparse.Namespace) -> "list[TaskRun]":
     ]
 
 
+def _best_of_rates(
+    run: "TaskRun", rates: Sequence[float], folder: Path, place: str, display: Display
+) -> "Outcome":
+    """The outcome of the best rate; those after one that remembers the largest size are not tried."""
+    from hf_genlm.publish.range_report import HELD
+
+    outcomes = []
+    for rate in rates:
+        outcomes.append(_outcome(replace(run, learning_rate=rate), folder, place, display))
+        if outcomes[-1].accuracies[-1] >= HELD:
+            break
+    return max(outcomes, key=lambda outcome: sum(outcome.accuracies))
+
+
 def _outcome(run: "TaskRun", folder: Path, place: str, display: Display) -> "Outcome":
     """That of `run`, from the folder where it lies there.
 
@@ -84,9 +107,8 @@ def _outcome(run: "TaskRun", folder: Path, place: str, display: Display) -> "Out
     outcome = _train(run, place, display)
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_text(kept, json.dumps({"run": run.to_json(), "outcome": outcome.to_json()}, indent=1) + "\n")
-    largest = f"{run.sizes[-1]} {outcome.size_name}"
-    accuracy = next(m.value for m in outcome.measurements if m.name.endswith(f"/{largest.replace(' ', '_')}"))
-    display.say(f"{place:<12}  {run.name:<24} {accuracy:.2f} at {largest}  ({outcome.seconds:.0f} s)")
+    shown = f"{outcome.accuracies[-1]:.2f} at {run.sizes[-1]} {outcome.size_name}"
+    display.say(f"{place:<12}  {run.name:<28} {shown}  ({outcome.seconds:.0f} s)")
     return outcome
 
 
@@ -104,6 +126,7 @@ def _train(run: "TaskRun", place: str, display: Display) -> "Outcome":
         task=run.task,
         decoder=run.decoder,
         seed=run.seed,
+        learning_rate=run.learning_rate,
         size_name=task.size_name,
         sizes=run.sizes,
         chance=tuple(task.chance(size) for size in run.sizes),
