@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_tokenizer(verbs)
     _add_evaluate(verbs)
     _add_compare(verbs)
+    _add_range(verbs)
     _add_generate(verbs)
     _add_serving(verbs)
     card = verbs.add_parser("card", help="write the model card of a run again")
@@ -148,6 +149,42 @@ def _add_compare(verbs: Any) -> None:
     )
 
 
+def _add_range(verbs: Any) -> None:
+    measure = verbs.add_parser("range", help="train small decoders on tasks that show how far they remember")
+    measure.add_argument(
+        "--decoders",
+        default="elman,gru,lstm,gated_linear,transformer,sliding,hybrid",
+        metavar="A,B,..",
+        help="default: all of them",
+    )
+    measure.add_argument(
+        "--tasks", default="recall,copy,passkey", metavar="A,B,..", help="default: recall,copy,passkey"
+    )
+    measure.add_argument("--pairs", type=_counts, metavar="N,N,..", help="of recall (default 4,8,16,32,64)")
+    measure.add_argument(
+        "--lengths", type=_counts, metavar="N,N,..", help="of copy and passkey (default 64,128,256)"
+    )
+    measure.add_argument(
+        "--steps", type=_count, default=400, metavar="N", help="of training, for each model (default 400)"
+    )
+    measure.add_argument(
+        "--minutes", type=_amount, metavar="F", help="of training, for each model, instead of steps"
+    )
+    measure.add_argument("--seeds", type=_count, default=3, metavar="N", help="so many (default 3)")
+    measure.add_argument(
+        "--rates",
+        type=_amounts,
+        default=[0.003, 0.001],
+        metavar="F,F,..",
+        help="learning rates to try in order, the next where one is not enough (default 0.003,0.001)",
+    )
+    measure.add_argument("--width", type=_count, default=64, metavar="N", help="of the models (default 64)")
+    measure.add_argument("--layers", type=_count, default=2, metavar="N", help="of each model (default 2)")
+    measure.add_argument(
+        "--out", default="range", metavar="DIR", help="the folder to fill, or to go on with (default range)"
+    )
+
+
 def _add_generate(verbs: Any) -> None:
     generate = verbs.add_parser("generate", help="continue a prompt")
     generate.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
@@ -222,6 +259,14 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(word.strip()) for word in text.split(",")]
+
+
+def _amounts(text: str) -> list[float]:
+    return [_amount(word.strip()) for word in text.split(",")]
 
 
 def _amount(text: str) -> float:

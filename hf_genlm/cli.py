@@ -4,6 +4,7 @@
     hf-genlm tokenizer SOURCE ...        hf-genlm serve MODEL
     hf-genlm evaluate MODEL [SOURCE ...] hf-genlm chat MODEL             hf-genlm doctor
     hf-genlm compare [SOURCE ...]
+    hf-genlm range
 
 Exit codes: 0 done; 2 the input cannot be used, one line on stderr says why; 1 a fault of ours, with a
 traceback.
@@ -23,6 +24,7 @@ _VERBS = {
     "tokenizer": ("tokenizer", "run"),
     "evaluate": ("evaluate", "run"),
     "compare": ("compare", "run"),
+    "range": ("range", "run"),
     "generate": ("generate", "run"),
     "serve": ("serve", "serve_model"),
     "chat": ("serve", "chat_with_model"),
