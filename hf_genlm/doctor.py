@@ -35,6 +35,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "zstd": ("sources compressed as .zst", ("zstandard",)),
     "vectors": ("fastText's .bin files of word vectors", ("gensim",)),
     "gpu": ("faster kernels on CUDA", ("liger-kernel", "fla-core")),
+    "mauve": ("MAUVE of samples", ("mauve-text",)),
     "serve": ("hf-genlm serve and chat", serving.LIBRARIES),
     "test": (
         "the tests, lint and types",
@@ -49,6 +50,8 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "gensim",
             *serving.LIBRARIES,
             "parameterized",
+            "nltk",
+            "mauve-text",
             "peft",
             "trl",
             "torchao",

@@ -14,6 +14,13 @@ class Figure(NamedTuple):
     stderr: float | None
 
 
+def as_results(figures: dict[str, Figure | None]) -> dict[str, float | None]:
+    """`NAME` and `NAME_stderr` of each, as metrics of evaluate return them."""
+    values = {name: None if figure is None else figure.value for name, figure in figures.items()}
+    errors = {f"{name}_stderr": None if figure is None else figure.stderr for name, figure in figures.items()}
+    return values | errors
+
+
 def mean_figure(values: np.ndarray) -> Figure:
     """The mean of independent `values` (M,), at least one."""
     stderr = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None

@@ -1,5 +1,6 @@
-"""Figures of outcomes that were computed elsewhere: minimal pairs, predictions with a confidence."""
+"""Figures of what was scored elsewhere: texts, minimal pairs, predictions with a confidence."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,26 @@ from hf_genlm.evaluation.measurement import ratio_stderr
 
 CALIBRATION_BINS = 15
 _ROUNDING = 1e-6  # relative, of a sum of float32 log-probabilities
+
+
+def bits_per_byte(nats: Sequence[float] | np.ndarray, n_bytes: Sequence[int] | np.ndarray) -> Figure:
+    """sum(nats) / ln 2 / sum(bytes) of texts.
+
+    Args:
+        nats: - log P (M,) of each text, summed over its tokens.
+        n_bytes: UTF-8 bytes (M,) of each text.
+
+    Returns:
+        Bits per byte, the number of bytes, and the standard error clustered by text.
+
+    Raises:
+        UserError: no text, arrays of different lengths, a number that is not finite, no bytes at all.
+    """
+    nats, n_bytes = _checked("nats and bytes of texts", nats, n_bytes)
+    if n_bytes.sum() <= 0:
+        raise UserError("the texts hold no bytes: bits per byte need some text")
+    bits = nats / math.log(2)
+    return Figure(float(bits.sum() / n_bytes.sum()), int(n_bytes.sum()), ratio_stderr(bits, n_bytes))
 
 
 def pair_accuracy(good: Sequence[float] | np.ndarray, bad: Sequence[float] | np.ndarray) -> Figure:

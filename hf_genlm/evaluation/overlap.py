@@ -206,7 +206,9 @@ def _keys(levels: list[np.ndarray], length: int) -> np.ndarray:
 def _pairs(numbers: np.ndarray, offset: int) -> np.ndarray:
     """A key for each number (below 2^31) and the one `offset` places on, `_NONE` where either is."""
     keys = np.full(len(numbers), _NONE, dtype=np.int64)
+    if offset >= len(numbers):
+        return keys
     left, right = numbers[: len(numbers) - offset], numbers[offset:]
-    places = np.flatnonzero((left != _NONE) & (right != _NONE)) if offset < len(numbers) else []
+    places = np.flatnonzero((left != _NONE) & (right != _NONE))
     keys[places] = (left[places] << 31) | right[places]
     return keys

@@ -6,7 +6,8 @@ from the text alone, so that figures compare across tokenizers. Spaces and line 
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Any
 
 # blocks of scripts without spaces between words: Thai, Lao, Myanmar, Khmer, kana, Han
 _UNSPACED = (
@@ -28,6 +29,11 @@ _PART = 1 << 20  # characters of a text that are taken apart at once
 def words_of(text: str) -> list[str]:
     """The words of `text` in order."""
     return _WORD.findall(text)
+
+
+def tokens_of(texts: Sequence[Any]) -> list[Sequence[Hashable]]:
+    """Each text as its words; one that is a sequence of token ids already is taken as it is."""
+    return [words_of(text) if isinstance(text, str) else text for text in texts]
 
 
 def words_of_parts(texts: Iterable[str | tuple[int, str]]) -> Iterator[tuple[int, list[str]]]:
