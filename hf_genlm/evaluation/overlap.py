@@ -52,10 +52,9 @@ class SpanCounter:
             own.append(_NONE)
         self._owner = np.repeat(np.arange(len(sizes)), np.array(sizes, dtype=np.int64) + 1)
         self._most = max(sizes, default=0)
-        self._doublings: list[_Numbering] = []  # the k-th numbers spans of 2^(k + 1) by their halves
-        self._levels = [
-            np.array(own, dtype=np.int64)
-        ]  # the k-th, (N,): numbers of the spans of 2^k, by place
+        # the k-th numbers spans of 2^(k + 1) by their halves; the k-th level, (N,): those of 2^k, by place
+        self._doublings: list[_Numbering] = []
+        self._levels = [np.array(own, dtype=np.int64)]
         while 2 << len(self._doublings) <= self._most:
             pairs = _pairs(self._levels[-1], 1 << len(self._doublings))
             self._doublings.append(_Numbering(pairs))

@@ -272,25 +272,26 @@ def _before(end: int | None, ids: list[int]) -> list[int]:
 
 
 class _Ticker(BaseStreamer):
-    """Tells of each token that a batch has come forward by."""
+    """Tells of every token that a batch has come forward by."""
 
     def __init__(self, count: int, max_new_tokens: int, on_progress: Progress | None):
         self._per_text, self._total = max_new_tokens, count * max_new_tokens
-        self._on_progress = on_progress
-        self._done = self._rows = 0
+        self._tell = on_progress or (lambda done, total: None)
+        self._done = self._rows = self._stop = 0
 
     def begin(self, first: int, rows: int) -> None:
         """The next batch: `rows` texts from `first` on."""
-        self._done, self._rows = first * self._per_text - rows, rows
+        self._rows = rows
+        self._done, self._stop = first * self._per_text - rows, (first + rows) * self._per_text
 
     def put(self, value: torch.Tensor) -> None:
         """The prompts first, then a token of each row."""
         self._done += self._rows
-        if self._on_progress is not None:
-            self._on_progress(self._done, self._total)
+        self._tell(self._done, self._total)
 
     def end(self) -> None:
-        """Rows may have ended before their last token."""
+        """All rows have ended, some of them perhaps before their last token."""
+        self._tell(self._stop, self._total)
 
 
 @contextmanager
