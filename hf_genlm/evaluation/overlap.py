@@ -59,8 +59,8 @@ class SpanCounter:
             pairs = _pairs(self._levels[-1], 1 << len(self._doublings))
             self._doublings.append(_Numbering(pairs))
             self._levels.append(self._doublings[-1].numbers_of(pairs))
-        self._spans: dict[int, tuple[_Numbering, np.ndarray]] = {}
-        self._seen = {n: np.zeros(self._spans_of(n)[0].size, dtype=bool) for n in lengths if n <= self._most}
+        self._others: dict[int, _Numbering] = {}  # of spans of other lengths than powers of two
+        self._seen = {n: self._unseen(n) for n in lengths if n <= self._most}  # by number
         self._longest, self._longest_at = 0, 0
         self._buffer, self._kept = array("q"), np.zeros(0, dtype=np.int64)
 
@@ -85,7 +85,7 @@ class SpanCounter:
         self._look_up()
         if length > self._most:
             return None
-        _, own = self._spans_of(length)
+        own = self._numbers_of(self._levels, length)
         places, m = own != _NONE, len(self._texts)
         totals = np.bincount(self._owner[places], minlength=m)
         found = np.bincount(self._owner[places], self._seen[length][own[places]], m)
@@ -113,8 +113,7 @@ class SpanCounter:
                 break
             levels_T.append(doubling.numbers_of(_pairs(levels_T[-1], 1 << k)))
         for length, seen in self._seen.items():
-            numbers = self._numbers_in(levels_T, length)
-            seen[numbers[numbers != _NONE]] = True
+            seen[self._numbers_of(levels_T, length)] = True
         self._look_for_longer(levels_T)
         self._kept = levels_T[0][max(0, len(levels_T[0]) - self._most + 1) :]  # a span may go on from there
         self._buffer = array("q")
@@ -124,29 +123,31 @@ class SpanCounter:
         low, high = self._longest, min(self._most, (1 << len(levels_T)) - 1)
         length = low + 1
         while low < high:
-            numbers = self._numbers_in(levels_T, length)
+            numbers = self._numbers_of(levels_T, length)
             found = numbers[numbers != _NONE]
             if len(found):
                 low = length
                 self._longest = length
-                self._longest_at = int(np.flatnonzero(self._spans_of(length)[1] == found[0])[0])
+                self._longest_at = int(np.argmax(self._numbers_of(self._levels, length) == found[0]))
             else:
                 high = length - 1
             length = (low + high + 1) // 2
 
-    def _spans_of(self, length: int) -> tuple["_Numbering", np.ndarray]:
-        """How spans of `length` are numbered, and the numbers of the texts' own (N,), by place."""
-        if length not in self._spans:
-            keys = _keys(self._levels, length)
-            numbering = _Numbering(keys)
-            self._spans[length] = numbering, numbering.numbers_of(keys)
-        return self._spans[length]
-
-    def _numbers_in(self, levels_T: list[np.ndarray], length: int) -> np.ndarray:
-        """The numbers of the spans of `length` by place in what is read."""
-        if length.bit_length() > len(levels_T):
+    def _numbers_of(self, levels: list[np.ndarray], length: int) -> np.ndarray:
+        """Numbers of the spans of `length` by place: of the texts' own, or of what is read."""
+        k = length.bit_length() - 1
+        offset = length - (1 << k)
+        if k >= len(levels):
             return np.zeros(0, dtype=np.int64)
-        return self._spans_of(length)[0].numbers_of(_keys(levels_T, length))
+        if not offset:
+            return levels[k]
+        if length not in self._others:
+            self._others[length] = _Numbering(_pairs(self._levels[k], offset))
+        return self._others[length].numbers_of(_pairs(levels[k], offset))
+
+    def _unseen(self, length: int) -> np.ndarray:
+        """Room for every number and, last, for `_NONE`."""
+        return np.zeros(int(self._numbers_of(self._levels, length).max()) + 2, dtype=bool)
 
 
 def count_overlap(
@@ -177,29 +178,21 @@ def read_texts(counters: Sequence[SpanCounter], texts: Iterable[str | tuple[int,
 
 
 class _Numbering:
-    """Numbers 0..size - 1 for the keys that occur."""
+    """Numbers for the keys that occur, in their order."""
 
     def __init__(self, keys: np.ndarray):
         self._keys = np.unique(keys[keys != _NONE])
-        self.size = len(self._keys)
 
     def numbers_of(self, keys: np.ndarray) -> np.ndarray:
         """The number of each key (T,), `_NONE` for one that is unknown."""
         numbers = np.full(len(keys), _NONE, dtype=np.int64)
-        if not self.size:
+        if not len(self._keys):
             return numbers
         places = np.flatnonzero(keys != _NONE)
-        at = np.minimum(np.searchsorted(self._keys, keys[places]), self.size - 1)
+        at = np.minimum(np.searchsorted(self._keys, keys[places]), len(self._keys) - 1)
         is_known = self._keys[at] == keys[places]
         numbers[places[is_known]] = at[is_known]
         return numbers
-
-
-def _keys(levels: list[np.ndarray], length: int) -> np.ndarray:
-    """What spans of `length` are known by, by place: two of the longest power of two in it."""
-    k = length.bit_length() - 1
-    offset = length - (1 << k)
-    return _pairs(levels[k], offset) if offset else levels[k]
 
 
 def _pairs(numbers: np.ndarray, offset: int) -> np.ndarray:

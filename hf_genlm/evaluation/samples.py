@@ -71,8 +71,8 @@ def measure_samples(
         model, tokenizer, count, max_new_tokens, seed, temperature, top_p, prompts: as in `generate_texts`.
         training_texts: what the model was trained on: texts, (number of the text, part of it) in order, or a
             thing whose `texts()` gives the latter, as `Documents`. Memory does not grow with it.
-        reference_texts: human texts. As many pieces of them as there are samples, at most `max_new_tokens`
-            long, are measured too, as the split "reference".
+        reference_texts: human texts. As many pieces of them as there are samples, `max_new_tokens` long where
+            there is text enough, are measured too, as the split "reference".
         mauve: measure MAUVE against the reference texts, by the features of `model` itself.
         on_progress: called with (tokens generated, at most), then with (texts read, in all) of the training
             texts where they have a length.
@@ -254,7 +254,7 @@ def _check(
 
 
 def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:

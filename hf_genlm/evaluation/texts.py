@@ -24,7 +24,7 @@ def score_texts(
         UserError: the model cannot be loaded, has no start token, or there is no text.
     """
     model, tokenizer = load(model_id)
-    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     documents = [
         (np.array(tokens, dtype=np.int64), len(text.encode("utf-8")))
         for tokens, text in zip(ids, texts, strict=True)
