@@ -165,7 +165,18 @@ def test_counters_share_one_reading():
     assert [counter.share(2).value for counter in counters] == [1, 0]
 
 
+def test_lengths_below_one_are_refused():
+    for figure in (distinct_n, repetition, self_bleu):
+        with pytest.raises(UserError, match="n = 0"):
+            figure([["a"], ["b"]], 0)
+    with pytest.raises(UserError, match="at least 1 word"):
+        count_overlap(["a"], ["a"], [0, 2])
+
+
 def test_pairs():
+    """Sums of float32 that differ by their rounding alone are as likely."""
+    assert pair_accuracy([-1000.0001], [-1000.0]).value == 0.5
+
     figure = pair_accuracy([-1.0, -5.0, -2.0, -2.0], [-2.0, -4.0, -3.0, -2.0])
     worth = np.array([1, 0, 1, 0.5])
     assert (figure.value, figure.n) == (worth.mean(), 4)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hf_genlm.errors import UserError
 from hf_genlm.evaluation.figure import Figure, jackknife_stderr, mean_figure
 
 Tokens = Sequence[Hashable]
@@ -27,17 +28,17 @@ class Grams(NamedTuple):
     at: np.ndarray
 
 
-def number_tokens(texts: Sequence[Tokens]) -> tuple[np.ndarray, np.ndarray, dict[Hashable, int]]:
-    """Numbers of all tokens (N,) int64, the text that each belongs to (N,), and the number of each token."""
+def count_grams(texts: Sequence[Tokens], most: int) -> list[Grams]:
+    """The n-grams of `texts` for n = 1..`most`; none reaches over the end of a text.
+
+    Raises:
+        UserError: `most` is less than 1.
+    """
+    if most < 1:
+        raise UserError(f"n = {most}: an n-gram has at least 1 token")
     numbers: dict[Hashable, int] = {}
     ids = np.fromiter((numbers.setdefault(t, len(numbers)) for text in texts for t in text), dtype=np.int64)
     owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
-    return ids, owner, numbers
-
-
-def count_grams(texts: Sequence[Tokens], most: int) -> list[Grams]:
-    """The n-grams of `texts` for n = 1..`most`; none reaches over the end of a text."""
-    ids, owner, _ = number_tokens(texts)
     found = [Grams(ids, owner, np.arange(len(ids)))]
     for n in range(2, most + 1):
         shorter = found[-1]

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hf_genlm.errors import UserError
 from hf_genlm.evaluation.figure import Figure
 from hf_genlm.evaluation.measurement import ratio_stderr
 from hf_genlm.evaluation.ngrams import Tokens
@@ -40,9 +41,14 @@ class SpanCounter:
     """Remembers which spans of `texts` it has read in the larger text, of `lengths` and the longest.
 
     Texts are sequences of words or of token ids, as is what is read.
+
+    Raises:
+        UserError: a length is less than 1.
     """
 
     def __init__(self, texts: Sequence[Tokens], lengths: Sequence[int] = LENGTHS):
+        if min(lengths, default=1) < 1:
+            raise UserError(f"lengths of {min(lengths)}: a span has at least 1 word")
         self._texts = [list(text) for text in texts]
         self._numbers: dict[Hashable, int] = {}
         sizes = [len(text) for text in self._texts]
