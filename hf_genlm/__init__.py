@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_genlm.evaluation.metrics import metric_path
     from hf_genlm.model import GenLMConfig, GenLMForCausalLM, GenLMModel
     from hf_genlm.recipe import Recipe, load_recipe
     from hf_genlm.training.train import train
@@ -23,9 +24,10 @@ _HOMES = {
     "GenLMModel": "hf_genlm.model",
     "Recipe": "hf_genlm.recipe",
     "load_recipe": "hf_genlm.recipe",
+    "metric_path": "hf_genlm.evaluation.metrics",
     "train": "hf_genlm.training.train",
 }
-__all__ = ["GenLMConfig", "GenLMForCausalLM", "GenLMModel", "Recipe", "load_recipe", "train"]
+__all__ = ["GenLMConfig", "GenLMForCausalLM", "GenLMModel", "Recipe", "load_recipe", "metric_path", "train"]
 
 
 def __getattr__(name: str) -> Any:

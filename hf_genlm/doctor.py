@@ -36,6 +36,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "vectors": ("fastText's .bin files of word vectors", ("gensim",)),
     "gpu": ("faster kernels on CUDA", ("liger-kernel", "fla-core")),
     "eval": ("hf-genlm evaluate --tasks", ("lm_eval",)),
+    "mauve": ("MAUVE of samples", ("mauve-text",)),
     "serve": ("hf-genlm serve and chat", serving.LIBRARIES),
     "test": (
         "the tests, lint and types",
@@ -50,6 +51,8 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "gensim",
             *serving.LIBRARIES,
             "parameterized",
+            "nltk",
+            "mauve-text",
             "peft",
             "trl",
             "torchao",

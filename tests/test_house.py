@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "display": {"evaluation.measurement", "doctor"},
     "text": {"recipe", "errors", "memory"},
     "model": set(),
-    "evaluation": {"recipe", "errors"},
+    "evaluation": {"recipe", "errors", "decoding", "loading"},
     "training": {"recipe", "ranges", "errors", "run_folder", "memory", "text", "model", "evaluation"},
     "decoding": {"errors", "model", "text.cache"},
     "serving": {"errors", "model"},
