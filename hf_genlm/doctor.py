@@ -36,6 +36,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "vectors": ("fastText's .bin files of word vectors", ("gensim",)),
     "gpu": ("faster kernels on CUDA", ("liger-kernel", "fla-core")),
     "serve": ("hf-genlm serve and chat", serving.LIBRARIES),
+    "track": ("training.report_to", ("tensorboard", "trackio")),
     "test": (
         "the tests, lint and types",
         (
@@ -47,6 +48,8 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "types-PyYAML",
             "zstandard",
             "gensim",
+            "tensorboard",
+            "trackio",
             *serving.LIBRARIES,
             "parameterized",
             "peft",

@@ -130,6 +130,10 @@ class TrainingRecipe:
         None  # optimizer steps between two checkpoints instead; 0: none are written
     )
     checkpoints_kept: int = 2  # until the run is done
+    checkpoint_words: list[str] = field(
+        default_factory=list
+    )  # after so many words of text (500K, 1M) the model is kept in milestones/; babylm: 1M, 2M ... 1000M
+    report_to: list[str] = field(default_factory=list)  # tensorboard, trackio: hear what log.jsonl does
 
 
 @dataclass

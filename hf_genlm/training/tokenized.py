@@ -18,6 +18,7 @@ from hf_genlm.text.packing import PackedRows
 from hf_genlm.text.store import Documents
 from hf_genlm.text.tokenizer import load_tokenizer, train_tokenizer
 from hf_genlm.training import processes
+from hf_genlm.training.milestones import WordRate
 from hf_genlm.training.word_vectors import count_words
 
 _IDS_AT_ONCE = 1 << 22
@@ -35,6 +36,7 @@ class TokenizedCorpus:
     train: TokenizedDocuments
     validation: TokenizedDocuments
     words: dict[str, int]
+    n_words: int | None = None  # of the training text, where they are asked for
 
     @property
     def n_tokens(self) -> int:
@@ -50,6 +52,10 @@ class TokenizedCorpus:
             pad_id=self.tokenizer.pad_token_id,
             goes_on=training.carry_state,
         )
+
+    def word_rate(self, rows: PackedRows) -> WordRate:
+        """Words a token, of the whole training text."""
+        return WordRate(self.n_words, rows.n_rows * (rows.row_length - 1))
 
     def known_ids(self, rows: PackedRows) -> np.ndarray:
         """(n,): all of the training text that is at hand as ids."""
@@ -122,8 +128,11 @@ def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> TokenizedCorpus:
     text = corpus.report["train"]
     tokenizer = tokenizer_of(run, recipe, corpus.train, text["bytes"], is_again, cache, text["sha256"])
     words = count_words(corpus.train) if recipe.vectors.path is not None else {}
+    if recipe.training.checkpoint_words:
+        run.tell("progress", task="counting words", done=0, total=None)
+        corpus.report["train"]["words"] = corpus.train.count_words()
     train, validation = _encode_splits(run, tokenizer, corpus, cache, note)
-    tokenized = TokenizedCorpus(tokenizer, train, validation, words)
+    tokenized = TokenizedCorpus(tokenizer, train, validation, words, corpus.report["train"].get("words"))
     write_json(run.corpus, corpus.report)
     run.log(
         "tokenized",
