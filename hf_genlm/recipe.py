@@ -174,7 +174,7 @@ class Recipe:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
 
 
-_ENDS = ("training.minutes", "training.steps", "training.tokens")
+ENDS = ("training.minutes", "training.steps", "training.tokens")
 
 
 def load_recipe(path: str | Path | None = None, assignments: Iterable[str] = ()) -> Recipe:
@@ -190,8 +190,8 @@ def load_recipe(path: str | Path | None = None, assignments: Iterable[str] = ())
             for key, value in _section_items(section, values, path).items():
                 set_field(recipe, f"{section}.{key}", value)
     stated = [_split(assignment) for assignment in assignments]
-    if any(name in _ENDS for name, _ in stated):  # what is stated here replaces what the file says
-        for name in _ENDS:
+    if any(name in ENDS for name, _ in stated):  # what is stated here replaces what the file says
+        for name in ENDS:
             set_field(recipe, name, None)
     for name, value in stated:
         set_field(recipe, name, value)

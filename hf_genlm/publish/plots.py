@@ -59,16 +59,18 @@ def _draw_loss(axes: "Axes", panel: Panel, curves: Curves, colour: str, marker: 
         linestyle="",
         markeredgecolor=COLOURS[1] if colour == COLOURS[0] else colour,
         markeredgewidth=1.8,
-        label="validation, a part",
+        label="validation, a part of it",
     )
 
 
 def _draw_measured(axes: "Axes", panel: Panel, curves: Curves, colour: str, marker: str) -> None:
     found = curves.validations
-    axes.plot(column(found, panel.x), column(found, panel.y), color=colour, marker=marker, label="a part")
+    axes.plot(
+        column(found, panel.x), column(found, panel.y), color=colour, marker=marker, label="a part of it"
+    )
     if curves.final is not None:
         at = column([curves.final], panel.x), column([curves.final], panel.y)
-        axes.plot(*at, color=colour, marker="*", markersize=11, linestyle="", label="all of it")
+        axes.plot(*at, color=colour, marker="*", markersize=11, linestyle="", label="all of it, in the end")
 
 
 def _draw_line(axes: "Axes", panel: Panel, curves: Curves, colour: str, marker: str) -> None:
@@ -77,7 +79,7 @@ def _draw_line(axes: "Axes", panel: Panel, curves: Curves, colour: str, marker: 
 
 
 def _draw_speed(axes: "Axes", panel: Panel, curves: Curves, colour: str, marker: str) -> None:
-    """Validations and checkpoints take time between the steps: a dip each, which is no loss of speed."""
+    """A checkpoint takes time between the steps: a dip, which is no loss of speed."""
     x, y = column(curves.steps, panel.x), column(curves.steps, panel.y)
     axes.plot(x, y, color=colour, alpha=_PALE, linewidth=0.8)
     axes.plot(x, running_median(y), color=colour, linewidth=1.2, marker=marker if len(y) <= _FEW else "")
@@ -123,7 +125,8 @@ def draw_curves(runs: Sequence[Curves]) -> "Figure":
     if len(runs) > 1:
         _name_runs(figure, runs)
     else:
-        axes["steps"].legend(fontsize="small", frameon=False)
+        for name in {"steps", "bits"}.intersection(names):
+            axes[name].legend(fontsize="small", frameon=False)
     return figure
 
 

@@ -99,13 +99,14 @@ class Diverged(ArithmeticError):
 
 @dataclass
 class _Point:
-    """Where a run stood at a `step` event, and the losses of the steps since, summed."""
+    """Where a run stood at a `step` event, and the losses and seconds of the steps since, summed."""
 
     step: int
     tokens: int
     elapsed_s: float
     progress: float
     losses: float = 0.0
+    seconds: float = 0.0
 
 
 class LogCallback(TrainerCallback):
@@ -113,7 +114,8 @@ class LogCallback(TrainerCallback):
 
     They are the first, the last, and those before which a 2,000th part of the run was done since the one
     before: a log has 2,000 of them at most, and one for each time that the run was gone on with. The loss of
-    an event is the mean of the steps since the one before, in the log of those since the one before there.
+    an event is the mean of the steps since the one before, in the log of those since the one before there;
+    so is the speed, without what ran between those steps and the event before, as a validation.
 
     Raises:
         Diverged: that loss is not finite.
@@ -121,15 +123,17 @@ class LogCallback(TrainerCallback):
 
     def __init__(self, run: RunFolder, budget: Budget, pace: Pace):
         self.run, self.budget, self.pace = run, budget, pace
-        self._told = self._written = _Point(0, 0, 0.0, 0.0)
+        self._told = self._written = self._now = _Point(0, 0, 0.0, 0.0)
+        self._began_s = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._told = self._at(state.global_step)
         self._written = copy.copy(self._told)
+        self._began_s = self._told.elapsed_s
 
     def on_step_end(self, args, state, control, **kwargs):
-        since = self.budget.elapsed_s - self._told.elapsed_s
-        if since >= _LOG_EVERY_S or state.global_step == 1 or self.budget.is_spent(state.global_step):
+        now = self._now = self._at(state.global_step)
+        if now.elapsed_s - self._told.elapsed_s >= _LOG_EVERY_S or self._is_end(now.step):
             control.should_log = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -138,26 +142,24 @@ class LogCallback(TrainerCallback):
             return  # Trainer's own summary at the end
         if not math.isfinite(logs["loss"]):
             raise Diverged(state.global_step)
-        now = self._at(state.global_step)
-        losses = logs["loss"] * (now.step - self._told.step)
-        self._told.losses += losses
-        self._written.losses += losses
-        if self._is_due(now):
+        now = self._now
+        for point in (self._told, self._written):
+            point.losses += logs["loss"] * (now.step - self._told.step)
+            point.seconds += now.elapsed_s - self._began_s
+        if now.progress - self._written.progress >= 1 / _LINES or self._is_end(now.step):
             self.run.log("step", **self._fields(now, self._written, logs))
             self._written = copy.copy(now)
         else:
             self.run.tell("step", **self._fields(now, self._told, logs))
-        self._told = now
+        self._told, self._began_s = now, self.budget.elapsed_s
 
     def _at(self, step: int) -> _Point:
         return _Point(step, self.pace.tokens(step), self.budget.elapsed_s, self.budget.progress(step))
 
-    def _is_due(self, now: _Point) -> bool:
-        part = now.progress - self._written.progress
-        return part >= 1 / _LINES or now.step == 1 or self.budget.is_spent(now.step)
+    def _is_end(self, step: int) -> bool:
+        return step == 1 or self.budget.is_spent(step)
 
     def _fields(self, now: _Point, since: _Point, logs: dict[str, float]) -> dict[str, float | None]:
-        seconds = max(now.elapsed_s - since.elapsed_s, 1e-9)
         grad_norm = logs.get("grad_norm", math.nan)
         return {
             "step": now.step,
@@ -165,7 +167,7 @@ class LogCallback(TrainerCallback):
             "learning_rate": logs["learning_rate"],
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "tokens": now.tokens,
-            "tokens_per_s": round((now.tokens - since.tokens) / seconds),
+            "tokens_per_s": round((now.tokens - since.tokens) / max(since.seconds, 1e-9)),
             "elapsed_s": round(now.elapsed_s, 3),
             "progress": round(now.progress, 5),
             "left_s": round(min(self.budget.left_s(now.step), 1e9), 1),
@@ -264,6 +266,7 @@ class MilestoneCallback(TrainerCallback):
         reached = int(self.budget.progress(state.global_step) * (self.count + 1))
         if self._reached < reached <= self.count:
             self._reached = reached
+            control.should_log = True  # what is measured has a loss beside it
             is_late = self.budget.seconds is not None and (
                 self._took_s > _LARGEST_PART * self.budget.left_s(state.global_step)
             )

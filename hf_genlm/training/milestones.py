@@ -97,6 +97,7 @@ class WordsCallback(TrainerCallback):
             if left_s is not None and self._took_s > max(0.0, left_s):
                 self.run.log("note", message=f"{name_of(words)} was not written: no time was left for it")
                 continue
+            control.should_log = True
             began = self.budget.elapsed_s
             self.keep(model, words, state.global_step)
             self.budget.agree()

@@ -70,6 +70,7 @@ class Trackio:
     def __init__(self, run: RunFolder, recipe: Recipe, is_again: bool):
         import trackio
 
+        self._trackio = trackio
         with contextlib.redirect_stdout(io.StringIO()):  # nothing prints but the command line
             self._run = trackio.init(
                 project="hf_genlm",
@@ -92,7 +93,7 @@ class Trackio:
     def close(self) -> None:
         """Nothing more comes."""
         with contextlib.redirect_stdout(io.StringIO()):
-            self._run.finish()
+            self._trackio.finish()
 
 
 TRACKERS: dict[str, Callable[[RunFolder, Recipe, bool], Any]] = {
