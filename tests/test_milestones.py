@@ -58,7 +58,7 @@ def test_words_are_counted_across_the_parts_of_a_long_document(monkeypatch):
 @pytest.fixture(scope="module")
 def kept(text_folder, tmp_path_factory):  # noqa: F811
     """A run of twenty steps that kept its model three times."""
-    recipe = recipe_of(text_folder, "training.checkpoint_words=[500, 1000, 1500, 500M]")
+    recipe = recipe_of(text_folder, "training.checkpoint_words=[500, 1000, 1200, 500M]")
     return train(recipe, tmp_path_factory.mktemp("runs") / "kept")
 
 
@@ -76,11 +76,11 @@ def due_steps(run: RunFolder, marks: list[int]) -> dict[int, int]:
 
 
 def test_each_has_the_weights_of_its_step_in_a_run_without_any(kept, text_folder, tmp_path):  # noqa: F811
-    steps = due_steps(kept, [500, 1000, 1500])
+    steps = due_steps(kept, [500, 1000, 1200])
     assert len(set(steps.values())) == 3
     written = [event for event in kept.read_log() if event["event"] == "milestone"]
     assert {event["words"]: event["step"] for event in written} == steps
-    assert sorted(path.name for path in kept.milestones.iterdir()) == ["chck_1500", "chck_1K", "chck_500"]
+    assert sorted(path.name for path in kept.milestones.iterdir()) == ["chck_1200", "chck_1K", "chck_500"]
     weights = {}
 
     def take(event, fields):
@@ -112,11 +112,11 @@ def test_each_loads_as_a_branch_of_a_repository(kept, tmp_path):
     """As the Hub's cache holds a repository of which two branches were fetched."""
     repository = tmp_path / "models--me--baby"
     (repository / "refs").mkdir(parents=True)
-    for number, name in enumerate(("chck_500", "chck_1500")):
+    for number, name in enumerate(("chck_500", "chck_1200")):
         commit = str(number) * 40
         (repository / "refs" / name).write_text(commit)
         shutil.copytree(kept.milestones / name, repository / "snapshots" / commit)
-    for name in ("chck_500", "chck_1500"):
+    for name in ("chck_500", "chck_1200"):
         model = AutoModelForCausalLM.from_pretrained("me/baby", revision=name, cache_dir=tmp_path)
         expected = load_file(kept.milestones / name / "model.safetensors")
         assert torch.equal(
@@ -126,9 +126,9 @@ def test_each_loads_as_a_branch_of_a_repository(kept, tmp_path):
 
 def test_a_run_that_is_gone_on_with_writes_none_twice(kept, text_folder, tmp_path):  # noqa: F811
     recipe = recipe_of(
-        text_folder, "training.checkpoint_words=[500, 1000, 1500]", "training.checkpoint_steps=1"
+        text_folder, "training.checkpoint_words=[500, 1000, 1200]", "training.checkpoint_steps=5"
     )
-    steps = due_steps(kept, [500, 1000, 1500])
+    steps = due_steps(kept, [500, 1000, 1200])
 
     def fail(event, fields):
         if event == "milestone" and fields["words"] == 1000:  # before the checkpoint of its step
@@ -139,13 +139,13 @@ def test_a_run_that_is_gone_on_with_writes_none_twice(kept, text_folder, tmp_pat
     run = RunFolder(tmp_path / "run")
     inodes = {path.name: path.stat().st_ino for path in run.milestones.iterdir()}
     assert set(inodes) == {"chck_500", "chck_1K"}
-    shutil.copytree(run.milestones / "chck_1K", run.milestones / "chck_1500.part")  # a kill in mid-writing
+    shutil.copytree(run.milestones / "chck_1K", run.milestones / "chck_1200.part")  # a kill in mid-writing
     train(recipe, run.path, resume=True)
     assert {name: (run.milestones / name).stat().st_ino for name in inodes} == inodes
-    assert sorted(path.name for path in run.milestones.iterdir()) == ["chck_1500", "chck_1K", "chck_500"]
+    assert sorted(path.name for path in run.milestones.iterdir()) == ["chck_1200", "chck_1K", "chck_500"]
     written = [(event["words"], event["step"]) for event in run.read_log() if event["event"] == "milestone"]
     assert written == sorted(steps.items())
-    for name in ("chck_500", "chck_1K", "chck_1500"):
+    for name in ("chck_500", "chck_1K", "chck_1200"):
         file = Path(name) / "model.safetensors"
         assert (run.milestones / file).read_bytes() == (kept.milestones / file).read_bytes()
 
