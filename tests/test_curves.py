@@ -208,7 +208,7 @@ def test_what_is_drawn_is_what_was_logged():
     bits = lines_of(figure, "bits per byte")
     assert bits == {"a part of it": ([10, 20], [2.0, 1.0]), "all of it, in the end": ([40], [1.25])}
     assert list(lines_of(figure, "learning rate").values()) == [(list(range(1, 41)), [1e-3] * 40)]
-    assert list(lines_of(figure, "gradient norm").values()) == [(list(range(1, 41)), [1.5] * 40)]
+    assert list(lines_of(figure, "gradient norm").values()) == [(list(range(1, 41)), [1.5] * 40)] * 2
     assert next(iter(lines_of(figure, "tokens per second").values())) == (list(range(1, 41)), [50] * 40)
     text = in_words(curves)
     for word in (
@@ -227,9 +227,9 @@ def test_a_run_of_three_steps_without_validations():
     assert not any(title.startswith("bits") for title in titles(figure))
     assert len(figure.axes) == 6
     (axes,) = (axes for axes in figure.axes if axes.get_title(loc="left").startswith("loss in nats"))
-    smooth = next(line for line in axes.lines if line.get_label() == "training, smoothed")
-    assert smooth.get_marker() == "o", "three points are seen as points"
-    assert list(smooth.get_ydata()) == pytest.approx([5.9, 5.8, 5.7], abs=1e-6)
+    (line,) = axes.lines
+    assert (line.get_label(), line.get_marker()) == ("training", "o"), "three points are seen as points"
+    assert list(line.get_ydata()) == pytest.approx([5.9, 5.8, 5.7])
     one = draw_curves([curves_of([step(1, grad_norm=None)])])
     assert not any(title.startswith("gradient") for title in titles(one)), "no axes without anything on them"
 
@@ -240,7 +240,7 @@ def test_a_resumed_run_and_one_that_left_the_numbers():
     figure = draw_curves([curves])
     lines = lines_of(figure, "loss in nats")
     assert lines["given up"] == ([3, 4], [pytest.approx(5.7), 5.6])
-    assert lines["training, smoothed"][0] == [1, 2, 3, 4, 5]
+    assert lines["training"] == ([1, 2, 3, 4, 5], [5.9, 5.8, 1.0, 1.0, 1.0])
     assert "went back to 2" in in_words(curves)
     (axes,) = (axes for axes in figure.axes if axes.get_title(loc="left").startswith("learning rate"))
     assert [2, 2] in [list(line.get_xdata()) for line in axes.lines]
@@ -258,9 +258,9 @@ def test_several_runs_in_one_picture():
     figure = draw_curves(runs)
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [plain(label) for label in labels]
-    smooth = [line for line in figure.axes[0].lines if line.get_label() == "training, smoothed"]
-    assert [list(line.get_ydata()) for line in smooth] == [[5.0, 5.0], [6.0, 6.0]]
-    assert smooth[0].get_color() != smooth[1].get_color()
+    lines = figure.axes[0].lines
+    assert [list(line.get_ydata()) for line in lines] == [[5.0, 5.0], [6.0, 6.0]]
+    assert lines[0].get_color() != lines[1].get_color()
     figure.canvas.draw()  # no formula is read into a name
 
 

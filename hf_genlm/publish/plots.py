@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PICTURE = "plots/curves.png"  # in the run folder, and in the folder of the model
 _WIDTH, _WIDE_HEIGHT, _HEIGHT, _LEGEND_HEIGHT = 6.4, 2.7, 2.0, 0.25  # inches, of a row
 _FEW = 25  # points that are marked
-_PALE, _PALER = 0.3, 0.45
+_PALE = 0.3
 _SHARE_SHOWN = 0.98  # of the values, where a few would flatten all others
 _GREY = "#777777"
 
@@ -41,26 +41,19 @@ class Panel:
 
 def _draw_loss(axes: "Axes", panel: Panel, curves: Curves, colour: str, marker: str) -> None:
     x, loss = column(curves.steps, panel.x), column(curves.steps, panel.y)
-    mark = marker if len(loss) <= _FEW else ""
     for events in curves.abandoned:
         beyond = column(events, panel.x), column(events, panel.y)
         axes.plot(*beyond, color=_GREY, linewidth=1, linestyle=":", label="given up")
     if len(loss) > _FEW:
         axes.plot(x, loss, color=colour, alpha=_PALE, linewidth=0.8, label="training")
-    axes.plot(x, smoothed(loss), color=colour, marker=mark, label="training, smoothed")
-    found = curves.validations
-    seen = "seen_tokens" if panel.x == "tokens" else panel.x
-    axes.plot(
-        column(found, seen),
-        column(found, "nats_per_token"),
-        color="white",
-        marker=marker,
-        markersize=7,
-        linestyle="",
-        markeredgecolor=COLOURS[1] if colour == COLOURS[0] else colour,
-        markeredgewidth=1.8,
-        label="validation, a part of it",
-    )
+        axes.plot(x, smoothed(loss), color=colour, label="training, smoothed")
+    else:
+        axes.plot(x, loss, color=colour, marker=marker, label="training")
+    if curves.validations:
+        at = column(curves.validations, "seen_tokens" if panel.x == "tokens" else panel.x)
+        measured = column(curves.validations, "nats_per_token")
+        ring: Any = {"markersize": 7, "markeredgewidth": 1.8, "markeredgecolor": colour, "color": "white"}
+        axes.plot(at, measured, marker=marker, linestyle="", label="validation, a part of it", **ring)
 
 
 def _draw_measured(axes: "Axes", panel: Panel, curves: Curves, colour: str, marker: str) -> None:
@@ -78,11 +71,14 @@ def _draw_line(axes: "Axes", panel: Panel, curves: Curves, colour: str, marker: 
     axes.plot(x, y, color=colour, linewidth=1.2, marker=marker if len(y) <= _FEW else "")
 
 
-def _draw_speed(axes: "Axes", panel: Panel, curves: Curves, colour: str, marker: str) -> None:
-    """A checkpoint takes time between the steps: a dip, which is no loss of speed."""
+def _draw_typical(axes: "Axes", panel: Panel, curves: Curves, colour: str, marker: str) -> None:
+    """The running median, and what goes beyond it pale, as the dip where a checkpoint was written."""
     x, y = column(curves.steps, panel.x), column(curves.steps, panel.y)
-    axes.plot(x, y, color=colour, alpha=_PALE, linewidth=0.8)
-    axes.plot(x, running_median(y), color=colour, linewidth=1.2, marker=marker if len(y) <= _FEW else "")
+    if len(y) <= _FEW:
+        axes.plot(x, y, color=colour, linewidth=1.2, marker=marker)
+    else:
+        axes.plot(x, y, color=colour, alpha=_PALE, linewidth=0.8)
+        axes.plot(x, running_median(y), color=colour, linewidth=1.2)
 
 
 PANELS = {
@@ -91,8 +87,8 @@ PANELS = {
     "time": Panel("loss over seconds", "elapsed_s", "loss", _draw_loss),
     "bits": Panel("bits per byte, validation, over steps", "step", "bits_per_byte", _draw_measured),
     "rate": Panel("learning rate over steps", "step", "learning_rate", _draw_line),
-    "norm": Panel("gradient norm over steps", "step", "grad_norm", _draw_line, is_logarithmic=True),
-    "speed": Panel("tokens per second, over steps", "step", "tokens_per_s", _draw_speed),
+    "norm": Panel("gradient norm over steps", "step", "grad_norm", _draw_typical, is_logarithmic=True),
+    "speed": Panel("tokens per second, over steps", "step", "tokens_per_s", _draw_typical),
 }
 
 
@@ -151,20 +147,22 @@ def _finish(axes: "Axes", panel: Panel, runs: Sequence[Curves]) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     is_whole = panel.x != "elapsed_s"
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=is_whole, min_n_ticks=1))
-    if panel.x == "step" and len(runs) == 1:
-        for event in runs[0].breaks:
-            at = event["back_to"] if event["event"] == "diverged" else event["step"]
-            axes.axvline(at, color=_GREY, linewidth=0.8, linestyle="--", zorder=0)
     if panel.is_logarithmic:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
-    if panel.draw is _draw_speed:
+    if panel.y == "tokens_per_s":
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_ylim(bottom=0)
     if panel.draw is _draw_loss:
         _show_most(axes, [line.get_ydata() for line in axes.lines])
+    if panel.y == "learning_rate":
+        axes.yaxis.set_major_formatter("{x:.3g}")
+    if panel.x == "step" and len(runs) == 1:
+        for event in runs[0].breaks:
+            at = event["back_to"] if event["event"] == "diverged" else event["step"]
+            axes.axvline(at, color=_GREY, linewidth=0.8, linestyle="--", zorder=0)
     last = max(float(column(curves.steps, panel.x)[-1]) for curves in runs)
     axes.set_xlim(-0.03 * last, 1.03 * last)
 
