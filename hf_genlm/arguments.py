@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serving(verbs)
     card = verbs.add_parser("card", help="write the model card of a run again")
     card.add_argument("run_path", metavar="RUN")
+    _add_plot(verbs)
     _add_doctor(verbs)
     return parser
 
@@ -212,6 +213,16 @@ def _add_serving(verbs: Any) -> None:
     chat.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     chat.add_argument(
         "rest", nargs=argparse.REMAINDER, metavar="...", help="settings such as temperature=0.5"
+    )
+
+
+def _add_plot(verbs: Any) -> None:
+    plot = verbs.add_parser("plot", help="draw the curves of a run, or of several over one another")
+    plot.add_argument("run_paths", nargs="+", metavar="RUN")
+    plot.add_argument(
+        "--out",
+        metavar="FILE",
+        help="the PNG to write (default: plots/curves.png of the run; of several, curves.png here)",
     )
 
 

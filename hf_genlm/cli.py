@@ -2,9 +2,8 @@
 
     hf-genlm train [SOURCE ...]          hf-genlm generate MODEL [PROMPT]    hf-genlm card RUN
     hf-genlm tokenizer SOURCE ...        hf-genlm serve MODEL
-    hf-genlm evaluate MODEL [SOURCE ...] hf-genlm chat MODEL             hf-genlm doctor
-    hf-genlm compare [SOURCE ...]
-    hf-genlm range
+    hf-genlm evaluate MODEL [SOURCE ...] hf-genlm chat MODEL             hf-genlm plot RUN ...
+    hf-genlm compare [SOURCE ...]        hf-genlm range                  hf-genlm doctor
 
 Exit codes: 0 done; 2 the input cannot be used, one line on stderr says why; 1 a fault of ours, with a
 traceback.
@@ -29,6 +28,7 @@ _VERBS = {
     "serve": ("serve", "serve_model"),
     "chat": ("serve", "chat_with_model"),
     "card": ("card", "run"),
+    "plot": ("plot", "run"),
     "doctor": ("doctor", "run"),
 }
 
@@ -71,8 +71,9 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
-    logging.getLogger("torch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="torch|transformers")
+    for library in ("torch", "matplotlib"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="torch|transformers|matplotlib")
 
 
 if __name__ == "__main__":

@@ -145,6 +145,7 @@ class Display:
             "step": self._step,
             "validation": self._validation,
             "sample": self._sample,
+            "milestone": self._milestone,
             "trained": self._trained,
             "resumed": self._resumed,
             "diverged": self._diverged,
@@ -261,6 +262,9 @@ class Display:
     def _sample(self, text: str, **_: Any) -> None:
         shown = " ".join(text.split())
         self.say(f"sample        {shown[:160]}{'…' if len(shown) > 160 else ''}")
+
+    def _milestone(self, step: int, words: int, folder: str) -> None:
+        self.say(f"milestone     {folder}: {words:,} words after step {step:,}")
 
     def _resumed(self, step: int) -> None:
         self.say(f"resumed       after step {step:,}")

@@ -38,6 +38,7 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "eval": ("hf-genlm evaluate --tasks", ("lm_eval",)),
     "mauve": ("MAUVE of samples", ("mauve-text",)),
     "serve": ("hf-genlm serve and chat", serving.LIBRARIES),
+    "track": ("training.report_to", ("tensorboard", "trackio")),
     "test": (
         "the tests, lint and types",
         (
@@ -49,6 +50,8 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "types-PyYAML",
             "zstandard",
             "gensim",
+            "tensorboard",
+            "trackio",
             *serving.LIBRARIES,
             "parameterized",
             "nltk",

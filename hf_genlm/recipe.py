@@ -130,6 +130,10 @@ class TrainingRecipe:
         None  # optimizer steps between two checkpoints instead; 0: none are written
     )
     checkpoints_kept: int = 2  # until the run is done
+    checkpoint_words: list[str] = field(
+        default_factory=list
+    )  # after so many words of text (500K, 1M) the model is kept in milestones/; babylm: 1M, 2M ... 1000M
+    report_to: list[str] = field(default_factory=list)  # tensorboard, trackio: hear what log.jsonl does
 
 
 @dataclass
@@ -170,7 +174,7 @@ class Recipe:
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
 
 
-_ENDS = ("training.minutes", "training.steps", "training.tokens")
+ENDS = ("training.minutes", "training.steps", "training.tokens")
 
 
 def load_recipe(path: str | Path | None = None, assignments: Iterable[str] = ()) -> Recipe:
@@ -186,8 +190,8 @@ def load_recipe(path: str | Path | None = None, assignments: Iterable[str] = ())
             for key, value in _section_items(section, values, path).items():
                 set_field(recipe, f"{section}.{key}", value)
     stated = [_split(assignment) for assignment in assignments]
-    if any(name in _ENDS for name, _ in stated):  # what is stated here replaces what the file says
-        for name in _ENDS:
+    if any(name in ENDS for name, _ in stated):  # what is stated here replaces what the file says
+        for name in ENDS:
             set_field(recipe, name, None)
     for name, value in stated:
         set_field(recipe, name, value)

@@ -2,7 +2,8 @@
 
 RUN/ recipe.yaml  environment.json  corpus.json  log.jsonl  tokenizer/  checkpoints/
      vectors.json (with word vectors)  evaluation.json  evaluation_blocks.npy (likelihood by blocks of text)
-     samples.md  model/ (exactly what is pushed)  .lock (held by the process that trains)
+     samples.md  model/ (exactly what is pushed)  plots/  milestones/ (models after so many words)
+     tensorboard/  .lock (held by the process that trains)
 """
 
 import contextlib
@@ -24,11 +25,15 @@ _BEGINNING = {".lock", "log.jsonl", "recipe.yaml.part"}  # all that a run killed
 
 
 class RunFolder:
-    """Paths of one run, and the writers of its small files. `listener(event, fields)` hears the log."""
+    """Paths of one run, and the writers of its small files.
+
+    `listener(event, fields)` hears the log and what is told besides, each of `followers` the log alone.
+    """
 
     def __init__(self, path: str | Path, listener: Listener | None = None):
         self.path = Path(path)
         self.listener = listener
+        self.followers: list[Listener] = []
         self._is_log_cut = False  # by a full disk, in the middle of a line
 
     recipe = property(lambda self: self.path / "recipe.yaml")
@@ -42,6 +47,8 @@ class RunFolder:
     blocks = property(lambda self: self.path / "evaluation_blocks.npy")
     samples = property(lambda self: self.path / "samples.md")
     model = property(lambda self: self.path / "model")
+    milestones = property(lambda self: self.path / "milestones")
+    tensorboard = property(lambda self: self.path / "tensorboard")
     lock_file = property(lambda self: self.path / ".lock")
     shared = property(lambda self: self.path / "shared")  # while several processes start
 
@@ -107,7 +114,7 @@ class RunFolder:
             lock.release()
 
     def log(self, event: str, **fields: Any) -> None:
-        """Append one line to log.jsonl and tell the listener. `time` is in seconds since the epoch.
+        """Append one line to log.jsonl and tell listener and followers. `time` is in seconds since the epoch.
 
         On a full disk the listener alone hears it: a run does not end for want of a line.
         """
@@ -120,6 +127,8 @@ class RunFolder:
             self._is_log_cut = True
             self.tell("note", message=f"{self.log_file.name} was not written: {error.strerror}")
         self.tell(event, **fields)
+        for follower in self.followers:
+            follower(event, fields)
 
     def tell(self, event: str, **fields: Any) -> None:
         """Tell the listener alone: progress that is of no use afterwards."""

@@ -15,6 +15,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorForLanguageModeling,
     Trainer,
+    TrainerControl,
     TrainingArguments,
 )
 
@@ -217,7 +218,7 @@ def test_milestones_come_once_each_and_never_at_the_end():
     callback = MilestoneCallback(budget, 4, lambda model, step: seen.append(step))
     for step in range(1, 101):
         state = type("State", (), {"global_step": step})
-        callback.on_step_end(None, state, None)
+        callback.on_step_end(None, state, TrainerControl())
     assert seen == [20, 40, 60, 80]
 
 
@@ -235,7 +236,7 @@ def test_a_milestone_that_there_is_no_time_for_is_passed_over(monkeypatch):
     callback = MilestoneCallback(budget, 4, look)
     for step in range(1, 80):
         now[0] += 1.0
-        callback.on_step_end(None, type("State", (), {"global_step": step}), None)
+        callback.on_step_end(None, type("State", (), {"global_step": step}), TrainerControl())
     # at 20 s; at 40 s with 60 s left, less than ten times the 7 s of the first: not done, nor later
     assert seen == [20]
 

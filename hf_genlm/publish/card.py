@@ -17,7 +17,9 @@ import yaml
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import Measurement, read_measurements
 from hf_genlm.publish import markdown
+from hf_genlm.publish.curves import curves_of, first_samples, in_words
 from hf_genlm.publish.parameters import parts_of, read_sizes
+from hf_genlm.publish.plots import PICTURE
 from hf_genlm.recipe import Recipe, load_recipe
 from hf_genlm.run_folder import RunFolder, read_json, write_text
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 MAX_FILES_LISTED = 20
 N_SAMPLES = 2
 MAX_SAMPLE_CHARACTERS = 1500
+_MAX_TEASER_CHARACTERS = 120  # of a text that shows how far the training was
 
 # What a card says of each measurement: title, definition.
 _DEFINITIONS = {
@@ -88,6 +91,7 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
     config = read_json(run.model / "config.json")
     audit = run.path / "audit.json"
     events = _read_log(run)
+    curves = curves_of(events)
     sizes = read_sizes(run.model / "model.safetensors")
     samples = run.samples.read_text(encoding="utf-8") if run.samples.is_file() else ""
     return {
@@ -107,6 +111,9 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         "environment": read_json(run.environment),
         "trained": next((event for event in reversed(events) if event.get("event") == "trained"), None),
         "recipe_yaml": yaml.safe_dump(_portable(asdict(recipe)), sort_keys=False, allow_unicode=True),
+        "picture": PICTURE if curves.steps and (run.model / PICTURE).is_file() else None,
+        "picture_in_words": in_words(curves) if curves.steps else None,
+        "first_samples": first_samples(curves),
         "samples": markdown.fenced_blocks(samples)[-N_SAMPLES:],
     }
 
@@ -156,7 +163,7 @@ def _render(facts: dict[str, Any]) -> str:
     environment.filters.update(
         prose=markdown.prose, code=markdown.code, fence=markdown.fence, count=markdown.count, figures=_figures
     )
-    environment.filters.update(title=_title, cut=_cut, interval=_interval)
+    environment.filters.update(title=_title, cut=_cut, interval=_interval, teaser=_teaser)
     template = resources.files("hf_genlm.publish").joinpath("card_template.md").read_text(encoding="utf-8")
     definitions = [_DEFINITIONS[m.name] for m in facts["measurements"] if m.name in _DEFINITIONS]
     return environment.from_string(template).render(
@@ -192,6 +199,11 @@ def _figures(number: float | None, measurement: Measurement) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= MAX_SAMPLE_CHARACTERS else text[:MAX_SAMPLE_CHARACTERS] + "…"
+
+
+def _teaser(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _MAX_TEASER_CHARACTERS else line[:_MAX_TEASER_CHARACTERS] + "…"
 
 
 def _counted(mixer_types: list[str]) -> str:

@@ -4,6 +4,7 @@ The colours are those of Okabe and Ito (Color Universal Design, 2008), which peo
 forms of colour blindness tell apart; markers and dashes differ too, so that a print in grey can be read.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,16 @@ def new_figure(
 
     It belongs to no window and no global state, and draws on any machine.
     """
+    return _new(width, height, lambda figure: figure.subplots(rows, columns))
+
+
+def new_mosaic(pattern: list[Any], width: float, height: float) -> "tuple[Figure, dict[str, Any]]":
+    """As `new_figure`, its axes by their names in `pattern`, a list of names for each row; one
+    that stands in neighbouring places spans them."""
+    return _new(width, height, lambda figure: figure.subplot_mosaic(pattern))
+
+
+def _new(width: float, height: float, divide: "Callable[[Figure], Any]") -> "tuple[Figure, Any]":
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -41,7 +52,7 @@ def new_figure(
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
-        return figure, figure.subplots(rows, columns)
+        return figure, divide(figure)
 
 
 def line_style(index: int) -> dict[str, Any]:
@@ -53,8 +64,16 @@ def line_style(index: int) -> dict[str, Any]:
     }
 
 
+def plain(text: str) -> str:
+    """`text` as matplotlib shows it word for word: no formula between dollars, and in legends too."""
+    shown = text.replace("$", r"\$")
+    return f"\u2009{shown}" if shown.startswith("_") else shown
+
+
 def save_png(figure: "Figure", path: Path) -> Path:
-    """Write `figure`; the same figure gives the same bytes."""
+    """Write `figure` aside and rename it; the same figure gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})
+    aside = path.with_name(path.name + ".part")
+    figure.savefig(aside, format="png", metadata={"Software": None})
+    aside.replace(path)
     return path

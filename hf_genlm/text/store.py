@@ -158,6 +158,16 @@ class Documents(Sequence[Document]):
                 last, in_space = i, text[-1].isspace()
         return words
 
+    def total_words(self) -> int:
+        """Words between white space, as `str.split` has them, of all documents."""
+        n, before, ends_within = 0, -1, False
+        for i, text in self.texts():
+            n += len(text.split())
+            if i == before and ends_within and not text[:1].isspace():  # one word in two parts
+                n -= 1
+            before, ends_within = i, not text[-1:].isspace()
+        return n
+
     def _neighbours(self) -> Iterator[tuple[int, list[int], list[int]]]:
         """(first document, starts, stops) of documents that one read of at most `CHUNK` bytes gets, or of a
         single longer one."""

@@ -1,5 +1,6 @@
 """What happens between the steps of Trainer's loop: the end, the log, validation and samples."""
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from hf_genlm.training.budget import Budget
 from hf_genlm.training.processes import all_of, draw_apart
 
 _LOG_EVERY_S = 0.5
+_LINES = 2000  # a log is to be read and drawn, however long its run was
 _LARGEST_PART = 0.1
 _SAVING_SHARE = 50  # times what a saving takes lie between two
 _SLOW, _SLOW_STEPS = 3.0, 5  # times the planned step, that many steps in a row
@@ -95,8 +97,25 @@ class Diverged(ArithmeticError):
         self.step = step
 
 
+@dataclass
+class _Point:
+    """Where a run stood at a `step` event, and the losses and seconds of the steps since, summed."""
+
+    step: int
+    tokens: int
+    elapsed_s: float
+    progress: float
+    losses: float = 0.0
+    seconds: float = 0.0
+
+
 class LogCallback(TrainerCallback):
-    """Writes a `step` event about twice a second, with the mean loss of the steps since the last one.
+    """Tells the listener of the `step` about twice a second; some of these events stand in the log.
+
+    They are the first, the last, and those before which a 2,000th part of the run was done since the one
+    before: a log has 2,000 of them at most, and one for each time that the run was gone on with. The loss of
+    an event is the mean of the steps since the one before, in the log of those since the one before there;
+    so is the speed, without what ran between those steps and the event before, as a validation.
 
     Raises:
         Diverged: that loss is not finite.
@@ -104,35 +123,55 @@ class LogCallback(TrainerCallback):
 
     def __init__(self, run: RunFolder, budget: Budget, pace: Pace):
         self.run, self.budget, self.pace = run, budget, pace
-        self._logged_s = self._logged_tokens = 0.0
+        self._told = self._written = self._now = _Point(0, 0, 0.0, 0.0)
+        self._began_s = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._logged_s, self._logged_tokens = self.budget.elapsed_s, self.pace.tokens(state.global_step)
+        self._told = self._at(state.global_step)
+        self._written = copy.copy(self._told)
+        self._began_s = self._told.elapsed_s
 
     def on_step_end(self, args, state, control, **kwargs):
-        since = self.budget.elapsed_s - self._logged_s
-        if since >= _LOG_EVERY_S or state.global_step == 1 or self.budget.is_spent(state.global_step):
+        now = self._now = self._at(state.global_step)
+        if now.elapsed_s - self._told.elapsed_s >= _LOG_EVERY_S or self._is_end(now.step):
             control.should_log = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        state.log_history.clear()  # Trainer keeps all of it, and writes it to each checkpoint
         if "loss" not in logs:
             return  # Trainer's own summary at the end
         if not math.isfinite(logs["loss"]):
             raise Diverged(state.global_step)
-        elapsed_s, tokens = self.budget.elapsed_s, self.pace.tokens(state.global_step)
-        self.run.log(
-            "step",
-            step=state.global_step,
-            loss=logs["loss"],
-            learning_rate=logs["learning_rate"],
-            grad_norm=logs.get("grad_norm"),
-            tokens=tokens,
-            tokens_per_s=round((tokens - self._logged_tokens) / max(elapsed_s - self._logged_s, 1e-9)),
-            elapsed_s=round(elapsed_s, 3),
-            progress=round(self.budget.progress(state.global_step), 5),
-            left_s=round(min(self.budget.left_s(state.global_step), 1e9), 1),
-        )
-        self._logged_s, self._logged_tokens = elapsed_s, tokens
+        now = self._now
+        for point in (self._told, self._written):
+            point.losses += logs["loss"] * (now.step - self._told.step)
+            point.seconds += now.elapsed_s - self._began_s
+        if now.progress - self._written.progress >= 1 / _LINES or self._is_end(now.step):
+            self.run.log("step", **self._fields(now, self._written, logs))
+            self._written = copy.copy(now)
+        else:
+            self.run.tell("step", **self._fields(now, self._told, logs))
+        self._told, self._began_s = now, self.budget.elapsed_s
+
+    def _at(self, step: int) -> _Point:
+        return _Point(step, self.pace.tokens(step), self.budget.elapsed_s, self.budget.progress(step))
+
+    def _is_end(self, step: int) -> bool:
+        return step == 1 or self.budget.is_spent(step)
+
+    def _fields(self, now: _Point, since: _Point, logs: dict[str, float]) -> dict[str, float | None]:
+        grad_norm = logs.get("grad_norm", math.nan)
+        return {
+            "step": now.step,
+            "loss": since.losses / (now.step - since.step),
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "tokens": now.tokens,
+            "tokens_per_s": round((now.tokens - since.tokens) / max(since.seconds, 1e-9)),
+            "elapsed_s": round(now.elapsed_s, 3),
+            "progress": round(now.progress, 5),
+            "left_s": round(min(self.budget.left_s(now.step), 1e9), 1),
+        }
 
 
 class HoldRowsCallback(TrainerCallback):
@@ -227,6 +266,7 @@ class MilestoneCallback(TrainerCallback):
         reached = int(self.budget.progress(state.global_step) * (self.count + 1))
         if self._reached < reached <= self.count:
             self._reached = reached
+            control.should_log = True  # what is measured has a loss beside it
             is_late = self.budget.seconds is not None and (
                 self._took_s > _LARGEST_PART * self.budget.left_s(state.global_step)
             )

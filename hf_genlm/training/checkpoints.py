@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_genlm.run_folder import flush
 
@@ -96,6 +97,24 @@ def _verified(path: Path, note: Callable[[str], None]) -> Checkpoint | None:
         path.rename(aside)
         return None
     return Checkpoint(path, progress)
+
+
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str | None:
+    """Write a model folder, whole or not at all: weights, config, tokenizer and the code that loads them
+    without this package. Returns why it is not there, where the disk was full."""
+    aside = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    failed: list[str] = []
+    with full_disk_as(failed.append):
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        flush(aside)
+        aside.rename(folder)
+        flush(folder.parent)
+    if not failed:
+        return None
+    shutil.rmtree(aside, ignore_errors=True)
+    return failed[0]
 
 
 def clear_parts(folder: Path) -> None:

@@ -24,6 +24,8 @@ _FREE = {
     "training.checkpoint_minutes",
     "training.checkpoint_steps",
     "training.checkpoints_kept",
+    "training.checkpoint_words",
+    "training.report_to",
 }
 
 

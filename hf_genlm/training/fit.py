@@ -27,8 +27,9 @@ from hf_genlm.training.callbacks import (
     ThreadsCallback,
     write_samples,
 )
-from hf_genlm.training.checkpoints import Checkpoint, full_disk_as
+from hf_genlm.training.checkpoints import Checkpoint, full_disk_as, write_model
 from hf_genlm.training.lanes import Lanes
+from hf_genlm.training.milestones import WordRate, WordsCallback, name_of, read_milestones
 from hf_genlm.training.optimizer import OptimizerFactory
 from hf_genlm.training.processes import from_first, load_whole
 from hf_genlm.training.signals import StopRequest
@@ -52,6 +53,7 @@ class Job:
     budget: Budget
     arguments: TrainingArguments
     lanes: Lanes | None = None  # where the rows come in their order, and states are carried
+    words: WordRate | None = None  # where models are kept after so many words
     held: torch.Tensor | None = None
 
     @property
@@ -88,6 +90,10 @@ def fit(
         whole = trainer.whole_model()
         from_first(lambda: _look(run, whole, job, step))
 
+    def keep(model: GenLMForCausalLM, words: int, step: int) -> None:
+        whole = trainer.whole_model()
+        from_first(lambda: _keep(run, whole, job, words, step))
+
     trainer = BudgetTrainer(
         run=run,
         budget=budget,
@@ -100,7 +106,11 @@ def fit(
         train_dataset=job.rows,
         data_collator=collate,
         optimizer_cls_and_kwargs=(OptimizerFactory, {"recipe": training}),
-        callbacks=_callbacks(run, job, look, stop),
+        callbacks=[
+            *_callbacks(run, job, look),
+            *_word_callbacks(run, job, keep, is_second_try=rate_scale < 1),
+            _checkpoint_callback(job, stop),
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.saved_step = None if begin is None else begin.progress.step
@@ -128,14 +138,13 @@ def fit(
 
 
 def _callbacks(
-    run: RunFolder, job: Job, look: Callable[[GenLMForCausalLM, int], None], stop: StopRequest
+    run: RunFolder, job: Job, look: Callable[[GenLMForCausalLM, int], None]
 ) -> list[TrainerCallback]:
     training, budget = job.recipe.training, job.budget
     release = job.recipe.vectors.release_step
     watching = [ThreadsCallback(run, budget.step_s)] if budget.step_s is not None else []
     holding = [HoldRowsCallback(job.held, release)] if job.held is not None else []
     streaming = [StreamCallback(job.rows, job.pace.rows_per_step)] if job.recipe.corpus.stream else []
-    every_s, every_steps = 60 * training.checkpoint_minutes, training.checkpoint_steps
     return [
         BudgetCallback(budget),  # first: the others read its clock
         LogCallback(run, budget, job.pace),
@@ -143,15 +152,43 @@ def _callbacks(
         *watching,
         *holding,
         *streaming,
-        CheckpointCallback(budget, every_s, every_steps, lambda: stop.is_made),
     ]
+
+
+def _word_callbacks(
+    run: RunFolder, job: Job, keep: Callable[[GenLMForCausalLM, int, int], None], is_second_try: bool
+) -> list[TrainerCallback]:
+    if job.words is None:
+        return []
+    words = read_milestones(job.recipe.training.checkpoint_words)
+    return [WordsCallback(run, job.budget, job.pace, job.words, words, keep, is_second_try)]
+
+
+def _checkpoint_callback(job: Job, stop: StopRequest) -> CheckpointCallback:
+    """The last of all: what it lets Trainer write is to hold what the others did."""
+    training = job.recipe.training
+    every_s, every_steps = 60 * training.checkpoint_minutes, training.checkpoint_steps
+    return CheckpointCallback(job.budget, every_s, every_steps, lambda: stop.is_made)
+
+
+def _keep(run: RunFolder, model: GenLMForCausalLM, job: Job, words: int, step: int) -> None:
+    """Write the model into milestones/, ready to generate."""
+    folder = run.milestones / name_of(words)
+    folder.parent.mkdir(exist_ok=True)
+    uses_cache, model.config.use_cache = model.config.use_cache, True
+    failure = write_model(model, job.corpus.tokenizer, folder)
+    model.config.use_cache = uses_cache
+    if failure is None:
+        run.log("milestone", step=step, words=words, folder=folder.name)
+    else:
+        run.log("note", message=f"{folder.name} was not written: {failure}; training goes on")
 
 
 def _look(run: RunFolder, model: GenLMForCausalLM, job: Job, step: int) -> None:
     """Measure the model on a part of the validation split, and let it write."""
     found = likelihood_of(model, job.corpus, job.recipe, _PARTIAL_VALIDATION_TOKENS)
     values = {m.name: round(m.value, 5) for m in found}
-    run.log("validation", step=step, partial=True, tokens=found[0].n, **values)
+    run.log("validation", step=step, **_reached(job, step), partial=True, tokens=found[0].n, **values)
     _sample(run, model, job, step)
 
 
@@ -160,14 +197,20 @@ def _sample(run: RunFolder, model: GenLMForCausalLM, job: Job, step: int) -> Non
     if training.samples == 0:
         return
     texts = write_samples(model, job.corpus.tokenizer, training.samples, _SAMPLE_TOKENS, training.seed)
+    reached = _reached(job, step)
     for text in texts:
-        run.log("sample", step=step, prompt="", text=text)
+        run.log("sample", step=step, **reached, prompt="", text=text)
 
     def note(reason: str) -> None:
         run.log("note", message=f"the samples of step {step} were not written: {reason}")
 
     with full_disk_as(note), run.samples.open("a", encoding="utf-8") as file:
-        file.write(_samples_markdown(step, texts))
+        file.write(_samples_markdown(f"After step {step}, {reached['elapsed_s']:.1f} s", texts))
+
+
+def _reached(job: Job, step: int) -> dict[str, float]:
+    """How far the training has come, for what is seen between its steps."""
+    return {"seen_tokens": job.pace.tokens(step), "elapsed_s": round(job.budget.elapsed_s, 3)}
 
 
 def _validations(training: TrainingRecipe, budget: Budget) -> int:
@@ -195,16 +238,16 @@ def likelihood_of(
         stride=recipe.evaluation.stride,
         batch_size=recipe.evaluation.batch_size,
         carry_state=recipe.evaluation.carry_state,
-        n_words=corpus.n_words,
+        n_words=corpus.validation_words,
         max_tokens=max_tokens,
         on_progress=on_progress,
         on_scores=on_scores,
     )
 
 
-def _samples_markdown(step: int, texts: list[str]) -> str:
+def _samples_markdown(title: str, texts: list[str]) -> str:
     """Each text in a fence longer than any run of backticks in it."""
-    parts = [f"## After step {step}\n"]
+    parts = [f"## {title}\n"]
     for text in texts:
         fence = "```"
         while fence in text:

@@ -14,11 +14,15 @@ from hf_genlm.run_folder import RunFolder, read_json, write_json
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents
 from hf_genlm.text.held_out import beginning, read_stream
 from hf_genlm.text.packed_stream import PackedStream
+from hf_genlm.text.store import Documents
 from hf_genlm.text.streaming import DocumentStream, HeldOut, open_stream
 from hf_genlm.training import processes
+from hf_genlm.training.milestones import WordRate
 from hf_genlm.training.pair_start import MOST_TOKENS
 from hf_genlm.training.tokenized import check_same, tokenizer_of
 from hf_genlm.training.word_vectors import count_words
+
+_COUNTED_CHARACTERS = 1_000_000
 
 
 @dataclasses.dataclass
@@ -34,9 +38,14 @@ class StreamedCorpus:
     words: dict[str, int]
     shuffle_buffer: int
     run: RunFolder
-    n_words: np.ndarray | None = None
+    validation_words: np.ndarray | None = None
+    rate: WordRate | None = None  # of the beginning of the text, where it is asked for
 
     n_tokens = None  # not known
+
+    def word_rate(self, rows: PackedStream) -> WordRate:
+        """Words a token, of the beginning of the text."""
+        return self.rate
 
     def rows(self, training: TrainingRecipe) -> PackedStream:
         """What a resolved recipe trains on."""
@@ -102,7 +111,17 @@ def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> StreamedCorpus:
     )
     words = count_words(text) if recipe.vectors.path is not None else {}
     n_words = found.validation.count_words()
-    return StreamedCorpus(tokenizer, stream, validation, words, recipe.corpus.shuffle_buffer, run, n_words)
+    rate = _rate_of(text, tokenizer) if recipe.training.checkpoint_words else None
+    return StreamedCorpus(
+        tokenizer, stream, validation, words, recipe.corpus.shuffle_buffer, run, n_words, rate
+    )
+
+
+def _rate_of(text: Documents, tokenizer: PreTrainedTokenizerBase) -> WordRate:
+    """Words a token in the first documents of `text`: a million characters, and to the end of one."""
+    n = int(np.searchsorted(np.cumsum(text.characters), _COUNTED_CHARACTERS)) + 1
+    found = encode_documents(tokenizer, text[:n])
+    return WordRate(text[:n].total_words(), found.n_tokens + len(found))
 
 
 class StreamCallback(TrainerCallback, ExportableState):

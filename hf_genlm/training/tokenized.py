@@ -18,6 +18,7 @@ from hf_genlm.text.packing import PackedRows
 from hf_genlm.text.store import Documents
 from hf_genlm.text.tokenizer import load_tokenizer, train_tokenizer
 from hf_genlm.training import processes
+from hf_genlm.training.milestones import WordRate
 from hf_genlm.training.word_vectors import count_words
 
 _IDS_AT_ONCE = 1 << 22
@@ -36,7 +37,8 @@ class TokenizedCorpus:
     train: TokenizedDocuments
     validation: TokenizedDocuments
     words: dict[str, int]
-    n_words: np.ndarray | None = None
+    validation_words: np.ndarray | None = None  # of each document, as `Documents.count_words`
+    train_words: int | None = None  # where they are asked for, as `Documents.total_words`
 
     @property
     def n_tokens(self) -> int:
@@ -52,6 +54,10 @@ class TokenizedCorpus:
             pad_id=self.tokenizer.pad_token_id,
             goes_on=training.carry_state,
         )
+
+    def word_rate(self, rows: PackedRows) -> WordRate:
+        """Words a token, of the whole training text."""
+        return WordRate(self.train_words, rows.n_rows * (rows.row_length - 1))
 
     def known_ids(self, rows: PackedRows) -> np.ndarray:
         """(n,): all of the training text that is at hand as ids."""
@@ -124,8 +130,18 @@ def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> TokenizedCorpus:
     text = corpus.report["train"]
     tokenizer = tokenizer_of(run, recipe, corpus.train, text["bytes"], is_again, cache, text["sha256"])
     words = count_words(corpus.train) if recipe.vectors.path is not None else {}
+    if recipe.training.checkpoint_words:
+        run.tell("progress", task="counting words", done=0, total=None)
+        corpus.report["train"]["words"] = corpus.train.total_words()
     train, validation = _encode_splits(run, tokenizer, corpus, cache, note)
-    tokenized = TokenizedCorpus(tokenizer, train, validation, words, corpus.validation.count_words())
+    tokenized = TokenizedCorpus(
+        tokenizer,
+        train,
+        validation,
+        words,
+        corpus.validation.count_words(),
+        corpus.report["train"].get("words"),
+    )
     write_json(run.corpus, corpus.report)
     run.log(
         "tokenized",

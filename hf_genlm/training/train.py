@@ -19,14 +19,13 @@ from hf_genlm.run_folder import (
     Listener,
     RunFolder,
     describe_environment,
-    flush,
     write_json,
     write_text,
 )
 from hf_genlm.training import processes
 from hf_genlm.training.budget import Budget, budget_of, resolve
 from hf_genlm.training.callbacks import Diverged
-from hf_genlm.training.checkpoints import Checkpoint, full_disk_as, newest_checkpoint
+from hf_genlm.training.checkpoints import Checkpoint, newest_checkpoint, write_model
 from hf_genlm.training.configure import (
     adopt_unchanged,
     adopt_vocabulary,
@@ -37,12 +36,14 @@ from hf_genlm.training.configure import (
 )
 from hf_genlm.training.fit import Job, fit, likelihood_of
 from hf_genlm.training.lanes import Lanes
+from hf_genlm.training.milestones import read_milestones
 from hf_genlm.training.optimizer import check_optimizer
 from hf_genlm.training.pair_start import MOST_TOKENS, start_from_pairs
 from hf_genlm.training.plan import tokens_of_a_step
 from hf_genlm.training.signals import StopRequest
 from hf_genlm.training.streamed import StreamedCorpus, prepare_stream
 from hf_genlm.training.tokenized import TokenizedCorpus, prepare_corpus
+from hf_genlm.training.trackers import check_trackers, tracking
 from hf_genlm.training.trainer import check_compiler, training_arguments_of
 from hf_genlm.training.word_vectors import adopt_dimension, start_from_vectors
 
@@ -127,14 +128,15 @@ def _resume(run: RunFolder, stated: Recipe, stop: StopRequest) -> RunFolder:
     if begin is None and not has_model:
         if processes.is_first():
             run.samples.unlink(missing_ok=True)
+            shutil.rmtree(run.milestones, ignore_errors=True)
         job = _prepare(run, recipe)
         return _finish(run, job, _build(run, job), None, stop)
     check(recipe)
     corpus = _read(run, recipe, is_again=True)
     job = _job_of(run, recipe, corpus, budget_of(recipe.training, tokens_of_a_step(recipe.training)))
     if has_model:
-        return _measure(run, job)
-    run.log("resumed", step=begin.progress.step)
+        with tracking(run, recipe, is_again=True):
+            return _measure(run, job)
     return _finish(run, job, _build(run, job, is_new=False), begin, stop)
 
 
@@ -149,6 +151,8 @@ def check(recipe: Recipe) -> None:
     build_config(recipe, mixer_types_of(recipe))
     check_optimizer(recipe.training.optimizer)
     check_compiler(recipe.training.compile)
+    check_trackers(recipe.training.report_to)
+    read_milestones(recipe.training.checkpoint_words)
     if recipe.corpus.stream and recipe.training.carry_state:
         raise UserError(
             "training.carry_state = true needs all rows at hand, and --stream has none of them: leave one out"
@@ -211,7 +215,10 @@ def _job_of(run: RunFolder, recipe: Recipe, corpus: TokenizedCorpus | StreamedCo
     rows = corpus.rows(recipe.training)
     arguments = training_arguments_of(run, recipe.training, budget)
     lanes = Lanes(arguments, rows.n_rows) if recipe.training.carry_state else None
-    return Job(rows, corpus, recipe, budget, arguments, lanes)
+    words = None
+    if recipe.training.checkpoint_words:
+        words = processes.from_first(lambda: corpus.word_rate(rows))
+    return Job(rows, corpus, recipe, budget, arguments, lanes, words)
 
 
 def _build(run: RunFolder, job: Job, is_new: bool = True) -> GenLMForCausalLM:
@@ -246,9 +253,22 @@ def _start(run: RunFolder, model: GenLMForCausalLM, job: Job, is_new: bool) -> t
 def _finish(
     run: RunFolder, job: Job, model: GenLMForCausalLM, begin: Checkpoint | None, stop: StopRequest
 ) -> RunFolder:
-    """Train, once more at half of the rate where the loss leaves the numbers; save and measure."""
+    """Train, save and measure."""
+    with tracking(run, job.recipe, is_again=begin is not None):
+        if begin is not None:
+            run.log("resumed", step=begin.progress.step)
+        trained = _fit(run, job, model, begin, stop)
+        if trained is not None:
+            save(run, trained, job.corpus.tokenizer)
+        return _measure(run, job)
+
+
+def _fit(
+    run: RunFolder, job: Job, model: GenLMForCausalLM, begin: Checkpoint | None, stop: StopRequest
+) -> GenLMForCausalLM | None:
+    """As `fit`, once more at half of the rate where the loss leaves the numbers."""
     try:
-        trained = fit(run, model, job, begin, stop)
+        return fit(run, model, job, begin, stop)
     except Diverged as error:
         back = processes.from_first(lambda: newest_checkpoint(run.checkpoints))
         step = 0 if back is None else back.progress.step
@@ -259,12 +279,9 @@ def _finish(
         job.budget.spent_s = job.budget.elapsed_s
         model = _build(run, job, is_new=back is None)
         try:
-            trained = fit(run, model, job, back, stop, rate_scale=0.5)
+            return fit(run, model, job, back, stop, rate_scale=0.5)
         except Diverged as again:
             raise _diverged_twice(again.step, rate) from again
-    if trained is not None:
-        save(run, trained, job.corpus.tokenizer)
-    return _measure(run, job)
 
 
 def _diverged_twice(step: int, rate: float) -> UserError:
@@ -287,19 +304,10 @@ def save(run: RunFolder, model: GenLMForCausalLM, tokenizer: PreTrainedTokenizer
     Raises:
         UserError: no space; there is no model/ then, and the checkpoints stay.
     """
-    aside = run.path / "model.part"
-    shutil.rmtree(aside, ignore_errors=True)
-    failed: list[str] = []
-    with full_disk_as(failed.append):
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        flush(aside)
-        aside.rename(run.model)
-        flush(run.model.parent)
-    if failed:
-        shutil.rmtree(aside, ignore_errors=True)
+    failure = write_model(model, tokenizer, run.model)
+    if failure is not None:
         raise UserError(
-            f"the model cannot be written to {str(run.model)!r} ({failed[0]}): make room, then go on with "
+            f"the model cannot be written to {str(run.model)!r} ({failure}): make room, then go on with "
             f"hf-genlm train --resume --out {run.path}"
         )
     run.log("saved", bytes=sum(file.stat().st_size for file in run.model.iterdir()))

@@ -5,7 +5,7 @@ import time
 
 from hf_genlm.arguments import TRAIN_FIELDS
 from hf_genlm.display import Display, table
-from hf_genlm.errors import UserError
+from hf_genlm.errors import Stopped, UserError
 from hf_genlm.launch import check_processes, complain, is_first, is_launched, launch, use_one_gpu
 from hf_genlm.recipe import Recipe
 from hf_genlm.verbs.recipes import recipe_of
@@ -67,9 +67,17 @@ def _train_and_tell(recipe: Recipe, out: str, resume: bool) -> None:
     with Display() as display:
         display.show("loading torch and transformers")
         from hf_genlm.publish.card import write_card
+        from hf_genlm.publish.plots import write_curves
+        from hf_genlm.run_folder import RunFolder
         from hf_genlm.training.train import train
 
-        run = train(recipe, out, display.hear, resume)
+        try:
+            run = train(recipe, out, display.hear, resume)
+        except Stopped:
+            write_curves(RunFolder(out))
+            raise
+        display.show("drawing")
+        write_curves(run)
         write_card(run)
     print(table(read_measurements(run.evaluation)))
     print(f"\nmodel:  {run.model}\ncard:   {run.model / 'README.md'}\n")

@@ -1,0 +1,147 @@
+"""Where the log of a run goes besides log.jsonl: `training.report_to`, on this machine alone.
+
+Trainer's own integrations hear what Trainer logs: neither tokens and seconds, nor the validations, nor the
+figures of the finished model. A tracker here hears what is written to log.jsonl, and nothing is lost.
+"""
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.recipe import Recipe
+from hf_genlm.run_folder import Listener, RunFolder
+from hf_genlm.training.processes import is_first
+
+_PREFIXES = {"step": "train", "validation": "validation"}
+_FLUSH_S = 10
+_NO_CURVE = {"step", "partial", "progress", "left_s"}
+
+
+def numbers_of(event: str, fields: dict[str, Any]) -> dict[str, float]:
+    """The numbers of an event that make curves, by names such as `train/loss`; none for most events."""
+    if event == "evaluated":
+        return {f"final/{measured['name']}": measured["value"] for measured in fields["measurements"]}
+    if event not in _PREFIXES:
+        return {}
+    return {
+        f"{_PREFIXES[event]}/{name}": value
+        for name, value in fields.items()
+        if value is not None and name not in _NO_CURVE
+    }
+
+
+class TensorBoard:
+    """Event files in tensorboard/ of the run folder. What a run went back behind is hidden in its curves."""
+
+    def __init__(self, run: RunFolder, recipe: Recipe, is_again: bool):
+        self._folder = str(run.tensorboard)
+        self._writer = self._open()
+        self._writer.add_text("recipe", f"```yaml\n{recipe.to_yaml()}```", 0)
+
+    def _open(self, **options: Any) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self._folder, flush_secs=_FLUSH_S, **options)
+
+    def go_back_to(self, step: int) -> None:
+        """The steps beyond come again."""
+        self._writer.close()
+        self._writer = self._open(purge_step=step + 1)
+
+    def note(self, step: int, numbers: dict[str, float], text: str | None) -> None:
+        """Points of curves, and a text that the model wrote."""
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+        if text is not None:
+            self._writer.add_text("sample", f"```text\n{text}\n```", step)
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        self._writer.close()
+
+
+class Trackio:
+    """A run of the project `hf_genlm` in trackio's store on this machine, named as the run folder."""
+
+    def __init__(self, run: RunFolder, recipe: Recipe, is_again: bool):
+        import trackio
+
+        self._trackio = trackio
+        with contextlib.redirect_stdout(io.StringIO()):  # nothing prints but the command line
+            self._run = trackio.init(
+                project="hf_genlm",
+                name=run.path.resolve().name,
+                config=dataclasses.asdict(recipe),
+                resume="allow" if is_again else "never",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+
+    def go_back_to(self, step: int) -> None:
+        """trackio forgets nothing: the curve has those steps twice."""
+
+    def note(self, step: int, numbers: dict[str, float], text: str | None) -> None:
+        """As `TensorBoard.note`."""
+        words = {} if text is None else {"sample": text}
+        self._run.log({**numbers, **words}, step=step)
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._trackio.finish()
+
+
+TRACKERS: dict[str, Callable[[RunFolder, Recipe, bool], Any]] = {
+    "tensorboard": TensorBoard,
+    "trackio": Trackio,
+}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: an unknown one, or one that is not installed.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"unknown training.report_to {name!r}{did_you_mean(name, TRACKERS)}")
+        if find_spec(name) is None:
+            raise UserError(
+                f"training.report_to = {name} needs {name}, which is not installed: "
+                "pip install 'hf_genlm[track]'"
+            )
+
+
+@contextlib.contextmanager
+def tracking(run: RunFolder, recipe: Recipe, is_again: bool) -> Iterator[None]:
+    """Meanwhile the trackers that the recipe names hear what `run` logs; `is_again`: it is gone on with."""
+    names = recipe.training.report_to if is_first() else []
+    trackers = [TRACKERS[name](run, recipe, is_again) for name in names]
+    run.followers = [_listener_of(tracker) for tracker in trackers]
+    try:
+        yield
+    finally:
+        run.followers = []
+        for tracker in trackers:
+            tracker.close()
+
+
+def _listener_of(tracker: Any) -> Listener:
+    reached = 0  # the step of events that name none
+
+    def hear(event: str, fields: dict[str, Any]) -> None:
+        nonlocal reached
+        if event in ("resumed", "diverged"):
+            tracker.go_back_to(fields.get("back_to", fields["step"]))
+        reached = fields.get("step", reached)
+        numbers = numbers_of(event, fields)
+        text = fields["text"] if event == "sample" else None
+        if numbers or text is not None:
+            tracker.note(reached, numbers, text)
+
+    return hear
