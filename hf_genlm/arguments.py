@@ -7,6 +7,7 @@ from hf_genlm.errors import UserError
 
 # option -> the recipe field that it sets
 VOCABULARY_FIELD = {"vocab_size": "tokenizer.vocab_size"}
+LANGUAGE_FIELDS = {"languages": "corpus.languages", "parallel": "corpus.parallel"}
 MODEL_FIELDS = {
     "decoder": "model.decoder",
     "mixers": "model.mixers",
@@ -22,6 +23,7 @@ TRAIN_FIELDS = {
     "seed": "training.seed",
     "validation": "corpus.validation",
     "stream": "corpus.stream",
+    **LANGUAGE_FIELDS,
 }
 _MODEL_HELP = "a run folder, a model folder or a Hub id"
 
@@ -56,6 +58,7 @@ def _add_train(verbs: Any) -> None:
         metavar="SOURCE",
         help="files, folders, globs or a Hub dataset id; nothing: the library source that Python brings",
     )
+    _add_language_options(train)
     _add_model_options(train)
     train.add_argument(
         "--minutes", metavar="F", help="train for so long (default 3), the rate decaying to its end"
@@ -84,8 +87,9 @@ def _add_train(verbs: Any) -> None:
 
 def _add_tokenizer(verbs: Any) -> None:
     tokenizer = verbs.add_parser("tokenizer", help="train a byte-level BPE tokenizer")
-    tokenizer.add_argument("sources", nargs="+", metavar="SOURCE")
+    tokenizer.add_argument("sources", nargs="*", metavar="SOURCE")
     tokenizer.add_argument("--out", required=True, metavar="DIR")
+    _add_language_options(tokenizer)
     _add_vocabulary_option(tokenizer)
     _add_recipe_options(tokenizer)
 
@@ -153,6 +157,22 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vectors", metavar="FILE", help="start the embedding from word vectors")
     _add_vocabulary_option(parser)
     _add_recipe_options(parser)
+
+
+def _add_language_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--source",
+        action="append",
+        dest="languages",
+        metavar="CODE=SOURCE",
+        help="a source in a language, as fra=texts/; corpus.temperature balances them",
+    )
+    parser.add_argument(
+        "--parallel",
+        action="append",
+        metavar="CODE=FILE",
+        help="a file of sentences, a line each, that are those of the other languages' files",
+    )
 
 
 def _add_vocabulary_option(parser: argparse.ArgumentParser) -> None:

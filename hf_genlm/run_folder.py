@@ -1,7 +1,8 @@
 """The run folder: the one place through which the verbs speak to each other.
 
 RUN/ recipe.yaml  environment.json  corpus.json  log.jsonl  tokenizer/  checkpoints/
-     vectors.json (with word vectors)  evaluation.json  samples.md  model/ (exactly what is pushed)
+     vectors.json (with word vectors)  languages.json (where they are named)
+     evaluation.json  samples.md  model/ (exactly what is pushed)
      .lock (held by the process that trains)
 """
 
@@ -35,6 +36,7 @@ class RunFolder:
     environment = property(lambda self: self.path / "environment.json")
     corpus = property(lambda self: self.path / "corpus.json")
     vectors = property(lambda self: self.path / "vectors.json")
+    languages = property(lambda self: self.path / "languages.json")
     log_file = property(lambda self: self.path / "log.jsonl")
     tokenizer = property(lambda self: self.path / "tokenizer")
     checkpoints = property(lambda self: self.path / "checkpoints")

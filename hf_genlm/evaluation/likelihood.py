@@ -15,8 +15,9 @@ Legend of shapes: B windows in a batch, T input tokens, N scored tokens, V vocab
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ Document = tuple[np.ndarray, int]
 MAX_LOGITS = 2**25
 # From so many documents on, documents are the clusters of the standard error.
 MIN_DOCUMENT_CLUSTERS = 20
+_OF_PARTS = ("nats_per_token", "bits_per_byte")
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
@@ -65,6 +67,7 @@ def measure_likelihood(
     split: str = "validation",
     max_tokens: int | None = None,
     carry_state: bool = False,
+    parts: Mapping[str, int] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Measurement]:
     """Score `documents` with a causal language model, on the device and in the number format of its weights.
@@ -84,6 +87,7 @@ def measure_likelihood(
             document goes through the model at once, no result but the clusters of windows depends on it, and
             `stride` is not used. The model's cache must hold states that go on for ever, which its config
             says by `is_recurrent`. `max_tokens` takes documents spread evenly, the last up to there.
+        parts: documents of each part, as a language, in the order in which they stand; in a full pass.
         on_progress: called with (tokens scored so far, tokens to score) after each forward pass.
 
     Returns:
@@ -94,6 +98,7 @@ def measure_likelihood(
           is the number of bytes that the scored tokens stand for at that rate.
         - top1_accuracy, top5_accuracy (fraction): the target counts as among the k best when fewer than k
           other tokens have a logit at least as high. Ties count against the model: equal logits score 0.
+        - nats_per_token/NAME and bits_per_byte/NAME of each of the `parts`, as if it were all.
         Standard errors are clustered (`ratio_stderr`). Clusters are documents where at least
         `MIN_DOCUMENT_CLUSTERS` of them were scored, otherwise windows. Windows of one document resemble each
         other, so their error is rather a lower bound. Bytes are known of whole documents only: where the
@@ -116,7 +121,41 @@ def measure_likelihood(
         windows = (_spread_documents if carry_state else _spread)(windows, max_tokens)
     batches = (_carried_batches if carry_state else _batches)(windows, batch_size, model.config.vocab_size)
     sums = _score(model, documents, windows, batches, start_id, carry_state, on_progress)
-    return _measurements(sums, windows, n_tokens, n_bytes, split)
+    found = _measurements(sums, windows, n_tokens, n_bytes, split)
+    for name, span in _spans(parts or {}).items():
+        chosen = [i for i, window in enumerate(windows) if span.start <= window.document < span.stop]
+        if not chosen:
+            raise UserError(f"the {split} split holds no token of {name!r} to score: give it text of it")
+        windows_of_part = [windows[i]._replace(document=windows[i].document - span.start) for i in chosen]
+        sums_of_part = _Sums(*(values[chosen] for values in sums))
+        of_part = _measurements(sums_of_part, windows_of_part, n_tokens[span], n_bytes[span], split)
+        found += [replace(m, name=f"{m.name}/{name}") for m in of_part if m.name in _OF_PARTS]
+    return found
+
+
+def document_nats(
+    model: Any,
+    token_ids: Sequence[Sequence[int]],
+    *,
+    start_id: int,
+    context: int,
+    batch_size: int = 32,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """-log P of each of D texts given the start token, summed over its tokens, as `measure_likelihood` scores
+    them: (D,) float64, 0 for an empty one."""
+    _check(context, max(1, context // 2), batch_size, None)
+    documents = [(np.asarray(ids, dtype=np.int64), 0) for ids in token_ids]
+    windows = make_windows([len(ids) for ids in token_ids], context, max(1, context // 2))
+    batches = _batches(windows, batch_size, model.config.vocab_size)
+    sums = _score(model, documents, windows, batches, start_id, False, on_progress)
+    return np.bincount([window.document for window in windows], sums.nats, minlength=len(documents))
+
+
+def _spans(parts: Mapping[str, int]) -> dict[str, slice]:
+    """Where the documents of each part stand."""
+    stops = np.cumsum(list(parts.values())).tolist()
+    return {name: slice(stop - n, stop) for (name, n), stop in zip(parts.items(), stops, strict=True)}
 
 
 def make_windows(n_tokens: Sequence[int] | np.ndarray, context: int, stride: int) -> list[Window]:

@@ -79,7 +79,7 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
     return {
         "name": recipe.card.name or run.path.resolve().name,
         "license": recipe.card.license,
-        "languages": recipe.card.language,
+        "languages": _languages_of(recipe),
         "config": config,
         "mixers": _counted(config["mixer_types"]),
         "parts": parts_of(sizes, config["mixer_types"]),
@@ -95,6 +95,13 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         "recipe_yaml": yaml.safe_dump(_portable(asdict(recipe)), sort_keys=False, allow_unicode=True),
         "samples": markdown.fenced_blocks(samples)[-N_SAMPLES:],
     }
+
+
+def _languages_of(recipe: Recipe) -> list[str]:
+    """As stated, or else those of the sources; the Hub knows languages, not their scripts and regions."""
+    return recipe.card.language or list(
+        dict.fromkeys(code.partition("-")[0] for code in recipe.corpus.languages)
+    )
 
 
 def _context_of(recipe: Recipe) -> int | None:
@@ -121,15 +128,15 @@ def _front_matter(recipe: Recipe, facts: dict[str, Any]) -> "ModelCardData":
             metric_value=measurement.value,
         )
         for measurement in facts["measurements"]
-        if math.isfinite(measurement.value)
+        if math.isfinite(measurement.value) and "/" not in measurement.name  # a part's is in the text
     ]
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         license=recipe.card.license,
-        language=recipe.card.language or None,
+        language=_languages_of(recipe) or None,
         tags=["genlm", "custom_code", *_decoder_tags(facts["config"]["mixer_types"])],
-        metrics=[measurement.name for measurement in facts["measurements"]],
+        metrics=[m.name for m in facts["measurements"] if "/" not in m.name],
         model_name=facts["name"],
         eval_results=results or None,
     )

@@ -1,6 +1,7 @@
 """The corpus of a run that reads it while it trains, and its place in a checkpoint."""
 
 import dataclasses
+import typing
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ class StreamedCorpus:
     run: RunFolder
 
     n_tokens = None  # not known
+    languages: typing.ClassVar[dict[str, Any]] = {}  # not told apart in a stream
 
     def rows(self, training: TrainingRecipe) -> PackedStream:
         """What a resolved recipe trains on."""

@@ -22,6 +22,7 @@ from hf_genlm.run_folder import (
     write_json,
     write_text,
 )
+from hf_genlm.text.languages import check_languages
 from hf_genlm.training import processes
 from hf_genlm.training.budget import Budget, budget_of, resolve
 from hf_genlm.training.callbacks import Diverged
@@ -36,6 +37,7 @@ from hf_genlm.training.configure import (
 )
 from hf_genlm.training.fit import Job, fit, likelihood_of
 from hf_genlm.training.lanes import Lanes
+from hf_genlm.training.languages import measure_languages
 from hf_genlm.training.optimizer import check_optimizer
 from hf_genlm.training.pair_start import MOST_TOKENS, start_from_pairs
 from hf_genlm.training.plan import tokens_of_a_step
@@ -147,6 +149,12 @@ def _check(recipe: Recipe) -> None:
     if recipe.corpus.stream and recipe.training.carry_state:
         raise UserError(
             "training.carry_state = true needs all rows at hand, and --stream has none of them: leave one out"
+        )
+    check_languages(recipe.corpus)
+    if recipe.corpus.temperature != 1 and recipe.training.carry_state:
+        raise UserError(
+            "training.carry_state = true reads the text in its order, and corpus.temperature = "
+            f"{recipe.corpus.temperature:g} parts of it again and again: leave one out"
         )
     _check_sharding(recipe)
     processes.rows_of_each(recipe.training.batch_size, recipe.training.accumulation)
@@ -311,6 +319,16 @@ def evaluate_run(
         run.tell("progress", task="evaluation", done=done, total=total)
 
     found = likelihood_of(model, corpus, recipe, on_progress=on_progress)
+    found += measure_languages(
+        model,
+        corpus.tokenizer,
+        found,
+        corpus.languages,
+        recipe,
+        start_id=corpus.tokenizer.bos_token_id,
+        context=recipe.evaluation.context or recipe.training.row_length,
+        on_progress=on_progress,
+    )
     write_measurements(run.evaluation, found)
     run.log("evaluated", measurements=[m.to_json() for m in found])
     return found

@@ -44,7 +44,8 @@ def run(options: argparse.Namespace) -> None:
             _check_same_text(run, report)
         display.note(notes_on(report))
         model, tokenizer = load(options.model)
-        measurements = _measure(model, tokenizer, documents, recipe, split, display)
+        languages = report.get("languages", {})
+        measurements = _measure(model, tokenizer, documents, languages, recipe, split, display)
     if run and not options.sources and not options.assignments:
         write_measurements(run.evaluation, measurements)
     if options.json:
@@ -57,29 +58,36 @@ def _measure(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     documents: "Sequence[Document]",
+    languages: dict[str, Any],
     recipe: Recipe,
     split: str,
     display: Display,
 ) -> list["Measurement"]:
+    from hf_genlm.evaluation.by_language import documents_of
     from hf_genlm.evaluation.likelihood import measure_likelihood
     from hf_genlm.text.encoding import encode_documents
+    from hf_genlm.training.languages import measure_languages
 
     start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start_id is None:
         raise UserError("this tokenizer has neither a bos nor an eos token: a first token cannot be scored")
-    limit = getattr(model.config, "max_position_embeddings", None) or 1024
-    return measure_likelihood(
+    context = recipe.evaluation.context or getattr(model.config, "max_position_embeddings", None) or 1024
+    found = measure_likelihood(
         model,
         encode_documents(tokenizer, documents),
         start_id=start_id,
-        context=recipe.evaluation.context or limit,
+        context=context,
         stride=recipe.evaluation.stride,
         batch_size=recipe.evaluation.batch_size,
         carry_state=bool(recipe.evaluation.carry_state),
         split=split,
+        parts=documents_of(languages),
         on_progress=lambda done, total: display.hear(
             "progress", {"task": "evaluation", "done": done, "total": total}
         ),
+    )
+    return found + measure_languages(
+        model, tokenizer, found, languages, recipe, start_id=start_id, context=context
     )
 
 
