@@ -17,6 +17,7 @@ MODEL_FIELDS = {
 }
 TRAIN_FIELDS = {
     **MODEL_FIELDS,
+    "init_from": "model.init_from",
     "minutes": "training.minutes",
     "steps": "training.steps",
     "tokens": "training.tokens",
@@ -41,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
     _add_train(verbs)
     _add_tokenizer(verbs)
+    _add_extend(verbs)
     _add_evaluate(verbs)
     _add_generate(verbs)
     _add_serving(verbs)
@@ -74,6 +76,7 @@ def _add_train(verbs: Any) -> None:
         const=True,
         help="read while training, and keep nothing: for text larger than memory and disk",
     )
+    train.add_argument("--from", dest="init_from", metavar="MODEL", help="go on from a run or model folder")
     train.add_argument("--seed", metavar="N", help="of the weights and the order of rows (default 0)")
     train.add_argument("--out", metavar="DIR", help="the run folder to make (default runs/DECODER-DATE)")
     train.add_argument("--resume", action="store_true", help="go on with the run that lies in --out")
@@ -92,6 +95,17 @@ def _add_tokenizer(verbs: Any) -> None:
     _add_language_options(tokenizer)
     _add_vocabulary_option(tokenizer)
     _add_recipe_options(tokenizer)
+
+
+def _add_extend(verbs: Any) -> None:
+    extend = verbs.add_parser("extend", help="give a trained model tokens for another language")
+    extend.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    extend.add_argument("sources", nargs="*", metavar="SOURCE", help="text to learn the tokens from")
+    _add_language_options(extend)
+    extend.add_argument("--vocab-size", required=True, metavar="+N", help="how many tokens to add")
+    extend.add_argument("--keep", action="append", metavar="SOURCE", help="text whose token ids stay")
+    extend.add_argument("--out", required=True, metavar="DIR", help="the model folder to make")
+    _add_recipe_options(extend)
 
 
 def _add_evaluate(verbs: Any) -> None:

@@ -3,6 +3,7 @@
     hf-genlm train [SOURCE ...]          hf-genlm generate MODEL [PROMPT]    hf-genlm card RUN
     hf-genlm tokenizer SOURCE ...        hf-genlm serve MODEL
     hf-genlm evaluate MODEL [SOURCE ...] hf-genlm chat MODEL             hf-genlm doctor
+    hf-genlm extend MODEL SOURCE ...
 
 Exit codes: 0 done; 2 the input cannot be used, one line on stderr says why; 1 a fault of ours, with a
 traceback.
@@ -20,6 +21,7 @@ from hf_genlm.launch import complain, is_first, is_launched
 _VERBS = {
     "train": ("train", "run"),
     "tokenizer": ("tokenizer", "run"),
+    "extend": ("extend", "run"),
     "evaluate": ("evaluate", "run"),
     "generate": ("generate", "run"),
     "serve": ("serve", "serve_model"),

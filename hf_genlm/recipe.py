@@ -65,8 +65,9 @@ class TokenizerRecipe:
 
 @dataclass
 class ModelRecipe:
-    """The decoder and its shape. `null` fields follow from `size`."""
+    """The decoder and its shape. `null` fields follow from `size`, or are those of `init_from`."""
 
+    init_from: str | None = None  # a run or model folder whose weights, shape and tokenizer to go on with
     decoder: str = "gated_linear"
     mixers: list[str] | None = None  # one word per layer; overrides `decoder`
     size: str | None = None  # tiny, small, base, or a parameter count such as 30M; None: by the time

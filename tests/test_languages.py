@@ -12,16 +12,20 @@ from test_processes import compare_with_one
 from test_resume import at_step, weights_of
 
 from hf_genlm.arguments import TRAIN_FIELDS, build_parser
+from hf_genlm.cli import main
 from hf_genlm.errors import Stopped, UserError
 from hf_genlm.evaluation.by_language import measure_parallel, over_languages
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.evaluation.measurement import Measurement, read_measurements
-from hf_genlm.recipe import CorpusRecipe, load_recipe
+from hf_genlm.evaluation.tokenization import SCRIPTS, measure_tokenization, scripts_of
+from hf_genlm.recipe import CorpusRecipe, TokenizerRecipe, load_recipe
 from hf_genlm.text.balanced import BalancedRows, repeat_documents
 from hf_genlm.text.corpus import read_corpus
 from hf_genlm.text.encoding import TokenizedDocuments
 from hf_genlm.text.languages import balance, check_languages, premiums_of, read_parallel, spans
 from hf_genlm.text.packing import PackedRows
+from hf_genlm.text.store import Document
+from hf_genlm.text.tokenizer import train_tokenizer
 from hf_genlm.training.processes import SharedOrder
 from hf_genlm.training.train import train
 from hf_genlm.verbs.recipes import recipe_of
@@ -34,7 +38,7 @@ SENTENCES = {
 WORDS = {code: sentence.split() for code, sentence in SENTENCES.items()}
 LINES = {"eng": 100, "rus": 30, "hin": 15}
 SMALL = [
-    "tokenizer.vocab_size=320",
+    "tokenizer.vocab_size=300",
     "model.decoder=gru",
     "model.hidden_size=16",
     "model.num_hidden_layers=1",
@@ -363,3 +367,72 @@ def test_bits_of_a_sentence_by_plain_cross_entropy():
         assert values[f"bits_per_sentence/{code}"].value == pytest.approx(bits[code] / 2, rel=1e-5)
     assert values["information_parity/rus"].value == pytest.approx(bits["eng"] / bits["rus"], rel=1e-5)
     assert "information_parity/eng" not in values
+
+
+def trained_on(texts: list[str], vocab_size: int = 300):
+    documents = [Document(text, "text") for text in texts]
+    return train_tokenizer(documents, TokenizerRecipe(vocab_size=vocab_size), 1000)
+
+
+def test_every_script_is_known_to_regex_and_characters_find_theirs():
+    by_hand = {"a": "Latin", "ж": "Cyrillic", "अ": "Devanagari", "人": "Han", "ひ": "Hiragana",
+               "カ": "Katakana",
+               "ع": "Arabic", "7": "Common", " ": "Common", "𐎀": "Other", "\u0301": "Inherited"}  # fmt: skip
+    assert scripts_of(by_hand) == by_hand
+    assert len(set(SCRIPTS)) == len(SCRIPTS)
+
+
+def test_whole_characters_and_premiums_by_hand():
+    """The tokenizer knows one Cyrillic letter whole, the others as two bytes."""
+    tokenizer = trained_on(["жж ж " * 40], vocab_size=259)
+    assert tokenizer.tokenize("ж") != ["Ð", "¶"]
+    texts = {"rus": ["жжы ж"], "eng": ["ab ab ab"]}
+    parallel = {"rus": ["ж", "ы"], "eng": ["ab", "a"]}
+    measured = measure_tokenization(tokenizer, texts, parallel, "eng")
+    found = {m.name: m.value for m in measured}
+    assert found["bytes_per_token/eng"] == 1.0
+    assert found["bytes_per_token/rus"] == 9 / 6
+    assert found["whole_characters/Cyrillic"] == 3 / 4
+    assert found["whole_characters/Latin"] == found["whole_characters/Common"] == 1
+    assert found["tokens_per_sentence/rus"] == found["tokens_per_sentence/eng"] == 3 / 2
+    assert found["tokenization_premium/rus"] == 1
+    assert {m.name: m.n for m in measured}["whole_characters/Cyrillic"] == 4
+
+
+def test_a_character_is_whole_exactly_where_a_token_has_all_of_it():
+    """Against a walk over the tokens of a random mixture, one by one."""
+    draw = np.random.default_rng(0)
+    every = "".join(SENTENCES.values())
+    tokenizer = trained_on([every * 3], vocab_size=300)
+    text = "".join(draw.choice(list(every), 400))
+    letters = [tokenizer.convert_ids_to_tokens(i) for i in tokenizer(text)["input_ids"]]
+    inside = [k for k, letter in enumerate(letters) for _ in letter]  # the token of each byte
+    n_whole = at = 0
+    for character in text:
+        size = len(character.encode())
+        n_whole += len(set(inside[at : at + size])) == 1
+        at += size
+    measured = measure_tokenization(tokenizer, {"mul": [text]})
+    found = [m for m in measured if m.name.startswith("whole_characters/")]
+    assert sum(m.n for m in found) == len(text)
+    assert sum(m.value * m.n for m in found) == pytest.approx(n_whole)
+    assert 0 < n_whole < len(text)
+
+
+def test_the_tokenizer_verb_writes_what_it_measured(folder, tmp_path, capsys):
+    arguments = [
+        "tokenizer",
+        "--vocab-size",
+        "300",
+        "--out",
+        str(tmp_path / "t"),
+        "--set",
+        "corpus.temperature=99",
+    ]
+    for code in LINES:
+        arguments += ["--source", f"{code}={folder}/{code}.txt"]
+        arguments += ["--parallel", f"{code}={folder}/{code}-parallel.txt"]
+    assert main(arguments) == 0
+    names = {m.name for m in read_measurements(tmp_path / "t" / "languages.json")}
+    assert names >= {"bytes_per_token/hin", "tokenization_premium/rus", "whole_characters/Devanagari"}
+    assert "tokenization_premium/rus" in capsys.readouterr().out

@@ -122,15 +122,7 @@ def measure_likelihood(
     batches = (_carried_batches if carry_state else _batches)(windows, batch_size, model.config.vocab_size)
     sums = _score(model, documents, windows, batches, start_id, carry_state, on_progress)
     found = _measurements(sums, windows, n_tokens, n_bytes, split)
-    for name, span in _spans(parts or {}).items():
-        chosen = [i for i, window in enumerate(windows) if span.start <= window.document < span.stop]
-        if not chosen:
-            raise UserError(f"the {split} split holds no token of {name!r} to score: give it text of it")
-        windows_of_part = [windows[i]._replace(document=windows[i].document - span.start) for i in chosen]
-        sums_of_part = _Sums(*(values[chosen] for values in sums))
-        of_part = _measurements(sums_of_part, windows_of_part, n_tokens[span], n_bytes[span], split)
-        found += [replace(m, name=f"{m.name}/{name}") for m in of_part if m.name in _OF_PARTS]
-    return found
+    return found + _of_parts(parts or {}, sums, windows, n_tokens, n_bytes, split)
 
 
 def document_nats(
@@ -152,10 +144,31 @@ def document_nats(
     return np.bincount([window.document for window in windows], sums.nats, minlength=len(documents))
 
 
-def _spans(parts: Mapping[str, int]) -> dict[str, slice]:
-    """Where the documents of each part stand."""
-    stops = np.cumsum(list(parts.values())).tolist()
-    return {name: slice(stop - n, stop) for (name, n), stop in zip(parts.items(), stops, strict=True)}
+def _of_parts(
+    parts: Mapping[str, int],
+    sums: _Sums,
+    windows: list[Window],
+    n_tokens: np.ndarray,
+    n_bytes: np.ndarray,
+    split: str,
+) -> list[Measurement]:
+    """The figures `_OF_PARTS` of each part, from the sums of its windows."""
+    found = []
+    stop = 0
+    for name, n_documents in parts.items():
+        start, stop = stop, stop + n_documents
+        chosen = [i for i, window in enumerate(windows) if start <= window.document < stop]
+        if not chosen:
+            raise UserError(f"the {split} split holds no token of {name!r} to score: give it text of it")
+        of_part = _measurements(
+            _Sums(*(values[chosen] for values in sums)),
+            [windows[i]._replace(document=windows[i].document - start) for i in chosen],
+            n_tokens[start:stop],
+            n_bytes[start:stop],
+            split,
+        )
+        found += [replace(m, name=f"{m.name}/{name}") for m in of_part if m.name in _OF_PARTS]
+    return found
 
 
 def make_windows(n_tokens: Sequence[int] | np.ndarray, context: int, stride: int) -> list[Window]:

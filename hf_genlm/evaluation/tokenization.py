@@ -104,7 +104,9 @@ def _byte_lengths(backend: Tokenizer) -> np.ndarray | None:
     """Bytes that each id stands for (n_ids,), which are the letters of its token; None of a tokenizer that is
     not byte-level, or changes a text before it cuts it."""
     state = json.loads(backend.to_str())
-    is_changed = state["normalizer"] is not None or '"add_prefix_space": true' in json.dumps(state)
+    is_changed = state["normalizer"] is not None or '"add_prefix_space": true' in json.dumps(
+        state["pre_tokenizer"]
+    )
     if is_changed or (state["decoder"] or {}).get("type") != "ByteLevel":
         return None
     vocabulary = backend.get_vocab(with_added_tokens=True)

@@ -28,9 +28,11 @@ from hf_genlm.training.budget import Budget, budget_of, resolve
 from hf_genlm.training.callbacks import Diverged
 from hf_genlm.training.checkpoints import Checkpoint, full_disk_as, newest_checkpoint
 from hf_genlm.training.configure import (
+    adopt_model,
     adopt_unchanged,
     adopt_vocabulary,
     build_config,
+    load_weights,
     mixer_types_of,
     plan_recipe,
     settle_decay,
@@ -83,6 +85,7 @@ def train(
     """
     processes.join()
     if not resume:
+        recipe = adopt_model(recipe)
         _check(recipe)
     stop = StopRequest(str(out))
     with _opened(out, listener, resume) as run, stop.heard():
@@ -235,6 +238,8 @@ def _start(run: RunFolder, model: GenLMForCausalLM, job: Job, is_new: bool) -> t
     """Give `model` the start that the recipe names; returns the tokens (V,) whose vectors are to stay."""
     recipe, corpus = job.recipe, job.corpus
     held = None
+    if recipe.model.init_from is not None and is_new:
+        load_weights(model, recipe.model.init_from)
     if recipe.vectors.path is not None:
         ids = corpus.known_ids(job.rows)
         found = start_from_vectors(run, model, corpus.tokenizer, corpus.words, ids, recipe)
