@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EOS, build_model
+from huggingface_hub import ModelCard
 from test_processes import compare_with_one
 from test_resume import at_step, weights_of
 
@@ -18,6 +19,7 @@ from hf_genlm.evaluation.by_language import measure_parallel, over_languages
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.evaluation.measurement import Measurement, read_measurements
 from hf_genlm.evaluation.tokenization import SCRIPTS, measure_tokenization, scripts_of
+from hf_genlm.publish.card import write_card
 from hf_genlm.recipe import CorpusRecipe, TokenizerRecipe, load_recipe
 from hf_genlm.text.balanced import BalancedRows, repeat_documents
 from hf_genlm.text.corpus import read_corpus
@@ -279,6 +281,12 @@ def test_a_balanced_run_that_was_stopped_comes_to_the_same_weights(folder, tmp_p
         parts = ("bits_per_byte", "nats_per_token", "bits_per_character", "bits_per_sentence")
         assert names >= {f"{part}/{code}" for part in parts}
     assert names >= {"information_parity/rus", "mean_language_bits_per_byte", "worst_language_bits_per_byte"}
+    card = write_card(whole)
+    assert ModelCard.load(card).data.language == list(LINES)
+    values = {m.name: m.value for m in read_measurements(whole.languages)}
+    row = next(line for line in card.read_text().splitlines() if line.startswith("| hin |"))
+    assert row.split(" | ")[2] == f"{report['hin']['repeats']:.2f} times"
+    assert f"{values['bytes_per_token/hin']:.2f}" in row
 
 
 def test_what_does_not_go_with_balancing_is_refused_before_anything_is_read(tmp_path):

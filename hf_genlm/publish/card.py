@@ -17,6 +17,7 @@ import yaml
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import Measurement, read_measurements
 from hf_genlm.publish import markdown
+from hf_genlm.publish.languages import is_of_language, language_table, script_line
 from hf_genlm.publish.parameters import parts_of, read_sizes
 from hf_genlm.recipe import Recipe, load_recipe
 from hf_genlm.run_folder import RunFolder, read_json, write_text
@@ -37,6 +38,14 @@ _DEFINITIONS = {
     ),
     "nats_per_token": ("Nats per token", "mean -ln probability of a token of this model's own vocabulary"),
     "perplexity": ("Perplexity per token", "exp of the nats per token; compares only within one vocabulary"),
+    "mean_language_bits_per_byte": (
+        "Bits per byte, mean of the languages",
+        "every language weighs the same, whatever text there is of it",
+    ),
+    "worst_language_bits_per_byte": (
+        "Bits per byte, worst language",
+        "the highest of the languages; a language also differs in what its script needs in bytes",
+    ),
     "top1_accuracy": ("Top-1 accuracy", "share of tokens that the model ranked first; ties count against it"),
     "top5_accuracy": ("Top-5 accuracy", "share of tokens that the model ranked among its first five"),
 }
@@ -74,6 +83,10 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
     config = read_json(run.model / "config.json")
     audit = run.path / "audit.json"
     events = _read_log(run)
+    corpus = _portable(read_json(run.corpus))
+    languages = corpus.get("languages", {})
+    measured = read_measurements(run.evaluation)
+    of_tokenizer = read_measurements(run.languages) if run.languages.is_file() else []
     sizes = read_sizes(run.model / "model.safetensors")
     samples = run.samples.read_text(encoding="utf-8") if run.samples.is_file() else ""
     return {
@@ -85,10 +98,12 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         "parts": parts_of(sizes, config["mixer_types"]),
         "n_parameters": sum(sizes.values()),
         "is_tied": "lm_head.weight" not in sizes,
-        "measurements": read_measurements(run.evaluation),
+        "measurements": [m for m in measured if not is_of_language(m, languages)],
+        "language_table": language_table(languages, [*measured, *of_tokenizer]),
+        "scripts": script_line(of_tokenizer),
         "context": _context_of(recipe),
         "audit": read_measurements(audit) if audit.is_file() else None,
-        "corpus": _portable(read_json(run.corpus)),
+        "corpus": corpus,
         "vectors": _portable(read_json(run.vectors)) if run.vectors.is_file() else None,
         "environment": read_json(run.environment),
         "trained": next((event for event in reversed(events) if event.get("event") == "trained"), None),
@@ -128,7 +143,7 @@ def _front_matter(recipe: Recipe, facts: dict[str, Any]) -> "ModelCardData":
             metric_value=measurement.value,
         )
         for measurement in facts["measurements"]
-        if math.isfinite(measurement.value) and "/" not in measurement.name  # a part's is in the text
+        if math.isfinite(measurement.value)
     ]
     return ModelCardData(
         library_name="transformers",
@@ -136,7 +151,7 @@ def _front_matter(recipe: Recipe, facts: dict[str, Any]) -> "ModelCardData":
         license=recipe.card.license,
         language=_languages_of(recipe) or None,
         tags=["genlm", "custom_code", *_decoder_tags(facts["config"]["mixer_types"])],
-        metrics=[m.name for m in facts["measurements"] if "/" not in m.name],
+        metrics=[measurement.name for measurement in facts["measurements"]],
         model_name=facts["name"],
         eval_results=results or None,
     )
