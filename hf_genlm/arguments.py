@@ -7,7 +7,8 @@ from hf_genlm.errors import UserError
 
 # option -> the recipe field that it sets
 VOCABULARY_FIELD = {"vocab_size": "tokenizer.vocab_size"}
-LANGUAGE_FIELDS = {"languages": "corpus.languages", "parallel": "corpus.parallel"}
+SOURCE_FIELD = {"languages": "corpus.languages"}
+LANGUAGE_FIELDS = {**SOURCE_FIELD, "parallel": "corpus.parallel"}
 MODEL_FIELDS = {
     "decoder": "model.decoder",
     "mixers": "model.mixers",
@@ -101,7 +102,7 @@ def _add_extend(verbs: Any) -> None:
     extend = verbs.add_parser("extend", help="give a trained model tokens for another language")
     extend.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     extend.add_argument("sources", nargs="*", metavar="SOURCE", help="text to learn the tokens from")
-    _add_language_options(extend)
+    _add_source_option(extend)
     extend.add_argument("--vocab-size", required=True, metavar="+N", help="how many tokens to add")
     extend.add_argument("--keep", action="append", metavar="SOURCE", help="text whose token ids stay")
     extend.add_argument("--out", required=True, metavar="DIR", help="the model folder to make")
@@ -173,7 +174,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     _add_recipe_options(parser)
 
 
-def _add_language_options(parser: argparse.ArgumentParser) -> None:
+def _add_source_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--source",
         action="append",
@@ -181,6 +182,10 @@ def _add_language_options(parser: argparse.ArgumentParser) -> None:
         metavar="CODE=SOURCE",
         help="a source in a language, as fra=texts/; corpus.temperature balances them",
     )
+
+
+def _add_language_options(parser: argparse.ArgumentParser) -> None:
+    _add_source_option(parser)
     parser.add_argument(
         "--parallel",
         action="append",

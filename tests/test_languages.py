@@ -262,7 +262,7 @@ def test_languages_alone_change_nothing_of_a_training(folder, tmp_path):
     assert values.items() >= {m.name: m.value for m in read_measurements(b.evaluation)}.items()
 
 
-def test_a_balanced_run_that_was_stopped_comes_to_the_same_weights(folder, tmp_path):
+def test_a_balanced_run_that_was_stopped_comes_to_the_same_weights(folder, tmp_path, capsys):
     """In its third pass: the place in the walk through each language is found again."""
     files = ",".join(f"{code}={folder}/{code}-parallel.txt" for code in LINES)
     settings = [f"corpus.parallel={files}", "corpus.temperature=1000", "training.steps=80"]
@@ -281,6 +281,9 @@ def test_a_balanced_run_that_was_stopped_comes_to_the_same_weights(folder, tmp_p
         parts = ("bits_per_byte", "nats_per_token", "bits_per_character", "bits_per_sentence")
         assert names >= {f"{part}/{code}" for part in parts}
     assert names >= {"information_parity/rus", "mean_language_bits_per_byte", "worst_language_bits_per_byte"}
+    measured = json.loads(whole.evaluation.read_text())
+    assert main(["evaluate", str(whole.path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == measured
     card = write_card(whole)
     assert ModelCard.load(card).data.language == list(LINES)
     values = {m.name: m.value for m in read_measurements(whole.languages)}

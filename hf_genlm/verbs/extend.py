@@ -4,16 +4,15 @@ import argparse
 import json
 from pathlib import Path
 
-from hf_genlm.arguments import LANGUAGE_FIELDS
+from hf_genlm.arguments import SOURCE_FIELD
 from hf_genlm.display import Display
 from hf_genlm.errors import UserError
 from hf_genlm.loading import load
-from hf_genlm.recipe import set_field
 from hf_genlm.verbs.recipes import recipe_of
 
 
 def run(options: argparse.Namespace) -> None:
-    recipe = recipe_of(options, LANGUAGE_FIELDS)
+    recipe = recipe_of(options, SOURCE_FIELD)
     out = Path(options.out)
     n_tokens = _more_tokens(options.vocab_size)
     if not recipe.corpus.sources and not recipe.corpus.languages:
@@ -32,7 +31,6 @@ def run(options: argparse.Namespace) -> None:
         documents, _ = read_documents(recipe.corpus.languages or recipe.corpus.sources, recipe.corpus)
         kept: list[str] = []
         if options.keep:
-            set_field(recipe, "corpus.sources", options.keep)
             kept = [document.text for document in read_documents(options.keep, recipe.corpus)[0]]
         model, tokenizer = load(options.model)
         before = encode_documents(tokenizer, documents).n_tokens

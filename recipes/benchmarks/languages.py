@@ -89,9 +89,7 @@ def show(name: str, table: dict) -> None:
     print("| | " + " | ".join(f"T = {temperature}" for temperature in table) + " |")
     print("|---" * (len(table) + 1) + "|")
     for key in next(iter(table.values()))[0]:
-        cells = []
-        for runs in table.values():
-            cells.append(mean_of([run[key] for run in runs]))
+        cells = [mean_of([run[key] for run in runs]) for runs in table.values()]
         print(f"| {key} | " + " | ".join(cells) + " |", flush=True)
 
 
@@ -106,8 +104,7 @@ def extend(folder: Path) -> None:
             out = Path(work)
             premiums = cut(folder, out, ())
             others = [other for other in premiums if other != code]
-            settings = [*SETTINGS]
-            base = train(load_recipe(None, [*settings, *sources(out, others)]), out / "base")
+            base = train(load_recipe(None, [*SETTINGS, *sources(out, others)]), out / "base")
             extended = str(out / "extended")
             main(["extend", str(base.path), "--source", f"{code}={out}/{code}.txt",
                   "--vocab-size", f"+{MORE_TOKENS}", "--out", extended])  # fmt: skip
