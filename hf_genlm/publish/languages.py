@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_genlm.evaluation.measurement import Measurement
+from hf_genlm.publish.markdown import prose
 
 # measurement -> title and format of its column
 _COLUMNS = {
@@ -41,7 +42,7 @@ def language_table(languages: Mapping[str, Any], measured: Sequence[Measurement]
     for code, of_language in languages.items():
         rows.append(
             [
-                code,
+                prose(code),
                 f"{of_language['train']['bytes']:,}",
                 f"{of_language['repeats']:.2f} times",
                 f"{of_language['validation']['bytes']:,}",
