@@ -7,6 +7,8 @@ from hf_genlm.errors import UserError
 
 # option -> the recipe field that it sets
 VOCABULARY_FIELD = {"vocab_size": "tokenizer.vocab_size"}
+SOURCE_FIELD = {"languages": "corpus.languages"}
+LANGUAGE_FIELDS = {**SOURCE_FIELD, "parallel": "corpus.parallel"}
 MODEL_FIELDS = {
     "decoder": "model.decoder",
     "mixers": "model.mixers",
@@ -16,12 +18,14 @@ MODEL_FIELDS = {
 }
 TRAIN_FIELDS = {
     **MODEL_FIELDS,
+    "init_from": "model.init_from",
     "minutes": "training.minutes",
     "steps": "training.steps",
     "tokens": "training.tokens",
     "seed": "training.seed",
     "validation": "corpus.validation",
     "stream": "corpus.stream",
+    **LANGUAGE_FIELDS,
 }
 _MODEL_HELP = "a run folder, a model folder or a Hub id"
 
@@ -39,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
     _add_train(verbs)
     _add_tokenizer(verbs)
+    _add_extend(verbs)
     _add_evaluate(verbs)
     _add_compare(verbs)
     _add_range(verbs)
@@ -59,6 +64,7 @@ def _add_train(verbs: Any) -> None:
         metavar="SOURCE",
         help="files, folders, globs or a Hub dataset id; nothing: the library source that Python brings",
     )
+    _add_language_options(train)
     _add_model_options(train)
     train.add_argument(
         "--minutes", metavar="F", help="train for so long (default 3), the rate decaying to its end"
@@ -74,6 +80,7 @@ def _add_train(verbs: Any) -> None:
         const=True,
         help="read while training, and keep nothing: for text larger than memory and disk",
     )
+    train.add_argument("--from", dest="init_from", metavar="MODEL", help="go on from a run or model folder")
     train.add_argument("--seed", metavar="N", help="of the weights and the order of rows (default 0)")
     train.add_argument("--out", metavar="DIR", help="the run folder to make (default runs/DECODER-DATE)")
     train.add_argument("--resume", action="store_true", help="go on with the run that lies in --out")
@@ -87,10 +94,22 @@ def _add_train(verbs: Any) -> None:
 
 def _add_tokenizer(verbs: Any) -> None:
     tokenizer = verbs.add_parser("tokenizer", help="train a byte-level BPE tokenizer")
-    tokenizer.add_argument("sources", nargs="+", metavar="SOURCE")
+    tokenizer.add_argument("sources", nargs="*", metavar="SOURCE")
     tokenizer.add_argument("--out", required=True, metavar="DIR")
+    _add_language_options(tokenizer)
     _add_vocabulary_option(tokenizer)
     _add_recipe_options(tokenizer)
+
+
+def _add_extend(verbs: Any) -> None:
+    extend = verbs.add_parser("extend", help="give a trained model tokens for another language")
+    extend.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    extend.add_argument("sources", nargs="*", metavar="SOURCE", help="text to learn the tokens from")
+    _add_source_option(extend)
+    extend.add_argument("--vocab-size", required=True, metavar="+N", help="how many tokens to add")
+    extend.add_argument("--keep", action="append", metavar="SOURCE", help="text whose token ids stay")
+    extend.add_argument("--out", required=True, metavar="DIR", help="the model folder to make")
+    _add_recipe_options(extend)
 
 
 def _add_evaluate(verbs: Any) -> None:
@@ -249,6 +268,26 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vectors", metavar="FILE", help="start the embedding from word vectors")
     _add_vocabulary_option(parser)
     _add_recipe_options(parser)
+
+
+def _add_source_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--source",
+        action="append",
+        dest="languages",
+        metavar="CODE=SOURCE",
+        help="a source in a language, as fra=texts/; corpus.temperature balances them",
+    )
+
+
+def _add_language_options(parser: argparse.ArgumentParser) -> None:
+    _add_source_option(parser)
+    parser.add_argument(
+        "--parallel",
+        action="append",
+        metavar="CODE=FILE",
+        help="a file of sentences, a line each, that are those of the other languages' files",
+    )
 
 
 def _add_vocabulary_option(parser: argparse.ArgumentParser) -> None:

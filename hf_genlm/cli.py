@@ -4,6 +4,7 @@
     hf-genlm tokenizer SOURCE ...        hf-genlm serve MODEL
     hf-genlm evaluate MODEL [SOURCE ...] hf-genlm chat MODEL             hf-genlm plot RUN ...
     hf-genlm compare [SOURCE ...]        hf-genlm range                  hf-genlm doctor
+    hf-genlm extend MODEL SOURCE ...
 
 Exit codes: 0 done; 2 the input cannot be used, one line on stderr says why; 1 a fault of ours, with a
 traceback.
@@ -21,6 +22,7 @@ from hf_genlm.launch import complain, is_first, is_launched
 _VERBS = {
     "train": ("train", "run"),
     "tokenizer": ("tokenizer", "run"),
+    "extend": ("extend", "run"),
     "evaluate": ("evaluate", "run"),
     "compare": ("compare", "run"),
     "range": ("range", "run"),

@@ -15,7 +15,7 @@ _COST_WIDTHS = (28, 14, 10, 15, 13, 19)
 
 def table(measurements: Sequence["Measurement"]) -> str:
     """One line a measurement: name, value, standard error, 95 % interval, unit, count."""
-    width = max((len(m.name) for m in measurements), default=0)
+    width = max([16, *(len(m.name) for m in measurements)])
     lines = []
     for m in measurements:
         error = f"± {m.stderr:.4f}" if m.stderr is not None else ""
@@ -137,6 +137,7 @@ class Display:
             "progress": self._progress,
             "note": self._note,
             "corpus": self._corpus,
+            "languages": self._languages,
             "tokenized": self._tokenized,
             "vectors": self._vectors,
             "planned": self._planned,
@@ -200,6 +201,12 @@ class Display:
             if split["documents"] is not None:
                 what = f"{split['documents']:,} documents, {split['bytes']:,} bytes"
             self.say(f"  {name:<12}{what}")
+
+    def _languages(self, languages: dict[str, dict[str, Any]]) -> None:
+        for code, of in languages.items():
+            train, held = (of[split]["bytes"] for split in ("train", "validation"))
+            times = "" if of["repeats"] == 1 else f", read {of['repeats']:.2f} times in a pass"
+            self.say(f"  {code:<12}{train:,} bytes, {held:,} held out{times}")
 
     def _tokenized(
         self, vocab_size: int, train_tokens: int | None, validation_tokens: int, bytes_per_token: float

@@ -42,6 +42,8 @@ _PART = Range(0, 1, is_open_above=True)
 # every number of a recipe has its row
 RANGES = {
     "corpus.validation_fraction": Range(0, 1, is_open_below=True, is_open_above=True),
+    "corpus.temperature": Range(1),
+    "corpus.byte_premiums": _POSITIVE,
     "corpus.split_seed": Range(-MOST_WHOLE),
     "corpus.shuffle_buffer": _NOT_NEGATIVE,
     "corpus.validation_bytes": _COUNT,

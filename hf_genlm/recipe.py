@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from hf_genlm.errors import UserError, did_you_mean, without_secrets
+from hf_genlm.plain_yaml import BOOL, NULL, load_yaml
 from hf_genlm.ranges import MOST_WHOLE, RANGES
 
 
@@ -32,10 +33,18 @@ class CorpusRecipe:
     sources: list[str] = field(
         default_factory=list
     )  # files, folders, globs, Hub ids; none: the embedded default
+    languages: dict[str, list[str]] = field(default_factory=dict)  # instead: sources by language code
     validation: list[str] = field(default_factory=list)  # sources held out as they are; none: split `sources`
     validation_fraction: float = 0.05  # of the bytes, when `sources` are split
     split_seed: int = 0  # apart from training.seed: runs with other seeds share one split
     encoding: str = "utf-8"
+    temperature: float = 1.0  # T: languages are read by size^(1/T); 1: as they are, large: all alike
+    byte_premiums: dict[str, float] = field(
+        default_factory=dict
+    )  # bytes that a language needs for the same content; none: from `parallel`, or 1
+    parallel: dict[str, str] = field(
+        default_factory=dict
+    )  # a file by language, whose lines translate each other
     text_column: str = "text"  # the field of .jsonl, .parquet and Hub records that holds the text
     damaged: str = "stop"  # skip: leave out damaged records, and damaged files inside folders; and count them
     stream: bool = False  # read while training and keep nothing: for text larger than memory and disk
@@ -56,8 +65,9 @@ class TokenizerRecipe:
 
 @dataclass
 class ModelRecipe:
-    """The decoder and its shape. `null` fields follow from `size`."""
+    """The decoder and its shape. `null` fields follow from `size`, or are those of `init_from`."""
 
+    init_from: str | None = None  # a run or model folder whose weights, shape and tokenizer to go on with
     decoder: str = "gated_linear"
     mixers: list[str] | None = None  # one word per layer; overrides `decoder`
     size: str | None = None  # tiny, small, base, or a parameter count such as 30M; None: by the time
@@ -229,9 +239,10 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def _check(name: str, value: Any) -> None:
-    if name in RANGES and value is not None and not RANGES[name].holds(value):
-        raise UserError(f"{name} = {value}: it must be {RANGES[name]}")
-    for word in value if isinstance(value, list) else [value]:
+    for number in _flat(value):
+        if isinstance(number, (int, float)) and name in RANGES and not RANGES[name].holds(number):
+            raise UserError(f"{name} = {value}: it must be {RANGES[name]}")
+    for word in _flat(value):
         if isinstance(word, str) and without_secrets(word) != word:
             raise UserError(
                 f"{name} holds an access token or a login, which would stand in the run folder and on the "
@@ -239,39 +250,16 @@ def _check(name: str, value: Any) -> None:
             )
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which plain words stay words, but for null, true and false, and no key stands twice."""
-
-    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012  of this class, not of its parent
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+def _flat(value: Any) -> list[Any]:
+    """The words or numbers of a field that holds one, a list, or either by name."""
+    if isinstance(value, dict):
+        return [*value, *(item for each in value.values() for item in _flat(each))]
+    return value if isinstance(value, list) else [value]
 
 
-_NULL = re.compile(r"(?:~|null|Null|NULL|)$")
-_BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", _NULL, ["~", "n", "N", ""])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
 _MOST_CHARACTERS = 1 << 17  # of a recipe file
 _SHORT = reprlib.Repr()  # what a message shows of a value, which aliases can make endless
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
-
-
-def _load_yaml(text: str) -> Any:
-    """
-    Raises:
-        ValueError: `text` is not YAML.
-    """
-    try:
-        loader = _Loader(text)
-        return loader.get_single_data()
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
@@ -280,7 +268,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
             text = file.read(_MOST_CHARACTERS + 1)
         if len(text) > _MOST_CHARACTERS:
             raise ValueError(f"it has more than {_MOST_CHARACTERS:,} characters")
-        content = _load_yaml(text)
+        content = load_yaml(text)
     except OSError as error:
         raise UserError(f"cannot read the recipe {str(path)!r}: {error.strerror}") from error
     except ValueError as error:  # a name that no file can have, too
@@ -313,12 +301,12 @@ def _parse_value(assignment: str, text: str) -> Any:
     """A list or quoted word of YAML; anything else as it stands, so that `*` and `#` need no quotes."""
     if text.startswith(("[", "{", "'", '"')):
         try:
-            return _load_yaml(text)
+            return load_yaml(text)
         except ValueError as error:
             raise UserError(f"--set {assignment!r}: the value is not YAML ({error})") from error
-    if _NULL.match(text):
+    if NULL.match(text):
         return None
-    return text.lower() == "true" if _BOOL.match(text) else text
+    return text.lower() == "true" if BOOL.match(text) else text
 
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
@@ -331,6 +319,9 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     if value is None and type(None) in options:
         return None
     (kind,) = [option for option in options if option is not type(None)]
+    if typing.get_origin(kind) is dict:
+        of_each = typing.get_args(kind)[1]
+        return {key: _coerce(f"{name}.{key}", each, of_each) for key, each in _by_name(name, value).items()}
     is_list = typing.get_origin(kind) is list
     kind = typing.get_args(kind)[0] if is_list else kind
     read, expected = _KINDS[kind]
@@ -339,6 +330,22 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     except (TypeError, ValueError, OverflowError) as error:
         expected = f"{expected.split()[-1]}s" if is_list else expected
         raise UserError(f"{name} = {_shown(value)}: expected {expected}") from error
+
+
+def _by_name(name: str, value: Any) -> dict[str, Any]:
+    """A mapping as it stands, or one of words such as `fra=text.txt`; a key may stand again."""
+    if isinstance(value, dict):
+        return {_word(key): each for key, each in value.items()}
+    found: dict[str, list[str]] = {}
+    try:
+        for word in _words(value):
+            key, equals, each = word.partition("=")
+            if not (key and equals and each):
+                raise ValueError
+            found.setdefault(key, []).append(each)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} = {_shown(value)}: write key=value, or a mapping") from error
+    return {key: each if len(each) > 1 else each[0] for key, each in found.items()}
 
 
 def _words(value: Any) -> list[str]:

@@ -1,7 +1,8 @@
 """The run folder: the one place through which the verbs speak to each other.
 
 RUN/ recipe.yaml  environment.json  corpus.json  log.jsonl  tokenizer/  checkpoints/
-     vectors.json (with word vectors)  evaluation.json  evaluation_blocks.npy (likelihood by blocks of text)
+     vectors.json (with word vectors)  languages.json (where they are named)
+     evaluation.json  evaluation_blocks.npy (likelihood by blocks of text)
      samples.md  model/ (exactly what is pushed)  plots/  milestones/ (models after so many words)
      tensorboard/  .lock (held by the process that trains)
 """
@@ -40,6 +41,7 @@ class RunFolder:
     environment = property(lambda self: self.path / "environment.json")
     corpus = property(lambda self: self.path / "corpus.json")
     vectors = property(lambda self: self.path / "vectors.json")
+    languages = property(lambda self: self.path / "languages.json")
     log_file = property(lambda self: self.path / "log.jsonl")
     tokenizer = property(lambda self: self.path / "tokenizer")
     checkpoints = property(lambda self: self.path / "checkpoints")

@@ -16,7 +16,7 @@ Legend of shapes: B windows in a batch, T input tokens, N scored tokens, V vocab
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import Measurement
-from hf_genlm.evaluation.sums import BINS, Sums, gaps_of, measurements_of
+from hf_genlm.evaluation.sums import BINS, Sums, gaps_of, measurements_of, measurements_of_parts
 
 Document = tuple[np.ndarray, int]
 
@@ -57,6 +57,7 @@ def measure_likelihood(
     max_tokens: int | None = None,
     carry_state: bool = False,
     n_words: Sequence[int] | np.ndarray | None = None,
+    parts: Mapping[str, int] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     on_scores: Callable[[Sequence[Window], np.ndarray], None] | None = None,
 ) -> list[Measurement]:
@@ -78,6 +79,7 @@ def measure_likelihood(
             `stride` is not used. The model's cache must hold states that go on for ever, which its config
             says by `is_recurrent`. `max_tokens` takes documents spread evenly, the last up to there.
         n_words: (D,) words of each document's original text; without them, no word_perplexity.
+        parts: documents of each part, as a language, in the order in which they stand; in a full pass.
         on_progress: called with (tokens scored so far, tokens to score) after each forward pass.
         on_scores: called with the windows of each forward pass and the nats (N,) of their scored tokens, in
             the order of these windows.
@@ -92,6 +94,7 @@ def measure_likelihood(
           other tokens have a logit at least as high. Ties count against the model: equal logits score 0.
         - calibration_error (fraction): see `sums`.
         - word_perplexity (1): exp(nats per word), over words as bits_per_byte is over bytes.
+        - nats_per_token/NAME and bits_per_byte/NAME of each of the `parts`, as if it were all.
         Standard errors (`ratio_stderr`) and 95 % intervals (`bootstrap`) are clustered: by document where at
         least `MIN_DOCUMENT_CLUSTERS` were scored, otherwise by window, of which those of a document resemble
         each other: their error is rather a lower bound. Windows are taken to have the bytes per token of all
@@ -117,7 +120,9 @@ def measure_likelihood(
     sizes_of_documents = {"tokens": n_tokens, "bytes": n_bytes}
     if n_words is not None:
         sizes_of_documents["words"] = np.asarray(n_words, dtype=np.int64) * (n_tokens > 0)
-    return measurements_of(sums, [window.document for window in windows], sizes_of_documents, split)
+    document_W = np.array([window.document for window in windows])
+    found = measurements_of(sums, document_W, sizes_of_documents, split)
+    return found + measurements_of_parts(parts or {}, sums, document_W, sizes_of_documents, split)
 
 
 def document_nats(

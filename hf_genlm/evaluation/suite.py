@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.evaluation.measurement import Measurement
 from hf_genlm.recipe import EvaluationRecipe
+
+if TYPE_CHECKING:
+    from hf_genlm.evaluation.by_language import Languages
 
 Progress = Callable[[int, int], None]
 
@@ -32,6 +35,7 @@ class Material:
     texts: Any = None  # the documents as they were read, `text.store.Documents`
     documents: Sequence[tuple[np.ndarray, int]] = ()  # token ids (T,) and bytes of the original text
     n_words: np.ndarray | None = None  # of each document
+    languages: "Languages" = field(default_factory=dict)  # whose documents stand one after the other
     training: Any = None  # the training text of a run, as `texts`; None: it is not at hand
     pairs: list[Any] = field(default_factory=list)  # minimal_pairs.Pair
     pairs_split: str = "pairs"
@@ -67,6 +71,7 @@ def suite_of(words: str) -> list[str]:
 
 
 def _likelihood(subject: Subject, material: Material, on_progress: Progress) -> list[Measurement]:
+    from hf_genlm.evaluation.by_language import documents_of
     from hf_genlm.evaluation.likelihood import measure_likelihood
 
     return measure_likelihood(
@@ -78,6 +83,7 @@ def _likelihood(subject: Subject, material: Material, on_progress: Progress) -> 
         batch_size=material.how.batch_size,
         carry_state=bool(material.how.carry_state),
         n_words=material.n_words,
+        parts=documents_of(material.languages),
         split=material.split,
         on_progress=on_progress,
     )

@@ -11,11 +11,13 @@ Legend of shapes: N scored tokens, W windows, D documents, C clusters, R resampl
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
+from hf_genlm.errors import UserError
 from hf_genlm.evaluation.bootstrap import bootstrap_sums, percentile_interval
 from hf_genlm.evaluation.measurement import Measurement, ratio_stderr
 
@@ -63,6 +65,7 @@ _FIGURES = (
     _Figure("calibration_error", "fraction", "miscalibration", "tokens"),
     _Figure("word_perplexity", "1", "nats", "words", is_exponent=True),
 )
+_OF_PARTS = ("nats_per_token", "bits_per_byte")
 _NUMERATORS = ("nats", "top1", "top5", "miscalibration")
 
 
@@ -75,7 +78,7 @@ def gaps_of(hits_N: np.ndarray, confidence_N: np.ndarray, lengths: np.ndarray) -
 
 
 def measurements_of(
-    sums: Sums, documents_W: Sequence[int], sizes: dict[str, np.ndarray], split: str
+    sums: Sums, documents_W: Sequence[int] | np.ndarray, sizes: dict[str, np.ndarray], split: str
 ) -> list[Measurement]:
     """The figures of windows that lie in `documents_W`.
 
@@ -118,8 +121,38 @@ def measurements_of(
     return found
 
 
+def measurements_of_parts(
+    parts: Mapping[str, int], sums: Sums, documents_W: np.ndarray, sizes: dict[str, np.ndarray], split: str
+) -> list[Measurement]:
+    """`nats_per_token/NAME` and `bits_per_byte/NAME` of each part of the documents, as if it were all.
+
+    `parts` has how many documents each has, in the order in which they stand.
+
+    Raises:
+        UserError: a part without a token.
+    """
+    found = []
+    stop = 0
+    for name, n_documents in parts.items():
+        start, stop = stop, stop + n_documents
+        chosen_W = (start <= documents_W) & (documents_W < stop)
+        if not chosen_W.any():
+            raise UserError(f"the {split} split holds no token of {name!r} to score: give it text of it")
+        of_part = measurements_of(
+            Sums(*(values[chosen_W] for values in sums)),
+            documents_W[chosen_W] - start,
+            {unit: size[start:stop] for unit, size in sizes.items()},
+            split,
+        )
+        found += [replace(m, name=f"{m.name}/{name}") for m in of_part if m.name in _OF_PARTS]
+    return found
+
+
 def _clusters(
-    sums: Sums, documents_W: Sequence[int], sizes: dict[str, np.ndarray], totals: dict[str, int]
+    sums: Sums,
+    documents_W: Sequence[int] | np.ndarray,
+    sizes: dict[str, np.ndarray],
+    totals: dict[str, int],
 ) -> dict[str, np.ndarray]:
     """What each cluster adds up to, (C,) float64 of each kind: documents, or windows where those are few."""
     documents, document_W = np.unique(documents_W, return_inverse=True)

@@ -18,6 +18,7 @@ from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import Measurement, read_measurements
 from hf_genlm.publish import markdown
 from hf_genlm.publish.curves import curves_of, first_samples, in_words
+from hf_genlm.publish.languages import is_of_language, language_table, script_line
 from hf_genlm.publish.parameters import parts_of, read_sizes
 from hf_genlm.publish.plots import PICTURE
 from hf_genlm.recipe import Recipe, load_recipe
@@ -40,6 +41,14 @@ _DEFINITIONS = {
     ),
     "nats_per_token": ("Nats per token", "mean -ln probability of a token of this model's own vocabulary"),
     "perplexity": ("Perplexity per token", "exp of the nats per token; compares only within one vocabulary"),
+    "mean_language_bits_per_byte": (
+        "Bits per byte, mean of the languages",
+        "every language weighs the same, whatever text there is of it",
+    ),
+    "worst_language_bits_per_byte": (
+        "Bits per byte, worst language",
+        "the highest of the languages; a language also differs in what its script needs in bytes",
+    ),
     "top1_accuracy": ("Top-1 accuracy", "share of tokens that the model ranked first; ties count against it"),
     "top5_accuracy": ("Top-5 accuracy", "share of tokens that the model ranked among its first five"),
     "calibration_error": (
@@ -92,21 +101,27 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
     audit = run.path / "audit.json"
     events = _read_log(run)
     curves = curves_of(events)
+    corpus = _portable(read_json(run.corpus))
+    languages = corpus.get("languages", {})
+    measured = read_measurements(run.evaluation)
+    of_tokenizer = read_measurements(run.languages) if run.languages.is_file() else []
     sizes = read_sizes(run.model / "model.safetensors")
     samples = run.samples.read_text(encoding="utf-8") if run.samples.is_file() else ""
     return {
         "name": recipe.card.name or run.path.resolve().name,
         "license": recipe.card.license,
-        "languages": recipe.card.language,
+        "languages": _languages_of(recipe),
         "config": config,
         "mixers": _counted(config["mixer_types"]),
         "parts": parts_of(sizes, config["mixer_types"]),
         "n_parameters": sum(sizes.values()),
         "is_tied": "lm_head.weight" not in sizes,
-        "measurements": read_measurements(run.evaluation),
+        "measurements": [m for m in measured if not is_of_language(m, languages)],
+        "language_table": language_table(languages, [*measured, *of_tokenizer]),
+        "scripts": script_line(of_tokenizer),
         "context": _context_of(recipe),
         "audit": read_measurements(audit) if audit.is_file() else None,
-        "corpus": _portable(read_json(run.corpus)),
+        "corpus": corpus,
         "vectors": _portable(read_json(run.vectors)) if run.vectors.is_file() else None,
         "environment": read_json(run.environment),
         "trained": next((event for event in reversed(events) if event.get("event") == "trained"), None),
@@ -116,6 +131,13 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         "first_samples": first_samples(curves),
         "samples": markdown.fenced_blocks(samples)[-N_SAMPLES:],
     }
+
+
+def _languages_of(recipe: Recipe) -> list[str]:
+    """As stated, or else those of the sources; the Hub knows languages, not their scripts and regions."""
+    return recipe.card.language or list(
+        dict.fromkeys(code.partition("-")[0] for code in recipe.corpus.languages)
+    )
 
 
 def _context_of(recipe: Recipe) -> int | None:
@@ -148,7 +170,7 @@ def _front_matter(recipe: Recipe, facts: dict[str, Any]) -> "ModelCardData":
         library_name="transformers",
         pipeline_tag="text-generation",
         license=recipe.card.license,
-        language=recipe.card.language or None,
+        language=_languages_of(recipe) or None,
         tags=["genlm", "custom_code", *_decoder_tags(facts["config"]["mixer_types"])],
         metrics=list(dict.fromkeys(m.name.partition("/")[0] for m in facts["measurements"])),
         model_name=facts["name"],

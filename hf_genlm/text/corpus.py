@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.recipe import CorpusRecipe
 from hf_genlm.text.damage import DAMAGED, LeftOut, left_out_line
 from hf_genlm.text.formats import check_encoding
+from hf_genlm.text.languages import by_language, check_languages, counts_after, report_on, spans
 from hf_genlm.text.sources import Reading, read_sources, read_standard_library
 from hf_genlm.text.store import CHUNK, Document, Documents, TextStore, as_documents
 
@@ -25,6 +26,9 @@ _DOMINANT_SHARE = (
 _HELD_OUT_BLOCKS = 16  # so many blocks make up the validation split of a long text
 _LOOK_AHEAD = 1 << 12  # bytes in which a line end is looked for at once
 _BLOCK_CHARACTERS = 2000  # blocks are not made shorter than this for the sake of their number
+
+
+Sources = Sequence[str] | Mapping[str, Sequence[str]]  # as they are, or by language
 
 
 @dataclass
@@ -51,27 +55,31 @@ def read_corpus(recipe: CorpusRecipe) -> Corpus:
             f"corpus.validation_fraction = {recipe.validation_fraction}: "
             "it is a share of the bytes between 0 and 1, such as 0.05"
         )
-    reading = _read(recipe.sources, recipe, "train")
+    check_languages(recipe)
+    reading = _read(recipe.languages or recipe.sources, recipe, "train")
     readings = [reading]
     if recipe.validation:
-        readings.append(_read(recipe.validation, recipe, "validation"))
+        held = by_language(recipe.validation, recipe.languages) if recipe.languages else recipe.validation
+        readings.append(_read(held, recipe, "validation"))
         train, validation = (each.writer.documents() for each in readings)
+        n_train, n_validation = (each.languages for each in readings)
         method = "given"
     else:
-        documents = reading.writer.documents()
-        train, validation, method = split_documents(documents, recipe.validation_fraction, recipe.split_seed)
+        train, validation, method, n_train, n_validation = _split(reading, recipe)
     n_before = len(train)
-    train = train.take(~_stands_in(train, validation))
+    kept = ~_stands_in(train, validation)
+    train, n_train = train.take(kept), counts_after(n_train, kept)
     if not len(train):
         raise UserError(
             f"no training text is left: all {n_before} training documents stand in the validation split too; "
             "add other text, or hold out other files with --validation"
         )
+    named_sources = recipe.languages or recipe.sources
     report = {
         "sources": list(recipe.sources),
-        "description": _describe(recipe.sources, reading),
-        "python": None if recipe.sources else platform.python_version(),
-        "encoding": recipe.encoding if recipe.sources else "utf-8",
+        "description": _describe(named_sources, reading),
+        "python": None if named_sources else platform.python_version(),
+        "encoding": recipe.encoding if named_sources else "utf-8",
         "split": {"method": method, "seed": recipe.split_seed, "fraction": recipe.validation_fraction},
         "duplicates_removed": n_before - len(train),
         "empty_skipped": sum(part.empty_skipped for part in readings),
@@ -82,13 +90,18 @@ def read_corpus(recipe: CorpusRecipe) -> Corpus:
         "validation": count_text(validation),
         "files": [file for part in readings for file in part.files],
     }
+    if recipe.languages:
+        splits = {"train": (train, n_train), "validation": (validation, n_validation)}
+        report["languages"] = report_on(recipe, splits)
     return Corpus(train, validation, report)
 
 
 def read_documents(
-    sources: Sequence[str], recipe: CorpusRecipe, split: str = "train"
+    sources: Sources, recipe: CorpusRecipe, split: str = "train"
 ) -> tuple[Documents, dict[str, Any]]:
     """Documents of `sources` unsplit, and a report on their files; no sources: the embedded default.
+
+    Sources by language must be those of `recipe.languages`.
 
     `split` ("train" or "validation") is the one preferred of a Hub data set that has several.
 
@@ -97,7 +110,7 @@ def read_documents(
     """
     reading = _read(sources, recipe, split)
     documents = reading.writer.documents()
-    report = {
+    report: dict[str, Any] = {
         "sources": list(sources),
         "description": _describe(sources, reading),
         "empty_skipped": reading.empty_skipped,
@@ -107,6 +120,8 @@ def read_documents(
         **count_text(documents),
         "files": reading.files,
     }
+    if reading.languages:
+        report["languages"] = report_on(recipe, {"train": (documents, reading.languages)})
     return documents, report
 
 
@@ -166,6 +181,26 @@ def split_documents(
             break
     train, validation = (_joined(documents, blocks, held == side) for side in (False, True))
     return train, validation, "block"
+
+
+def _split(
+    reading: Reading, recipe: CorpusRecipe
+) -> tuple[Documents, Documents, str, dict[str, int], dict[str, int]]:
+    """As `split_documents`, each language by itself: each is held out in proportion, and none is missing on a
+    side. Also the documents of each language on both sides, none where no languages were named."""
+    documents = reading.writer.documents()
+    counts = reading.languages or {"": len(documents)}
+    found = {
+        code: split_documents(documents[span], recipe.validation_fraction, recipe.split_seed)
+        for code, span in spans(counts).items()
+    }
+    train = Documents.join([each[0] for each in found.values()])
+    validation = Documents.join([each[1] for each in found.values()])
+    method = ", ".join(dict.fromkeys(each[2] for each in found.values()))
+    n_train, n_validation = (
+        {code: len(each[side]) for code, each in found.items() if code} for side in (0, 1)
+    )
+    return train, validation, method, n_train, n_validation
 
 
 def cut(documents: Documents, index: int, length: int, reach: int) -> Iterator[Block]:
@@ -277,7 +312,7 @@ def _digests(documents: Documents) -> Iterator[bytes]:
         yield digest.digest()
 
 
-def _read(sources: Sequence[str], recipe: CorpusRecipe, split: str) -> Reading:
+def _read(sources: Sources, recipe: CorpusRecipe, split: str) -> Reading:
     check_encoding(recipe.encoding)
     if recipe.damaged not in DAMAGED:
         raise UserError(f"unknown corpus.damaged {recipe.damaged!r}{did_you_mean(recipe.damaged, DAMAGED)}")
@@ -298,7 +333,7 @@ def _left_out_of(readings: Sequence[Reading]) -> LeftOut:
     return total
 
 
-def _describe(sources: Sequence[str], reading: Reading) -> str:
+def _describe(sources: Sources, reading: Reading) -> str:
     if not sources:
         return f"CPython {platform.python_version()} standard library source and reference topics"
     return named(reading.files)

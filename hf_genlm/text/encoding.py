@@ -68,6 +68,10 @@ class TokenizedDocuments(Sequence[tuple[np.ndarray, int]]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             chosen = range(len(self))[index]
+            if chosen.step == 1:  # neighbours, which lie where they are
+                offsets = self.offsets[chosen.start : max(chosen.start, chosen.stop) + 1]
+                ids = self.ids[offsets[0] : offsets[-1]]
+                return TokenizedDocuments(ids, offsets - offsets[0], self.n_bytes[index], self.file)
             parts = [self.ids[self.offsets[i] : self.offsets[i + 1]] for i in chosen]
             lengths = [len(part) for part in parts]
             ids = np.concatenate([self.ids[:0], *parts])

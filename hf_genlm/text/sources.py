@@ -7,7 +7,7 @@ import os
 import re
 import stat
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -50,6 +50,7 @@ class Reading:
     files_skipped: int = 0  # files inside folders whose suffix is not a text's, and what is no file
     links_out: int = 0  # files that a link inside a folder leads to, out of it
     left_out: LeftOut = field(default_factory=LeftOut)  # damaged records, and damaged files inside folders
+    languages: dict[str, int] = field(default_factory=dict)  # documents of each, where they are named
 
     def add(
         self, name: str, texts: Iterable[Parts], n_bytes: int | None = None, sha256: str | None = None
@@ -93,18 +94,41 @@ class Located:
     is_hub: bool = False
 
 
-def read_sources(words: Iterable[str], recipe: CorpusRecipe, split: str) -> Reading:
+def read_sources(
+    words: Iterable[str] | Mapping[str, Iterable[str]], recipe: CorpusRecipe, split: str
+) -> Reading:
     """Read every source once, in the order given; folders and globs in the order of their names.
 
-    `split` ("train" or "validation") is the one to take of a Hub data set that has several. A file is read
-    to its end or left out: of one that turns out to be damaged in the middle nothing is taken.
+    `words` may be by language. `split` ("train" or "validation") is the one to take of a Hub data set that
+    has several. A file is read to its end or left out: of one that turns out to be damaged in the middle
+    nothing is taken.
 
     Raises:
         UserError: a source is missing, unreadable, or not text; or, with `corpus.damaged` "stop", a record
-            or a file of it is damaged.
+            or a file of it is damaged; or there is no text of a language.
     """
     reading = Reading()
     seen: set[str] = set()
+    if not isinstance(words, Mapping):
+        _take_sources(words, recipe, split, reading, seen)
+        return reading
+    for code, of_language in words.items():
+        n_documents, n_files = len(reading.writer), len(reading.files)
+        _take_sources(of_language, recipe, split, reading, seen)
+        reading.languages[code] = len(reading.writer) - n_documents
+        if not reading.languages[code]:
+            raise UserError(
+                f"no text of {code!r} was found in {', '.join(map(repr, of_language))} that is not of a "
+                "language before it: name other sources"
+            )
+        for file in reading.files[n_files:]:
+            file["language"] = code
+    return reading
+
+
+def _take_sources(
+    words: Iterable[str], recipe: CorpusRecipe, split: str, reading: Reading, seen: set[str]
+) -> None:
     for word in words:
         located = locate(word)
         reading.files_skipped += located.n_skipped
@@ -116,7 +140,6 @@ def read_sources(words: Iterable[str], recipe: CorpusRecipe, split: str) -> Read
                 seen.add(identity)
                 reading.links_out += file.links_out
                 _read_file(file, recipe, reading)
-    return reading
 
 
 def read_standard_library() -> Reading:

@@ -129,6 +129,18 @@ class Documents(Sequence[Document]):
         )
         return Documents(self.store, starts, stops, characters, self.sources, source_ids)
 
+    @staticmethod
+    def join(parts: "Sequence[Documents]") -> "Documents":
+        """The documents of parts of one store behind one another."""
+        first = parts[0]
+        assert all(part.store is first.store and part.sources is first.sources for part in parts)
+        joined = (
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("starts", "stops", "characters", "source_ids")
+        )
+        starts, stops, characters, source_ids = joined
+        return Documents(first.store, starts, stops, characters, first.sources, source_ids)
+
     def contents(self) -> Iterator[tuple[int, bytes]]:
         """(number of the document, bytes) in order; one longer than `CHUNK` comes in parts."""
         for first, starts, stops in self._neighbours():

@@ -11,8 +11,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 
 from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.loading import source_of
 from hf_genlm.model import MIXER_TYPES, GenLMConfig, GenLMForCausalLM, mixers_of
-from hf_genlm.recipe import Recipe
+from hf_genlm.recipe import ModelRecipe, Recipe
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.training.budget import Budget, decay_for, resolve
 from hf_genlm.training.plan import is_open, measure_step, plan_size, tokens_of_a_step
@@ -35,8 +36,10 @@ def build_config(recipe: Recipe, mixer_types: list[str]) -> GenLMConfig:
     Raises:
         UserError: shapes that do not fit each other.
     """
+    if recipe.model.init_from is not None:
+        return _config_of(recipe.model.init_from)
     given = dataclasses.asdict(recipe.model)
-    for name in ("decoder", "mixers", "size"):
+    for name in ("init_from", "decoder", "mixers", "size"):
         del given[name]
     given["bigram_size"] = given["bigram_size"] or None
     try:
@@ -50,6 +53,56 @@ def build_config(recipe: Recipe, mixer_types: list[str]) -> GenLMConfig:
     except (ValueError, StrictDataclassError) as error:
         reason = error.__cause__ or error
         raise UserError(f"model: {' '.join(str(reason).split())}") from error
+
+
+def adopt_model(recipe: Recipe) -> Recipe:
+    """A copy of `recipe` with the shape and the tokenizer of the model that it goes on from, if it names one.
+
+    Raises:
+        UserError: no model of this package lies there, or the recipe says otherwise of what it has.
+    """
+    source = recipe.model.init_from
+    if source is None:
+        return recipe
+    default = Recipe()
+    for section, names in (("model", [field.name for field in dataclasses.fields(ModelRecipe)][1:]),
+                           ("tokenizer", ["path", "vocab_size"]), ("vectors", ["path"])):  # fmt: skip
+        for name in names:
+            if getattr(getattr(recipe, section), name) != getattr(getattr(default, section), name):
+                raise UserError(
+                    f"{section}.{name} is that of the model in {source!r} by --from: leave it out"
+                )
+    adopted, config = copy.deepcopy(recipe), _config_of(source)
+    for name in [field.name for field in dataclasses.fields(ModelRecipe)]:
+        if hasattr(config, name):
+            setattr(adopted.model, name, getattr(config, name))
+    adopted.model.mixers = list(config.mixer_types)
+    adopted.model.bigram_size = config.bigram_size or 0
+    adopted.tokenizer.path = source_of(source)
+    adopted.training.start = "random"
+    adopted.training.row_length = recipe.training.row_length or config.max_position_embeddings
+    return adopted
+
+
+def load_weights(model: GenLMForCausalLM, source: str) -> None:
+    """Those of the model in `source`, whose config `model` was made with.
+
+    Raises:
+        UserError: they do not load.
+    """
+    if len(model.get_input_embeddings().weight) != _config_of(source).vocab_size:
+        raise UserError(f"the tokenizer in {source!r} has not as many tokens as its model: save both again")
+    model.load_state_dict(GenLMForCausalLM.from_pretrained(source_of(source)).state_dict())
+
+
+def _config_of(source: str) -> GenLMConfig:
+    try:
+        config = GenLMConfig.from_pretrained(source_of(source))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--from {source!r}: {' '.join(str(error).split())}") from error
+    if config.model_type != "genlm":
+        raise UserError(f"--from {source!r} is a model of {config.model_type}, no model of this package")
+    return config
 
 
 def mixer_types_of(recipe: Recipe) -> list[str]:

@@ -8,12 +8,14 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from hf_genlm.errors import Stopped
+from hf_genlm.evaluation.by_language import documents_of
 from hf_genlm.evaluation.likelihood import Window, measure_likelihood
 from hf_genlm.evaluation.measurement import Measurement
 from hf_genlm.memory import keeping_memory
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.recipe import Recipe, TrainingRecipe
 from hf_genlm.run_folder import RunFolder
+from hf_genlm.text.balanced import BalancedRows
 from hf_genlm.text.packed_stream import PackedStream
 from hf_genlm.text.packing import PackedRows, collate
 from hf_genlm.training.budget import Budget
@@ -47,7 +49,7 @@ _SHORT_S = 29.0  # planning has taken its part of half a minute
 class Job:
     """What a run trains on, and how. `held` (V,): the rows of the embedding that keep their vectors."""
 
-    rows: PackedRows | PackedStream
+    rows: PackedRows | BalancedRows | PackedStream
     corpus: TokenizedCorpus | StreamedCorpus
     recipe: Recipe
     budget: Budget
@@ -229,7 +231,9 @@ def likelihood_of(
     on_progress: Callable[[int, int], None] | None = None,
     on_scores: Callable[[Sequence[Window], np.ndarray], None] | None = None,
 ) -> list[Measurement]:
-    """The likelihood of the validation text, as the recipe says; see `measure_likelihood`."""
+    """The likelihood of the validation text, as the recipe says, and of each language in a full pass; see
+    `measure_likelihood`."""
+    languages = corpus.languages if max_tokens is None else {}
     return measure_likelihood(
         model,
         corpus.validation,
@@ -240,6 +244,7 @@ def likelihood_of(
         carry_state=recipe.evaluation.carry_state,
         n_words=corpus.validation_words,
         max_tokens=max_tokens,
+        parts=documents_of(languages),
         on_progress=on_progress,
         on_scores=on_scores,
     )

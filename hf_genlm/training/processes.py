@@ -233,20 +233,34 @@ class RowsAndBlank(Dataset):
 
 class SharedOrder(Sampler[int]):
     """The order in which one process would read `n_rows`, filled up to whole steps by the blank one behind
-    them: each process then has as many batches as every other, and no row is read twice."""
+    them: each process then has as many batches as every other, and no row is read twice.
 
-    def __init__(self, n_rows: int, batch_size: int, seed: int, epoch: Callable[[], int]):
+    `draw(seed, epoch)` gives it, where the rows have an order of their own; else it is a permutation.
+    """
+
+    def __init__(
+        self,
+        n_rows: int,
+        batch_size: int,
+        seed: int,
+        epoch: Callable[[], int],
+        draw: Callable[[int, int], np.ndarray] | None = None,
+    ):
         super().__init__()
         self.n_rows, self.batch_size, self.seed, self.epoch = n_rows, batch_size, seed, epoch
+        self._draw = draw or self._permutation
 
     def __len__(self) -> int:
         return -(-self.n_rows // self.batch_size) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        # as accelerate's SeedableRandomSampler
-        generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        yield from torch.randperm(self.n_rows, generator=generator).tolist()
+        yield from self._draw(self.seed, self.epoch()).tolist()
         yield from [self.n_rows] * (len(self) - self.n_rows)
+
+    def _permutation(self, seed: int, epoch: int) -> np.ndarray:
+        # as accelerate's SeedableRandomSampler
+        generator = torch.Generator().manual_seed(seed + epoch)
+        return torch.randperm(self.n_rows, generator=generator).numpy()
 
 
 def _value_of(value: Any, message: str | None, has_failed: bool) -> Any:

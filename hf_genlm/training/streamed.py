@@ -1,6 +1,7 @@
 """The corpus of a run that reads it while it trains, and its place in a checkpoint."""
 
 import dataclasses
+import typing
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ class StreamedCorpus:
     rate: WordRate | None = None  # of the beginning of the text, where it is asked for
 
     n_tokens = None  # not known
+    languages: typing.ClassVar[dict[str, Any]] = {}  # not told apart in a stream
 
     def word_rate(self, rows: PackedStream) -> WordRate:
         """Words a token, of the beginning of the text."""

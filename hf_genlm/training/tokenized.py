@@ -9,15 +9,20 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hf_genlm.errors import UserError
+from hf_genlm.evaluation.by_language import documents_of
+from hf_genlm.evaluation.measurement import write_measurements
 from hf_genlm.recipe import Recipe, TrainingRecipe
 from hf_genlm.run_folder import RunFolder, read_json, write_json
+from hf_genlm.text.balanced import BalancedRows, balanced_text, repeats_of
 from hf_genlm.text.cache import ArrayWriter, Cache, cache_folder
-from hf_genlm.text.corpus import Corpus, notes_on, read_corpus
+from hf_genlm.text.corpus import Corpus, count_text, notes_on, read_corpus
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents, tokenized_of
+from hf_genlm.text.languages import spans
 from hf_genlm.text.packing import PackedRows
 from hf_genlm.text.store import Documents
 from hf_genlm.text.tokenizer import load_tokenizer, train_tokenizer
 from hf_genlm.training import processes
+from hf_genlm.training.languages import tokenization_of
 from hf_genlm.training.milestones import WordRate
 from hf_genlm.training.word_vectors import count_words
 
@@ -29,37 +34,39 @@ _SHARED = "train"
 class TokenizedCorpus:
     """Both splits as token ids, with the tokenizer that made them.
 
-    `words` counts those of the training text, for word vectors alone: otherwise it is empty. `n_words` (n,)
-    is how many each validation document has; None where that text is not at hand.
+    `words` counts those of the training text, for word vectors alone: otherwise it is empty.
+    `validation_words` (n,) is how many each validation document has; None where that text is not at hand.
+    `train_words` is their number in the training text, where it is asked for. `languages` is what corpus.json
+    says of each, nothing where none were named.
     """
 
     tokenizer: PreTrainedTokenizerBase
     train: TokenizedDocuments
     validation: TokenizedDocuments
     words: dict[str, int]
-    validation_words: np.ndarray | None = None  # of each document, as `Documents.count_words`
-    train_words: int | None = None  # where they are asked for, as `Documents.total_words`
+    validation_words: np.ndarray | None = None
+    train_words: int | None = None
+    languages: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def n_tokens(self) -> int:
         """Of the training text."""
         return self.train.n_tokens
 
-    def rows(self, training: TrainingRecipe) -> PackedRows:
+    def rows(self, training: TrainingRecipe) -> PackedRows | BalancedRows:
         """What a resolved recipe trains on."""
-        return PackedRows(
-            self.train,
-            row_length=training.row_length,
-            eos_id=self.tokenizer.eos_token_id,
-            pad_id=self.tokenizer.pad_token_id,
-            goes_on=training.carry_state,
-        )
+        row_length = training.row_length
+        ids = {"eos_id": self.tokenizer.eos_token_id, "pad_id": self.tokenizer.pad_token_id}
+        repeats = repeats_of(self.languages)
+        if repeats is None:
+            return PackedRows(self.train, row_length, **ids, goes_on=training.carry_state)
+        return BalancedRows(self.train, documents_of(self.languages, "train"), repeats, row_length, **ids)
 
-    def word_rate(self, rows: PackedRows) -> WordRate:
+    def word_rate(self, rows: PackedRows | BalancedRows) -> WordRate:
         """Words a token, of the whole training text."""
         return WordRate(self.train_words, rows.n_rows * (rows.row_length - 1))
 
-    def known_ids(self, rows: PackedRows) -> np.ndarray:
+    def known_ids(self, rows: PackedRows | BalancedRows) -> np.ndarray:
         """(n,): all of the training text that is at hand as ids."""
         return self.train.ids
 
@@ -80,19 +87,19 @@ def prepare_corpus(run: RunFolder, recipe: Recipe, is_again: bool = False) -> To
         return _prepare(run, recipe, is_again)
     found: list[TokenizedCorpus] = []
 
-    def leave() -> PreTrainedTokenizerBase:
+    def leave() -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
         found.append(_prepare(run, recipe, is_again))
         _leave(found[0].train, run)
-        return found[0].tokenizer
+        return found[0].tokenizer, found[0].languages
 
-    tokenizer = processes.from_first(leave)
+    tokenizer, languages = processes.from_first(leave)
     if not found:
         recipe.tokenizer.vocab_size = len(tokenizer)
     train = processes.together(lambda: found[0].train if found else _take(run))
     if found:
         shutil.rmtree(run.shared)
         return found[0]
-    return TokenizedCorpus(tokenizer, train, train[:0], {})
+    return TokenizedCorpus(tokenizer, train, train[:0], {}, languages)
 
 
 def _leave(documents: TokenizedDocuments, run: RunFolder) -> None:
@@ -123,12 +130,16 @@ def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> TokenizedCorpus:
     cache = Cache(cache_folder() if recipe.corpus.cache else None, note)
     corpus = read_corpus(recipe.corpus)
     run.log("corpus", **{name: corpus.report[name] for name in ("description", "train", "validation")})
+    if recipe.corpus.languages:
+        run.log("languages", languages=corpus.report["languages"])
     for message in notes_on(corpus.report):
         note(message)
     if is_again:
         check_same(read_json(run.corpus), corpus.report)
-    text = corpus.report["train"]
-    tokenizer = tokenizer_of(run, recipe, corpus.train, text["bytes"], is_again, cache, text["sha256"])
+    text, languages = corpus.report["train"], corpus.report.get("languages", {})
+    documents = balanced_text(corpus.train, languages)
+    sha256 = text["sha256"] if documents is corpus.train else count_text(documents)["sha256"]
+    tokenizer = tokenizer_of(run, recipe, documents, text["bytes"], is_again, cache, sha256)
     words = count_words(corpus.train) if recipe.vectors.path is not None else {}
     if recipe.training.checkpoint_words:
         run.tell("progress", task="counting words", done=0, total=None)
@@ -139,10 +150,15 @@ def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> TokenizedCorpus:
         train,
         validation,
         words,
-        corpus.validation.count_words(),
-        corpus.report["train"].get("words"),
+        validation_words=corpus.validation.count_words(),
+        train_words=corpus.report["train"].get("words"),
+        languages=languages,
     )
     write_json(run.corpus, corpus.report)
+    if languages:
+        write_measurements(
+            run.languages, tokenization_of(tokenizer, corpus.validation, languages, recipe.corpus)
+        )
     run.log(
         "tokenized",
         vocab_size=len(tokenizer),
@@ -218,4 +234,7 @@ def _encode_splits(
         sha256 = corpus.report[split]["sha256"]
         encoded.append(encode_documents(tokenizer, documents, on_progress, note, cache, sha256))
         corpus.report[split]["tokens"] = encoded[-1].n_tokens
+        languages = corpus.report.get("languages", {})
+        for code, span in spans(documents_of(languages, split)).items():
+            languages[code][split]["tokens"] = encoded[-1][span].n_tokens
     return encoded

@@ -22,20 +22,24 @@ from hf_genlm.run_folder import (
     write_json,
     write_text,
 )
+from hf_genlm.text.languages import check_languages
 from hf_genlm.training import processes
 from hf_genlm.training.budget import Budget, budget_of, resolve
 from hf_genlm.training.callbacks import Diverged
 from hf_genlm.training.checkpoints import Checkpoint, newest_checkpoint, write_model
 from hf_genlm.training.configure import (
+    adopt_model,
     adopt_unchanged,
     adopt_vocabulary,
     build_config,
+    load_weights,
     mixer_types_of,
     plan_recipe,
     settle_decay,
 )
 from hf_genlm.training.fit import Job, fit, likelihood_of
 from hf_genlm.training.lanes import Lanes
+from hf_genlm.training.languages import measure_languages
 from hf_genlm.training.milestones import read_milestones
 from hf_genlm.training.optimizer import check_optimizer
 from hf_genlm.training.pair_start import MOST_TOKENS, start_from_pairs
@@ -83,6 +87,7 @@ def train(
     """
     processes.join()
     if not resume:
+        recipe = adopt_model(recipe)
         check(recipe)
     stop = StopRequest(str(out))
     with _opened(out, listener, resume) as run, stop.heard():
@@ -156,6 +161,12 @@ def check(recipe: Recipe) -> None:
     if recipe.corpus.stream and recipe.training.carry_state:
         raise UserError(
             "training.carry_state = true needs all rows at hand, and --stream has none of them: leave one out"
+        )
+    check_languages(recipe.corpus)
+    if recipe.corpus.temperature != 1 and recipe.training.carry_state:
+        raise UserError(
+            "training.carry_state = true reads the text in its order, and corpus.temperature = "
+            f"{recipe.corpus.temperature:g} parts of it again and again: leave one out"
         )
     _check_sharding(recipe)
     processes.rows_of_each(recipe.training.batch_size, recipe.training.accumulation)
@@ -239,6 +250,8 @@ def _start(run: RunFolder, model: GenLMForCausalLM, job: Job, is_new: bool) -> t
     """Give `model` the start that the recipe names; returns the tokens (V,) whose vectors are to stay."""
     recipe, corpus = job.recipe, job.corpus
     held = None
+    if recipe.model.init_from is not None and is_new:
+        load_weights(model, recipe.model.init_from)
     if recipe.vectors.path is not None:
         ids = corpus.known_ids(job.rows)
         found = start_from_vectors(run, model, corpus.tokenizer, corpus.words, ids, recipe)
@@ -327,6 +340,16 @@ def evaluate_run(
     blocks = BlockSums.of(corpus.validation)
     found = likelihood_of(model, corpus, recipe, on_progress=on_progress, on_scores=blocks.add)
     blocks.save(run.blocks)
+    found += measure_languages(
+        model,
+        corpus.tokenizer,
+        found,
+        corpus.languages,
+        recipe,
+        start_id=corpus.tokenizer.bos_token_id,
+        context=recipe.evaluation.context or recipe.training.row_length,
+        on_progress=on_progress,
+    )
     write_measurements(run.evaluation, found)
     run.log("evaluated", measurements=[m.to_json() for m in found])
     return found

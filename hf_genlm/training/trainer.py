@@ -13,6 +13,7 @@ from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.recipe import TrainingRecipe
 from hf_genlm.run_folder import RunFolder
+from hf_genlm.text.balanced import BalancedRows
 from hf_genlm.training.budget import Budget, trapezoid
 from hf_genlm.training.callbacks import Diverged
 from hf_genlm.training.checkpoints import Progress, clear_parts, full_disk_as, part_of, seal
@@ -63,12 +64,13 @@ class BudgetTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if self.lanes is not None:
             return self.lanes.order
-        if count() == 1:
+        is_shared = isinstance(self.train_dataset, RowsAndBlank)
+        rows: Any = getattr(self.train_dataset, "rows", self.train_dataset)  # without the blank one
+        draw = rows.order if isinstance(rows, BalancedRows) else None
+        if not is_shared and draw is None:
             return super()._get_train_sampler(train_dataset)
-        n_rows = len(self.train_dataset) - 1
-        return SharedOrder(
-            n_rows, self.recipe.batch_size, self.args.seed, epoch=lambda: int(self.state.epoch or 0)
-        )
+        n_at_once = self.recipe.batch_size if is_shared else 1
+        return SharedOrder(len(rows), n_at_once, self.args.seed, lambda: int(self.state.epoch or 0), draw)
 
     def whole_model(self) -> GenLMForCausalLM | None:
         """In the first process the model with all of its weights: itself, or where it is sharded a copy. All

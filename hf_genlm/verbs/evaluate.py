@@ -35,6 +35,8 @@ def run(options: argparse.Namespace) -> None:
         if "documents" in needs:
             _tokenize(material, subject, display)
         measurements = [found for name in suite for found in _measure(name, subject, material, display)]
+        if "likelihood" in suite:
+            measurements += _measure_languages(measurements, subject, material, recipe)
     if run and not options.sources and not options.assignments:
         update_measurements(run.evaluation, measurements)
     if options.json:
@@ -103,6 +105,7 @@ def _read_text(
         corpus = (read_stream if recipe.corpus.stream else read_corpus)(recipe.corpus)
         material.split, material.texts, report = "validation", corpus.validation, corpus.report
         material.training = corpus.train if isinstance(corpus, Corpus) else None
+        material.languages = report.get("languages", {})
         _check_same_text(run, report)
     else:
         return
@@ -141,6 +144,22 @@ def _measure(name: str, subject: "Subject", material: "Material", display: Displ
     row = EVALUATIONS[name]
     with display.set_aside() if row.brings_bars else nullcontext():
         return row.measure(subject, material, on_progress)
+
+
+def _measure_languages(
+    measured: "list[Measurement]", subject: "Subject", material: "Material", recipe: Recipe
+) -> "list[Measurement]":
+    from hf_genlm.training.languages import measure_languages
+
+    return measure_languages(
+        subject.model,
+        subject.tokenizer,
+        measured,
+        material.languages,
+        recipe,
+        start_id=subject.start_id,
+        context=subject.context,
+    )
 
 
 def _check_same_text(run: Any, report: dict[str, Any]) -> None:
