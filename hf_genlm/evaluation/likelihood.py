@@ -65,40 +65,33 @@ def measure_likelihood(
 
     Args:
         model: called as `model(input_ids=(B, T) int64, use_cache=False)`; its `.logits` are (B, T, V).
-            Padding stands on the right, where a causal model cannot see it: no attention mask is passed.
+            Padding stands on the right, where a causal model cannot see it.
         documents: (token ids (T,), bytes of the original text) each. Empty ones contribute nothing.
         start_id: id of the token before each document.
         context: input tokens that a window holds at most, the start token included.
         stride: tokens between the beginnings of two windows; None: half the context.
         batch_size: windows in one forward pass, fewer where their logits would pass `MAX_LOGITS`. No result
-            depends on it, beyond the rounding of float32.
+            depends on it.
         max_tokens: score a part only: windows spread evenly over all of them, always the same ones, until so
             many tokens are scored. Each window's score is what it is in the full pass.
-        carry_state: give each token all before it in its document. `context` is then only how much of a
-            document goes through the model at once, no result but the clusters of windows depends on it, and
-            `stride` is not used. The model's cache must hold states that go on for ever, which its config
-            says by `is_recurrent`. `max_tokens` takes documents spread evenly, the last up to there.
+        carry_state: give each token all before it in its document, of a model whose config says
+            `is_recurrent`. `context` is then how much goes through it at once, and `stride` is not used.
+            `max_tokens` takes documents spread evenly, the last up to there.
         n_words: (D,) words of each document's original text; without them, no word_perplexity.
         parts: documents of each part, as a language, in the order in which they stand; in a full pass.
         on_progress: called with (tokens scored so far, tokens to score) after each forward pass.
-        on_scores: called with the windows of each forward pass and the nats (N,) of their scored tokens, in
-            the order of these windows.
+        on_scores: called with the windows of each pass and the nats (N,) of their scored tokens, in order.
 
     Returns:
         - nats_per_token (nats/token): the sum of nats over the number of tokens.
-        - perplexity (1): exp(nats_per_token); its standard error by the delta method.
-        - bits_per_byte (bits/byte): nats_per_token / ln 2 * tokens per byte, the last over all `documents`.
-          In a full pass this is total bits over total bytes. A partial pass estimates that figure, and its n
-          is the number of bytes that the scored tokens stand for at that rate.
+        - perplexity (1): exp(nats_per_token).
+        - bits_per_byte (bits/byte): nats_per_token / ln 2 * tokens per byte, the last over all `documents`:
+          in a full pass total bits over total bytes, which a partial pass estimates.
         - top1_accuracy, top5_accuracy (fraction): the target counts as among the k best when fewer than k
           other tokens have a logit at least as high. Ties count against the model: equal logits score 0.
-        - calibration_error (fraction): see `sums`.
-        - word_perplexity (1): exp(nats per word), over words as bits_per_byte is over bytes.
+        - calibration_error (fraction); word_perplexity (1): exp(nats per word), as bits_per_byte is per byte.
         - nats_per_token/NAME and bits_per_byte/NAME of each of the `parts`, as if it were all.
-        Standard errors (`ratio_stderr`) and 95 % intervals (`bootstrap`) are clustered: by document where at
-        least `MIN_DOCUMENT_CLUSTERS` were scored, otherwise by window, of which those of a document resemble
-        each other: their error is rather a lower bound. Windows are taken to have the bytes per token of all
-        `documents`.
+        Calibration, and the clusters of standard errors and 95 % intervals, are as `sums` says.
 
     Raises:
         UserError: context < 2, a stride outside 1..context, no token to score, logits not finite, or
@@ -117,12 +110,12 @@ def measure_likelihood(
         windows = (_spread_documents if carry_state else _spread)(windows, max_tokens)
     batches = (_carried_batches if carry_state else _batches)(windows, batch_size, model.config.vocab_size)
     sums = _score(model, documents, windows, batches, start_id, carry_state, on_progress, on_scores)
-    sizes_of_documents = {"tokens": n_tokens, "bytes": n_bytes}
+    of_documents = {"tokens": n_tokens, "bytes": n_bytes}
     if n_words is not None:
-        sizes_of_documents["words"] = np.asarray(n_words, dtype=np.int64) * (n_tokens > 0)
+        of_documents["words"] = np.asarray(n_words, dtype=np.int64) * (n_tokens > 0)
     document_W = np.array([window.document for window in windows])
-    found = measurements_of(sums, document_W, sizes_of_documents, split)
-    return found + measurements_of_parts(parts or {}, sums, document_W, sizes_of_documents, split)
+    found = measurements_of(sums, document_W, of_documents, split)
+    return found + measurements_of_parts(parts or {}, sums, document_W, of_documents, split)
 
 
 def document_nats(

@@ -7,6 +7,10 @@ AAAI 2015; Guo et al., ICML 2017, eq. 3, with as many bins). Such bins are known
 scored, so that sums of windows are enough. The standard error and the interval take the signs of the bins'
 sums as given; of few tokens, chance alone makes the figure larger than that of all text.
 
+Errors. Standard errors (`ratio_stderr`) and 95 % intervals (`bootstrap`) are clustered: by document where at
+least `MIN_DOCUMENT_CLUSTERS` were scored, otherwise by window, of which those of a document resemble each
+other: their error is rather a lower bound. Windows are taken to have the bytes per token of all documents.
+
 Legend of shapes: N scored tokens, W windows, D documents, C clusters, R resamples.
 """
 

@@ -128,6 +128,11 @@ def fit(
         return None
     whole.config.use_cache = True  # Trainer turned it off for training
     _sample(run, whole, job, step)
+    _log_end(run, job, step, seconds)
+    return whole
+
+
+def _log_end(run: RunFolder, job: Job, step: int, seconds: float) -> None:
     run.log(
         "trained",
         steps=step,
@@ -136,7 +141,6 @@ def fit(
         seconds=round(seconds, 2),
         tokens_per_s=round(job.pace.tokens(step) / seconds),
     )
-    return whole
 
 
 def _callbacks(
