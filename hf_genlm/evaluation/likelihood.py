@@ -313,7 +313,8 @@ def _score_batch(
     targets_N = torch.from_numpy(targets_BT[scored_BT]).to(device)
     nats_N = cross_entropy(logits_NV, targets_N, reduction="none")
     target_logits_N = logits_NV.gather(1, targets_N[:, None])
-    at_least_N = (logits_NV >= target_logits_N).sum(dim=1)  # the target itself included
+    # the target itself included; ones and zeros of floats are added up three times as fast as those of bools
+    at_least_N = torch.ge(logits_NV, target_logits_N, out=torch.empty_like(logits_NV)).sum(dim=1)
     # log of the sum of exp(logits) = nats + the target's logit
     confidence_N = (logits_NV.amax(dim=1) - target_logits_N[:, 0] - nats_N).exp()
     scores_4N = torch.stack([nats_N, at_least_N <= 1, at_least_N <= 5, confidence_N])

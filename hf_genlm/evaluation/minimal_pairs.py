@@ -59,7 +59,7 @@ def measure_minimal_pairs(
     *,
     start_id: int,
     context: int,
-    batch_size: int = 256,
+    batch_size: int = 64,
     split: str = "pairs",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Measurement]:
