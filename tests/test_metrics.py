@@ -63,14 +63,15 @@ def evaluate(tmp_path_factory):
         home = tmp_path_factory.mktemp("evaluate")
         patch.setattr(evaluate.config, "HF_METRICS_CACHE", home / "metrics")
         patch.setattr(evaluate.config, "HF_MODULES_CACHE", home / "modules")
-        patch.setattr(sys, "path", list(sys.path))
+        # another test may have let evaluate import scripts from another cache, which would be found first
+        patch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / "evaluate_modules").is_dir()])
         _forget_scripts()
         yield evaluate
         _forget_scripts()
 
 
 def _forget_scripts() -> None:
-    """What evaluate imported from one cache would hide another one."""
+    """Those that evaluate has imported from its cache."""
     for name in [name for name in sys.modules if name.split(".")[0] == "evaluate_modules"]:
         del sys.modules[name]
 
