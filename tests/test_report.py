@@ -5,7 +5,7 @@ import re
 from html.parser import HTMLParser
 
 from hf_genlm.publish.figures import line_style, new_figure, save_png
-from hf_genlm.publish.report import Code, Heading, Picture, Table, Text, write_report
+from hf_genlm.publish.report import Code, Heading, Lead, Picture, Table, Text, write_report
 
 
 class Reader(HTMLParser):
@@ -34,6 +34,7 @@ def test_a_report_stands_alone_and_says_the_same_twice(tmp_path):
     hostile = "<script>alert('a|b')</script> & *stars*"
     blocks = [
         Heading("Which one"),
+        Lead("1.25 is least"),
         Text(hostile),
         Table(
             ["decoder", "bits"],
@@ -49,13 +50,24 @@ def test_a_report_stands_alone_and_says_the_same_twice(tmp_path):
     reader = Reader()
     reader.feed(page)
     text = " ".join(reader.words)
-    for words in ("A <b> report", "Which one", hostile, "lstm", "1.25", "The loss.", "hf-genlm train x"):
+    for words in (
+        "A <b> report",
+        "Which one",
+        "1.25 is least",
+        hostile,
+        "lstm",
+        "1.25",
+        "The loss.",
+        "hf-genlm train x",
+    ):
         assert words in text
     assert "<script" not in page
     (address,) = reader.addresses
     assert base64.b64decode(address.removeprefix("data:image/png;base64,")) == picture.read_bytes()
     markdown = plain.read_text(encoding="utf-8")
     assert "](plots/one.png)" in markdown
+    assert "**1.25 is least**" in markdown
+    assert "| lstm | 1.5 |" in markdown, "a number in a cell stays as it is"
     rows = re.findall(r"^\|.*\|$", markdown, flags=re.MULTILINE)
     assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [3, 3, 3, 3]
     assert "<script>" not in markdown

@@ -144,7 +144,7 @@ def _quantities(results: Results) -> Table:
     return Table(
         ["", "layers x width", *(name for name, _, _ in _QUANTITIES), "context"],
         rows,
-        "Means over the seeds. FLOPs are 3 x forward FLOPs per token x tokens; minutes those of training. "
+        "Means over the seeds. FLOPs are 3 x forward FLOPs per token x tokens; minutes those of the steps. "
         "Context: tokens that a prediction may look back on when it is measured.",
     )
 
@@ -225,9 +225,8 @@ def _about_text(folder: ComparisonFolder, results: Results) -> str:
 
 
 def _about_machine(environment: dict) -> str:
-    packages = ", ".join(
-        f"{name} {environment['packages'][name]}" for name in ("hf_genlm", "torch", "transformers")
-    )
+    versions = {name: environment["packages"][name] for name in ("hf_genlm", "torch", "transformers")}
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None)
     return (
         f"Machine: {environment['device']}, {environment['cpu_count']} CPU cores, {environment['platform']}; "
         f"Python {environment['python']}, {packages}."

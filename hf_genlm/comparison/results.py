@@ -156,7 +156,9 @@ def verdict(results: Results) -> str:
     told = [d for d in results.differences if d.is_told]
     untold = [d for d in results.differences if not d.is_told]
     parts = [f"{d.name} is {signed(d.estimate, '')} worse{_p(d)}" for d in told]
-    parts += [f"{d.name} cannot be told from {best.name} ({signed(d.estimate)}{_p(d)})" for d in untold]
+    if untold:
+        names = ", ".join(f"{d.name} ({signed(d.estimate)}{_p(d)})" for d in untold)
+        parts.append(f"not to be told from it: {names}")
     head = "is best" if not untold else "has the lowest mean"
     head = "is the only one that finished" if not results.differences else head
     sentence = f"{best.name} {head}: {best.mean.value:.3f} bits per byte{_interval(best.mean)}"
