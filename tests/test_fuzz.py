@@ -237,12 +237,14 @@ def check_recipe_text(text: str | None, words: list[str], folder) -> str:
 
 def check_types(recipe: Recipe) -> None:
     for section in dataclasses.fields(recipe):
-        for value in vars(getattr(recipe, section.name)).values():
-            assert isinstance(value, (type(None), bool, int, float, str, list))
-            if isinstance(value, float):
-                assert math.isfinite(value)
-            if isinstance(value, list):
-                assert all(isinstance(item, str) for item in value)
+        for field in vars(getattr(recipe, section.name)).values():
+            for value in field.values() if isinstance(field, dict) else [field]:
+                assert isinstance(value, (type(None), bool, int, float, str, list))
+                if isinstance(value, float):
+                    assert math.isfinite(value)
+                if isinstance(value, list):
+                    assert all(isinstance(item, str) for item in value)
+            assert not isinstance(field, dict) or all(isinstance(key, str) for key in field)
 
 
 # files
