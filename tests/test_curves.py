@@ -302,7 +302,8 @@ def test_validations_know_where_they_stand(tracked):
     assert [event["step"] for event in found] == [10, 20]
     for event in found:
         assert event["seen_tokens"] == steps[event["step"]]["tokens"]
-        assert event["elapsed_s"] == pytest.approx(steps[event["step"]]["elapsed_s"], abs=0.5)
+        before, after = (steps[event["step"] + n]["elapsed_s"] for n in (0, 1))
+        assert before <= event["elapsed_s"] < after, "it stands where it began"
     drawn = lines_of(draw_curves([curves_of(events)]), "loss over tokens")["validation, a part of it"]
     assert drawn == ([e["seen_tokens"] for e in found], [e["nats_per_token"] for e in found])
 

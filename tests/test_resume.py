@@ -287,12 +287,11 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(text, small_disk, undist
 
 
 def test_a_model_that_found_no_room_is_saved_by_resuming(text, tmp_path, monkeypatch, undisturbed):
-    import hf_genlm.training.train as module
-
     def full(folder):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if folder.name == "model.part":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(module, "flush", full)
+    monkeypatch.setattr("hf_genlm.training.checkpoints.flush", full)
     with pytest.raises(UserError, match="--resume"):
         train(recipe_of(text), tmp_path / "run")
     run = RunFolder(tmp_path / "run")

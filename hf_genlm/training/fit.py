@@ -192,9 +192,10 @@ def _keep(run: RunFolder, model: GenLMForCausalLM, job: Job, words: int, step: i
 
 def _look(run: RunFolder, model: GenLMForCausalLM, job: Job, step: int) -> None:
     """Measure the model on a part of the validation split, and let it write."""
+    reached = _reached(job, step)
     found = likelihood_of(model, job.corpus, job.recipe, _PARTIAL_VALIDATION_TOKENS)
     values = {m.name: round(m.value, 5) for m in found}
-    run.log("validation", step=step, **_reached(job, step), partial=True, tokens=found[0].n, **values)
+    run.log("validation", step=step, **reached, partial=True, tokens=found[0].n, **values)
     _sample(run, model, job, step)
 
 
