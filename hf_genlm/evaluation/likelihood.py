@@ -94,8 +94,7 @@ def measure_likelihood(
         Calibration, and the clusters of standard errors and 95 % intervals, are as `sums` says.
 
     Raises:
-        UserError: context < 2, a stride outside 1..context, no token to score, logits not finite, or
-            `carry_state` for a model with more than recurrent states.
+        UserError: a context, a stride or a model that will not do, no token to score, or logits not finite.
     """
     stride = max(1, context // 2) if stride is None else stride
     _check(context, stride, batch_size, max_tokens)
