@@ -27,15 +27,14 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from hf_genlm.errors import UserError, did_you_mean
-from hf_genlm.evaluation.likelihood import MAX_LOGITS, Document
+from hf_genlm.evaluation.likelihood import MAX_LOGITS, Document, evaluation_mode
 from hf_genlm.evaluation.measurement import Measurement, ratio_stderr
+from hf_genlm.evaluation.sums import MIN_DOCUMENT_CLUSTERS
 
 Progress = Callable[[int, int], None]
 
 FIRST_BUCKET = 64  # positions in the first bucket; each next one ends twice as far
 LEAST_CONTEXT = 8
-# From so many documents on, documents are the clusters of a standard error; below, windows.
-_MIN_DOCUMENT_CLUSTERS = 20
 
 # scaling -> what it adds to `rope_parameters` for texts of `factor` times the trained length
 ROPE_SCALINGS: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -88,7 +87,7 @@ def measure_range(
     windows = _whole_windows(documents, start_id, context, max_tokens)
     half = context // 2
     report = _halved(on_progress, len(windows.ids))
-    with _evaluating(model), torch.inference_mode():
+    with evaluation_mode(model), torch.inference_mode():
         nats_WC = _score(model, [ids[:] for ids in windows.ids], batch_size, report(0, 2))
         short_WH = _score(model, [ids[context - half :] for ids in windows.ids], batch_size, report(2, 1))
     cluster = _clusters(windows)
@@ -150,7 +149,7 @@ def measure_extrapolation(
 
             with (
                 scaled_positions(model, name, factor, length),
-                _evaluating(model),
+                evaluation_mode(model),
                 torch.inference_mode(),
             ):
                 nats_WC = _score(model, windows.ids, batch_size, report)
@@ -275,7 +274,7 @@ def _mean(
 
 def _clusters(windows: Windows) -> np.ndarray:
     documents, cluster = np.unique(windows.document, return_inverse=True)
-    return cluster if len(documents) >= _MIN_DOCUMENT_CLUSTERS else np.arange(len(windows.document))
+    return cluster if len(documents) >= MIN_DOCUMENT_CLUSTERS else np.arange(len(windows.document))
 
 
 def _rotary_embeddings(model: Any) -> list[tuple[Any, str, Any]]:
@@ -311,13 +310,3 @@ def _halved(on_progress: Progress | None, n_windows: int) -> Callable[[int, int]
         return report
 
     return part
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -22,8 +22,8 @@ from hf_genlm.errors import UserError
 from hf_genlm.evaluation.bootstrap import RESAMPLES, percentile_interval
 from hf_genlm.evaluation.likelihood import document_nats
 from hf_genlm.evaluation.measurement import Measurement, ratio_stderr
+from hf_genlm.evaluation.outcomes import worth_of_pairs
 
-_ROUNDING = 1e-6  # relative, of a sum of float32 log-probabilities
 _WORTH = np.array([0.0, 0.5, 1.0])  # of a pair: the bad sentence is likelier, a tie, the good one is
 
 
@@ -96,8 +96,7 @@ def measure_minimal_pairs(
     )
     good = nats[[number[pair.good] for pair in pairs]]
     bad = nats[[number[pair.bad] for pair in pairs]]
-    is_tie = np.abs(good - bad) <= _ROUNDING * (good + bad)
-    outcomes = np.where(is_tie, 1, np.where(good < bad, 2, 0))
+    outcomes = 2 * worth_of_pairs(-good, -bad)
     by_uid: dict[str, list[int]] = defaultdict(list)
     for pair, outcome in zip(pairs, outcomes, strict=True):
         by_uid[pair.uid].append(int(outcome))

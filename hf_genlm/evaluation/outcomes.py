@@ -8,8 +8,8 @@ import numpy as np
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.figure import Figure
 from hf_genlm.evaluation.measurement import ratio_stderr
+from hf_genlm.evaluation.sums import BINS
 
-CALIBRATION_BINS = 15
 _ROUNDING = 1e-6  # relative, of a sum of float32 log-probabilities
 
 
@@ -48,15 +48,20 @@ def pair_accuracy(good: Sequence[float] | np.ndarray, bad: Sequence[float] | np.
         UserError: no pair, arrays of different lengths, or a number that is not finite.
     """
     good, bad = _checked("log-probabilities of good and bad sentences", good, bad)
-    is_tie = np.abs(good - bad) <= _ROUNDING * np.maximum(np.abs(good), np.abs(bad))
-    worth = np.where(is_tie, 0.5, good > bad)
+    worth = worth_of_pairs(good, bad)
     return Figure(float(worth.mean()), len(worth), ratio_stderr(worth, np.ones(len(worth))))
+
+
+def worth_of_pairs(good: np.ndarray, bad: np.ndarray) -> np.ndarray:
+    """(P,): 1 where the good sentence has the higher log-probability, 1/2 where both have one, else 0."""
+    is_tie = np.abs(good - bad) <= _ROUNDING * np.maximum(np.abs(good), np.abs(bad))
+    return np.where(is_tie, 0.5, good > bad)
 
 
 def calibration_error(
     confidence: Sequence[float] | np.ndarray,
     correct: Sequence[bool] | np.ndarray,
-    bins: int = CALIBRATION_BINS,
+    bins: int = BINS,
 ) -> Figure:
     """The expected calibration error: sum_k |hits_k - confidence_k| / n over bins of equal width.
 

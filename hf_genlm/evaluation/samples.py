@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from hf_genlm.decoding import FastGenerator
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.figure import Figure, mean_figure
+from hf_genlm.evaluation.likelihood import evaluation_mode
 from hf_genlm.evaluation.mauve import check_mauve, last_hidden_states, mauve_of_features
 from hf_genlm.evaluation.measurement import Measurement
 from hf_genlm.evaluation.ngrams import distinct_n, repetition, self_bleu
@@ -112,7 +113,7 @@ def measure_samples(
         found += _overlap(words, training_texts, on_progress)
     if mauve and references:
         encoded = [_encode(tokenizer, texts) for texts in (references, samples)]
-        with _evaluating(model):
+        with evaluation_mode(model):
             features = [last_hidden_states(model, ids, start_id_of(tokenizer)) for ids in encoded]
         value = mauve_of_features(*features)
         found.append(Measurement("mauve_own_features", value, "fraction", count, None, "samples", True))
@@ -161,7 +162,7 @@ def generate_texts(
     ticker = _Ticker(count, max_new_tokens, on_progress)
     device = next(model.parameters()).device
     texts: list[str] = []
-    with _evaluating(model), _generating_by(model, config), _seeded(seed, device):
+    with evaluation_mode(model), _generating_by(model, config), _seeded(seed, device):
         fast = FastGenerator(model)
         for first in range(0, count, _ROWS):
             inputs = _left_padded(rows[first : first + _ROWS], pad, device)
@@ -292,18 +293,6 @@ class _Ticker(BaseStreamer):
     def end(self) -> None:
         """All rows have ended, some of them perhaps before their last token."""
         self._tell(self._stop, self._total)
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module is back in the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -117,8 +117,37 @@ def _lm_eval(subject: Subject, material: Material, on_progress: Progress) -> lis
     )
 
 
+def _range(subject: Subject, material: Material, on_progress: Progress) -> list[Measurement]:
+    from hf_genlm.evaluation.long_range import measure_range
+
+    return measure_range(
+        subject.model,
+        material.documents,
+        subject.start_id,
+        subject.context,
+        batch_size=material.how.batch_size,
+        split=material.split,
+        on_progress=on_progress,
+    )
+
+
+def _samples(subject: Subject, material: Material, on_progress: Progress) -> list[Measurement]:
+    from hf_genlm.evaluation.samples import measure_samples
+
+    held_out = None if material.texts is None else [document.text for document in material.texts]
+    return measure_samples(
+        subject.model,
+        subject.tokenizer,
+        training_texts=material.training,
+        reference_texts=held_out,
+        on_progress=on_progress,
+    )
+
+
 EVALUATIONS: dict[str, Evaluation] = {
     "likelihood": Evaluation(("documents",), _likelihood),
     "minimal_pairs": Evaluation(("pairs",), _minimal_pairs),
+    "range": Evaluation(("documents",), _range),
+    "samples": Evaluation(("training",), _samples),
     "lm_eval": Evaluation(("tasks",), _lm_eval, brings_bars=True),
 }

@@ -4,7 +4,8 @@ import datasets
 import evaluate
 
 from hf_genlm.evaluation.figure import as_results
-from hf_genlm.evaluation.outcomes import CALIBRATION_BINS, calibration_error
+from hf_genlm.evaluation.outcomes import calibration_error
+from hf_genlm.evaluation.sums import BINS
 
 _DESCRIPTION = """
 The expected calibration error: how far confidences are from how often they are right, averaged over
@@ -48,5 +49,5 @@ class CalibrationError(evaluate.Metric):
             reference_urls=["https://proceedings.mlr.press/v70/guo17a.html"],
         )
 
-    def _compute(self, confidence, correct, bins=CALIBRATION_BINS):
+    def _compute(self, confidence, correct, bins=BINS):
         return as_results({"calibration_error": calibration_error(confidence, correct, bins)})
