@@ -265,6 +265,16 @@ class TestSuite:
         assert "[" in lines[0]
         assert lines[0].endswith("n = 6 (pairs)")
 
+    def test_a_run_has_its_text_for_range_and_samples(self, trained, capsys):  # noqa: F811
+        words = ["--suite", "range,samples", "--set", "evaluation.context=64", "--json"]
+        assert main(["evaluate", str(trained.path), *words]) == 0
+        found = {(m["name"], m["split"]): m for m in json.loads(capsys.readouterr().out)["measurements"]}
+        assert 0 < found["nats_per_token/1-64", "validation"]["value"] < 8
+        assert ("nats_gain_from_2x_context", "validation") in found
+        shares = [found["training_overlap_1", split]["value"] for split in ("samples", "reference")]
+        assert all(0 < share <= 1 for share in shares)
+        assert found["words_per_text", "samples"]["n"] == 100
+
     def test_what_is_measured_of_a_run_is_kept_beside_the_rest(self, trained, data, capsys):  # noqa: F811
         before = trained.evaluation.read_bytes()
         try:
