@@ -1,10 +1,13 @@
 """Many languages in one model: what balancing does for the worst, and what new tokens do for a new one.
 
     python recipes/benchmarks/languages.py balance FOLDER
+    python recipes/benchmarks/languages.py whole FOLDER
     python recipes/benchmarks/languages.py extend FOLDER
 
 FOLDER holds a text file a language, named by its code (`eng.txt`, `deu_1996.txt`), all of the same content,
-whose bytes therefore give the byte premiums. Every fifth line is held out, whatever else is measured.
+whose bytes therefore give the byte premiums. Every fifth line is held out, whatever else is measured. `balance`
+cuts six of the languages to a quarter and evens out the content; `whole` leaves all as they are and evens out
+the bytes, as without premiums (of contents that are alike already there is nothing to even out).
 """
 
 import sys
@@ -65,23 +68,28 @@ def bits_of(run, name: str = "bits_per_byte") -> dict[str, float]:
     }
 
 
-def balance(folder: Path) -> None:
+def balance(folder: Path, scarce: tuple[str, ...] = SCARCE) -> None:
     """Proportional, and uniform in content, at equal steps, on the same held-out text."""
-    for name, scarce in (("a quarter of " + ", ".join(SCARCE), SCARCE), ("all of the text", ())):
-        with tempfile.TemporaryDirectory() as work:
-            out = Path(work)
-            premiums = cut(folder, out, scarce)
-            stated = "{" + ", ".join(f"{code}: {premium:.4f}" for code, premium in premiums.items()) + "}"
-            table = {}
-            for temperature in (1, 1000):
-                runs = []
-                for seed in SEEDS:
-                    settings = [*SETTINGS,
-                                f"corpus.temperature={temperature}", f"training.seed={seed}",
-                                f"corpus.byte_premiums={stated}", *sources(out, list(premiums))]  # fmt: skip
-                    runs.append(bits_of(train(load_recipe(None, settings), out / f"{temperature}-{seed}")))
-                table[f"T = {temperature}"] = runs
-            show(name, table)
+    with tempfile.TemporaryDirectory() as work:
+        out = Path(work)
+        premiums = cut(folder, out, scarce)
+        stated = "{" + ", ".join(f"{code}: {premium:.4f}" for code, premium in premiums.items()) + "}"
+        table = {}
+        for temperature in (1, 1000):
+            runs = []
+            for seed in SEEDS:
+                settings = [*SETTINGS, f"corpus.temperature={temperature}", f"training.seed={seed}",
+                            *sources(out, list(premiums))]  # fmt: skip
+                if scarce:
+                    settings.append(f"corpus.byte_premiums={stated}")
+                runs.append(bits_of(train(load_recipe(None, settings), out / f"{temperature}-{seed}")))
+            table[f"T = {temperature}"] = runs
+        show("a quarter of " + ", ".join(scarce) if scarce else "all of the text", table)
+
+
+def whole(folder: Path) -> None:
+    """Proportional, and uniform in bytes, of all that there is of each language."""
+    balance(folder, scarce=())
 
 
 def show(name: str, table: dict) -> None:
@@ -122,4 +130,4 @@ def extend(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"balance": balance, "extend": extend}[sys.argv[1]](Path(sys.argv[2]))
+    {"balance": balance, "whole": whole, "extend": extend}[sys.argv[1]](Path(sys.argv[2]))
