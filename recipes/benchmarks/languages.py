@@ -5,9 +5,9 @@
     python recipes/benchmarks/languages.py extend FOLDER
 
 FOLDER holds a text file a language, named by its code (`eng.txt`, `deu_1996.txt`), all of the same content,
-whose bytes therefore give the byte premiums. Every fifth line is held out, whatever else is measured. `balance`
-cuts six of the languages to a quarter and evens out the content; `whole` leaves all as they are and evens out
-the bytes, as without premiums (of contents that are alike already there is nothing to even out).
+whose bytes therefore give the byte premiums. Every fifth line is held out, whatever else is measured.
+`balance` cuts six of the languages to a quarter and evens out the content; `whole` leaves all as they are and
+evens out the bytes, as without premiums (of contents that are alike already there is nothing to even out).
 """
 
 import sys
