@@ -121,8 +121,8 @@ def _add_evaluate(verbs: Any) -> None:
     evaluate.add_argument(
         "--suite",
         metavar="A,B,..",
-        help="likelihood, range, samples, minimal_pairs, lm_eval; default: what SOURCE, --pairs and --tasks "
-        "ask for",
+        help="likelihood, range, extrapolation, samples, minimal_pairs, lm_eval; default: what SOURCE, "
+        "--pairs and --tasks ask for",
     )
     evaluate.add_argument(
         "--pairs", metavar="PATH", help="a .jsonl file of BLiMP's format, or a folder of them"

@@ -266,11 +266,12 @@ class TestSuite:
         assert lines[0].endswith("n = 6 (pairs)")
 
     def test_a_run_has_its_text_for_range_and_samples(self, trained, capsys):  # noqa: F811
-        words = ["--suite", "range,samples", "--set", "evaluation.context=64", "--json"]
+        words = ["--suite", "range,extrapolation,samples", "--set", "evaluation.context=64", "--json"]
         assert main(["evaluate", str(trained.path), *words]) == 0
         found = {(m["name"], m["split"]): m for m in json.loads(capsys.readouterr().out)["measurements"]}
         assert 0 < found["nats_per_token/1-64", "validation"]["value"] < 8
         assert ("nats_gain_from_2x_context", "validation") in found
+        assert ("nats_per_token/4x_none/129-256", "validation") in found
         shares = [found["training_overlap_1", split]["value"] for split in ("samples", "reference")]
         assert all(0 < share <= 1 for share in shares)
         assert found["words_per_text", "samples"]["n"] == 100

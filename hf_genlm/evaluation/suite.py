@@ -131,6 +131,19 @@ def _range(subject: Subject, material: Material, on_progress: Progress) -> list[
     )
 
 
+def _extrapolation(subject: Subject, material: Material, on_progress: Progress) -> list[Measurement]:
+    from hf_genlm.evaluation.long_range import measure_extrapolation
+
+    return measure_extrapolation(
+        subject.model,
+        material.documents,
+        subject.start_id,
+        trained_length=subject.context,
+        split=material.split,
+        on_progress=on_progress,
+    )
+
+
 def _samples(subject: Subject, material: Material, on_progress: Progress) -> list[Measurement]:
     from hf_genlm.evaluation.samples import measure_samples
 
@@ -148,6 +161,7 @@ EVALUATIONS: dict[str, Evaluation] = {
     "likelihood": Evaluation(("documents",), _likelihood),
     "minimal_pairs": Evaluation(("pairs",), _minimal_pairs),
     "range": Evaluation(("documents",), _range),
+    "extrapolation": Evaluation(("documents",), _extrapolation),
     "samples": Evaluation(("training",), _samples),
     "lm_eval": Evaluation(("tasks",), _lm_eval, brings_bars=True),
 }
