@@ -34,6 +34,9 @@ MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "mar
 CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "np.load", "numpy.load",
          "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "torch.load",
          "torch.hub.load"}  # fmt: skip
+# what makes such a call safe; it has to be said
+SAFE = {"torch.load": {"weights_only": "True"}, "np.load": {"allow_pickle": "False"}}
+NONE = {"": "nothing does"}
 ARGUMENTS = {"trust_remote_code": True, "allow_pickle": True, "shell": True, "weights_only": False,
              "use_safetensors": False}  # fmt: skip
 
@@ -53,8 +56,8 @@ def executes(source: str) -> list[str]:
         elif isinstance(node, ast.Call):
             name = dotted(node.func)
             given = {keyword.arg: keyword.value for keyword in node.keywords}
-            safe = "weights_only" in given and ast.unparse(given["weights_only"]) == "True"
-            found += [name] if name in CALLS and not (name == "torch.load" and safe) else []
+            said = {argument: ast.unparse(value) for argument, value in given.items()}
+            found += [name] if name in CALLS and not SAFE.get(name, NONE).items() <= said.items() else []
             for argument, value in given.items():
                 if argument in ARGUMENTS and ARGUMENTS[argument] is getattr(value, "value", None):
                     found.append(f"{name}({argument}=)")

@@ -311,7 +311,12 @@ def test_recipe_fields_cover_each_other():
     """Every field of the model section is a field of the config, so that none is silently ignored."""
     from hf_genlm.model import GenLMConfig
 
-    names = {field.name for field in dataclasses.fields(Recipe().model)} - {"decoder", "mixers", "size"}
+    names = {field.name for field in dataclasses.fields(Recipe().model)} - {
+        "decoder",
+        "mixers",
+        "size",
+        "init_from",
+    }
     assert names <= {field.name for field in dataclasses.fields(GenLMConfig)}
 
 
