@@ -172,8 +172,15 @@ def test_a_static_cache_can_be_reset_and_used_again(model, tokens):
         cache.reset()
 
 
-@pytest.mark.parametrize("shared_layers", [1, 2])
-@pytest.mark.parametrize("mixer", ["full_attention", "sliding_attention"])
+@pytest.mark.parametrize(
+    ("mixer", "shared_layers"),
+    [
+        ("full_attention", 2),
+        ("sliding_attention", 1),
+        pytest.param("full_attention", 1, marks=pytest.mark.slow),
+        pytest.param("sliding_attention", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_continuous_batching_of_attention_equals_one_by_one(mixer, shared_layers, tokens):
     model = build_model(mixer, shared_layers=shared_layers)
     prompts = [tokens[0].tolist(), tokens[1, :5].tolist()]

@@ -63,7 +63,7 @@ def peak_mb(tmp_path: Path, megabytes: int, kind: str, fault: str = "") -> int:
     [
         ("txt", "", -25, 25),
         ("jsonl", "", -25, 25),
-        ("txt", "text is held", 35, 1000),
+        pytest.param("txt", "text is held", 35, 1000, marks=pytest.mark.slow),
         ("txt", "ids are held", 35, 1000),
     ],
 )
