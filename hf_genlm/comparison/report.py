@@ -152,7 +152,7 @@ def _quantities(results: Results) -> Table:
 def _equal(results: Results, plan: Plan) -> str:
     """What was given alike, and what came out alike and otherwise."""
     given = {
-        "minutes": f"{plan.amount:g} minutes of training on this machine",
+        "minutes": f"{plan.amount:.3g} minutes of training on this machine",
         "steps": f"{plan.amount:g} optimizer steps",
         "tokens": f"{_short(plan.amount)} tokens of training",
         "flops": f"{_short(plan.amount)} FLOPs of training",
