@@ -178,8 +178,8 @@ def cut_short() -> None:
 
     whole = train.likelihood_of
 
-    def a_part(model, corpus, recipe, max_tokens=None, on_progress=None):
-        return whole(model, corpus, recipe, 20_000, on_progress)
+    def a_part(model, corpus, recipe, max_tokens=None, **listeners):
+        return whole(model, corpus, recipe, 20_000, **listeners)
 
     train.likelihood_of = a_part
 
