@@ -39,6 +39,12 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mauve": ("MAUVE of samples", ("mauve-text",)),
     "serve": ("hf-genlm serve and chat", serving.LIBRARIES),
     "track": ("training.report_to", ("tensorboard", "trackio")),
+    "privacy": (
+        "training with a guarantee, and scrubbed text",
+        ("opacus", "datasketch", "detect-secrets", "phonenumbers"),
+    ),
+    "space": ("the demo of hf-genlm space", ("gradio",)),
+    "export": ("hf-genlm export", ("onnxscript", "onnxruntime", "gguf")),
     "test": (
         "the tests, lint and types",
         (
@@ -64,6 +70,14 @@ EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
             "onnxruntime",
             "liger-kernel",
             "fla-core",
+            "gguf",
+            "opacus",
+            "datasketch",
+            "detect-secrets",
+            "phonenumbers",
+            "dp-accounting",
+            "gradio",
+            "playwright",
         ),
     ),
 }

@@ -24,147 +24,30 @@ import yaml
 from hf_genlm.errors import UserError, did_you_mean, without_secrets
 from hf_genlm.plain_yaml import BOOL, NULL, load_yaml
 from hf_genlm.ranges import MOST_WHOLE, RANGES
+from hf_genlm.sections import (
+    CardRecipe,
+    CorpusRecipe,
+    EvaluationRecipe,
+    ModelRecipe,
+    TokenizerRecipe,
+    TrainingRecipe,
+    VectorsRecipe,
+)
 
-
-@dataclass
-class CorpusRecipe:
-    """What is read, and how it is split into training and validation."""
-
-    sources: list[str] = field(
-        default_factory=list
-    )  # files, folders, globs, Hub ids; none: the embedded default
-    languages: dict[str, list[str]] = field(default_factory=dict)  # instead: sources by language code
-    validation: list[str] = field(default_factory=list)  # sources held out as they are; none: split `sources`
-    validation_fraction: float = 0.05  # of the bytes, when `sources` are split
-    split_seed: int = 0  # apart from training.seed: runs with other seeds share one split
-    encoding: str = "utf-8"
-    temperature: float = 1.0  # T: languages are read by size^(1/T); 1: as they are, large: all alike
-    byte_premiums: dict[str, float] = field(
-        default_factory=dict
-    )  # bytes that a language needs for the same content; none: from `parallel`, or 1
-    parallel: dict[str, str] = field(
-        default_factory=dict
-    )  # a file by language, whose lines translate each other
-    text_column: str = "text"  # the field of .jsonl, .parquet and Hub records that holds the text
-    damaged: str = "stop"  # skip: leave out damaged records, and damaged files inside folders; and count them
-    stream: bool = False  # read while training and keep nothing: for text larger than memory and disk
-    shuffle_buffer: int = 16_384  # rows of a stream that are shuffled among each other; 0: none
-    weights: list[float] | None = None  # share of each source in a stream; None: one after the other
-    validation_bytes: int = 2_000_000  # the most that is held out of a stream
-    cache: bool = True  # keep the tokenizer and the token ids for the next run over the same text
-
-
-@dataclass
-class TokenizerRecipe:
-    """The byte-level BPE vocabulary."""
-
-    path: str | None = None  # a tokenizer folder to use instead of training one
-    vocab_size: int | None = None  # None: chosen from the size of the corpus
-    max_characters: int = 50_000_000  # text sampled for training the merges: bounds the memory
-
-
-@dataclass
-class ModelRecipe:
-    """The decoder and its shape. `null` fields follow from `size`, or are those of `init_from`."""
-
-    init_from: str | None = None  # a run or model folder whose weights, shape and tokenizer to go on with
-    decoder: str = "gated_linear"
-    mixers: list[str] | None = None  # one word per layer; overrides `decoder`
-    size: str | None = None  # tiny, small, base, or a parameter count such as 30M; None: by the time
-    hidden_size: int | None = None
-    num_hidden_layers: int | None = None
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    intermediate_size: int | None = None
-    mlp_rank: int | None = None  # of both matrices of the MLP; None: full
-    shared_layers: int = 1  # layers that share each set of weights
-    embedding_size: int | None = None  # width of the embedding table; None: `hidden_size`
-    bigram_size: int | None = None  # rows of a table of token pairs, hashed; 0: no table; None: by decoder
-    position_type: str = "rotary"
-    sliding_window: int | None = None
-    tie_word_embeddings: bool | None = None  # the head is the embedding; None: where that was made narrow
-    output_bias: bool | None = None  # None: follows from `training.start`
-    final_logit_softcapping: float | None = None  # bound of the logits; None: unbounded
-    dropout: float = 0.0
-
-
-@dataclass
-class VectorsRecipe:
-    """Word vectors that the embedding starts from; they set `model.embedding_size`."""
-
-    path: str | None = None  # GloVe, word2vec or fastText, as text or binary, gzipped or not
-    damaged: str = "stop"  # skip: leave out bad lines and words, and count them
-    frozen: bool = False  # tokens that have a vector keep it; drawn ones and the projection learn
-    release_step: int | None = None  # with `frozen`: the optimizer step after which all learn
-
-
-@dataclass
-class TrainingRecipe:
-    """The optimisation. Exactly one of `minutes`, `steps`, `tokens` ends it."""
-
-    minutes: float | None = None  # wall-clock of the training phase: steps and what runs between them
-    steps: int | None = None  # optimizer steps
-    tokens: int | None = None  # training tokens seen, repeats counted
-    most_passes: float = 8.0  # over the text, of a run by the clock: beyond, it is learned by heart
-    seed: int = 0
-    row_length: int | None = None  # tokens in one packed row; None: follows from `size`
-    batch_size: int | None = None  # rows in one forward pass, over all processes; None: follows from `size`
-    accumulation: int = 1  # forward passes in one optimizer step
-    carry_state: bool = False  # rows in order; recurrent layers go on from where the row before ended
-    start: str | None = None  # pairs: with what pairs of tokens say; random; None: pairs, unless tied
-    optimizer: str = "adamw"  # or muon
-    learning_rate: float | None = None  # peak; None: follows from the width
-    embedding_rate: float | None = (
-        None  # of embedding and head, in parts of `learning_rate`; None: by `start`
-    )
-    matrix_rate: float = 5.5  # under muon: learning rate of the layers' matrices, in parts of `learning_rate`
-    weight_decay: float | None = None  # of the layers' matrices; None: by the passes over the text
-    embedding_decay: float = 1.0  # of embedding and head, in parts of `weight_decay`
-    bigram_decay: float = 3.0  # of the table of pairs, in parts of `weight_decay`
-    beta1: float = 0.9
-    beta2: float = 0.95
-    max_grad_norm: float = 1.0
-    label_smoothing: float = 0.0  # share of the target that is spread over the vocabulary
-    z_loss: float = 0.0  # weight of the squared log of the normaliser
-    warmup_fraction: float = 0.02  # of the run
-    decay_fraction: float = 0.5  # of the run, linear to zero at its end
-    threads: int | None = (
-        None  # of torch in each process on a CPU; None: measured before a run by the clock, else torch's own
-    )
-    compile: str | None = None  # backend of torch.compile for the steps, as inductor; None: no compiler
-    dtype: str = "auto"  # auto: bfloat16 autocast where the device computes it natively, else float32
-    validations: int | None = None  # on a part of the validation split; None: 4 in half a minute or more
-    samples: int = 2  # texts written at each of them, and at the end
-    checkpoint_minutes: float = 1.0  # of training between two checkpoints, a saving's time 50 times at least
-    checkpoint_steps: int | None = (
-        None  # optimizer steps between two checkpoints instead; 0: none are written
-    )
-    checkpoints_kept: int = 2  # until the run is done
-    checkpoint_words: list[str] = field(
-        default_factory=list
-    )  # after so many words of text (500K, 1M) the model is kept in milestones/; babylm: 1M, 2M ... 1000M
-    report_to: list[str] = field(default_factory=list)  # tensorboard, trackio: hear what log.jsonl does
-
-
-@dataclass
-class EvaluationRecipe:
-    """The exact pass at the end."""
-
-    context: int | None = None  # tokens a prediction may look back on; None: the row length
-    stride: int | None = (
-        None  # tokens by which the context slides over a long document; None: half the context
-    )
-    batch_size: int = 32  # windows in one forward pass; no figure depends on it
-    carry_state: bool | None = None  # look back to the document's start, by states; None: as in training
-
-
-@dataclass
-class CardRecipe:
-    """What no measurement can know about the model."""
-
-    name: str | None = None
-    license: str | None = None
-    language: list[str] = field(default_factory=list)
+__all__ = [
+    "ENDS",
+    "CardRecipe",
+    "CorpusRecipe",
+    "EvaluationRecipe",
+    "ModelRecipe",
+    "Recipe",
+    "TokenizerRecipe",
+    "TrainingRecipe",
+    "VectorsRecipe",
+    "check_recipe",
+    "load_recipe",
+    "set_field",
+]
 
 
 @dataclass

@@ -3,6 +3,7 @@
 RUN/ recipe.yaml  environment.json  corpus.json  log.jsonl  tokenizer/  checkpoints/
      vectors.json (with word vectors)  languages.json (where they are named)
      evaluation.json  evaluation_blocks.npy (likelihood by blocks of text)
+     privacy.json (the guarantee, with privacy.epsilon)  canaries.json (never pushed)  audit.json
      samples.md  model/ (exactly what is pushed)  plots/  milestones/ (models after so many words)
      tensorboard/  .lock (held by the process that trains)
 """
@@ -47,6 +48,9 @@ class RunFolder:
     checkpoints = property(lambda self: self.path / "checkpoints")
     evaluation = property(lambda self: self.path / "evaluation.json")
     blocks = property(lambda self: self.path / "evaluation_blocks.npy")
+    privacy = property(lambda self: self.path / "privacy.json")
+    canaries = property(lambda self: self.path / "canaries.json")
+    audit = property(lambda self: self.path / "audit.json")
     samples = property(lambda self: self.path / "samples.md")
     model = property(lambda self: self.path / "model")
     milestones = property(lambda self: self.path / "milestones")
