@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.training.budget import Budget
-from hf_genlm.training.processes import all_of, draw_apart
+from hf_genlm.training.processes import draw_apart
 
 _LOG_EVERY_S = 0.5
 _LINES = 2000  # a log is to be read and drawn, however long its run was
@@ -216,7 +216,10 @@ class HoldRowsCallback(TrainerCallback):
 
 
 class CheckpointCallback(TrainerCallback):
-    """Asks for a checkpoint when one is due, and for the last one and the end when a signal has come."""
+    """Asks for a checkpoint when one is due, and for the last one and the end when a signal has come.
+
+    `was_stopped` says so in all processes alike.
+    """
 
     def __init__(
         self, budget: Budget, every_s: float, every_steps: int | None, was_stopped: Callable[[], bool]
@@ -232,7 +235,7 @@ class CheckpointCallback(TrainerCallback):
         self._began_s = self.budget.elapsed_s
         if control.should_training_stop:
             return
-        if not all_of(not self.was_stopped()):
+        if self.was_stopped():
             control.should_save = control.should_training_stop = True
         else:
             control.should_save = self._is_due(state.global_step)

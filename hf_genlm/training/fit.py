@@ -102,6 +102,7 @@ def fit(
         recipe=training,
         lanes=job.lanes,
         rate_scale=rate_scale,
+        was_stopped=lambda: stop.is_made,
         is_rate_halved=rate_scale < 1 or (begin is not None and begin.progress.is_rate_halved),
         model=model,
         args=job.arguments,
@@ -111,7 +112,7 @@ def fit(
         callbacks=[
             *_callbacks(run, job, look),
             *_word_callbacks(run, job, keep, is_second_try=rate_scale < 1),
-            _checkpoint_callback(job, stop),
+            _checkpoint_callback(job, lambda: trainer.is_stopped()),
         ],
     )
     trainer.remove_callback(PrinterCallback)
@@ -170,11 +171,11 @@ def _word_callbacks(
     return [WordsCallback(run, job.budget, job.pace, job.words, words, keep, is_second_try)]
 
 
-def _checkpoint_callback(job: Job, stop: StopRequest) -> CheckpointCallback:
+def _checkpoint_callback(job: Job, was_stopped: Callable[[], bool]) -> CheckpointCallback:
     """The last of all: what it lets Trainer write is to hold what the others did."""
     training = job.recipe.training
     every_s, every_steps = 60 * training.checkpoint_minutes, training.checkpoint_steps
-    return CheckpointCallback(job.budget, every_s, every_steps, lambda: stop.is_made)
+    return CheckpointCallback(job.budget, every_s, every_steps, was_stopped)
 
 
 def _keep(run: RunFolder, model: GenLMForCausalLM, job: Job, words: int, step: int) -> None:

@@ -3,7 +3,7 @@
     python recipes/benchmarks/processes.py [--rounds 9] [--steps 8]
 
 A step is forward, backward, clipping and AdamW of the same rows, in float32; that of two processes also has
-what they tell each other in a training: gradients, the number of targets, and the time. While the one process
+the message of a training: gradients, loss, the number of targets, and the time. While the one process
 has its turn the other waits, without a core.
 """
 
@@ -76,11 +76,11 @@ def measure(rounds: int, steps: int) -> None:
 def step_of(decoder: str, shape: str, n: int) -> Callable[[], None]:
     """A training step by `n` processes of the rows of a shape."""
     import torch
-    import torch.distributed as dist
 
     from hf_genlm.model import GenLMConfig, GenLMForCausalLM, mixers_of
     from hf_genlm.recipe import TrainingRecipe
     from hf_genlm.training import processes
+    from hf_genlm.training.message import StepMessage
     from hf_genlm.training.optimizer import OptimizerFactory
 
     width, layers, tokens, rows = SHAPES[shape]
@@ -90,20 +90,19 @@ def step_of(decoder: str, shape: str, n: int) -> Callable[[], None]:
     )
     recipe = TrainingRecipe(learning_rate=1e-4, embedding_rate=1.0, weight_decay=0.1)
     optimizer = OptimizerFactory()(model, recipe)
-    network = torch.nn.parallel.DistributedDataParallel(model) if n > 1 else model
+    message = StepMessage(model)
     ids = torch.randint(0, VOCABULARY, (rows, tokens)).chunk(n)[processes.index() % n]
+    n_targets = ids.shape[0] * (tokens - 1)
 
     def step() -> None:
-        targets = torch.tensor(ids.shape[0] * (tokens - 1))
+        over = torch.tensor(n_targets if n == 1 else 1)
+        loss = model(ids, labels=ids, use_cache=False, skip_logits=True, num_items_in_batch=over).loss
+        loss.backward()
         if n > 1:
-            dist.all_reduce(targets)
-        loss = network(ids, labels=ids, use_cache=False, skip_logits=True, num_items_in_batch=targets).loss
-        (loss * n).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            message.exchange(loss.item(), n_targets, time.monotonic(), is_stopped=False)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if n > 1:
-            processes.clock_of_first(time.monotonic())
 
     return step
 
