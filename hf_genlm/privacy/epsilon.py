@@ -16,7 +16,7 @@ CONFIDENCE = 0.95
 MOST_EPSILON = 100.0
 _MANY = 100  # canaries from which on shares of them are guessed about, too
 _SHARES = (0.5, 0.2)
-_HALVINGS = 60
+_HALVINGS = 40
 
 
 def p_value_of_guesses(n: int, n_guesses: int, n_correct: int, epsilon: float, delta: float) -> float:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 AUDIT_PICTURE = "plots/audit.png"  # in the run folder, and in the folder of the model
 _WIDTH, _HEIGHT = 5.2, 4.2  # inches, of a panel
 _GREY = "#777777"
+_APART = 0.06  # between the points of two series, so that their intervals can be told apart
+_EXPOSURES = {"exposure": "by rank", "exposure_extrapolated": "extrapolated"}
 
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
@@ -30,9 +32,9 @@ def write_audit_picture(
     None, and nothing is drawn, where nothing of it was measured.
     """
     panels: list[Any] = []
-    by_count = _by_number(measured, "exposure/", "canaries")
-    if by_count:
-        panels.append(lambda axes: _draw_exposure(axes, by_count))
+    exposure = {words: _by_number(measured, f"{name}/", "canaries") for name, words in _EXPOSURES.items()}
+    if exposure["by rank"]:
+        panels.append(lambda axes: _draw_exposure(axes, exposure))
     if curves:
         panels.append(lambda axes: _draw_roc(axes, curves, measured))
     extraction = {split: _extraction(measured, split) for split in ("train", "validation")}
@@ -50,15 +52,17 @@ def write_audit_picture(
     return path
 
 
-def _draw_exposure(axes: "Axes", by_count: Mapping[int, Measurement]) -> None:
+def _draw_exposure(axes: "Axes", by_kind: Mapping[str, Mapping[int, Measurement]]) -> None:
     """Over categories, since 0 has no place on a logarithmic axis."""
-    counts = sorted(by_count)
-    _draw_points(axes, range(len(counts)), [by_count[count] for count in counts], 0, "mean, 95 % interval")
+    counts = sorted(by_kind["by rank"])
+    for index, (words, by_count) in enumerate(by_kind.items()):
+        at = [place + index * _APART for place in range(len(counts))]
+        _draw_points(axes, at, [by_count[count] for count in counts], index, words)
     axes.axhline(math.log2(math.e), color=_GREY, linestyle="--", linewidth=1, label="never seen: 1.44 bits")
     axes.set_xticks(range(len(counts)), [str(count) for count in counts])
-    axes.set(title="Exposure of canaries", xlabel="times planted", ylabel="exposure by rank (bits)")
+    axes.set(title="Exposure of canaries", xlabel="times planted", ylabel="exposure (bits)")
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize="small")
+    _legend(axes)
 
 
 def _draw_roc(axes: "Axes", curves: Curves, measured: Sequence[Measurement]) -> None:
@@ -78,14 +82,15 @@ def _draw_roc(axes: "Axes", curves: Curves, measured: Sequence[Measurement]) -> 
         xlim=(least, 1),
         ylim=(0, 1.02),
     )
-    axes.legend(title="area under the curve", fontsize="small", title_fontsize="small")
+    _legend(axes, title="area under the curve")
 
 
 def _draw_extraction(axes: "Axes", by_split: Mapping[str, Mapping[int, Measurement]]) -> None:
     names = {"train": "training text", "validation": "held-out text"}
     for index, (split, by_prefix) in enumerate(by_split.items()):
         if by_prefix:
-            _draw_points(axes, list(by_prefix), list(by_prefix.values()), index, names[split])
+            at = [prefix * (1 + index * _APART) for prefix in by_prefix]
+            _draw_points(axes, at, list(by_prefix.values()), index, names[split])
     n_tokens = next(iter(by_split["train"].values())).name.split("_")[1]
     axes.set_xscale("log")
     prefixes = list(by_split["train"])
@@ -97,7 +102,13 @@ def _draw_extraction(axes: "Axes", by_split: Mapping[str, Mapping[int, Measureme
         ylabel="share of passages",
     )
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize="small")
+    _legend(axes)
+
+
+def _legend(axes: "Axes", title: str | None = None) -> None:
+    """Below the panel, where it hides no curve."""
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
+    axes.legend(title=title, fontsize="small", title_fontsize="small", frameon=False, **place)
 
 
 def _draw_points(

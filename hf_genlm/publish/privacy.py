@@ -73,8 +73,8 @@ def canary_sentence(planted: Mapping[str, Any]) -> str:
     )
     return (
         f"The training text holds {planted['documents']:,} documents that are no part of the sources: "
-        f"copies of {planted['planted']:,} canaries, random secrets that an audit looks for ({counts or 'none'}); "
-        f"{planted['candidates'] - planted['planted']:,} others were drawn and left out."
+        f"copies of {planted['planted']:,} canaries, random secrets that an audit looks for "
+        f"({counts or 'none'}); {planted['candidates'] - planted['planted']:,} others were drawn and left out."
     )
 
 
@@ -121,7 +121,8 @@ def _epsilon(measured: Sequence[Measurement], guarantee: Mapping[str, Any] | Non
     else:
         text = (
             f"Epsilon: what was guessed about the {bound.n} canaries drawn to be planted {_times(count)} or "
-            f"not at all refutes, at a confidence of 95 %, any guarantee with an epsilon below {bound.value:.2f}"
+            "not at all refutes, at a confidence of 95 %, any guarantee with an epsilon below "
+            f"{bound.value:.2f}"
         )
     if guarantee is None:
         return f"{text}; no guarantee was given."
@@ -139,8 +140,8 @@ def _extraction(of: Mapping[tuple[str, str], Measurement]) -> str | None:
     own, other = of[name, "train"], of[name, "validation"]
     return (
         f"Extraction: given {prefix} tokens of its training text it writes the next {n_tokens} word for "
-        f"word in {_with_interval(own, '{:.2%}')} of {own.n:,} passages, and in {_with_interval(other, '{:.2%}')} of "
-        f"{other.n:,} that were held out."
+        f"word in {_with_interval(own, '{:.2%}')} of {own.n:,} passages, and in "
+        f"{_with_interval(other, '{:.2%}')} of {other.n:,} that were held out."
     )
 
 

@@ -178,4 +178,4 @@ def _digits(n: int, seed: int, *words: object) -> str:
 def _number(seed: int, *words: object) -> int:
     """A number below 2^256 that no version of a random generator can change."""
     named = ":".join(map(str, (seed, *words)))
-    return int.from_bytes(hashlib.sha256(f"canary:{named}".encode()).digest(), "big")
+    return int.from_bytes(hashlib.sha256(f"canaries:{named}".encode()).digest(), "big")
