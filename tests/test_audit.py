@@ -1,5 +1,5 @@
-"""Promise: an audit finds what a model kept of its training text, finds nothing where there is nothing, and its
-statistics are exact."""
+"""Promise: an audit finds what a model kept of its training text, finds nothing where there is nothing, and
+its statistics are exact."""
 
 import json
 import math

@@ -61,16 +61,18 @@ def one_run_bound(
     scores_C, coins_C = np.asarray(scores, dtype=np.float64), np.asarray(is_in, dtype=bool)
     n, order = len(coins_C), np.argsort(scores_C, kind="stable")
     guesses = [(order, scores_C[order] > two_groups(scores_C))]
-    for n_each in (int(share * n / 2) for share in _SHARES if n >= _MANY):
-        guesses.append(
-            (np.concatenate([order[:n_each], order[n - n_each :]]), np.arange(2 * n_each) >= n_each)
-        )
+    guesses += [_about_the_outer(order, int(share * n / 2)) for share in _SHARES if n >= _MANY]
     error = (1 - confidence) / len(guesses)
     bounds = [0.0]
     for about, guess in guesses:
         n_correct = int((coins_C[about] == guess).sum())
         bounds.append(_largest_refuted(n, len(about), n_correct, delta, repetitions, error))
     return max(bounds)
+
+
+def _about_the_outer(order: np.ndarray, n_each: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last of `order`, and the guess that the last were put in."""
+    return np.concatenate([order[:n_each], order[len(order) - n_each :]]), np.arange(2 * n_each) >= n_each
 
 
 def two_groups(scores: np.ndarray) -> float:

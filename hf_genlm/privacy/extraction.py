@@ -70,10 +70,11 @@ def _measure_texts(
             found.append(
                 share(f"extraction_{continuation}_tokens/prefix_{k}", matched >= continuation, split)
             )
-        for shorter in (n for n in _SHORTER if n < continuation):
-            found.append(
-                share(f"extraction_{shorter}_tokens/prefix_{prefixes[-1]}", matched >= shorter, split)
-            )
+        found += [
+            share(f"extraction_{shorter}_tokens/prefix_{prefixes[-1]}", matched >= shorter, split)
+            for shorter in _SHORTER
+            if shorter < continuation
+        ]
         if split == "train":
             copies = count_copies(documents, targets)
             for low, high in _COPIES:

@@ -107,7 +107,7 @@ def _draw_extraction(axes: "Axes", by_split: Mapping[str, Mapping[int, Measureme
 
 def _legend(axes: "Axes", title: str | None = None) -> None:
     """Below the panel, where it hides no curve."""
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
+    place: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
     axes.legend(title=title, fontsize="small", title_fontsize="small", frameon=False, **place)
 
 

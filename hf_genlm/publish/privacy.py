@@ -74,7 +74,8 @@ def canary_sentence(planted: Mapping[str, Any]) -> str:
     return (
         f"The training text holds {planted['documents']:,} documents that are no part of the sources: "
         f"copies of {planted['planted']:,} canaries, random secrets that an audit looks for "
-        f"({counts or 'none'}); {planted['candidates'] - planted['planted']:,} others were drawn and left out."
+        f"({counts or 'none'}); "
+        f"{planted['candidates'] - planted['planted']:,} others were drawn and left out."
     )
 
 
