@@ -71,7 +71,7 @@ def text(tmp_path_factory):
 def overtrained(text, tmp_path_factory) -> RunFolder:
     """Some 30 passes over a small text, with canaries, and audited by the command line."""
     out = tmp_path_factory.mktemp("run") / "run"
-    command = ["train", str(text), "--canaries", "1,32", "--steps", "180", "--out", str(out), *SETTINGS]
+    command = ["train", str(text), "--canaries", "1,32", "--steps", "150", "--out", str(out), *SETTINGS]
     assert main([*command, "--set", "training.weight_decay=0"]) == 0
     assert main(["audit", str(out)]) == 0
     return RunFolder(out)
@@ -106,8 +106,7 @@ def test_an_overtrained_model_gives_itself_away(overtrained):
     assert found["exposure_p_value/32"].value < 1e-6
     assert found["canaries_extracted/32"].value >= 0.8
     assert found["canaries_extracted/0"].value == 0.0
-    low, high = found["exposure/0"].interval
-    assert low < null_mean() < high
+    assert 0.01 < found["exposure_p_value/0"].value < 0.99
     areas = {name: m for name, m in found.items() if name.startswith("membership_auc/")}
     assert max(m.value for name, m in areas.items() if "blind" not in name) > 0.9
     for name in ("blind_zlib", "blind_tokens"):  # the splits themselves are alike
@@ -124,7 +123,7 @@ def test_a_fresh_model_gives_nothing_away(fresh):
     for count in (0, 1, 32):
         low, high = found[f"exposure/{count}"].interval
         assert low < null_mean() < high, count
-        assert found[f"exposure_p_value/{count}"].value > 0.01
+        assert 0.01 < found[f"exposure_p_value/{count}"].value < 0.99
         assert found[f"canaries_extracted/{count}"].value == 0.0
     for name in (name for name in SCORES if name != "reference"):
         low, high = found[f"membership_auc/{name}"].interval

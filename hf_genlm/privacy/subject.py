@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from hf_genlm.errors import UserError
+from hf_genlm.evaluation.measurement import Measurement
 from hf_genlm.privacy.scoring import Passage, Scores, score
 from hf_genlm.text.canaries import Canaries
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents
@@ -75,7 +76,7 @@ class Evidence:
 class Findings:
     """Of one attack: its measurements, and the curves of a picture by name, each (x, y)."""
 
-    measurements: list[Any]
+    measurements: list[Measurement]
     curves: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
 
 
