@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_genlm.evaluation.measurement import Measurement, read_measurements
 from hf_genlm.publish.audit_picture import AUDIT_PICTURE
-from hf_genlm.publish.markdown import prose
+from hf_genlm.publish.markdown import cell, prose
 from hf_genlm.run_folder import RunFolder, read_json
 
 SIGNIFICANT = 0.05
@@ -55,9 +55,7 @@ def guarantee_lines(guarantee: Mapping[str, Any]) -> list[str]:
         f"{guarantee['delta']:.3g} for each {guarantee.get('unit', 'unit')}."
     )
     rows = ["| | |", "|---|---|"]
-    rows += [
-        f"| {title} | {prose(guarantee[key])} |" for key, title in _GUARANTEE.items() if key in guarantee
-    ]
+    rows += [f"| {title} | {cell(guarantee[key])} |" for key, title in _GUARANTEE.items() if key in guarantee]
     lists = [
         f"{title}: {prose('; '.join(map(str, guarantee[key])))}."
         for key, title in (("covered", "The guarantee covers"), ("not_covered", "It does not cover"))
@@ -188,7 +186,7 @@ def _table(measured: Sequence[Measurement]) -> list[str]:
     for m in measured:
         interval = "" if m.interval is None else f"{m.interval[0]:.4g} to {m.interval[1]:.4g}"
         cells = (m.name, f"{m.value:.4g}", interval, f"{m.n:,}", m.unit, m.split)
-        rows.append(f"| {' | '.join(prose(cell) if cell else '' for cell in cells)} |")
+        rows.append(f"| {' | '.join(map(cell, cells))} |")
     return rows
 
 
