@@ -24,6 +24,8 @@ from hf_genlm.privacy.subject import Audited, Evidence, Findings, Progress
 from hf_genlm.text.canaries import BITS, Canaries, Canary, draw_secret
 
 N_REFERENCES = 511  # by rank at most 9 bits
+_LEAST_REFERENCES = 63  # at most 6 bits, where there are many canaries
+_MOST_TEXTS = 1 << 15  # of all canaries, beyond the least
 SPLIT = "canaries"
 _MOST_SKEW = 0.99  # of a skew-normal distribution is 0.9953
 
@@ -60,10 +62,14 @@ class CanaryLosses:
 def losses_of(
     audited: Audited,
     canaries: Canaries,
-    n_references: int = N_REFERENCES,
+    n_references: int | None = None,
     on_progress: Progress | None = None,
 ) -> CanaryLosses:
-    """Score every candidate, planted or not, and `n_references` other secrets in its frame."""
+    """Score every candidate, planted or not, and `n_references` other secrets in its frame (None:
+    `N_REFERENCES`, fewer of many candidates)."""
+    if n_references is None:
+        of_each = _MOST_TEXTS // max(1, len(canaries.candidates)) - 1
+        n_references = min(N_REFERENCES, max(_LEAST_REFERENCES, of_each))
     texts = []
     for number, canary in enumerate(canaries.candidates):
         others = (draw_secret(canaries.seed, "reference", number, i) for i in range(n_references))
