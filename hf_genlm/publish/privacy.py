@@ -12,7 +12,7 @@ from hf_genlm.publish.audit_picture import AUDIT_PICTURE
 from hf_genlm.publish.markdown import cell, prose
 from hf_genlm.run_folder import RunFolder, read_json
 
-SIGNIFICANT = 0.05
+SIGNIFICANT = 0.01
 NULL_BITS = math.log2(math.e)  # mean exposure of a secret that was never seen
 LIMITS = (
     "An audit is a lower bound: stronger attacks may find more, and what is not found is not thereby safe. "
