@@ -25,6 +25,7 @@ TRAIN_FIELDS = {
     "seed": "training.seed",
     "validation": "corpus.validation",
     "stream": "corpus.stream",
+    "canaries": "privacy.canaries",
     **LANGUAGE_FIELDS,
 }
 _MODEL_HELP = "a run folder, a model folder or a Hub id"
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_tokenizer(verbs)
     _add_extend(verbs)
     _add_evaluate(verbs)
+    _add_audit(verbs)
     _add_compare(verbs)
     _add_range(verbs)
     _add_generate(verbs)
@@ -81,6 +83,11 @@ def _add_train(verbs: Any) -> None:
         help="read while training, and keep nothing: for text larger than memory and disk",
     )
     train.add_argument("--from", dest="init_from", metavar="MODEL", help="go on from a run or model folder")
+    train.add_argument(
+        "--canaries",
+        metavar="N,N,..",
+        help="plant random secrets in the training text, each so many times, as 1,4,16,32, for audit",
+    )
     train.add_argument("--seed", metavar="N", help="of the weights and the order of rows (default 0)")
     train.add_argument("--out", metavar="DIR", help="the run folder to make (default runs/DECODER-DATE)")
     train.add_argument("--resume", action="store_true", help="go on with the run that lies in --out")
@@ -131,6 +138,33 @@ def _add_evaluate(verbs: Any) -> None:
     evaluate.add_argument("--include-path", metavar="DIR", help="where task files besides lm-eval's own are")
     evaluate.add_argument("--json", action="store_true", help="print the measurements as JSON")
     _add_recipe_options(evaluate)
+
+
+def _add_audit(verbs: Any) -> None:
+    audit = verbs.add_parser("audit", help="attack a model: what does it give away of its training text?")
+    audit.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    audit.add_argument(
+        "--train",
+        action="append",
+        metavar="SOURCE",
+        help="text that it was trained on (default: that of the run, read again)",
+    )
+    audit.add_argument(
+        "--held-out", action="append", metavar="SOURCE", help="text of the same kind that it has not seen"
+    )
+    audit.add_argument("--reference", metavar="MODEL", help="a causal model that has not seen the text")
+    audit.add_argument(
+        "--attacks",
+        metavar="A,B,..",
+        help="exposure (of canaries), extraction, membership; default: all that can be made",
+    )
+    audit.add_argument(
+        "--limit", type=_count, default=1000, metavar="N", help="passages of each side (default 1000)"
+    )
+    audit.add_argument("--seed", type=int, default=0, metavar="N", help="of the passages (default 0)")
+    audit.add_argument("--out", metavar="DIR", help="where audit.json goes (default: the run folder)")
+    audit.add_argument("--json", action="store_true", help="print the measurements as JSON")
+    _add_recipe_options(audit)
 
 
 def _add_compare(verbs: Any) -> None:

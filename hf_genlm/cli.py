@@ -4,7 +4,7 @@
     hf-genlm tokenizer SOURCE ...        hf-genlm serve MODEL
     hf-genlm evaluate MODEL [SOURCE ...] hf-genlm chat MODEL             hf-genlm plot RUN ...
     hf-genlm compare [SOURCE ...]        hf-genlm range                  hf-genlm doctor
-    hf-genlm extend MODEL SOURCE ...
+    hf-genlm extend MODEL SOURCE ...     hf-genlm audit RUN
 
 Exit codes: 0 done; 2 the input cannot be used, one line on stderr says why; 1 a fault of ours, with a
 traceback.
@@ -24,6 +24,7 @@ _VERBS = {
     "tokenizer": ("tokenizer", "run"),
     "extend": ("extend", "run"),
     "evaluate": ("evaluate", "run"),
+    "audit": ("audit", "run"),
     "compare": ("compare", "run"),
     "range": ("range", "run"),
     "generate": ("generate", "run"),

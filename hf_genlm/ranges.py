@@ -92,4 +92,7 @@ RANGES = {
     "evaluation.context": Range(2, 2**30),
     "evaluation.stride": Range(1, 2**30),
     "evaluation.batch_size": _SIZE,
+    "privacy.canaries": Range(1, 10**6),
+    "privacy.canaries_each": Range(1, 10**4),
+    "privacy.canaries_seed": Range(0, MOST_WHOLE),
 }

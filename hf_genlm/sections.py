@@ -139,6 +139,17 @@ class EvaluationRecipe:
 
 
 @dataclass
+class PrivacyRecipe:
+    """What an audit asks for afterwards."""
+
+    canaries: list[int] = field(
+        default_factory=list
+    )  # how often random secrets are planted in the training text, as 1, 4, 16, 32; none: no canaries
+    canaries_each: int = 8  # candidates for each of these counts, of which a coin leaves out about half
+    canaries_seed: int = 0  # of the secrets, the coins and the places
+
+
+@dataclass
 class CardRecipe:
     """What no measurement can know about the model."""
 

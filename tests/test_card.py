@@ -348,7 +348,7 @@ def test_an_audit_is_reported_and_its_absence_is_said(tmp_path):
     )
     text = write_card(run).read_text(encoding="utf-8")
     assert "No privacy audit was made" not in text
-    assert "exposure 1.25 bits (n = 10)." in text
+    assert "| exposure | 1.25 |  | 10 | bits | train |" in text
 
 
 @pytest.mark.parametrize(

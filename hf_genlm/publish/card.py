@@ -21,6 +21,7 @@ from hf_genlm.publish.curves import curves_of, first_samples, in_words
 from hf_genlm.publish.languages import is_of_language, language_table, script_line
 from hf_genlm.publish.parameters import parts_of, read_sizes
 from hf_genlm.publish.plots import PICTURE
+from hf_genlm.publish.privacy import privacy_section
 from hf_genlm.recipe import Recipe, load_recipe
 from hf_genlm.run_folder import RunFolder, read_json, write_text
 
@@ -98,7 +99,6 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         if not path.is_file():
             raise UserError(f"{str(path)!r} does not exist: 'train' writes it; was the run interrupted?")
     config = read_json(run.model / "config.json")
-    audit = run.path / "audit.json"
     events = _read_log(run)
     curves = curves_of(events)
     corpus = _portable(read_json(run.corpus))
@@ -120,7 +120,8 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         "language_table": language_table(languages, [*measured, *of_tokenizer]),
         "scripts": script_line(of_tokenizer),
         "context": _context_of(recipe),
-        "audit": read_measurements(audit) if audit.is_file() else None,
+        "is_audited": run.audit.is_file(),
+        "privacy": privacy_section(run),
         "corpus": corpus,
         "vectors": _portable(read_json(run.vectors)) if run.vectors.is_file() else None,
         "environment": read_json(run.environment),

@@ -15,6 +15,7 @@ from hf_genlm.recipe import Recipe, TrainingRecipe
 from hf_genlm.run_folder import RunFolder, read_json, write_json
 from hf_genlm.text.balanced import BalancedRows, balanced_text, repeats_of
 from hf_genlm.text.cache import ArrayWriter, Cache, cache_folder
+from hf_genlm.text.canaries import plant
 from hf_genlm.text.corpus import Corpus, count_text, notes_on, read_corpus
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents, tokenized_of
 from hf_genlm.text.languages import spans
@@ -129,6 +130,7 @@ def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> TokenizedCorpus:
 
     cache = Cache(cache_folder() if recipe.corpus.cache else None, note)
     corpus = read_corpus(recipe.corpus)
+    canaries = plant(corpus, recipe.privacy)
     run.log("corpus", **{name: corpus.report[name] for name in ("description", "train", "validation")})
     if recipe.corpus.languages:
         run.log("languages", languages=corpus.report["languages"])
@@ -136,6 +138,8 @@ def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> TokenizedCorpus:
         note(message)
     if is_again:
         check_same(read_json(run.corpus), corpus.report)
+    if canaries is not None:
+        write_json(run.canaries, canaries.to_json())
     text, languages = corpus.report["train"], corpus.report.get("languages", {})
     documents = balanced_text(corpus.train, languages)
     sha256 = text["sha256"] if documents is corpus.train else count_text(documents)["sha256"]

@@ -22,6 +22,7 @@ from hf_genlm.run_folder import (
     write_json,
     write_text,
 )
+from hf_genlm.text.canaries import check_canaries
 from hf_genlm.text.languages import check_languages
 from hf_genlm.training import processes
 from hf_genlm.training.budget import Budget, budget_of, resolve
@@ -163,6 +164,7 @@ def check(recipe: Recipe) -> None:
             "training.carry_state = true needs all rows at hand, and --stream has none of them: leave one out"
         )
     check_languages(recipe.corpus)
+    check_canaries(recipe.privacy, recipe.corpus)
     if recipe.corpus.temperature != 1 and recipe.training.carry_state:
         raise UserError(
             "training.carry_state = true reads the text in its order, and corpus.temperature = "
