@@ -30,7 +30,7 @@ def load(repo_id: str, revision: str) -> dict[str, object]:
     }
     model: Any = AutoModelForCausalLM.from_pretrained(repo_id, revision=revision, trust_remote_code=True)
     if "tokenizer_config.json" in files:
-        AutoTokenizer.from_pretrained(repo_id, revision=revision)
+        AutoTokenizer.from_pretrained(repo_id, revision=revision, trust_remote_code=True)  # or it asks
     prompt = torch.tensor([[model.config.bos_token_id or 0]])
     written = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=N_TOKENS, do_sample=False

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_genlm.errors import UserError, without_secrets
+from hf_genlm.errors import UserError
+from hf_genlm.publish.hub_errors import NETWORK_REMEDY, REMEDIES, reason_of, status_of, wait_asked
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile
@@ -27,23 +28,11 @@ Content = Path | bytes  # of a file, by where it lies or as it is
 MAIN = "main"
 _MAX_TRIES = 5
 _MAX_WAIT_S = 600  # that the Hub may ask for; beyond, a person is told when to come back
-_DEFAULT_WAIT_S = 10
 _CHUNK = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VERSION = re.compile(r"v([0-9]+)")
 # files of an older push that would be loaded, or lie about, beside those of a newer one
 _REPLACED = ("*_genlm.py", "model*.safetensors", "model.safetensors.index.json", "vocab.json", "merges.txt")
-_REMEDIES = {
-    401: "the Hub does not know the access token: `hf auth login` with one that may write",
-    403: "the access token may not write there: `hf auth login` with one that may",
-    404: "it is not there, or the access token may not see it: check OWNER/NAME, and `hf auth login`",
-    409: "somebody else changed it at the same time",
-    412: "somebody else changed it at the same time",
-    413: "it is more than the Hub takes at once",
-    429: "the Hub takes no more requests for now",
-}
-_SERVER_REMEDY = "the Hub has trouble of its own"
-_NETWORK_REMEDY = "the connection failed"
 
 
 def check_names(repo_id: str, tag: str | None = None) -> None:
@@ -104,10 +93,13 @@ class Hub:
                 "the Hub, or name another"
             )
 
-    def push(self, files: Mapping[str, Content], message: str, branch: str = MAIN) -> str:
+    def push(
+        self, files: Mapping[str, Content], message: str, branch: str = MAIN, tag: str | None = None
+    ) -> str:
         """Make `branch` hold `files`, by one commit where it does not, and read it back.
 
-        Files that are there besides stay, but for code and weights of an older push.
+        Files that are there besides stay, but for code and weights of an older push. `tag` is what the commit
+        is to be called: nothing is sent where that is another one's name.
 
         Returns:
             The id of the commit.
@@ -126,6 +118,8 @@ class Hub:
         ]
         gone = [name for name in there if name not in files and _is_replaced(name)]
         operations += [CommitOperationDelete(name) for name in gone]
+        if tag is not None:
+            self._check_tag(tag, self._tags(), None if operations else info.sha)
         if not operations:
             return info.sha
         made = self._ask(
@@ -149,16 +143,6 @@ class Hub:
         if name not in names:
             self._ask(self.api.create_branch, self.repo_id, branch=name, revision=commit)
 
-    def check_tag(self, tag: str) -> None:
-        """Before anything is sent.
-
-        Raises:
-            UserError: another commit than the newest has it.
-        """
-        commits = self._tags()
-        if tag in commits and commits[tag] != self._ask(self.api.model_info, self.repo_id).sha:
-            raise UserError(f"--tag {tag!r}: {self.url} has that version, of another commit: name a new one")
-
     def tag(self, commit: str, tag: str | None) -> str:
         """Give `commit` the version `tag`: by default the one that it has, or else the next of v1, v2 ...
 
@@ -170,8 +154,7 @@ class Hub:
             numbers = [int(found[1]) for name in commits if (found := _VERSION.fullmatch(name))]
             has = [name for name in commits if commits[name] == commit and _VERSION.fullmatch(name)]
             tag = has[0] if has else f"v{max(numbers, default=0) + 1}"
-        if commits.get(tag, commit) != commit:
-            raise UserError(f"--tag {tag!r}: {self.url} has that version, of another commit: name a new one")
+        self._check_tag(tag, commits, commit)
         if tag not in commits:
             self._ask(self.api.create_tag, self.repo_id, tag=tag, revision=commit)
         return tag
@@ -186,6 +169,10 @@ class Hub:
         wrong = [name for name, content in files.items() if found["files"].get(name) != sha256_of(content)]
         if wrong:
             raise UserError(f"{self.url} does not give back what was sent: {', '.join(wrong)}")
+
+    def _check_tag(self, tag: str, commits: Mapping[str, str], commit: str | None) -> None:
+        if tag in commits and commits[tag] != commit:
+            raise UserError(f"--tag {tag!r}: {self.url} has that version, of another commit: name a new one")
 
     def _tags(self) -> dict[str, str]:
         refs = self._ask(self.api.list_repo_refs, self.repo_id)
@@ -212,12 +199,12 @@ class Hub:
                 with self._explaining(passing):
                     return request(*args, **kwargs)
             except HfHubHTTPError as error:
-                if _status_of(error) != 429:
+                if status_of(error) != 429:
                     raise
-                seconds = _wait_asked(error)
+                seconds = wait_asked(error)
                 if attempt == _MAX_TRIES or seconds > _MAX_WAIT_S:
                     raise UserError(
-                        f"{self.url}: {_REMEDIES[429]}: try again in {seconds:.0f} s; "
+                        f"{self.url}: {REMEDIES[429]}: try again in {seconds:.0f} s; "
                         f"the repository is {self.state}"
                     ) from error
             self.note(f"the Hub asks to wait {seconds:.0f} s")
@@ -232,53 +219,14 @@ class Hub:
         try:
             yield
         except (HTTPError, RuntimeError, OSError, ValueError) as error:
-            status = _status_of(error)
+            status = status_of(error)
             if status == 429 or (passing and isinstance(error, passing) and status != 401):
                 raise
-            reason = _reason_of(error, status)
+            reason = reason_of(error, status)
             if reason is None:
                 raise
-            lost = " or, if the answer alone was lost, whole" if reason.startswith(_NETWORK_REMEDY) else ""
+            lost = " or, if the answer alone was lost, whole" if reason.startswith(NETWORK_REMEDY) else ""
             raise UserError(f"{self.url}: {reason}; the repository is {self.state}{lost}") from error
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__
-
-
-def _status_of(error: BaseException) -> int | None:
-    """Of the answer that led to it, if any."""
-    statuses = (getattr(getattr(cause, "response", None), "status_code", None) for cause in _chain(error))
-    return next((status for status in statuses if status is not None), None)
-
-
-def _reason_of(error: BaseException, status: int | None) -> str | None:
-    """In words; None: a fault of ours. What uploads large files raises a RuntimeError."""
-    from huggingface_hub.errors import HTTPError
-
-    if status is not None:
-        said = " ".join(str(error).split())[:300]
-        remedy = _REMEDIES.get(status, _SERVER_REMEDY if status >= 500 else said)
-        return f"{remedy} (HTTP status {status})"
-    if isinstance(error, PermissionError) and type(error).__module__ == "hf_xet":
-        return _REMEDIES[401]
-    if any(isinstance(c, (HTTPError, ConnectionError, TimeoutError, RuntimeError)) for c in _chain(error)):
-        return f"{_NETWORK_REMEDY} ({without_secrets(' '.join(str(error).split()))[:200]})"
-    if isinstance(error, ValueError) and str(error).startswith("Invalid metadata in README.md"):
-        return " ".join(str(error).split())[:300]
-    return None
-
-
-def _wait_asked(error: BaseException) -> float:
-    """Seconds that the answer names, as its Retry-After does."""
-    headers: Mapping[str, str] = next(
-        (c.response.headers for c in _chain(error) if hasattr(c, "response")), {}
-    )
-    asked = headers.get("Retry-After", "")
-    return float(asked) if asked.isdecimal() else _DEFAULT_WAIT_S
 
 
 def is_same(content: Content, there: "RepoFile | None") -> bool:
@@ -326,7 +274,8 @@ def _load_in_clean_process(repo_id: str, commit: str, endpoint: str) -> dict[str
         environment |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         done = subprocess.run(
             [sys.executable, "-c", script, repo_id, commit],
-            cwd=folder, env=environment, capture_output=True, text=True, check=False,
+            cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            check=False,
         )  # fmt: skip
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]

@@ -54,7 +54,7 @@ def _push(
     hub.open(options.private)
     n_bytes = sum(size_of(content) for content in files.values())
     display.show(f"uploading {len(files)} files, {n_bytes:,} bytes")
-    commit = hub.push(files, "Model pushed by hf_genlm")
+    commit = hub.push(files, "Model pushed by hf_genlm", tag=options.tag)
     display.show("loading it from the Hub, in a clean process")
     hub.prove(commit, files)
     tag = hub.tag(commit, options.tag)
