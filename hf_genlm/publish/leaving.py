@@ -103,26 +103,29 @@ class Leaving:
     sizes: dict[str, int]
     findings: list[Finding]
 
-    def check(self, allowed: Sequence[str] = ()) -> None:
-        """Refuse what was found, but for `allowed`, as `README.md:home-path`.
 
-        Raises:
-            UserError: it names each finding and its remedy; or an entry of `allowed` that allows nothing.
-        """
-        kept = list(self.findings)
-        for entry in allowed:
-            file, _, kind = entry.rpartition(":")
-            if kind not in KINDS or not KINDS[kind].may_pass:
-                known = [name for name, row in KINDS.items() if row.may_pass]
-                raise UserError(
-                    f"--allow {entry!r} is no FILE:KIND that may leave{did_you_mean(kind, known)}"
-                )
-            passing = [found for found in kept if (found.file, found.kind) == (file, kind)]
-            if not passing:
-                raise UserError(f"--allow {entry!r}: no {kind} was found in that file; leave it away")
-            kept = [found for found in kept if found not in passing]
+def check(folders: Sequence[Leaving], allowed: Sequence[str] = ()) -> None:
+    """Refuse what was found, but for `allowed`, as `README.md:home-path`, in any of the folders.
+
+    Raises:
+        UserError: it names each finding and its remedy; or an entry of `allowed` that allows nothing.
+    """
+    passing = set()
+    for entry in allowed:
+        file, _, kind = entry.rpartition(":")
+        if kind not in KINDS or not KINDS[kind].may_pass:
+            known = [name for name, row in KINDS.items() if row.may_pass]
+            raise UserError(f"--allow {entry!r} is no FILE:KIND{did_you_mean(kind, known)}")
+        if not any((found.file, found.kind) == (file, kind) for each in folders for found in each.findings):
+            raise UserError(f"--allow {entry!r}: no {kind} was found in that file; leave it away")
+        passing.add((file, kind))
+    refused = []
+    for each in folders:
+        kept = [found for found in each.findings if (found.file, found.kind) not in passing]
         if kept:
-            raise UserError(f"{str(self.folder)!r} must not leave: {_in_words(kept)}")
+            refused.append(f"{str(each.folder)!r} must not leave: {_in_words(kept)}")
+    if refused:
+        raise UserError("; ".join(refused))
 
 
 def _in_words(findings: Sequence[Finding]) -> str:

@@ -27,19 +27,20 @@ class Parcel:
             UserError: no model lies there.
         """
         given = Path(path)
-        folder = given / "model" if (given / "recipe.yaml").is_file() else given
+        run = next((run for run in map(RunFolder, (given, given.parent)) if _is_of(given, run)), None)
+        folder = given if run is None else run.model
         if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
             raise UserError(
                 f"{path!r} holds no whole model: neither it nor its model/ has config.json and weights in "
                 "safetensors; 'train' writes them"
             )
-        run = RunFolder(folder.resolve().parent)
-        is_of_run = run.recipe.is_file() and folder.resolve() == run.model
-        return cls(folder, run if is_of_run else None)
+        return cls(folder, run)
 
     def inspect(self) -> Leaving:
-        """What leaves of it, and what must not."""
-        return inspect(self.folder, _secrets_around(self.folder))
+        """What leaves of it, and what must not, the canaries of a run that it lies in included."""
+        runs = [RunFolder(parent) for parent in list(self.folder.resolve().parents)[:2]]
+        runs += [] if self.run is None else [self.run]
+        return inspect(self.folder, [text for run in runs for text in canary_texts(run.canaries)])
 
     def milestones(self) -> list["Parcel"]:
         """The models of the run after so many words, by their age.
@@ -54,7 +55,11 @@ class Parcel:
                 f"--branches: {str(self.folder)!r} is of no run with milestones/; training.checkpoint_words "
                 "makes them"
             )
-        return [Parcel(path, None) for path in found]
+        return [Parcel(path, self.run) for path in found]
+
+
+def _is_of(path: Path, run: RunFolder) -> bool:
+    return run.recipe.is_file() and path.resolve() in (run.path.resolve(), run.model.resolve())
 
 
 def contents(leaving: Leaving) -> dict[str, Content]:
@@ -73,9 +78,3 @@ def milestone_contents(leaving: Leaving, repo_id: str) -> Mapping[str, Content]:
 
 def _age_of(folder: Path) -> tuple[float, str]:
     return folder.stat().st_mtime, folder.name
-
-
-def _secrets_around(folder: Path) -> list[str]:
-    """Canaries of the run that a folder lies in, as its model/ or one of its milestones/."""
-    parents = list(folder.resolve().parents)[:2]
-    return [text for parent in parents for text in canary_texts(RunFolder(parent).canaries)]

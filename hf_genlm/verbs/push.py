@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
 
 def run(options: argparse.Namespace) -> None:
+    from huggingface_hub.utils import logging
+
     from hf_genlm.publish.card import write_card
     from hf_genlm.publish.hub import Hub, check_names
+    from hf_genlm.publish.leaving import check
     from hf_genlm.publish.parcel import Parcel, contents, milestone_contents
 
     check_names(options.repo_id, options.tag)
@@ -26,15 +29,14 @@ def run(options: argparse.Namespace) -> None:
     leaving = parcel.inspect()
     along = [milestone.inspect() for milestone in milestones]
     _show([leaving, *along])
-    leaving.check(options.allow)
-    for other in along:
-        other.check()
+    check([leaving, *along], options.allow)
     if options.dry_run:
         print("nothing was sent")
         return
     branches = {other.folder.name: milestone_contents(other, options.repo_id) for other in along}
     with Display() as display:
         display.show("asking the Hub")
+        logging.set_verbosity_error()  # it names addresses that large files may be sent to
         hub = Hub(options.repo_id, note=lambda message: display.note([message]))
         try:
             _push(hub, display, contents(leaving), branches, options)
