@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_genlm.errors import UserError
-from hf_genlm.publish.hub_errors import NETWORK_REMEDY, REMEDIES, reason_of, status_of, wait_asked
+from hf_genlm.publish.hub_errors import NETWORK_REMEDY, REMEDIES, PushFailed, reason_of, status_of, wait_asked
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile
@@ -105,7 +105,8 @@ class Hub:
             The id of the commit.
 
         Raises:
-            UserError: it failed; or what is there is not what was sent.
+            PushFailed: it failed; or what is there is not what was sent.
+            UserError: `tag` is taken.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -134,7 +135,7 @@ class Hub:
         there = self._tree(made.oid)
         wrong = [name for name, content in files.items() if not is_same(content, there.get(name))]
         if wrong:
-            raise UserError(f"{self.url} does not hold what was sent: {', '.join(wrong)}")
+            raise PushFailed(f"{self.url} does not hold what was sent: {', '.join(wrong)}")
         return made.oid
 
     def make_branch(self, name: str, commit: str) -> None:
@@ -163,12 +164,12 @@ class Hub:
         """Download it into an empty cache, compare every file, and generate with it where nothing of ours is.
 
         Raises:
-            UserError: it cannot be had or used as it was sent.
+            PushFailed: it cannot be had or used as it was sent.
         """
         found = _load_in_clean_process(self.repo_id, commit, self.api.endpoint)
         wrong = [name for name, content in files.items() if found["files"].get(name) != sha256_of(content)]
         if wrong:
-            raise UserError(f"{self.url} does not give back what was sent: {', '.join(wrong)}")
+            raise PushFailed(f"{self.url} does not give back what was sent: {', '.join(wrong)}")
 
     def _check_tag(self, tag: str, commits: Mapping[str, str], commit: str | None) -> None:
         if tag in commits and commits[tag] != commit:
@@ -190,20 +191,20 @@ class Hub:
         """The answer to a request. It is made again where the Hub asks to wait, and after as long.
 
         Raises:
-            UserError: it failed otherwise, but for exceptions of `passing` whose status is no 401.
+            PushFailed: it failed otherwise, but for exceptions of `passing` whose status is no 401.
         """
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.errors import HTTPError
 
         for attempt in range(1, _MAX_TRIES + 1):
             try:
                 with self._explaining(passing):
                     return request(*args, **kwargs)
-            except HfHubHTTPError as error:
+            except (HTTPError, RuntimeError) as error:
                 if status_of(error) != 429:
                     raise
                 seconds = wait_asked(error)
                 if attempt == _MAX_TRIES or seconds > _MAX_WAIT_S:
-                    raise UserError(
+                    raise PushFailed(
                         f"{self.url}: {REMEDIES[429]}: try again in {seconds:.0f} s; "
                         f"the repository is {self.state}"
                     ) from error
@@ -213,7 +214,7 @@ class Hub:
 
     @contextlib.contextmanager
     def _explaining(self, passing: Any) -> Iterator[None]:
-        """Errors of a person, the network or the Hub as `UserError`s; 429 and `passing` as they are."""
+        """Errors of a person, the network or the Hub as `PushFailed`; 429 and `passing` as they are."""
         from huggingface_hub.errors import HTTPError
 
         try:
@@ -226,7 +227,7 @@ class Hub:
             if reason is None:
                 raise
             lost = " or, if the answer alone was lost, whole" if reason.startswith(NETWORK_REMEDY) else ""
-            raise UserError(f"{self.url}: {reason}; the repository is {self.state}{lost}") from error
+            raise PushFailed(f"{self.url}: {reason}; the repository is {self.state}{lost}") from error
 
 
 def is_same(content: Content, there: "RepoFile | None") -> bool:
@@ -279,7 +280,7 @@ def _load_in_clean_process(repo_id: str, commit: str, endpoint: str) -> dict[str
         )  # fmt: skip
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(
+        raise PushFailed(
             f"{endpoint}/{repo_id} was pushed, at commit {commit[:8]}, but does not load in a clean process: "
             f"{said[:500]}"
         )

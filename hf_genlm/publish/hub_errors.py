@@ -1,8 +1,11 @@
 """What went wrong with a request to the Hub, in words that say what to do."""
 
-from collections.abc import Iterator
+import contextlib
+import logging
+import re
+from collections.abc import Callable, Iterator
 
-from hf_genlm.errors import without_secrets
+from hf_genlm.errors import UserError, without_secrets
 
 _DEFAULT_WAIT_S = 10  # where the Hub asks to wait and does not say how long
 # by the status of the answer
@@ -17,6 +20,11 @@ REMEDIES = {
 }
 _SERVER_REMEDY = "the Hub has trouble of its own"
 NETWORK_REMEDY = "the connection failed"
+_ADDRESS = re.compile(r"\S+://\S+")
+
+
+class PushFailed(UserError):
+    """What the same push gets over, once its reason is gone."""
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -52,3 +60,18 @@ def wait_asked(error: BaseException) -> float:
     responses = [response for cause in _chain(error) if (response := getattr(cause, "response", None))]
     asked = responses[0].headers.get("Retry-After", "") if responses else ""
     return float(asked) if asked.isdecimal() else _DEFAULT_WAIT_S
+
+
+@contextlib.contextmanager
+def telling_retries(note: Callable[[str], None]) -> Iterator[None]:
+    """Tell `note` what huggingface_hub tries again, without addresses: those of large files are signed."""
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    handler = logging.Handler()
+    handler.emit = lambda record: note(_ADDRESS.sub("the Hub", record.getMessage()))  # type: ignore[method-assign]
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate

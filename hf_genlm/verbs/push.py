@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 
 
 def run(options: argparse.Namespace) -> None:
-    from huggingface_hub.utils import logging
-
     from hf_genlm.publish.card import write_card
     from hf_genlm.publish.hub import Hub, check_names
+    from hf_genlm.publish.hub_errors import PushFailed, telling_retries
     from hf_genlm.publish.leaving import check
     from hf_genlm.publish.parcel import Parcel, contents, milestone_contents
 
@@ -36,11 +35,11 @@ def run(options: argparse.Namespace) -> None:
     branches = {other.folder.name: milestone_contents(other, options.repo_id) for other in along}
     with Display() as display:
         display.show("asking the Hub")
-        logging.set_verbosity_error()  # it names addresses that large files may be sent to
         hub = Hub(options.repo_id, note=lambda message: display.note([message]))
         try:
-            _push(hub, display, contents(leaving), branches, options)
-        except UserError as error:
+            with telling_retries(hub.note):
+                _push(hub, display, contents(leaving), branches, options)
+        except PushFailed as error:
             raise UserError(f"{error}; to go on, give the same command: {_command(options)}") from error
 
 
