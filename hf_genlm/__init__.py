@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_genlm.evaluation.metrics import metric_path
     from hf_genlm.model import GenLMConfig, GenLMForCausalLM, GenLMModel
+    from hf_genlm.publish.trainer_push import PushWithCode
     from hf_genlm.recipe import Recipe, load_recipe
     from hf_genlm.training.train import train
 
@@ -22,12 +23,22 @@ _HOMES = {
     "GenLMConfig": "hf_genlm.model",
     "GenLMForCausalLM": "hf_genlm.model",
     "GenLMModel": "hf_genlm.model",
+    "PushWithCode": "hf_genlm.publish.trainer_push",
     "Recipe": "hf_genlm.recipe",
     "load_recipe": "hf_genlm.recipe",
     "metric_path": "hf_genlm.evaluation.metrics",
     "train": "hf_genlm.training.train",
 }
-__all__ = ["GenLMConfig", "GenLMForCausalLM", "GenLMModel", "Recipe", "load_recipe", "metric_path", "train"]
+__all__ = [
+    "GenLMConfig",
+    "GenLMForCausalLM",
+    "GenLMModel",
+    "PushWithCode",
+    "Recipe",
+    "load_recipe",
+    "metric_path",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serving(verbs)
     card = verbs.add_parser("card", help="write the model card of a run again")
     card.add_argument("run_path", metavar="RUN")
+    _add_push(verbs)
     _add_plot(verbs)
     _add_doctor(verbs)
     return parser
@@ -267,6 +268,24 @@ def _add_serving(verbs: Any) -> None:
     chat.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     chat.add_argument(
         "rest", nargs=argparse.REMAINDER, metavar="...", help="settings such as temperature=0.5"
+    )
+
+
+def _add_push(verbs: Any) -> None:
+    push = verbs.add_parser("push", help="publish a model on the Hub, and prove that it loads from there")
+    push.add_argument("path", metavar="RUN", help="a run folder or a model folder")
+    push.add_argument("repo_id", metavar="OWNER/NAME", help="the repository; it is made where there is none")
+    push.add_argument("--private", action="store_true", help="make it for you alone")
+    push.add_argument("--dry-run", action="store_true", help="show what would leave, and send nothing")
+    push.add_argument("--tag", metavar="NAME", help="of this version (default: the next of v1, v2 ...)")
+    push.add_argument("--branches", action="store_true", help="the run's milestones too, a branch each")
+    push.add_argument("--keep-card", action="store_true", help="push README.md as it is")
+    push.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="FILE:KIND",
+        help="let what was found leave",
     )
 
 

@@ -5,6 +5,7 @@
     hf-genlm evaluate MODEL [SOURCE ...] hf-genlm chat MODEL             hf-genlm plot RUN ...
     hf-genlm compare [SOURCE ...]        hf-genlm range                  hf-genlm doctor
     hf-genlm extend MODEL SOURCE ...     hf-genlm audit RUN
+    hf-genlm extend MODEL SOURCE ...     hf-genlm push RUN OWNER/NAME
 
 Exit codes: 0 done; 2 the input cannot be used, one line on stderr says why; 1 a fault of ours, with a
 traceback.
@@ -31,6 +32,7 @@ _VERBS = {
     "serve": ("serve", "serve_model"),
     "chat": ("serve", "chat_with_model"),
     "card": ("card", "run"),
+    "push": ("push", "run"),
     "plot": ("plot", "run"),
     "doctor": ("doctor", "run"),
 }
