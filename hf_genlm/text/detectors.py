@@ -93,7 +93,6 @@ PLUGINS = {
     "discord.DiscordBotTokenDetector": ("",),
     "github_token.GitHubTokenDetector": ("ghp_", "gho_", "ghu_", "ghs_", "ghr_"),
     "gitlab_token.GitLabTokenDetector": ("gl", "gr1348941"),
-    "jwt.JwtTokenDetector": ("eyj",),
     "mailchimp.MailchimpDetector": ("-us",),
     "npm.NpmDetector": (":_authtoken=",),
     "openai.OpenAIDetector": ("t3blbkfj",),
@@ -111,12 +110,14 @@ _MORE_SECRETS: dict[str, tuple[str, ...]] = {
     r"(?<!\w)github_pat_[A-Za-z0-9_]{36,}": ("github_pat_",),
     r"(?<!\w)AIza[A-Za-z0-9_-]{35}": ("aiza",),  # Google
     r"(?<!\w)sk-(?:ant|proj)-[A-Za-z0-9_-]{20,}": ("sk-ant-", "sk-proj-"),  # Anthropic, OpenAI
+    r"(?<!\w)eyJ[\w=-]+\.[\w=-]+(?:\.[\w.+/=-]*\w)?": ("eyj",),  # JSON Web Token, with its signature
     r"(?<=://)[^/\s:@'\"<>]+:[^/\s@'\"<>]+(?=@)": ("://",),  # a login in an address
     r"-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----"
     r"(?:[\s\S]{0,65536}?-----END [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----|(?:\s*[A-Za-z0-9+/=]{16,})*)": (
         "private key",
     ),
 }
+_REST = re.compile(r"[\w/+=-]*", re.ASCII)
 _LEAST_VALUE = 16  # characters from which on a group is the value, and not the head of one
 
 
@@ -227,13 +228,15 @@ def secrets(text: str, recipe: CorpusRecipe) -> Iterator[Span]:
 
 
 def _value_in(found: re.Match[str]) -> Span:
-    """Where the secret stands in a match: a long group of it, or all but what it is set off by."""
+    """Where the secret stands in a match: a long group of it, or all but what it is set off by; and to its
+    end, where a pattern knows a length that has changed."""
     start, stop = found.span(found.lastindex or 0)
     if stop - start < _LEAST_VALUE:
         start, stop = found.span()
     value = found.string[start:stop]
     start += len(value) - len(value.lstrip(" \t\r\n=:\"'"))
-    return start, stop - (len(value) - len(value.rstrip(" \t\r\n\"'")))
+    stop -= len(value) - len(value.rstrip(" \t\r\n\"'"))
+    return start, _REST.match(found.string, stop).end()  # type: ignore[union-attr]
 
 
 @functools.cache
