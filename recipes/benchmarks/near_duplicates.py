@@ -3,10 +3,10 @@
     python recipes/benchmarks/near_duplicates.py --steps 300 --seeds 3 --out RESULTS [SOURCE ...]
 
 Passages are planted among other documents of the sources, each in 1, 4, 16 or 64 copies that differ in one
-word of forty. A model is trained on the text with its copies and on what `corpus.near_duplicates` leaves of it,
-for the same steps. Then each passage is asked for: after 32 tokens of it the model writes 32, always the likeliest
-one. `extracted` is the share of such places at which it writes the text itself; `bits a byte` is the mean loss
-on the passages.
+word of forty. A model is trained on the text with its copies, another on what `corpus.near_duplicates` leaves
+of it, for the same steps. Then each passage is asked for: after 32 tokens of it the model writes 32, the likeliest
+one each time. `extracted` is the share of such places where it writes the text itself; `bits a byte` is the mean
+loss on the passages.
 """
 
 import argparse
@@ -24,8 +24,8 @@ CHANGED = 40  # one word of so many is another in a copy
 PREFIX = CONTINUATION = 32  # tokens
 THRESHOLD = 0.6
 SETTINGS = ["model.hidden_size=96", "model.num_hidden_layers=2", "model.decoder=transformer",
-            "training.samples=0", "tokenizer.vocab_size=1024", "training.row_length=128", "training.batch_size=8",
-            "training.validations=0", "training.checkpoint_steps=0"]  # fmt: skip
+            "training.samples=0", "tokenizer.vocab_size=1024", "training.row_length=128",
+            "training.batch_size=8", "training.validations=0", "training.checkpoint_steps=0"]  # fmt: skip
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def spread(values: list[float]) -> str:
 
 
 def plant(sources: list[str], folder: Path, seed: int) -> dict[int, list[str]]:
-    """Write the text to train on and another to measure, and give the passages by how many copies each has."""
+    """Write the text to train on and one to measure, and give the passages by how many copies each has."""
     from hf_genlm.recipe import CorpusRecipe
     from hf_genlm.text.corpus import read_documents
 
