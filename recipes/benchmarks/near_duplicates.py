@@ -2,11 +2,11 @@
 
     python recipes/benchmarks/near_duplicates.py --steps 300 --seeds 3 --out RESULTS [SOURCE ...]
 
-Passages are planted among other documents of the sources, each in 1, 4, 16 or 64 copies that differ in one
-word of forty. A model is trained on the text with its copies, another on what `corpus.near_duplicates` leaves
-of it, for the same steps. Then each passage is asked for: after 32 tokens of it the model writes 32, the likeliest
-one each time. `extracted` is the share of such places where it writes the text itself; `bits a byte` is the mean
-loss on the passages.
+Passages are planted among other documents of the sources, each in 1, 4, 16 or 64 copies that differ in
+one word of forty. A model is trained on the text with its copies, another on what
+`corpus.near_duplicates` leaves of it, for the same steps. Then each passage is asked for: after 32
+tokens of it the model writes 32, the likeliest one each time. `extracted` is the share of such places
+where it writes the text itself; `bits a byte` is the mean loss on the passages.
 """
 
 import argparse
