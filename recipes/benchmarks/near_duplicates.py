@@ -139,9 +139,10 @@ def measure(run, passages: dict[int, list[str]]) -> dict[int, tuple[float, float
             )[:, PREFIX:]
             wanted = torch.cat([ids[:, start + PREFIX : start + PREFIX + CONTINUATION] for start in starts])
             places += (written == wanted).all(dim=1).tolist()
-            whole = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids], dim=1)
-            with torch.no_grad():
-                nats += float(model(whole, labels=whole).loss) * ids.shape[1]
+            for part in ids.split(tokenizer.model_max_length - 1, dim=1):
+                row = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), part], dim=1)
+                with torch.no_grad():
+                    nats += float(model(row, labels=row).loss) * part.shape[1]
             n_bytes += len(text.encode())
         measured[copies] = statistics.mean(places), nats / math.log(2) / n_bytes
     return measured
