@@ -26,6 +26,8 @@ TRAIN_FIELDS = {
     "validation": "corpus.validation",
     "stream": "corpus.stream",
     "canaries": "privacy.canaries",
+    "scrub": "corpus.scrub",
+    "near_duplicates": "corpus.near_duplicates",
     **LANGUAGE_FIELDS,
 }
 _MODEL_HELP = "a run folder, a model folder or a Hub id"
@@ -83,6 +85,7 @@ def _add_train(verbs: Any) -> None:
         const=True,
         help="read while training, and keep nothing: for text larger than memory and disk",
     )
+    _add_cleaning_options(train)
     train.add_argument("--from", dest="init_from", metavar="MODEL", help="go on from a run or model folder")
     train.add_argument(
         "--canaries",
@@ -341,6 +344,20 @@ def _add_language_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="CODE=FILE",
         help="a file of sentences, a line each, that are those of the other languages' files",
+    )
+
+
+def _add_cleaning_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--scrub",
+        action="store_const",
+        const="all",
+        help="replace e-mail and IP addresses, phone, card and account numbers and keys by placeholders",
+    )
+    parser.add_argument(
+        "--near-duplicates",
+        metavar="F",
+        help="leave out training documents that share so much of their 5-word runs with another, as 0.8",
     )
 
 

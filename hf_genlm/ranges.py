@@ -45,6 +45,7 @@ RANGES = {
     "corpus.temperature": Range(1),
     "corpus.byte_premiums": _POSITIVE,
     "corpus.split_seed": Range(-MOST_WHOLE),
+    "corpus.near_duplicates": Range(0, 1, is_open_below=True),
     "corpus.shuffle_buffer": _NOT_NEGATIVE,
     "corpus.validation_bytes": _COUNT,
     "tokenizer.vocab_size": Range(258),  # 256 bytes and two special tokens

@@ -27,6 +27,15 @@ class CorpusRecipe:
     )  # a file by language, whose lines translate each other
     text_column: str = "text"  # the field of .jsonl, .parquet and Hub records that holds the text
     damaged: str = "stop"  # skip: leave out damaged records, and damaged files inside folders; and count them
+    scrub: list[str] = field(
+        default_factory=list
+    )  # personal data and secrets to replace: email, phone, card, iban, ip, secret, or all; none: nothing
+    phone_regions: list[str] = field(
+        default_factory=list
+    )  # as DE: numbers as they are dialled there are found too; none: only those that begin with +
+    near_duplicates: float | None = (
+        None  # similarity from which on a training document counts as a copy and is left out; None: none does
+    )
     stream: bool = False  # read while training and keep nothing: for text larger than memory and disk
     shuffle_buffer: int = 16_384  # rows of a stream that are shuffled among each other; 0: none
     weights: list[float] | None = None  # share of each source in a stream; None: one after the other

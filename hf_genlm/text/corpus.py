@@ -14,6 +14,8 @@ from hf_genlm.recipe import CorpusRecipe
 from hf_genlm.text.damage import DAMAGED, LeftOut, left_out_line
 from hf_genlm.text.formats import check_encoding
 from hf_genlm.text.languages import by_language, check_languages, counts_after, report_on, spans
+from hf_genlm.text.near_duplicates import Progress, check_near_duplicates, find_near_duplicates
+from hf_genlm.text.scrubbing import Tally
 from hf_genlm.text.sources import Reading, read_sources, read_standard_library
 from hf_genlm.text.store import CHUNK, Document, Documents, TextStore, as_documents
 
@@ -40,12 +42,13 @@ class Corpus:
     report: dict[str, Any]
 
 
-def read_corpus(recipe: CorpusRecipe) -> Corpus:
+def read_corpus(recipe: CorpusRecipe, on_progress: Progress | None = None) -> Corpus:
     """Read the sources and split them. The same recipe over the same files gives the same corpus.
 
     Memory does not grow with the text, but for some 50 bytes a document.
 
-    A text that stands in both splits is taken out of training.
+    A text that stands in both splits is taken out of training, and then, with `corpus.near_duplicates`, what
+    is nearly another one: `on_progress(done, total)` is told the documents compared.
 
     Raises:
         UserError: a source cannot be used, or one of the splits would be empty.
@@ -56,6 +59,7 @@ def read_corpus(recipe: CorpusRecipe) -> Corpus:
             "it is a share of the bytes between 0 and 1, such as 0.05"
         )
     check_languages(recipe)
+    check_near_duplicates(recipe)
     reading = _read(recipe.languages or recipe.sources, recipe, "train")
     readings = [reading]
     if recipe.validation:
@@ -69,11 +73,12 @@ def read_corpus(recipe: CorpusRecipe) -> Corpus:
     n_before = len(train)
     kept = ~_stands_in(train, validation)
     train, n_train = train.take(kept), counts_after(n_train, kept)
-    if not len(train):
-        raise UserError(
-            f"no training text is left: all {n_before} training documents stand in the validation split too; "
-            "add other text, or hold out other files with --validation"
-        )
+    _check_left(train, n_before)
+    n_exact, near = n_before - len(train), None
+    if recipe.near_duplicates is not None:
+        near = find_near_duplicates(train, validation, recipe.near_duplicates, on_progress)
+        train, n_train = train.take(near.kept), counts_after(n_train, near.kept)
+        _check_left(train, n_before)
     named_sources = recipe.languages or recipe.sources
     report = {
         "sources": list(recipe.sources),
@@ -81,7 +86,7 @@ def read_corpus(recipe: CorpusRecipe) -> Corpus:
         "python": None if named_sources else platform.python_version(),
         "encoding": recipe.encoding if named_sources else "utf-8",
         "split": {"method": method, "seed": recipe.split_seed, "fraction": recipe.validation_fraction},
-        "duplicates_removed": n_before - len(train),
+        "duplicates_removed": n_exact,
         "empty_skipped": sum(part.empty_skipped for part in readings),
         "files_skipped": sum(part.files_skipped for part in readings),
         "links_out": sum(part.links_out for part in readings),
@@ -90,10 +95,21 @@ def read_corpus(recipe: CorpusRecipe) -> Corpus:
         "validation": count_text(validation),
         "files": [file for part in readings for file in part.files],
     }
+    report |= _scrubbing_report(readings)
+    if near is not None:
+        report["near_duplicates"] = near.to_json()
     if recipe.languages:
         splits = {"train": (train, n_train), "validation": (validation, n_validation)}
         report["languages"] = report_on(recipe, splits)
     return Corpus(train, validation, report)
+
+
+def _check_left(train: Documents, n_before: int) -> None:
+    if not len(train):
+        raise UserError(
+            f"no training text is left: all {n_before} training documents stand in the validation split too; "
+            "add other text, or hold out other files with --validation"
+        )
 
 
 def read_documents(
@@ -119,6 +135,7 @@ def read_documents(
         "damaged": reading.left_out.to_json(),
         **count_text(documents),
         "files": reading.files,
+        **_scrubbing_report([reading]),
     }
     if reading.languages:
         report["languages"] = report_on(recipe, {"train": (documents, reading.languages)})
@@ -316,7 +333,7 @@ def _read(sources: Sources, recipe: CorpusRecipe, split: str) -> Reading:
     check_encoding(recipe.encoding)
     if recipe.damaged not in DAMAGED:
         raise UserError(f"unknown corpus.damaged {recipe.damaged!r}{did_you_mean(recipe.damaged, DAMAGED)}")
-    reading = read_sources(sources, recipe, split) if sources else read_standard_library()
+    reading = read_sources(sources, recipe, split) if sources else read_standard_library(recipe)
     if not len(reading.writer):
         lost = left_out_line(reading.left_out.to_json())
         raise UserError(
@@ -331,6 +348,14 @@ def _left_out_of(readings: Sequence[Reading]) -> LeftOut:
     for reading in readings:
         total.join(reading.left_out)
     return total
+
+
+def _scrubbing_report(readings: Sequence[Reading]) -> dict[str, Any]:
+    """What was replaced, if anything was to be."""
+    scrubber, total = readings[0].scrubber, Tally()
+    for reading in readings:
+        total.join(reading.scrubbed)
+    return {} if scrubber is None else {"scrubbed": scrubber.to_json(total)}
 
 
 def _describe(sources: Sources, reading: Reading) -> str:

@@ -58,6 +58,8 @@ def read_stream(recipe: CorpusRecipe) -> StreamedText:
         "validation": count_text(validation),
         "files": [*shards, *files],
     }
+    if stream.scrubber is not None:
+        report["scrubbed"] = stream.scrubber.to_json(None)
     return StreamedText(stream.without(HeldOut(validation)), validation, report)
 
 

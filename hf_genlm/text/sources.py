@@ -17,6 +17,7 @@ from hf_genlm.recipe import CorpusRecipe
 from hf_genlm.text.cache import NoRoom
 from hf_genlm.text.damage import Damage, LeaveOut, LeftOut, Place
 from hf_genlm.text.formats import Parts, RawFile, check_column, format_of, texts_of, texts_of_rows
+from hf_genlm.text.scrubbing import Scrubber, Tally, scrubber_of
 from hf_genlm.text.store import CHUNK, Document, DocumentWriter
 
 __all__ = [
@@ -51,6 +52,8 @@ class Reading:
     links_out: int = 0  # files that a link inside a folder leads to, out of it
     left_out: LeftOut = field(default_factory=LeftOut)  # damaged records, and damaged files inside folders
     languages: dict[str, int] = field(default_factory=dict)  # documents of each, where they are named
+    scrubber: Scrubber | None = None
+    scrubbed: Tally = field(default_factory=Tally)  # what it replaced
 
     def add(
         self, name: str, texts: Iterable[Parts], n_bytes: int | None = None, sha256: str | None = None
@@ -61,18 +64,23 @@ class Reading:
         Raises:
             Damage: the file is no whole one; nothing of it is taken in then.
         """
-        n_texts, before = 0, len(self.writer)
+        n_texts, before, of_file = 0, len(self.writer), Tally()
         try:
             for parts in texts:
-                self.writer.add(parts, name)
+                self.writer.add(self.cleaned(parts, of_file), name)
                 n_texts += 1
         except Damage:
             self.writer.keep(before)
             raise
+        self.scrubbed.join(of_file)
         n_kept = len(self.writer) - before
         self.empty_skipped += n_texts - n_kept
         self.files.append({"name": name, "bytes": n_bytes, "sha256": sha256, "documents": n_kept})
         return n_kept
+
+    def cleaned(self, parts: Parts, tally: Tally) -> Parts:
+        """A text as it is taken in."""
+        return parts if self.scrubber is None else self.scrubber.scrub_parts(parts, tally)
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ def read_sources(
         UserError: a source is missing, unreadable, or not text; or, with `corpus.damaged` "stop", a record
             or a file of it is damaged; or there is no text of a language.
     """
-    reading = Reading()
+    reading = Reading(scrubber=scrubber_of(recipe))
     seen: set[str] = set()
     if not isinstance(words, Mapping):
         _take_sources(words, recipe, split, reading, seen)
@@ -142,7 +150,7 @@ def _take_sources(
                 _read_file(file, recipe, reading)
 
 
-def read_standard_library() -> Reading:
+def read_standard_library(recipe: CorpusRecipe) -> Reading:
     """The embedded default: the library source that this CPython brings, and its reference topics.
 
     Raises:
@@ -151,7 +159,7 @@ def read_standard_library() -> Reading:
     from pydoc_data import topics
 
     root = Path(sysconfig.get_path("stdlib"))
-    reading = Reading()
+    reading = Reading(scrubber=scrubber_of(recipe))
     for path in _walk(root, pruned=_NOT_LIBRARY)[0]:
         name = path.relative_to(root).as_posix()
         if path.suffix != ".py" or path.name.startswith(_BUILD_FILE):
@@ -161,7 +169,7 @@ def read_standard_library() -> Reading:
         if name == _TOPICS_FILE:
             texts = {f"topics:{topic}": text for topic, text in sorted(topics.topics.items()) if text}
             for topic, text in texts.items():
-                reading.writer.add((text,), topic)
+                reading.writer.add(reading.cleaned((text,), reading.scrubbed), topic)
             reading.add(name, [], *of_file)
             reading.files[-1]["documents"] = len(texts)
         elif content:

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 from hf_genlm.errors import UserError, without_secrets
@@ -16,6 +16,7 @@ from hf_genlm.recipe import CorpusRecipe
 from hf_genlm.text.damage import Place as RecordPlace
 from hf_genlm.text.encoding import pieces_of_parts
 from hf_genlm.text.formats import Parts, RawFile, check_column, check_encoding, text_value, texts_of
+from hf_genlm.text.scrubbing import Scrubber, scrubber_of
 from hf_genlm.text.sources import FoundFile, empty_file, locate, open_hub, opened
 from hf_genlm.text.store import Document
 
@@ -143,8 +144,10 @@ class Place:
 class Lane:
     """The texts of some shards, one after the other, again and again."""
 
-    def __init__(self, shards: Sequence[Shard], held: HeldOut, place: Place):
-        self.shards, self.held = shards, held
+    def __init__(
+        self, shards: Sequence[Shard], held: HeldOut, place: Place, scrubber: Scrubber | None = None
+    ):
+        self.shards, self.held, self.scrubber = shards, held, scrubber
         self.before = self.behind = place  # around the text that was given last
 
     def texts(self) -> Iterator[Parts | None]:
@@ -159,6 +162,8 @@ class Lane:
             for number in range(begin.shard, len(self.shards)):
                 state = begin.state if number == begin.shard else None
                 for parts, behind in self.shards[number].texts(state):
+                    if self.scrubber is not None:
+                        parts = self.scrubber.scrub_parts(parts)
                     text = self.held.unless_held(parts)
                     if text is not None:
                         self.before, self.behind = self.behind, Place(number, behind, begin.passes)
@@ -190,6 +195,7 @@ class DocumentStream:
     lanes: Sequence[Sequence[Shard]]
     weights: Sequence[float]
     held: HeldOut = field(default_factory=HeldOut)
+    scrubber: Scrubber | None = None
 
     @property
     def shards(self) -> list[Shard]:
@@ -204,7 +210,8 @@ class DocumentStream:
     def sha256(self) -> str:
         """Of what decides the texts and their order, but for the content of files that keep their size."""
         files = [[(shard.name, shard.n_bytes) for shard in lane] for lane in self.lanes]
-        content = json.dumps([files, list(self.weights), self.held.sha256])
+        scrubbed = [] if self.scrubber is None else [self.scrubber.to_json(None)]
+        content = json.dumps([files, list(self.weights), self.held.sha256, *scrubbed])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def walk(self, position: dict[str, Any] | None = None) -> "Walk":
@@ -213,7 +220,7 @@ class DocumentStream:
 
     def without(self, held: HeldOut) -> "DocumentStream":
         """The same with other texts held out."""
-        return DocumentStream(self.lanes, self.weights, held)
+        return replace(self, held=held)
 
 
 class Walk:
@@ -232,7 +239,8 @@ class Walk:
         self._taken_before = 0  # by this lane, when its document began
         places = [Place(lane["shard"], lane["state"], lane["passes"]) for lane in position["lanes"]]
         self._lanes = [
-            Lane(shards, stream.held, place) for shards, place in zip(stream.lanes, places, strict=True)
+            Lane(shards, stream.held, place, stream.scrubber)
+            for shards, place in zip(stream.lanes, places, strict=True)
         ]
         self._texts = [lane.texts() for lane in self._lanes]
 
@@ -301,14 +309,15 @@ def open_stream(recipe: CorpusRecipe) -> DocumentStream:
         new = [file for file in files if str(file.path.resolve()) not in seen]
         seen |= {str(file.path.resolve()) for file in new}
         sources.append([FileShard(file, recipe) for file in new] if files else [HubShard(word, recipe)])
+    scrubber = scrubber_of(recipe)
     if recipe.weights is None:
-        return DocumentStream([list(itertools.chain(*sources))], [1.0])
+        return DocumentStream([list(itertools.chain(*sources))], [1.0], scrubber=scrubber)
     for word, shards in zip(recipe.sources, sources, strict=True):
         if not shards:
             raise UserError(
                 f"{word!r} has no file that is not of a source before it: leave it and its weight out"
             )
-    return DocumentStream(sources, recipe.weights)
+    return DocumentStream(sources, recipe.weights, scrubber=scrubber)
 
 
 def check_stream(recipe: CorpusRecipe) -> None:
@@ -326,6 +335,11 @@ def check_stream(recipe: CorpusRecipe) -> None:
     if any(not 0 < weight < float("inf") for weight in recipe.weights or ()):
         raise UserError(
             f"corpus.weights = {recipe.weights}: each must be more than 0, or leave its source out"
+        )
+    if recipe.near_duplicates is not None:
+        raise UserError(
+            f"corpus.near_duplicates = {recipe.near_duplicates:g} compares all documents, and --stream has "
+            "none of them at hand: leave one out"
         )
     if recipe.damaged == "skip":
         raise UserError(

@@ -129,7 +129,10 @@ def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> TokenizedCorpus:
         run.log("note", message=message)
 
     cache = Cache(cache_folder() if recipe.corpus.cache else None, note)
-    corpus = read_corpus(recipe.corpus)
+    corpus = read_corpus(
+        recipe.corpus,
+        lambda done, total: run.tell("progress", task="comparing documents", done=done, total=total),
+    )
     canaries = plant(corpus, recipe.privacy)
     run.log("corpus", **{name: corpus.report[name] for name in ("description", "train", "validation")})
     if recipe.corpus.languages:

@@ -24,6 +24,8 @@ from hf_genlm.run_folder import (
 )
 from hf_genlm.text.canaries import check_canaries
 from hf_genlm.text.languages import check_languages
+from hf_genlm.text.near_duplicates import check_near_duplicates
+from hf_genlm.text.scrubbing import check_scrubbing
 from hf_genlm.training import processes
 from hf_genlm.training.budget import Budget, budget_of, resolve
 from hf_genlm.training.callbacks import Diverged
@@ -165,6 +167,8 @@ def check(recipe: Recipe) -> None:
         )
     check_languages(recipe.corpus)
     check_canaries(recipe.privacy, recipe.corpus)
+    check_scrubbing(recipe.corpus)
+    check_near_duplicates(recipe.corpus)
     if recipe.corpus.temperature != 1 and recipe.training.carry_state:
         raise UserError(
             "training.carry_state = true reads the text in its order, and corpus.temperature = "
