@@ -92,4 +92,7 @@ RANGES = {
     "evaluation.context": Range(2, 2**30),
     "evaluation.stride": Range(1, 2**30),
     "evaluation.batch_size": _SIZE,
+    "privacy.epsilon": Range(0, 1000, is_open_below=True),
+    "privacy.delta": Range(0, 1, is_open_below=True, is_open_above=True),
+    "privacy.clip_norm": _POSITIVE,
 }

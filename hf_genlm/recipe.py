@@ -29,6 +29,7 @@ from hf_genlm.sections import (
     CorpusRecipe,
     EvaluationRecipe,
     ModelRecipe,
+    PrivacyRecipe,
     TokenizerRecipe,
     TrainingRecipe,
     VectorsRecipe,
@@ -40,6 +41,7 @@ __all__ = [
     "CorpusRecipe",
     "EvaluationRecipe",
     "ModelRecipe",
+    "PrivacyRecipe",
     "Recipe",
     "TokenizerRecipe",
     "TrainingRecipe",
@@ -60,6 +62,7 @@ class Recipe:
     vectors: VectorsRecipe = field(default_factory=VectorsRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    privacy: PrivacyRecipe = field(default_factory=PrivacyRecipe)
     card: CardRecipe = field(default_factory=CardRecipe)
 
     def to_yaml(self) -> str:

@@ -139,6 +139,16 @@ class EvaluationRecipe:
 
 
 @dataclass
+class PrivacyRecipe:
+    """A guarantee for each document of the training text: differentially private training."""
+
+    epsilon: float | None = None  # the most that a run spends; None: no guarantee
+    delta: float | None = None  # chance that the guarantee fails; None: n^-1.1 of n documents
+    clip_norm: float = 1.0  # at most this long is the gradient of a document
+    secure_noise: bool = False  # of a cryptographic generator, and safe against attacks on its last bits
+
+
+@dataclass
 class CardRecipe:
     """What no measurement can know about the model."""
 
