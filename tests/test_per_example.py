@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import STACKS, build_model
 
-from hf_genlm.privacy.per_example import FOLLOWED, PerExampleGradients
+from hf_genlm.privacy.per_example import PerExampleGradients
 
 VARIANTS = {
     **{name: (name, {}) for name in STACKS},
@@ -42,4 +42,6 @@ def test_gradients_of_examples_are_those_of_batches_of_one(variant, tokens):
         found = gradients.weighted_sum(F.one_hot(torch.tensor(i), len(tokens)).float())
         for (name, _), mine, theirs in zip(model.named_parameters(), found, of_one, strict=True):
             torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4, msg=name)
-        torch.testing.assert_close(norms[i], torch.cat([g.flatten() for g in of_one]).norm(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            norms[i], torch.cat([g.flatten() for g in of_one]).norm(), rtol=1e-5, atol=0
+        )

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from hf_genlm.privacy.recurrence import CELLS, Cell, follow_recurrence
+from hf_genlm.privacy.recurrence import CELLS, Step, follow_recurrence
 
 
 class Outer(NamedTuple):
@@ -51,7 +51,7 @@ class PerExampleGradients(TorchFunctionMode):
         super().__init__()
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._ids = {id(parameter) for parameter in self.parameters}
-        self._turned: dict[int, tuple[torch.Tensor, nn.Parameter]] = {}  # a view keeps its id while it lives
+        self._turned: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # a view keeps its id while it lives
         self._outer: dict[int, list[Outer]] = defaultdict(list)
         self._vectors: dict[int, torch.Tensor] = {}  # (B, O) of what is added or multiplied
 
@@ -130,7 +130,9 @@ class PerExampleGradients(TorchFunctionMode):
 
         return self._on_gradient(output, note)
 
-    def _embedding(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _embedding(
+        self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         if not self._follows(weight):
             return F.embedding(input, weight, *args, **kwargs)
         output = F.embedding(input, weight.detach(), *args, **kwargs)
@@ -154,7 +156,7 @@ class PerExampleGradients(TorchFunctionMode):
             self._turned[id(view)] = (view, matrix)
         return view
 
-    def _recurrence(self, cell: Cell, x: torch.Tensor, given: Any, weights: list, *args: Any) -> tuple:
+    def _recurrence(self, step: Step, x: torch.Tensor, given: Any, weights: list, *args: Any) -> tuple:
         """A kernel's (outputs, *last states), of rows that are one document each."""
         in_weight, rec_weight, in_bias, rec_bias = weights
         states = [state[0] for state in (given if isinstance(given, tuple) else (given,))]
@@ -165,7 +167,7 @@ class PerExampleGradients(TorchFunctionMode):
             if self._follows(rec_bias):
                 self._note_vector(rec_bias, dv_BTG.sum(1))
 
-        outputs, last = follow_recurrence(cell, u_BTG, rec_weight.detach(), rec_bias.detach(), states, note)
+        outputs, last = follow_recurrence(step, u_BTG, rec_weight.detach(), rec_bias.detach(), states, note)
         return outputs, *(state[None] for state in last)
 
 

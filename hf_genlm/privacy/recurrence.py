@@ -12,16 +12,20 @@ from typing import Any
 
 import torch
 
-from hf_genlm.model.recurrence_genlm import ClassicCell, ElmanCell, GRUCell, LSTMCell
+from hf_genlm.model.recurrence_genlm import ElmanCell, GRUCell, LSTMCell
 from hf_genlm.model.scan_genlm import scan_steps
 
-Cell = type[ClassicCell]
-# the kernel that a cell calls: the cell
-CELLS: dict[Any, Cell] = {torch.rnn_tanh: ElmanCell, torch.gru: GRUCell, torch.lstm: LSTMCell}
+Step = Callable[..., tuple[torch.Tensor, ...]]
+# the kernel that a cell calls: the cell's definition, which asks nothing of the cell itself
+CELLS: dict[Any, Step] = {
+    torch.rnn_tanh: ElmanCell.step,
+    torch.gru: GRUCell.step,
+    torch.lstm: LSTMCell.step,
+}
 
 
 def follow_recurrence(
-    cell: Cell,
+    step: Step,
     u_BTG: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -38,18 +42,18 @@ def follow_recurrence(
     Returns:
         outputs (B, T, R), and the last states.
     """
-    outputs, *last = _Recurrence.apply(u_BTG, cell, weight, bias, tuple(states), note)
+    outputs, *last = _Recurrence.apply(u_BTG, step, weight, bias, tuple(states), note)
     return outputs, last
 
 
 class _Recurrence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u_BTG, cell, weight, bias, states, note):
+    def forward(ctx, u_BTG, step, weight, bias, states, note):
         def advance(states, inputs):
-            return cell.step(None, inputs[0], torch.addmm(bias, states[0], weight.t()), states)
+            return step(None, inputs[0], torch.addmm(bias, states[0], weight.t()), states)
 
         last, history = scan_steps(advance, states, [u_BTG])
-        ctx.cell, ctx.note, ctx.n_states = cell, note, len(states)
+        ctx.step, ctx.note = step, note
         ctx.save_for_backward(u_BTG, weight, bias, *history)
         ctx.mark_non_differentiable(*last)
         return history[0][:, 1:], *last
@@ -60,11 +64,10 @@ class _Recurrence(torch.autograd.Function):
         u_BTG, weight, bias, *history = ctx.saved_tensors
         before = [states[:, :-1] for states in history]
         v_BTG = torch.nn.functional.linear(before[0], weight, bias)
-        by_u, by_v, by_state = _derivatives(ctx.cell, u_BTG, v_BTG, before)
-        n_rows, n_steps, n_units = before[0].shape
+        by_u, by_v, by_state = _derivatives(ctx.step, u_BTG, v_BTG, before)
         grown = [torch.zeros_like(states[:, 0]) for states in before]  # gradients of the states after a step
         du, dv = torch.empty_like(u_BTG), torch.empty_like(v_BTG)
-        for t in reversed(range(n_steps)):
+        for t in reversed(range(u_BTG.shape[1])):
             grown[0] = grown[0] + d_outputs[:, t]
             grown_BSR = torch.stack(grown, dim=1)
             du[:, t] = (by_u[:, t] * grown_BSR[:, :, None]).sum(1).flatten(1)
@@ -76,12 +79,14 @@ class _Recurrence(torch.autograd.Function):
         return du, None, None, None, None, None
 
 
-def _derivatives(cell: Cell, u_BTG, v_BTG, before):
+def _derivatives(
+    step: Step, u_BTG: torch.Tensor, v_BTG: torch.Tensor, before: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of each new state by u and v (B, T, S, G, R), and by each state before (B, T, S, S, R)."""
     with torch.enable_grad():
         inputs = [values.detach().requires_grad_() for values in (u_BTG, v_BTG, *before)]
         u, v, *states = (values.flatten(0, 1) for values in inputs)
-        after = cell.step(None, u, v, tuple(states))
+        after = step(None, u, v, tuple(states))
         found = [
             torch.autograd.grad(
                 state.sum(), inputs, retain_graph=True, allow_unused=True, materialize_grads=True
