@@ -21,6 +21,8 @@ _DELTA_POWER = -1.1
 _TOLERANCE = 0.005  # of epsilon, which the noise may fall short of
 _EPSILON_ERROR = 0.002  # of epsilon, that the accountant may be wrong by; it adds this
 _LEAST_NOISE, _MOST_NOISE = 0.1, 1e4
+# few, as they only say where to look; the highest are those of a small epsilon
+_ORDERS = (1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 _HALVINGS = 20  # of the logarithm of that range
 _MOST_TRIES = 20
 COVERED = [
@@ -135,7 +137,7 @@ def noise_multiplier_of(epsilon: float, delta: float, rate: float, steps: int) -
             return noise
         aim *= (1 - _TOLERANCE / 2) * epsilon / spent
     raise UserError(
-        f"--epsilon {epsilon:g} in {steps:,} steps that draw a share of {rate:.2g} of the documents: no useful "
+        f"--epsilon {epsilon:g} in {steps:,} steps that draw {rate:.2g} of the documents each: no useful "
         "noise gives it; change --epsilon, or lower --steps or the batch"
     )
 
@@ -174,7 +176,7 @@ def epsilon_by_moments(noise_multiplier: float, rate: float, steps: int, delta: 
     accountant.history = [(noise_multiplier, rate, steps)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that another order of the divergence could be better
-        return float(accountant.get_epsilon(delta))
+        return float(accountant.get_epsilon(delta, alphas=_ORDERS))
 
 
 def check_installed() -> None:

@@ -37,7 +37,7 @@ from hf_genlm.training.configure import (
     plan_recipe,
     settle_decay,
 )
-from hf_genlm.training.fit import Job, fit, likelihood_of
+from hf_genlm.training.fit import Job, Rows, fit, likelihood_of
 from hf_genlm.training.lanes import Lanes
 from hf_genlm.training.languages import measure_languages
 from hf_genlm.training.milestones import read_milestones
@@ -246,11 +246,13 @@ def _job_of(
     private: PrivateState | None = None,
 ) -> Job:
     processes.share_threads(recipe.training.threads)
-    training, rows_of = recipe.training, corpus.rows
+    training = recipe.training
+    rows: Rows
     if recipe.privacy.epsilon is not None:
         assert isinstance(corpus, TokenizedCorpus)
-        training, rows_of = steps_of(recipe), corpus.windows
-    rows = rows_of(training)
+        training, rows = steps_of(recipe), corpus.windows(training)
+    else:
+        rows = corpus.rows(training)
     arguments = training_arguments_of(run, training, budget)
     lanes = Lanes(arguments, rows.n_rows) if recipe.training.carry_state else None
     words = None
