@@ -92,7 +92,7 @@ class TrainingRecipe:
     accumulation: int = 1  # forward passes in one optimizer step
     carry_state: bool = False  # rows in order; recurrent layers go on from where the row before ended
     start: str | None = None  # pairs: with what pairs of tokens say; random; None: pairs, unless tied
-    optimizer: str = "adamw"  # or muon
+    optimizer: str = "adamw"  # or muon, sgd
     learning_rate: float | None = None  # peak; None: follows from the width
     embedding_rate: float | None = (
         None  # of embedding and head, in parts of `learning_rate`; None: by `start`

@@ -93,7 +93,7 @@ def test_delta_is_below_one_over_n_and_documents_are_many():
     assert delta_of(PRIVACY, 10_000) == pytest.approx(10_000**-1.1, rel=0.05)
     with pytest.raises(UserError, match=r"999, less than 1,000.*\.jsonl record"):
         delta_of(PRIVACY, 999)
-    with pytest.raises(UserError, match="--delta 0.0001 would allow"):
+    with pytest.raises(UserError, match=r"--delta 0\.0001 would allow"):
         delta_of(PrivacyRecipe(epsilon=3.0, delta=1e-4), 10_000)
     with pytest.raises(UserError, match=r"a step draws 2000 documents.*has 1500"):
         guarantee_of(PRIVACY, 1500, 2000, 10)
