@@ -83,7 +83,9 @@ def test_epsilon_is_that_of_another_library_by_another_method(noise, rate, steps
     assert ours == pytest.approx(theirs, rel=0.01)
 
 
-@pytest.mark.parametrize(("epsilon", "rate", "steps"), [(0.1, 0.01, 100), (3.0, 0.05, 300), (20.0, 0.2, 50)])
+@pytest.mark.parametrize(
+    ("epsilon", "rate", "steps"), [(0.1, 0.01, 100), (3.0, 0.05, 300), (20.0, 0.2, 50), (8.0, 0.007, 6)]
+)
 def test_the_noise_is_the_least_that_keeps_to_epsilon(epsilon, rate, steps):
     noise = noise_multiplier_of(epsilon, 1e-4, rate, steps)
     assert 0.99 * epsilon <= epsilon_of(noise, rate, steps, 1e-4) <= epsilon
@@ -298,7 +300,7 @@ def test_a_loss_that_is_no_number_ends_a_private_run(text, tokenizer, tmp_path, 
 
 
 def test_a_run_by_the_clock_counts_its_steps_out_beforehand(text, tokenizer, tmp_path):
-    settings = (tokenizer, "training.minutes=0.05", "training.validations=0")
+    settings = (tokenizer, "training.steps=null", "training.minutes=0.05", "training.validations=0")
     run = train(recipe_of(text, *settings), tmp_path / "run")
     (promised,) = [event for event in run.read_log() if event["event"] == "guarantee"]
     said = read_json(run.privacy)

@@ -8,6 +8,7 @@ differ by a factor of at most e^epsilon, but for a chance of delta.
 import functools
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,12 @@ ACCOUNTANT = "privacy loss random variables (Gopi et al., 2021), by Opacus"
 LEAST_DOCUMENTS = 1000
 _DELTA_POWER = -1.1
 _TOLERANCE = 0.005  # of epsilon, which the noise may fall short of
-_EPSILON_ERROR = 0.002  # of epsilon, that the accountant may be wrong by; it adds this
+_EPSILON_ERROR = 0.004  # of epsilon, that the accountant may be wrong by; it adds this
+_LEAST_EPSILON = 1e-9
 _LEAST_NOISE, _MOST_NOISE = 0.1, 1e4
 # few, as they only say where to look; the highest are those of a small epsilon
 _ORDERS = (1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
-_HALVINGS = 20  # of the logarithm of that range
-_MOST_TRIES = 20
+_HALVINGS = 10  # of the logarithm of that range
 COVERED = [
     "the weights of the model, and whatever is made of them: samples, exports, models that are trained on",
     "the models of checkpoints, together with the last one",
@@ -123,23 +124,47 @@ def delta_of(privacy: PrivacyRecipe, n_documents: int) -> float:
 def noise_multiplier_of(epsilon: float, delta: float, rate: float, steps: int) -> float:
     """The least noise whose `steps` spend at most `epsilon`, to half a percent of it.
 
-    Renyi divergences (Mironov, 2017, arXiv:1702.07476) are quickly had and say too much, by a part that
-    hardly depends on the noise: so they tell where to ask the accountant.
+    By regula falsi (the Illinois form) on the logarithms of both, which lie close to a line.
 
     Raises:
         UserError: it is beyond all use.
     """
-    aim = epsilon
-    for _ in range(_MOST_TRIES):
-        noise = _noise_by_moments(aim, delta, rate, steps)
-        spent = epsilon_of(noise, rate, steps, delta)
-        if (1 - _TOLERANCE) * epsilon <= spent <= epsilon:
-            return noise
-        aim *= (1 - _TOLERANCE / 2) * epsilon / spent
-    raise UserError(
-        f"--epsilon {epsilon:g} in {steps:,} steps that draw {rate:.2g} of the documents each: no useful "
-        "noise gives it; change --epsilon, or lower --steps or the batch"
-    )
+    aim = (1 - _TOLERANCE / 2) * epsilon
+
+    def excess(log_noise: float) -> float:
+        spent = epsilon_of(math.exp(log_noise), rate, steps, delta)
+        return math.log(max(spent, _LEAST_EPSILON) / aim)
+
+    (low, above), (high, below) = _bracket(excess, math.log(_noise_by_moments(epsilon, delta, rate, steps)))
+    if not above > 0 >= below:
+        raise UserError(
+            f"--epsilon {epsilon:g} in {steps:,} steps that draw {rate:.2g} of the documents each: no useful "
+            "noise gives it; change --epsilon, or lower --steps or the batch"
+        )
+    while True:
+        middle = low + (high - low) * above / (above - below)
+        found = excess(middle)
+        if abs(found) < _TOLERANCE / 2:
+            return math.exp(middle)
+        if found > 0:
+            low, above, below = middle, found, below / 2
+        else:
+            high, below, above = middle, found, above / 2
+
+
+def _bracket(
+    excess: Callable[[float], float], start: float
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Two places with what they are in excess by, the first one above nothing unless that is out of range."""
+    here, width = (start, excess(start)), 0.1
+    direction = 1 if here[1] > 0 else -1
+    while True:
+        place = here[0] + direction * width
+        there = (place, excess(place))
+        is_outside = not math.log(_LEAST_NOISE) < place < math.log(_MOST_NOISE)
+        if (there[1] > 0) != (here[1] > 0) or is_outside:
+            return (here, there) if direction == 1 else (there, here)
+        here, width = there, 2 * width
 
 
 def _noise_by_moments(epsilon: float, delta: float, rate: float, steps: int) -> float:
@@ -159,7 +184,7 @@ def epsilon_of(noise_multiplier: float, rate: float, steps: int, delta: float) -
     from opacus.accountants import PRVAccountant
 
     rough = epsilon_by_moments(noise_multiplier, rate, steps, delta)
-    error = min(0.01, max(1e-4, _EPSILON_ERROR * rough))
+    error = max(1e-4, _EPSILON_ERROR * rough)
     accountant = PRVAccountant()
     accountant.history = [(noise_multiplier, rate, steps)]
     with warnings.catch_warnings():

@@ -79,8 +79,8 @@ def main() -> None:
         mib = {way: statistics.median(each["mib"] for each in found[way]) for way in WAYS}
         plain, private, secure = (seconds[way] for way in WAYS)
         print(
-            f"| `{decoder}` | {plain:.3f} | {private / plain:.2f} | {secure / plain:.2f} | {mib['plain']:.0f} "
-            f"| {mib['private']:.0f} |",
+            f"| `{decoder}` | {plain:.3f} | {private / plain:.2f} | {secure / plain:.2f} "
+            f"| {mib['plain']:.0f} | {mib['private']:.0f} |",
             flush=True,
         )
 
