@@ -3,12 +3,14 @@
 import json
 import math
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import build_model
 
+from hf_genlm.cli import main
 from hf_genlm.errors import Stopped, UserError
 from hf_genlm.privacy.differential_privacy import (
     Guarantee,
@@ -23,7 +25,8 @@ from hf_genlm.run_folder import RunFolder, read_json
 from hf_genlm.text.encoding import TokenizedDocuments
 from hf_genlm.text.packing import IGNORED, collate
 from hf_genlm.text.windows import DocumentWindows
-from hf_genlm.training.private import check_private
+from hf_genlm.training.budget import Budget, resolve
+from hf_genlm.training.private import begin_private, check_private
 from hf_genlm.training.private_step import DrawnSteps, PrivateState, PrivateTrainer, private_gradient
 from hf_genlm.training.train import check, train
 
@@ -275,11 +278,14 @@ def test_a_resumed_run_comes_to_the_same_weights_and_the_same_epsilon(
     assert KEY.hex() not in "".join(path.read_text("utf-8") for path in resumed.path.glob("*.json*"))
 
 
-def test_a_run_without_a_fixed_key_draws_anew(text, tokenizer, tmp_path):
-    settings = (tokenizer, "training.steps=1", "training.validations=0", "privacy.secure_noise=true")
-    runs = [train(recipe_of(text, *settings), tmp_path / name) for name in "ab"]
-    files = [(run.model / "model.safetensors").read_bytes() for run in runs]
-    assert files[0] != files[1], "one seed, and still other noise"
+def test_each_run_has_a_key_of_its_own_whatever_its_seed(tmp_path):
+    recipe = resolve(load_recipe(None, (*SETTINGS, "training.seed=7")))
+    corpus = SimpleNamespace(train=range(2000))
+    run = RunFolder.create(tmp_path / "run")
+    first, second = (begin_private(run, recipe, corpus, Budget(steps=6)) for _ in "ab")
+    assert first.key != second.key
+    assert first.guarantee == second.guarantee
+    assert first.guarantee.sampling_rate == 8 / 2000
 
 
 def test_more_steps_than_the_noise_is_for_are_refused(tmp_path):
@@ -299,13 +305,18 @@ def test_a_loss_that_is_no_number_ends_a_private_run(text, tokenizer, tmp_path, 
     assert not RunFolder(tmp_path / "run").privacy.exists()
 
 
-def test_a_run_by_the_clock_counts_its_steps_out_beforehand(text, tokenizer, tmp_path):
-    settings = (tokenizer, "training.steps=null", "training.minutes=0.05", "training.validations=0")
-    run = train(recipe_of(text, *settings), tmp_path / "run")
+def test_a_run_by_the_clock_counts_its_steps_out_beforehand(text, tokenizer, tmp_path, capsys):
+    """By the command line, with noise of the cryptographic generator."""
+    settings = [*SETTINGS[2:], tokenizer, "training.validations=0", "privacy.secure_noise=true"]
+    words = ["train", str(text), "--minutes", "0.05", "--epsilon", "8", "--out", str(tmp_path / "run")]
+    assert main([*words, *(word for setting in settings for word in ("--set", setting))]) == 0
+    run = RunFolder(tmp_path / "run")
     (promised,) = [event for event in run.read_log() if event["event"] == "guarantee"]
     said = read_json(run.privacy)
     assert 1 <= said["steps"] <= promised["steps"]
     assert said["epsilon"] <= promised["epsilon"] <= 8
+    line = f"privacy: epsilon {said['epsilon']:g}, delta {said['delta']:g}, for one document"
+    assert line in capsys.readouterr().out
 
 
 def test_the_vocabulary_is_not_learned_from_the_private_text(text, tmp_path, monkeypatch):
@@ -339,8 +350,6 @@ def test_what_goes_around_the_guarantee_is_refused_by_name(setting):
 
 
 def test_the_default_recipe_of_a_private_run_passes_and_starts_at_random():
-    from hf_genlm.training.budget import resolve
-
     check(load_recipe(None, ["privacy.epsilon=3"]))
     resolved = resolve(load_recipe(None, ["privacy.epsilon=3"]))
     assert (resolved.training.start, resolved.model.bigram_size) == ("random", 0)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import STACKS, build_model
 
-from hf_genlm.privacy.per_example import PerExampleGradients
+from hf_genlm.privacy.per_example import FOLLOWED, PerExampleGradients
 
 VARIANTS = {
     **{name: (name, {}) for name in STACKS},
@@ -45,3 +45,13 @@ def test_gradients_of_examples_are_those_of_batches_of_one(variant, tokens):
         torch.testing.assert_close(
             norms[i], torch.cat([g.flatten() for g in of_one]).norm(), rtol=1e-5, atol=0
         )
+
+
+def test_a_use_that_is_not_followed_is_no_gradient_that_is_lost(monkeypatch, tokens):
+    monkeypatch.delitem(FOLLOWED, torch.Tensor.mul)
+    model = build_model("lstm")
+    with PerExampleGradients(model) as gradients:
+        losses = losses_of(model, tokens)
+    losses.sum().backward()
+    with pytest.raises(AssertionError, match="a use of 5 parameters is none that FOLLOWED knows"):
+        gradients.squared_norms()
