@@ -28,6 +28,8 @@ TRAIN_FIELDS = {
     "canaries": "privacy.canaries",
     "scrub": "corpus.scrub",
     "near_duplicates": "corpus.near_duplicates",
+    "epsilon": "privacy.epsilon",
+    "delta": "privacy.delta",
     **LANGUAGE_FIELDS,
 }
 _MODEL_HELP = "a run folder, a model folder or a Hub id"
@@ -93,6 +95,12 @@ def _add_train(verbs: Any) -> None:
         help="plant random secrets in the training text, each so many times, as 1,4,16,32, for audit",
     )
     train.add_argument("--seed", metavar="N", help="of the weights and the order of rows (default 0)")
+    train.add_argument(
+        "--epsilon", metavar="E", help="train with differential privacy for each document, spending so much"
+    )
+    train.add_argument(
+        "--delta", metavar="D", help="chance that this guarantee fails (default n^-1.1 of n documents)"
+    )
     train.add_argument("--out", metavar="DIR", help="the run folder to make (default runs/DECODER-DATE)")
     train.add_argument("--resume", action="store_true", help="go on with the run that lies in --out")
     train.add_argument(

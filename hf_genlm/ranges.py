@@ -96,4 +96,7 @@ RANGES = {
     "privacy.canaries": Range(1, 10**6),
     "privacy.canaries_each": Range(1, 10**4),
     "privacy.canaries_seed": Range(0, MOST_WHOLE),
+    "privacy.epsilon": Range(0, 1000, is_open_below=True),
+    "privacy.delta": Range(0, 1, is_open_below=True, is_open_above=True),
+    "privacy.clip_norm": _POSITIVE,
 }

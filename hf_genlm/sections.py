@@ -101,7 +101,7 @@ class TrainingRecipe:
     accumulation: int = 1  # forward passes in one optimizer step
     carry_state: bool = False  # rows in order; recurrent layers go on from where the row before ended
     start: str | None = None  # pairs: with what pairs of tokens say; random; None: pairs, unless tied
-    optimizer: str = "adamw"  # or muon
+    optimizer: str = "adamw"  # or muon, sgd
     learning_rate: float | None = None  # peak; None: follows from the width
     embedding_rate: float | None = (
         None  # of embedding and head, in parts of `learning_rate`; None: by `start`
@@ -149,13 +149,17 @@ class EvaluationRecipe:
 
 @dataclass
 class PrivacyRecipe:
-    """What an audit asks for afterwards."""
+    """A guarantee for each document of the training text, and what an audit asks for afterwards."""
 
     canaries: list[int] = field(
         default_factory=list
     )  # how often random secrets are planted in the training text, as 1, 4, 16, 32; none: no canaries
     canaries_each: int = 8  # candidates for each of these counts, of which a coin leaves out about half
     canaries_seed: int = 0  # of the secrets, the coins and the places
+    epsilon: float | None = None  # the most that a run spends; None: no guarantee
+    delta: float | None = None  # chance that the guarantee fails; None: n^-1.1 of n documents
+    clip_norm: float = 1.0  # at most this long is the gradient of a document
+    secure_noise: bool = False  # of a cryptographic generator, and safe against attacks on its last bits
 
 
 @dataclass

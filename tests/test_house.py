@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "text": {"recipe", "errors", "memory"},
     "model": set(),
     "evaluation": {"recipe", "errors", "decoding", "loading"},
-    "privacy": {"recipe", "errors", "run_folder", "memory", "text", "evaluation", "loading"},
+    "privacy": {"recipe", "errors", "run_folder", "memory", "text", "model", "evaluation", "loading"},
     "training": {
         "recipe",
         "ranges",

@@ -168,6 +168,11 @@ def make_plan(
         _count_of(parameters)
     stated = {name: _stated(recipe) for name, recipe in candidates.items()}
     _check_one(stated, "corpus", "a comparison is on one text: name it by SOURCE, --validation and --set")
+    if any(recipe.privacy.epsilon is not None for recipe in candidates.values()):
+        raise UserError(
+            "--epsilon: a comparison learns tokenizers from its text and chooses by it, which no guarantee "
+            "covers; train the candidates one by one"
+        )
     if one_tokenizer:
         _check_one(stated, "tokenizer", "one tokenizer serves all, unless --own-tokenizers is given")
     return Plan(stated, until, _amount_of(until, amount), parameters, seeds, one_tokenizer)

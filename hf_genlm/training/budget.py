@@ -11,6 +11,7 @@ from hf_genlm.model import DECODERS, mixers_of
 from hf_genlm.model.configuration_genlm import RECURRENT_MIXERS
 from hf_genlm.ranges import RANGES
 from hf_genlm.recipe import ModelRecipe, Recipe, TrainingRecipe, check_recipe
+from hf_genlm.training.private import prefer_private
 from hf_genlm.training.processes import clock_of_first, count
 
 
@@ -166,6 +167,8 @@ def resolve(recipe: Recipe, shape: Shape | None = None) -> Recipe:
     model, training = resolved.model, resolved.training
     if (training.minutes, training.steps, training.tokens) == (None, None, None):
         training.minutes = DEFAULT_MINUTES
+    if resolved.privacy.epsilon is not None:
+        prefer_private(resolved)
     if model.mixers is not None:
         _adopt_mixers(model, model.mixers)
     sizes = (model.hidden_size, model.num_hidden_layers, training.row_length, training.batch_size)

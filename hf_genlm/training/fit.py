@@ -1,6 +1,7 @@
 """One training: what Trainer is given, what is seen and written while it goes on, and what comes of it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.balanced import BalancedRows
 from hf_genlm.text.packed_stream import PackedStream
 from hf_genlm.text.packing import PackedRows, collate
+from hf_genlm.text.windows import DocumentWindows
 from hf_genlm.training.budget import Budget
 from hf_genlm.training.callbacks import (
     BudgetCallback,
@@ -33,6 +35,7 @@ from hf_genlm.training.checkpoints import Checkpoint, full_disk_as, write_model
 from hf_genlm.training.lanes import Lanes
 from hf_genlm.training.milestones import WordRate, WordsCallback, name_of, read_milestones
 from hf_genlm.training.optimizer import OptimizerFactory
+from hf_genlm.training.private_step import DrawnSteps, PrivateState, PrivateTrainer, the_one
 from hf_genlm.training.processes import from_first, load_whole
 from hf_genlm.training.signals import StopRequest
 from hf_genlm.training.streamed import StreamCallback, StreamedCorpus
@@ -45,11 +48,14 @@ _VALIDATIONS = 4
 _SHORT_S = 29.0  # planning has taken its part of half a minute
 
 
+Rows = PackedRows | BalancedRows | PackedStream | DocumentWindows
+
+
 @dataclasses.dataclass
 class Job:
     """What a run trains on, and how. `held` (V,): the rows of the embedding that keep their vectors."""
 
-    rows: PackedRows | BalancedRows | PackedStream
+    rows: Rows
     corpus: TokenizedCorpus | StreamedCorpus
     recipe: Recipe
     budget: Budget
@@ -57,11 +63,16 @@ class Job:
     lanes: Lanes | None = None  # where the rows come in their order, and states are carried
     words: WordRate | None = None  # where models are kept after so many words
     held: torch.Tensor | None = None
+    private: PrivateState | None = None  # with a guarantee for each document
 
     @property
     def pace(self) -> Pace:
-        """Steps as tokens."""
+        """Steps as tokens; of a private run, as many as its documents have on average."""
         training = self.recipe.training
+        if isinstance(self.rows, DocumentWindows):
+            return Pace(
+                self.rows.n_rows, training.batch_size * training.accumulation, max(1, self.rows.n_targets)
+            )
         n_rows = self.rows.n_rows if self.lanes is None else len(self.lanes.order)
         return Pace(n_rows, training.batch_size * training.accumulation, training.row_length - 1)
 
@@ -96,7 +107,7 @@ def fit(
         whole = trainer.whole_model()
         from_first(lambda: _keep(run, whole, job, words, step))
 
-    trainer = BudgetTrainer(
+    trainer = _trainer_of(job)(
         run=run,
         budget=budget,
         recipe=training,
@@ -106,8 +117,8 @@ def fit(
         is_rate_halved=rate_scale < 1 or (begin is not None and begin.progress.is_rate_halved),
         model=model,
         args=job.arguments,
-        train_dataset=job.rows,
-        data_collator=collate,
+        train_dataset=job.rows if job.private is None else DrawnSteps(job.rows, job.private),
+        data_collator=collate if job.private is None else the_one,
         optimizer_cls_and_kwargs=(OptimizerFactory, {"recipe": training}),
         callbacks=[
             *_callbacks(run, job, look),
@@ -131,6 +142,12 @@ def fit(
     _sample(run, whole, job, step)
     _log_end(run, job, step, seconds)
     return whole
+
+
+def _trainer_of(job: Job) -> Callable[..., BudgetTrainer]:
+    if job.private is None:
+        return BudgetTrainer
+    return functools.partial(PrivateTrainer, job.private, job.recipe.training.batch_size)
 
 
 def _log_end(run: RunFolder, job: Job, step: int, seconds: float) -> None:
@@ -196,7 +213,8 @@ def _look(run: RunFolder, model: GenLMForCausalLM, job: Job, step: int) -> None:
     reached = _reached(job, step)
     found = likelihood_of(model, job.corpus, job.recipe, _PARTIAL_VALIDATION_TOKENS)
     values = {m.name: round(m.value, 5) for m in found}
-    run.log("validation", step=step, **reached, partial=True, tokens=found[0].n, **values)
+    spent = {} if job.private is None else {"epsilon": round(job.private.guarantee.spent(step), 4)}
+    run.log("validation", step=step, **reached, partial=True, tokens=found[0].n, **values, **spent)
     _sample(run, model, job, step)
 
 

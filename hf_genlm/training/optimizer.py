@@ -54,9 +54,20 @@ def muon(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
     return Muon([group for group in groups if group["params"]])
 
 
+def sgd(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
+    """Stochastic gradient descent with `beta1` as momentum: the update that private training began with."""
+    decayed, tables, pairs, rest = split_by_role(model)
+    groups: list[dict] = [
+        {"params": [*decayed, *tables, *pairs], "weight_decay": recipe.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.beta1)
+
+
 OPTIMIZERS: dict[str, Callable[[nn.Module, TrainingRecipe], torch.optim.Optimizer]] = {
     "adamw": adamw,
     "muon": muon,
+    "sgd": sgd,
 }
 
 

@@ -22,9 +22,11 @@ from hf_genlm.text.languages import spans
 from hf_genlm.text.packing import PackedRows
 from hf_genlm.text.store import Documents
 from hf_genlm.text.tokenizer import load_tokenizer, train_tokenizer
+from hf_genlm.text.windows import DocumentWindows
 from hf_genlm.training import processes
 from hf_genlm.training.languages import tokenization_of
 from hf_genlm.training.milestones import WordRate
+from hf_genlm.training.private import public_text
 from hf_genlm.training.word_vectors import count_words
 
 _IDS_AT_ONCE = 1 << 22
@@ -53,6 +55,11 @@ class TokenizedCorpus:
     def n_tokens(self) -> int:
         """Of the training text."""
         return self.train.n_tokens
+
+    def windows(self, training: TrainingRecipe) -> DocumentWindows:
+        """What a resolved recipe of a private run trains on."""
+        special = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        return DocumentWindows(self.train, training.row_length, *special)
 
     def rows(self, training: TrainingRecipe) -> PackedRows | BalancedRows:
         """What a resolved recipe trains on."""
@@ -144,9 +151,11 @@ def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> TokenizedCorpus:
     if canaries is not None:
         write_json(run.canaries, canaries.to_json())
     text, languages = corpus.report["train"], corpus.report.get("languages", {})
-    documents = balanced_text(corpus.train, languages)
+    documents, n_bytes = balanced_text(corpus.train, languages), text["bytes"]
+    if recipe.privacy.epsilon is not None and recipe.tokenizer.path is None and not is_again:
+        documents, n_bytes = public_text(note)
     sha256 = text["sha256"] if documents is corpus.train else count_text(documents)["sha256"]
-    tokenizer = tokenizer_of(run, recipe, documents, text["bytes"], is_again, cache, sha256)
+    tokenizer = tokenizer_of(run, recipe, documents, n_bytes, is_again, cache, sha256)
     words = count_words(corpus.train) if recipe.vectors.path is not None else {}
     if recipe.training.checkpoint_words:
         run.tell("progress", task="counting words", done=0, total=None)

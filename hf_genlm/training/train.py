@@ -40,13 +40,21 @@ from hf_genlm.training.configure import (
     plan_recipe,
     settle_decay,
 )
-from hf_genlm.training.fit import Job, fit, likelihood_of
+from hf_genlm.training.fit import Job, Rows, fit, likelihood_of
 from hf_genlm.training.lanes import Lanes
 from hf_genlm.training.languages import measure_languages
 from hf_genlm.training.milestones import read_milestones
 from hf_genlm.training.optimizer import check_optimizer
 from hf_genlm.training.pair_start import MOST_TOKENS, start_from_pairs
 from hf_genlm.training.plan import tokens_of_a_step
+from hf_genlm.training.private import (
+    begin_private,
+    check_private,
+    diverged_in_private,
+    steps_of,
+    write_guarantee,
+)
+from hf_genlm.training.private_step import PrivateState
 from hf_genlm.training.signals import StopRequest
 from hf_genlm.training.streamed import StreamedCorpus, prepare_stream
 from hf_genlm.training.tokenized import TokenizedCorpus, prepare_corpus
@@ -141,7 +149,11 @@ def _resume(run: RunFolder, stated: Recipe, stop: StopRequest) -> RunFolder:
         return _finish(run, job, _build(run, job), None, stop)
     check(recipe)
     corpus = _read(run, recipe, is_again=True)
-    job = _job_of(run, recipe, corpus, budget_of(recipe.training, tokens_of_a_step(recipe.training)))
+    budget = budget_of(recipe.training, tokens_of_a_step(recipe.training))
+    private = None
+    if recipe.privacy.epsilon is not None and begin is not None:
+        private = PrivateState.load(begin.path, begin.progress.steps)
+    job = _job_of(run, recipe, corpus, budget, private)
     if has_model:
         with tracking(run, recipe, is_again=True):
             return _measure(run, job)
@@ -175,6 +187,8 @@ def check(recipe: Recipe) -> None:
             f"{recipe.corpus.temperature:g} parts of it again and again: leave one out"
         )
     _check_sharding(recipe)
+    if recipe.privacy.epsilon is not None:
+        check_private(recipe)
     processes.rows_of_each(recipe.training.batch_size, recipe.training.accumulation)
     budget_of(recipe.training, tokens_of_a_step(recipe.training))
 
@@ -214,7 +228,10 @@ def _prepare(run: RunFolder, given: Recipe) -> Job:
     else:
         settle_decay(recipe, budget.steps, corpus.n_tokens)
     corpus.tokenizer.model_max_length = recipe.training.row_length
-    job = _job_of(run, recipe, corpus, budget)
+    private = None
+    if recipe.privacy.epsilon is not None:
+        private = begin_private(run, recipe, corpus, budget)
+    job = _job_of(run, recipe, corpus, budget, private)
     if processes.is_first():
         corpus.tokenizer.save_pretrained(run.tokenizer)  # again: its model_max_length is known now
         write_text(run.recipe, recipe.to_yaml())
@@ -227,15 +244,27 @@ def _read(run: RunFolder, recipe: Recipe, is_again: bool = False) -> TokenizedCo
     return (prepare_stream if recipe.corpus.stream else prepare_corpus)(run, recipe, is_again)
 
 
-def _job_of(run: RunFolder, recipe: Recipe, corpus: TokenizedCorpus | StreamedCorpus, budget: Budget) -> Job:
+def _job_of(
+    run: RunFolder,
+    recipe: Recipe,
+    corpus: TokenizedCorpus | StreamedCorpus,
+    budget: Budget,
+    private: PrivateState | None = None,
+) -> Job:
     processes.share_threads(recipe.training.threads)
-    rows = corpus.rows(recipe.training)
-    arguments = training_arguments_of(run, recipe.training, budget)
+    training = recipe.training
+    rows: Rows
+    if recipe.privacy.epsilon is not None:
+        assert isinstance(corpus, TokenizedCorpus)
+        training, rows = steps_of(recipe), corpus.windows(training)
+    else:
+        rows = corpus.rows(training)
+    arguments = training_arguments_of(run, training, budget)
     lanes = Lanes(arguments, rows.n_rows) if recipe.training.carry_state else None
     words = None
     if recipe.training.checkpoint_words:
         words = processes.from_first(lambda: corpus.word_rate(rows))
-    return Job(rows, corpus, recipe, budget, arguments, lanes, words)
+    return Job(rows, corpus, recipe, budget, arguments, lanes, words, private=private)
 
 
 def _build(run: RunFolder, job: Job, is_new: bool = True) -> GenLMForCausalLM:
@@ -277,6 +306,8 @@ def _finish(
         if begin is not None:
             run.log("resumed", step=begin.progress.step)
         trained = _fit(run, job, model, begin, stop)
+        if trained is not None and job.private is not None:
+            write_guarantee(run, job.private, job.recipe)
         if trained is not None:
             save(run, trained, job.corpus.tokenizer)
         return _measure(run, job)
@@ -289,6 +320,8 @@ def _fit(
     try:
         return fit(run, model, job, begin, stop)
     except Diverged as error:
+        if job.private is not None:
+            raise diverged_in_private(error.step, job.recipe) from error
         back = processes.from_first(lambda: newest_checkpoint(run.checkpoints))
         step = 0 if back is None else back.progress.step
         rate = job.recipe.training.learning_rate

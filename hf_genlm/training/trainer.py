@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -155,8 +156,7 @@ class BudgetTrainer(Trainer):
         from_first(lambda: clear_parts(folder))
         with full_disk_as(failures.append):
             super()._save_checkpoint(model, trial)
-            if self.lanes is not None:
-                self.lanes.save(part_of(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}")
+            self._save_states(part_of(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}")
         budget = self.budget
         progress = Progress(step, budget.elapsed_s, budget.seconds, budget.steps, self.is_rate_halved)
 
@@ -174,6 +174,11 @@ class BudgetTrainer(Trainer):
             self.run.log("checkpoint", step=step)
         else:
             self.run.log("note", message=f"no checkpoint after step {step}: {failure}; training goes on")
+
+    def _save_states(self, folder: Path) -> None:
+        """What goes into a checkpoint besides Trainer's own."""
+        if self.lanes is not None:
+            self.lanes.save(folder)
 
     def _check_finite(self, model: torch.nn.Module) -> None:
         """A checkpoint is one to go back to."""

@@ -68,7 +68,7 @@ def _train_and_tell(recipe: Recipe, out: str, resume: bool) -> None:
         display.show("loading torch and transformers")
         from hf_genlm.publish.card import write_card
         from hf_genlm.publish.plots import write_curves
-        from hf_genlm.run_folder import RunFolder
+        from hf_genlm.run_folder import RunFolder, read_json
         from hf_genlm.training.train import train
 
         try:
@@ -80,7 +80,11 @@ def _train_and_tell(recipe: Recipe, out: str, resume: bool) -> None:
         write_curves(run)
         write_card(run)
     print(table(read_measurements(run.evaluation)))
-    print(f"\nmodel:  {run.model}\ncard:   {run.model / 'README.md'}\n")
+    print(f"\nmodel:  {run.model}\ncard:   {run.model / 'README.md'}")
+    if run.privacy.is_file():
+        said = read_json(run.privacy)
+        print(f"privacy: epsilon {said['epsilon']:g}, delta {said['delta']:g}, for {said['unit']}")
+    print()
     print(f"hf-genlm generate {run.path}\n")
     print("from transformers import AutoModelForCausalLM\nimport hf_genlm")
     print(f'model = AutoModelForCausalLM.from_pretrained("{run.model.as_posix()}")')

@@ -1,0 +1,156 @@
+"""A differentially private run: what it may not do, what it prefers, its noise, and what it promises at the
+end."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from hf_genlm.errors import UserError
+from hf_genlm.privacy.differential_privacy import check_installed, delta_of, guarantee_of
+from hf_genlm.privacy.randomness import KEY_BYTES
+from hf_genlm.recipe import CorpusRecipe, Recipe, TrainingRecipe
+from hf_genlm.run_folder import RunFolder, write_json
+from hf_genlm.text.corpus import read_corpus
+from hf_genlm.text.store import Documents
+from hf_genlm.training import processes
+
+if TYPE_CHECKING:
+    from hf_genlm.training.budget import Budget
+    from hf_genlm.training.private_step import PrivateState
+    from hf_genlm.training.tokenized import TokenizedCorpus
+
+_WEIGHT_DECAY = 0.1  # noise keeps a text from being learned by heart
+
+
+def prefer_private(recipe: Recipe) -> None:
+    """Choose what was left open as noise wants it: no statistics of the text, and few parameters."""
+    model, training = recipe.model, recipe.training
+    model.bigram_size = model.bigram_size or 0
+    training.start = training.start or "random"
+    if training.weight_decay is None:
+        training.weight_decay = _WEIGHT_DECAY
+
+
+def check_private(recipe: Recipe) -> None:
+    """What a private run of a resolved recipe may not do.
+
+    Raises:
+        UserError: that, and what to do instead; or Opacus is not installed.
+    """
+    training, corpus = recipe.training, recipe.corpus
+    refused = {
+        "training.start=pairs": (
+            training.start == "pairs",
+            "the counts of its pairs of tokens go into the model",
+            "--set training.start=random",
+        ),
+        "vectors.path": (
+            recipe.vectors.path is not None,
+            "which words the text has decides which vectors are taken",
+            "leave it out",
+        ),
+        "corpus.stream=true": (corpus.stream, "how many documents there are is not known", "leave it out"),
+        "corpus.temperature": (
+            corpus.temperature != 1,
+            "some documents are read more often than others",
+            "--set corpus.temperature=1",
+        ),
+        "training.carry_state=true": (
+            training.carry_state,
+            "a state passes from document to document",
+            "--set training.carry_state=false",
+        ),
+        "training.compile": (
+            training.compile is not None,
+            "the gradients of single documents are not seen in what it makes",
+            "--set training.compile=null",
+        ),
+        "training.checkpoint_words": (
+            bool(training.checkpoint_words),
+            "the words that were read are drawn, not counted",
+            "leave it out",
+        ),
+        "--processes": (
+            processes.count() > 1,
+            "documents are drawn by one process",
+            "--processes 1, and training.accumulation for a larger batch",
+        ),
+    }
+    for name, (is_so, reason, remedy) in refused.items():
+        if is_so:
+            raise UserError(f"--epsilon and {name} do not go together, as {reason}: {remedy}")
+    check_installed()
+
+
+def public_text(note: Callable[[str], None]) -> tuple[Documents, int]:
+    """(documents, bytes) of a text that everyone has, for the vocabulary: the library source of Python."""
+    note(
+        "the vocabulary is learned from Python's library source, as it must not be from a private text; a "
+        "tokenizer of public text of its kind serves better: --set tokenizer.path=FOLDER (hf-genlm tokenizer)"
+    )
+    corpus = read_corpus(CorpusRecipe())
+    return corpus.train, corpus.report["train"]["bytes"]
+
+
+def steps_of(recipe: Recipe) -> TrainingRecipe:
+    """What Trainer is told: a batch of it is one step, and documents alone are clipped."""
+    return dataclasses.replace(recipe.training, batch_size=1, accumulation=1, max_grad_norm=0.0)
+
+
+def begin_private(
+    run: RunFolder, recipe: Recipe, corpus: "TokenizedCorpus", budget: "Budget"
+) -> "PrivateState":
+    """The guarantee of a new run, and its key; a run by the clock has its steps counted out beforehand.
+
+    Raises:
+        UserError: as `guarantee_of`.
+    """
+    from hf_genlm.training.private_step import PrivateState
+
+    delta_of(recipe.privacy, len(corpus.train))
+    if budget.seconds is not None:
+        _count_steps(run, recipe, corpus, budget)
+    run.tell("progress", task="choosing the noise", done=0, total=None)
+    n_drawn = recipe.training.batch_size * recipe.training.accumulation
+    guarantee = guarantee_of(recipe.privacy, len(corpus.train), n_drawn, budget.steps)
+    run.log("guarantee", **dataclasses.asdict(guarantee))
+    return PrivateState(guarantee, os.urandom(KEY_BYTES))
+
+
+def _count_steps(run: RunFolder, recipe: Recipe, corpus: "TokenizedCorpus", budget: "Budget") -> None:
+    from hf_genlm.training.configure import builder_of
+    from hf_genlm.training.private_step import measure_private_step
+    from hf_genlm.training.trainer import training_arguments_of
+
+    run.tell("progress", task="planning", done=0, total=None)
+    began = time.monotonic()
+    device = training_arguments_of(run, steps_of(recipe), budget).device
+    budget.step_s = measure_private_step(builder_of(corpus.tokenizer, device)(recipe), recipe)
+    assert budget.seconds is not None
+    budget.seconds = max(budget.step_s, budget.seconds - (time.monotonic() - began))
+    budget.steps = max(1, min(budget.steps, int(budget.seconds / budget.step_s)))
+
+
+def diverged_in_private(step: int, recipe: Recipe) -> UserError:
+    """Going back would need the noise of the steps twice."""
+    return UserError(
+        f"the loss is no finite number after step {step}, and a private run does not go back: start a new "
+        f"run with a training.learning_rate well below {recipe.training.learning_rate:g}"
+    )
+
+
+def write_guarantee(run: RunFolder, private: "PrivateState", recipe: Recipe) -> None:
+    """privacy.json, after all steps were made."""
+    steps = max(event["steps"] for event in run.read_log() if event["event"] == "trained")
+    not_covered = []
+    if recipe.model.init_from is not None:
+        not_covered.append(f"what the model that it went on from ({recipe.model.init_from}) was trained on")
+    if recipe.tokenizer.path is not None:
+        not_covered.append("the text that its tokenizer was learned from")
+    elif not (recipe.corpus.sources or recipe.corpus.languages):
+        not_covered.append("the vocabulary, which was learned from the same text, as everyone has it")
+    if recipe.corpus.validation == []:
+        not_covered.append("which documents were held out: their sizes have a part in it")
+    write_json(run.privacy, private.guarantee.to_json(steps, not_covered))

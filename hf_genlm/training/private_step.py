@@ -1,0 +1,214 @@
+"""The gradient of one differentially private step, and the Trainer that makes such steps.
+
+DP-SGD (Abadi et al., 2016, arXiv:1607.00133): each document is drawn with one probability, its gradient cut
+down to the clip norm, the sum given noise and divided by the number of documents that are drawn on average.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+
+from hf_genlm.errors import UserError
+from hf_genlm.model import GenLMForCausalLM
+from hf_genlm.privacy.differential_privacy import Guarantee
+from hf_genlm.privacy.per_example import PerExampleGradients
+from hf_genlm.privacy.randomness import KEY_BYTES, NOISES, draw_documents, draw_numbers
+from hf_genlm.recipe import Recipe, TrainingRecipe
+from hf_genlm.text.packing import IGNORED, collate
+from hf_genlm.text.windows import DocumentWindows
+from hf_genlm.training.optimizer import OptimizerFactory
+from hf_genlm.training.trainer import BudgetTrainer
+
+STATE_FILE = "privacy_state.json"
+
+
+@dataclass(frozen=True)
+class PrivateState:
+    """What a private run must not lose: its guarantee, and the key that all of its randomness follows from.
+
+    The key lies in checkpoints alone, and they go when the run is done: who has it can take the noise off.
+    """
+
+    guarantee: Guarantee
+    key: bytes
+
+    def save(self, folder: Path) -> None:
+        """Write it to a checkpoint, for its owner's eyes."""
+        path = folder / STATE_FILE
+        path.touch(mode=0o600)
+        content = {"guarantee": asdict(self.guarantee), "key": self.key.hex()}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, steps: int) -> "PrivateState":
+        """That of a checkpoint, for a run of `steps` in all.
+
+        Raises:
+            UserError: it is not there, or the steps are more than the noise was chosen for.
+        """
+        try:
+            content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+            state = cls(Guarantee(**content["guarantee"]), bytes.fromhex(content["key"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{str(folder)!r} holds no {STATE_FILE} that can be used: without what was spent there is no "
+                "guarantee; start a new run"
+            ) from error
+        if len(state.key) != KEY_BYTES or steps > state.guarantee.steps:
+            raise UserError(
+                f"{str(folder)!r} has noise for {state.guarantee.steps} steps, and the run would make "
+                f"{steps}: the guarantee would not hold; start a new run"
+            )
+        return state
+
+
+class DrawnSteps(Dataset):
+    """Item k: the windows (b, T) of the documents that step k draws; b may be anything from 0 on."""
+
+    def __init__(self, windows: DocumentWindows, state: PrivateState):
+        self.windows, self.state = windows, state
+
+    def __len__(self) -> int:
+        return self.state.guarantee.steps
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+        key, rate = self.state.key, self.state.guarantee.sampling_rate
+        drawn = draw_documents(key, step, self.windows.n_rows, rate)
+        return collate(self.windows.take(drawn, draw_numbers(key, step, len(drawn))))
+
+
+def the_one(steps: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Collates batches of one step."""
+    (step,) = steps
+    return step
+
+
+class PrivateTrainer(BudgetTrainer):
+    """BudgetTrainer by private steps: a batch of Trainer's is all that one step draws."""
+
+    def __init__(self, private: PrivateState, rows_at_once: int, **kwargs: Any):
+        self.private, self.rows_at_once = private, rows_at_once
+        super().__init__(**kwargs)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        return SequentialSampler(self.train_dataset)
+
+    def _save_states(self, folder: Path) -> None:
+        self.private.save(folder)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Give each parameter its private gradient; returns the mean loss of the documents."""
+        assert self.state.global_step < self.private.guarantee.steps, "no more steps than were accounted for"
+        model.train()
+        with self.compute_loss_context_manager():
+            return private_gradient(
+                model,
+                self._prepare_inputs(inputs),
+                self.private,
+                self.state.global_step,
+                self.recipe,
+                self.rows_at_once,
+            )
+
+
+def private_gradient(
+    model: GenLMForCausalLM,
+    inputs: dict[str, torch.Tensor],
+    private: PrivateState,
+    step: int,
+    recipe: TrainingRecipe,
+    rows_at_once: int,
+) -> torch.Tensor:
+    """Write the noisy mean of the clipped gradients of `inputs`, each (b, T), to each parameter's `.grad`.
+
+    Returns:
+        the mean loss of the b documents, 0 where there are none.
+    """
+    guarantee = private.guarantee
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    shapes = [tuple(parameter.shape) for parameter in parameters]
+    make_noise = NOISES[guarantee.is_noise_secure]
+    totals = make_noise(private.key, step, shapes, parameters[0].device)
+    for total in totals:
+        total.mul_(guarantee.noise_multiplier * guarantee.clip_norm)
+    n_rows, loss_sum = len(inputs["input_ids"]), torch.zeros((), device=parameters[0].device)
+    for start in range(0, n_rows, rows_at_once):
+        rows = {name: values[start : start + rows_at_once] for name, values in inputs.items()}
+        loss_sum += add_clipped(model, _trimmed(rows), totals, guarantee.clip_norm, recipe)
+    for parameter, total in zip(parameters, totals, strict=True):
+        parameter.grad = total.div_(guarantee.batch_size).to(parameter.dtype)
+    return loss_sum / max(1, n_rows)
+
+
+def add_clipped(
+    model: GenLMForCausalLM,
+    rows: dict[str, torch.Tensor],
+    totals: list[torch.Tensor],
+    clip_norm: float,
+    recipe: TrainingRecipe,
+) -> torch.Tensor:
+    """Add each row's gradient, cut down to `clip_norm`, to `totals`; returns the summed losses."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    with PerExampleGradients(model) as gradients:
+        losses_B = document_losses(model, rows, recipe)
+    losses_B.sum().backward()
+    norms_B = gradients.squared_norms().sqrt()
+    weights_B = (clip_norm / norms_B.clamp_min(torch.finfo(norms_B.dtype).tiny)).clamp(max=1)
+    for total, found in zip(totals, gradients.weighted_sum(weights_B), strict=True):
+        if found is not None:
+            total.add_(found)
+    return losses_B.detach().sum()
+
+
+def document_losses(
+    model: GenLMForCausalLM, rows: dict[str, torch.Tensor], recipe: TrainingRecipe
+) -> torch.Tensor:
+    """(b,) the mean loss over the labels of each row, in nats, with the recipe's own terms."""
+    labels_BT = rows["labels"][:, 1:]
+    outputs = model(rows["input_ids"], position_ids=rows["position_ids"], use_cache=False)
+    logits_BVT = outputs.logits[:, :-1].float().mT
+    losses_BT = F.cross_entropy(
+        logits_BVT, labels_BT, ignore_index=IGNORED, reduction="none", label_smoothing=recipe.label_smoothing
+    )
+    is_label_BT = labels_BT != IGNORED
+    if recipe.z_loss:
+        losses_BT = losses_BT + recipe.z_loss * logits_BVT.logsumexp(1).square() * is_label_BT
+    return losses_BT.sum(1) / is_label_BT.sum(1).clamp_min(1)
+
+
+def _trimmed(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the columns in which no row has a label."""
+    n_tokens = int((rows["labels"] != IGNORED).sum(1).max())
+    return {name: values[:, :n_tokens] for name, values in rows.items()}
+
+
+def measure_private_step(model: GenLMForCausalLM, recipe: Recipe) -> float:
+    """Seconds of a step on windows of random tokens that are all full."""
+    training = recipe.training
+    optimizer = OptimizerFactory()(model, training)
+    n_drawn = training.batch_size * training.accumulation
+    tokens = torch.randint(0, model.config.vocab_size, (n_drawn, training.row_length), device=model.device)
+    positions = torch.arange(training.row_length, device=model.device).expand_as(tokens)
+    inputs = {"input_ids": tokens, "position_ids": positions, "labels": tokens}
+    rate, clip_norm = 1.0, recipe.privacy.clip_norm
+    guarantee = Guarantee(1.0, 0.5, rate, 1.0, clip_norm, n_drawn, 1, recipe.privacy.secure_noise)
+    private = PrivateState(guarantee, bytes(KEY_BYTES))
+
+    def step() -> float:
+        start = time.perf_counter()
+        private_gradient(model, inputs, private, 0, training, training.batch_size).item()
+        optimizer.step()
+        return time.perf_counter() - start
+
+    step()  # the first is slower
+    return min(step(), step())
