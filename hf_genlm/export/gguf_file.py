@@ -103,8 +103,8 @@ def _misfits_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[Misfit]:
         return []
     return [
         Misfit(
-            "llama.cpp has no pre-tokenizer that parts words as this one: the nearest, llama-bpe, takes marks "
-            "from letters, the space from a number after it, an indentation from the line end before it",
+            "llama.cpp has no pre-tokenizer that parts words as this one; the nearest, llama-bpe, cuts marks "
+            "from letters, numbers from the space before them, indentation from the line end before it",
             "train with tokenizer.pattern=gpt2, or qwen35, which keeps marks with their letters",
         )
     ]
@@ -157,10 +157,11 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: 
         ]
     )
     writer.add_token_merges(merges)
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_add_bos_token(True)
+    for name in ("bos", "eos", "pad"):
+        number = getattr(tokenizer, f"{name}_token_id")
+        if number is not None:
+            getattr(writer, f"add_{name}_token_id")(number)
+    writer.add_add_bos_token(tokenizer.bos_token_id is not None)
     writer.add_add_space_prefix(False)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)

@@ -61,7 +61,7 @@ class OnnxRunner:
         new: list[int] = []
         while True:
             new.append(int(logits.argmax()))
-            if len(new) == max_new_tokens or new[-1] == self.description["eos_token_id"]:
+            if len(new) == max_new_tokens or new[-1] in self.description["eos_token_ids"]:
                 return new
             logits = self.read(new[-1])
 

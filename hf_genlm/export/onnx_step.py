@@ -19,14 +19,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from hf_genlm.decoding.step import SLOTS_AT_ONCE, DecodeStep, StepState, slots_of
+from hf_genlm.decoding.step import MOVING_ROTATIONS, SLOTS_AT_ONCE, DecodeStep, StepState, slots_of
 from hf_genlm.export.misfits import Misfit
 from hf_genlm.model import GenLMConfig, GenLMForCausalLM
 from hf_genlm.run_folder import write_json
 
 GRAPH, DESCRIPTION = "model.onnx", "model.json"
 _OPSET = 20
-_MOVING_ROTATIONS = ("dynamic", "longrope")
 _MOST_BYTES_INSIDE = 1_500_000_000  # a protobuf holds 2 GiB; larger weights lie in a file beside
 
 
@@ -91,7 +90,7 @@ class OnnxStep(nn.Module):
 def misfits_of_onnx(model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase, dtype: str) -> list[Misfit]:
     """Why a step of one shape cannot give the logits of `model`; seldom anything."""
     rotation = model.model.rotary_emb
-    if rotation is not None and rotation.rope_type in _MOVING_ROTATIONS:
+    if rotation is not None and rotation.rope_type in MOVING_ROTATIONS:
         remedy = "set another rope_type in its config.json: default, linear, yarn or llama3"
         return [Misfit(f"rotary positions of the kind {rotation.rope_type} change with the length", remedy)]
     return []
@@ -99,7 +98,7 @@ def misfits_of_onnx(model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase,
 
 def write_onnx(model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
     """model.onnx, model.json and the tokenizer's files."""
-    step = OnnxStep(model.cpu().float()).eval()
+    step = OnnxStep(model).eval()
     n_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     program = _trace(step, is_large=n_bytes > _MOST_BYTES_INSIDE)
     program.save(folder / GRAPH, external_data=n_bytes > _MOST_BYTES_INSIDE)
@@ -110,6 +109,7 @@ def write_onnx(model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase, fold
 def describe(config: GenLMConfig) -> dict[str, Any]:
     """What a program must know to run the graph."""
     is_bounded = config.position_type == "learned"
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     return {
         "graph": GRAPH,
         "token": {"input": "token", "dtype": "int64", "shape": [1, 1]},
@@ -132,7 +132,7 @@ def describe(config: GenLMConfig) -> dict[str, Any]:
         "start": "every state begins with zeros; 'slots' is at least 2 and the number of tokens in all",
         "most_tokens": config.max_position_embeddings if is_bounded else None,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
+        "eos_token_ids": [token for token in ends if token is not None],
     }
 
 

@@ -52,6 +52,7 @@ def write_page(
         config=config,
         mixers=list(dict.fromkeys(config.mixer_types)),
         bos=tokenizer.bos_token,
+        eos=tokenizer.eos_token,
         found=found,
         card=CARD_OF_MODEL if (folder / CARD_OF_MODEL).is_file() else None,
         version=describe_environment()["packages"]["hf_genlm"] or "",
