@@ -62,6 +62,9 @@ for folder, ids in json.load(open("ids.json")).items():
     assert tokenizer(sys.argv[1]).input_ids == ids, folder
     numpy.save(folder + ".npy", model(torch.tensor([ids])).logits[0])
     print(type(model).__name__)
+import os, re  # and as the page says
+os.chdir("llama")
+exec(re.findall(r"```python\\n(.*?)```", open("README.md").read(), flags=re.DOTALL)[0])
 """
 
 
@@ -124,14 +127,14 @@ def test_plain_transformers_gives_the_same_logits(tokenizers, tmp_path):
         assert found.largest_difference < 2e-5
         assert found.n_tokens == found.n_same_choice > 100
     (tmp_path / "ids.json").write_text(json.dumps(ids))
-    classes = run_alone(READ_CASES, tmp_path, text).split()
-    assert classes == [EXPORTS_CLASS[word] for word, _, _ in CASES.values()]
+    *classes, written = run_alone(READ_CASES, tmp_path, text).split("\n", len(CASES))
+    assert classes == [layouts.LAYOUTS[word].model_class.__name__ for word, _, _ in CASES.values()]
+    assert "Once" in written
+    assert "vLLM" in (tmp_path / "llama" / "README.md").read_text(encoding="utf-8")
+    assert "vLLM" not in (tmp_path / "squared relu" / "README.md").read_text(encoding="utf-8")
     for name, logits in expected.items():
         got = torch.from_numpy(np.load(tmp_path / f"{name}.npy"))
         torch.testing.assert_close(got, logits, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
-
-
-EXPORTS_CLASS = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 @pytest.mark.parametrize(
@@ -284,15 +287,6 @@ def test_the_page_of_an_onnx_export_runs_where_this_package_is_not(tokenizers, t
         new = new[: new.index(tokenizer.eos_token_id) + 1]
     expected = tokenizer.decode(ids + new, skip_special_tokens=True)
     assert run_alone(ALONE + without + example, out).rstrip("\n") == expected.rstrip("\n")
-
-
-def test_the_page_of_a_layout_runs_where_this_package_is_not(tokenizers, tmp_path):
-    out = tmp_path / "out"
-    export_model(build_for(tokenizers["own"], ATTENTION, **LLAMA), tokenizers["own"], "llama", out)
-    page = (out / "README.md").read_text(encoding="utf-8")
-    assert "vLLM" in page
-    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    assert "Once" in run_alone(ALONE + example, out)
 
 
 def test_an_export_that_differs_is_a_fault_and_leaves_nothing(tokenizers, tmp_path, monkeypatch):

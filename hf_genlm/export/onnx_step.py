@@ -77,7 +77,8 @@ class OnnxStep(nn.Module):
             (1, V) logits of the token after, and the new state.
         """
         state = tuple(tensor.clone() for tensor in state)
-        slots = {part.kind: len(tensor) for part, tensor in zip(self.state, state, strict=True)}
+        # len() would make the number of slots a constant of the graph
+        slots = {part.kind: tensor.shape[0] for part, tensor in zip(self.state, state, strict=True)}
         seen = [
             (torch.arange(slots[kind], device=token.device) < n_before)[:, None]
             for kind in ("full_attention", "sliding_attention")
