@@ -256,6 +256,18 @@ def test_onnx_takes_every_stack(stack, tokenizers, tmp_path):
     check_onnx(build_for(tokenizers["own"], stack), tokenizers["own"], tmp_path / "out")
 
 
+def test_int8_is_near_and_says_how_near(tokenizers, tmp_path):
+    model = build_for(tokenizers["own"], ["gated_linear", "full_attention"])
+    exact = export_model(model, tokenizers["own"], "onnx", tmp_path / "float32")
+    found = export_model(model, tokenizers["own"], "onnx", tmp_path / "int8", "int8")
+    assert exact.largest_difference < 1e-4 < found.largest_difference
+    assert found.n_same_choice > 0.7 * found.n_tokens
+    sizes = [(tmp_path / dtype / "model.onnx").stat().st_size for dtype in ("int8", "float32")]
+    assert sizes[0] < sizes[1] / 2
+    page = (tmp_path / "int8" / "README.md").read_text(encoding="utf-8")
+    assert f"the same after {found.n_same_choice} of them" in page
+
+
 def check_onnx(model, tokenizer, folder: Path) -> None:
     found = export_model(model, tokenizer, "onnx", folder)
     assert found.largest_difference < 1e-4
@@ -326,6 +338,13 @@ def test_what_the_verb_refuses(options, words, tokenizers, tmp_path, monkeypatch
     assert main(["export", "foreign", "--out", "new", *options]) == 2
     assert re.search(words, capsys.readouterr().err)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["foreign", "full"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tokenizers, tmp_path):
+    (tmp_path / "file").touch()
+    model = build_for(tokenizers["own"], ATTENTION, **LLAMA)
+    with pytest.raises(UserError, match=r"--out .* cannot be written \(Not a directory|File exists"):
+        export_model(model, tokenizers["own"], "llama", tmp_path / "file" / "out")
 
 
 def test_a_missing_library_is_named_with_its_extra(tokenizers, tmp_path, monkeypatch):

@@ -101,14 +101,14 @@ def test_words_end_where_the_named_models_end_them(pattern, documents):
     texts = [document.text[:5000] for document in documents[:20]]
     for text in [
         *texts,
-        "\ta  b\r\n\n    c 1234 é\u0301 हिन्दी 'LL 日本語\u2028 .!\n\n  x١٢٣",
+        "\ta  b\r\n\n    c 1234 é\u0301 हिन्दी 'LL 日本語\u2028 .!\n\n  x१२३",
         " \u00a0\u2003x",
     ]:
         assert mine.pre_tokenize_str(text) == theirs.pre_tokenize_str(text)
 
 
 def test_an_unknown_pattern_is_refused():
-    with pytest.raises(UserError, match="unknown tokenizer.pattern 'gpt-2'; did you mean 'gpt2'"):
+    with pytest.raises(UserError, match=r"unknown tokenizer\.pattern 'gpt-2'; did you mean 'gpt2'"):
         train("some text", pattern="gpt-2")
 
 

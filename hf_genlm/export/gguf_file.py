@@ -52,7 +52,7 @@ def architecture_of(config: GenLMConfig) -> str:
 def layout_of(config: GenLMConfig) -> Layout:
     """What llama.cpp computes of `architecture_of`."""
     layout = LAYOUTS[architecture_of(config)]
-    return replace(layout, has_window=False, has_rope_scaling=False, activations=("silu",))
+    return replace(layout, has_window=False, has_rope_scaling=False, activation="silu")
 
 
 def misfits_of_gguf(model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase, dtype: str) -> list[Misfit]:

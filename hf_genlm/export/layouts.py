@@ -38,7 +38,7 @@ class Layout:
     has_qk_norm: bool
     has_window: bool = False
     has_rope_scaling: bool = True
-    activations: tuple[str, ...] | None = None  # of the gated MLP; None: all
+    activation: str | None = None  # of the MLP, which is gated then; None: any
 
 
 LAYOUTS = {
@@ -54,9 +54,9 @@ def misfits_of(model: GenLMForCausalLM, layout: Layout) -> list[Misfit]:
     foreign = sorted(set(config.mixer_types) - set(ATTENTION_MIXERS))
     windows = "sliding_attention" in config.mixer_types and not layout.has_window
     rope = config.rope_parameters["rope_type"] if config.has_rotary_positions else "default"
-    gates = config.gated_mlp and layout.activations in (None, (config.hidden_act,))
-    folds = not config.gated_mlp and config.hidden_act == "relu2" and layout.activations is None
-    act = "silu" if layout.activations else config.hidden_act
+    gates = config.gated_mlp and layout.activation in (None, config.hidden_act)
+    folds = not config.gated_mlp and config.hidden_act == "relu2" and layout.activation is None
+    act = layout.activation or config.hidden_act
     rules = (
         (
             bool(foreign),

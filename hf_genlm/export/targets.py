@@ -84,8 +84,11 @@ def export_model(
     model = model.cpu().float()
     refuse(word, target.misfits(model, tokenizer, dtype))
     check_new(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"--out {str(out)!r} cannot be written ({error.strerror})") from error
     try:
         target.write(model, tokenizer, aside, dtype)
         found = compare(model, tokenizer, target.read_back(aside, model, dtype))
@@ -190,7 +193,7 @@ EXPORTS = {
     ),
     "onnx": Target(
         "a decoding step with its state, for onnxruntime",
-        ("float32",),
+        ("float32", "int8"),
         ("onnxscript", "onnxruntime"),
         onnx_step.misfits_of_onnx,
         onnx_step.write_onnx,
