@@ -230,7 +230,7 @@ def _add_export(verbs: Any) -> None:
     export.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     export.add_argument("--to", required=True, metavar="FORMAT", help="llama, qwen3, gguf or onnx")
     export.add_argument(
-        "--dtype", metavar="TYPE", help="of the weights: float32 (default); gguf: float16, q8_0; onnx: int8"
+        "--dtype", metavar="TYPE", help="of the weights: float32 (default); of gguf float16 or q8_0 too"
     )
     export.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
 

@@ -256,18 +256,6 @@ def test_onnx_takes_every_stack(stack, tokenizers, tmp_path):
     check_onnx(build_for(tokenizers["own"], stack), tokenizers["own"], tmp_path / "out")
 
 
-def test_int8_is_near_and_says_how_near(tokenizers, tmp_path):
-    model = build_for(tokenizers["own"], ["gated_linear", "full_attention"])
-    exact = export_model(model, tokenizers["own"], "onnx", tmp_path / "float32")
-    found = export_model(model, tokenizers["own"], "onnx", tmp_path / "int8", "int8")
-    assert exact.largest_difference < 1e-4 < found.largest_difference
-    assert found.n_same_choice > 0.7 * found.n_tokens
-    sizes = [(tmp_path / dtype / "model.onnx").stat().st_size for dtype in ("int8", "float32")]
-    assert sizes[0] < sizes[1] / 2
-    page = (tmp_path / "int8" / "README.md").read_text(encoding="utf-8")
-    assert f"the same after {found.n_same_choice} of them" in page
-
-
 def check_onnx(model, tokenizer, folder: Path) -> None:
     found = export_model(model, tokenizer, "onnx", folder)
     assert found.largest_difference < 1e-4

@@ -98,29 +98,13 @@ def misfits_of_onnx(model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase,
 
 
 def write_onnx(model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
-    """model.onnx, model.json and the tokenizer's files. int8: matrices with a scale for each column, and what
-    they are multiplied by with one for each step."""
+    """model.onnx, model.json and the tokenizer's files."""
     step = OnnxStep(model).eval()
     n_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     program = _trace(step, is_large=n_bytes > _MOST_BYTES_INSIDE)
     program.save(folder / GRAPH, external_data=n_bytes > _MOST_BYTES_INSIDE)
-    if dtype == "int8":
-        _round(folder / GRAPH)
     write_json(folder / DESCRIPTION, describe(model.config))
     tokenizer.save_pretrained(folder)
-
-
-def _round(graph: Path) -> None:
-    """Dynamic quantisation by onnxruntime, in place."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    logger = logging.getLogger()  # it advises to do what torch.onnx has done
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        quantize_dynamic(graph, graph, weight_type=QuantType.QInt8, per_channel=True)
-    finally:
-        logger.setLevel(level)
 
 
 def describe(config: GenLMConfig) -> dict[str, Any]:

@@ -193,7 +193,7 @@ EXPORTS = {
     ),
     "onnx": Target(
         "a decoding step with its state, for onnxruntime",
-        ("float32", "int8"),
+        ("float32",),
         ("onnxscript", "onnxruntime"),
         onnx_step.misfits_of_onnx,
         onnx_step.write_onnx,
