@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_compare(verbs)
     _add_range(verbs)
     _add_generate(verbs)
+    _add_export(verbs)
     _add_serving(verbs)
     card = verbs.add_parser("card", help="write the model card of a run again")
     card.add_argument("run_path", metavar="RUN")
@@ -268,6 +269,16 @@ def _add_generate(verbs: Any) -> None:
         "--compile", action="store_true", help="make fast code for models of this shape first, and keep it"
     )
     generate.add_argument("--int8", action="store_true", help="round the weights to 8 bits, on a CPU")
+
+
+def _add_export(verbs: Any) -> None:
+    export = verbs.add_parser("export", help="write a model for transformers alone, llama.cpp or onnxruntime")
+    export.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    export.add_argument("--to", required=True, metavar="FORMAT", help="llama, qwen3, gguf or onnx")
+    export.add_argument(
+        "--dtype", metavar="TYPE", help="of the weights: float32 (default); of gguf float16 or q8_0 too"
+    )
+    export.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
 
 
 def _add_serving(verbs: Any) -> None:

@@ -6,6 +6,7 @@
     hf-genlm compare [SOURCE ...]        hf-genlm range                  hf-genlm doctor
     hf-genlm extend MODEL SOURCE ...     hf-genlm audit RUN
     hf-genlm extend MODEL SOURCE ...     hf-genlm push RUN OWNER/NAME
+    hf-genlm extend MODEL SOURCE ...     hf-genlm export MODEL
 
 Exit codes: 0 done; 2 the input cannot be used, one line on stderr says why; 1 a fault of ours, with a
 traceback.
@@ -29,6 +30,7 @@ _VERBS = {
     "compare": ("compare", "run"),
     "range": ("range", "run"),
     "generate": ("generate", "run"),
+    "export": ("export", "run"),
     "serve": ("serve", "serve_model"),
     "chat": ("serve", "chat_with_model"),
     "card": ("card", "run"),

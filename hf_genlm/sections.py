@@ -49,6 +49,7 @@ class TokenizerRecipe:
 
     path: str | None = None  # a tokenizer folder to use instead of training one
     vocab_size: int | None = None  # None: chosen from the size of the corpus
+    pattern: str = "own"  # where words end; gpt2, qwen35: as in models of that name, for llama.cpp
     max_characters: int = 50_000_000  # text sampled for training the merges: bounds the memory
 
 
@@ -64,8 +65,11 @@ class ModelRecipe:
     num_hidden_layers: int | None = None
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
+    qk_norm: bool = True  # queries and keys of attention are normalised
     intermediate_size: int | None = None
-    mlp_rank: int | None = None  # of both matrices of the MLP; None: full
+    gated_mlp: bool = False  # down(act(gate(x)) * up(x)), as Llama's, in place of down(act(up(x)))
+    hidden_act: str = "relu2"  # act, by transformers' name; relu2: the squared ReLU
+    mlp_rank: int | None = None  # of the matrices of the MLP; None: full
     shared_layers: int = 1  # layers that share each set of weights
     embedding_size: int | None = None  # width of the embedding table; None: `hidden_size`
     bigram_size: int | None = None  # rows of a table of token pairs, hashed; 0: no table; None: by decoder

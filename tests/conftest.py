@@ -32,6 +32,13 @@ STACKS["shared"] = {
     "num_key_value_heads": 1,
     "final_logit_softcapping": 20.0,
 }
+STACKS["llama"] = {
+    "mixer_types": ["full_attention", "sliding_attention"],
+    "gated_mlp": True,
+    "hidden_act": "silu",
+    "qk_norm": False,
+}
+STACKS["gated_factorised"] = {"mixer_types": ["full_attention"], "gated_mlp": True, "mlp_rank": 12}
 STACKS["bigram"] = {"mixer_types": ["gated_linear", "full_attention"], "bigram_size": 32}
 # the kinds of config that transformers' own tests run over
 KINDS = {mixer: {"mixer_types": [mixer, mixer]} for mixer in MIXERS}
@@ -43,6 +50,7 @@ KINDS["factorised"] = {
     "mlp_rank": 16,
 }
 KINDS["shared"] = {"mixer_types": ["full_attention"] * 2, "shared_layers": 2, "num_key_value_heads": 1}
+KINDS["llama"] = {"mixer_types": ["full_attention"], "gated_mlp": True, "qk_norm": False}
 # one layer of each kind is enough for a tracer; more only takes longer
 SHALLOW = {mixer: [mixer] for mixer in MIXERS} | {"hybrid": ["lstm", "full_attention"]}
 VOCAB, PAD, EOS = 61, 0, 1

@@ -245,3 +245,6 @@ def test_the_tokenizer_comes_back_as_it_was(text, folder):
     assert (found.eos_token, found.pad_token, found.chat_template) == (
         made.eos_token, made.pad_token, made.chat_template,
     )  # fmt: skip
+    other = TokenizerRecipe(pattern="gpt2")
+    tokenizer.train_tokenizer(documents, other, 10**5, Cache(folder), "0" * 64)
+    assert len(list(folder.iterdir())) == 2

@@ -50,6 +50,13 @@ def test_low_rank_matrices_have_rank_times_both_widths():
     assert parameters(mlp_rank=R) == V * D + 2 * layer(GATED, 2 * (D * R + R * M)) + D
 
 
+def test_a_gated_mlp_has_three_matrices_and_about_as_many_parameters():
+    assert parameters(gated_mlp=True) == V * D + 2 * layer(GATED, 3 * D * M) + D
+    width = GenLMConfig(hidden_size=768, gated_mlp=True).intermediate_size
+    assert (width, 3 * width) == (2048, 2 * 4 * 768)
+    assert GenLMConfig(hidden_size=100, gated_mlp=True).intermediate_size == 288  # above 266.7
+
+
 @pytest.mark.parametrize(("heads", "key_value_heads"), [(4, 4), (4, 2), (4, 1)])
 def test_grouped_and_multi_query_attention(heads, key_value_heads):
     counted = parameters("full_attention", num_attention_heads=heads, num_key_value_heads=key_value_heads)

@@ -79,6 +79,8 @@ FIELDS = {
     "decoder": st.none() | st.sampled_from(list(DECODERS)),
     "hidden_act": st.sampled_from(["relu2", "gelu", "silu", "tanh", "prelu"]),
     "position_type": st.sampled_from(["rotary", "learned", "none"]),
+    "gated_mlp": st.booleans(),
+    "qk_norm": st.booleans(),
     "rms_norm_eps": st.sampled_from([1e-6, 1e-5]),
     "dropout": st.sampled_from([0.0, 0.1, 0.999]),
     "attention_dropout": st.sampled_from([0.0, 0.1]),

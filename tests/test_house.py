@@ -38,6 +38,7 @@ MAY_IMPORT = {
         "privacy",
     },
     "decoding": {"errors", "model", "text.cache"},
+    "export": {"errors", "run_folder", "text.tokenizer", "model", "decoding"},
     "serving": {"errors", "model"},
     "loading": {"errors", "model"},
     "doctor": {

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers.models.qwen3_5 import tokenization_qwen3_5
 
 from hf_genlm.errors import UserError
 from hf_genlm.recipe import CorpusRecipe, TokenizerRecipe
@@ -19,8 +20,10 @@ from hf_genlm.text.encoding import cuts_are_exact, encode_documents, pieces_of
 from hf_genlm.text.tokenizer import (
     END_OF_TEXT,
     PAD,
+    PATTERNS,
     choose_vocab_size,
     load_tokenizer,
+    pre_tokenizer,
     sample_evenly,
     train_tokenizer,
 )
@@ -83,6 +86,30 @@ def test_special_tokens(tokenizer):
 def test_digits_are_grouped_by_three_at_most(tokenizer):
     words = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("x = 1234567")
     assert [word for word, _ in words][2:] == ["Ġ123", "456", "7"]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_words_end_where_the_named_models_end_them(pattern, documents):
+    """By the tokenizers library's own GPT-2, and the pattern that transformers has for Qwen3.5."""
+    qwen35 = tokenization_qwen3_5.PRETOKENIZE_REGEX
+    theirs = {
+        "own": pre_tokenizer(),
+        "gpt2": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        "qwen35": pre_tokenizer(qwen35),
+    }[pattern]
+    mine = train("It's 12 words\n" * 20, vocab_size=265, pattern=pattern).backend_tokenizer.pre_tokenizer
+    texts = [document.text[:5000] for document in documents[:20]]
+    for text in [
+        *texts,
+        "\ta  b\r\n\n    c 1234 é\u0301 हिन्दी 'LL 日本語\u2028 .!\n\n  x१२३",
+        " \u00a0\u2003x",
+    ]:
+        assert mine.pre_tokenize_str(text) == theirs.pre_tokenize_str(text)
+
+
+def test_an_unknown_pattern_is_refused():
+    with pytest.raises(UserError, match=r"unknown tokenizer\.pattern 'gpt-2'; did you mean 'gpt2'"):
+        train("some text", pattern="gpt-2")
 
 
 def test_training_twice_gives_the_same_file(documents, tokenizer):

@@ -12,7 +12,7 @@ from transformers.generation.stopping_criteria import (
 )
 
 from hf_genlm.decoding.program import PROGRAMS, Program, program_file
-from hf_genlm.decoding.step import SLOTS_AT_ONCE, DecodeStep, StepState
+from hf_genlm.decoding.step import MOVING_ROTATIONS, SLOTS_AT_ONCE, DecodeStep, StepState
 from hf_genlm.errors import UserError
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.model.recurrence_genlm import is_plain_linear
@@ -24,7 +24,6 @@ _NOT_FAST = (
 )  # fmt: skip
 _OWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 _KNOWN_MODULES = ("hf_genlm.model.", "torch.nn.modules.", "transformers.activations")
-_MOVING_ROTATIONS = ("dynamic", "longrope")  # their frequencies depend on how long the text is
 
 
 class _NotFast(Exception):
@@ -217,7 +216,7 @@ def _check_model(model: torch.nn.Module) -> None:
     if model.training:
         raise _NotFast("the model is in training mode")
     rotation = model.model.rotary_emb
-    if rotation is not None and rotation.rope_type in _MOVING_ROTATIONS:
+    if rotation is not None and rotation.rope_type in MOVING_ROTATIONS:
         raise _NotFast("the rotary positions change with the length")
     if model.config._attn_implementation not in ("sdpa", "eager"):
         raise _NotFast(f"the attention implementation is {model.config._attn_implementation}")

@@ -18,6 +18,7 @@ from hf_genlm.model import MIXERS, GenLMConfig, GenLMForCausalLM
 from hf_genlm.model.bigram_genlm import LAST_TOKEN_SLOT
 from hf_genlm.model.configuration_genlm import RECURRENT_MIXERS
 
+MOVING_ROTATIONS = ("dynamic", "longrope")  # their frequencies depend on how long the text is
 SLOTS_AT_ONCE = 64  # attention sees a multiple of so many slots: few shapes, little in vain
 
 

@@ -19,8 +19,8 @@ from .positions_genlm import apply_rotary
 
 
 class GenLMAttention(nn.Module):
-    """Grouped-query attention (Ainslie et al., 2023, arXiv:2305.13245) with normalised queries and keys
-    (Henry et al., 2020, arXiv:2010.04245). Full and sliding attention differ only in their mask."""
+    """Grouped-query attention (Ainslie et al., 2023, arXiv:2305.13245), with `qk_norm` of normalised queries
+    and keys (Henry et al., 2020, arXiv:2010.04245). Full and sliding attention differ only in their mask."""
 
     def __init__(self, config: GenLMConfig, layer_idx: int):
         super().__init__()
@@ -57,8 +57,9 @@ class GenLMAttention(nn.Module):
         q_BNTH = self.q_proj(hidden_states).view(heads).transpose(1, 2)
         k_BKTH = self.k_proj(hidden_states).view(heads).transpose(1, 2)
         v_BKTH = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        q_BNTH = F.rms_norm(q_BNTH, (self.head_dim,), eps=self.config.rms_norm_eps)
-        k_BKTH = F.rms_norm(k_BKTH, (self.head_dim,), eps=self.config.rms_norm_eps)
+        if self.config.qk_norm:
+            q_BNTH = F.rms_norm(q_BNTH, (self.head_dim,), eps=self.config.rms_norm_eps)
+            k_BKTH = F.rms_norm(k_BKTH, (self.head_dim,), eps=self.config.rms_norm_eps)
         if position_embeddings is not None:
             q_BNTH = apply_rotary(q_BNTH, *position_embeddings)
             k_BKTH = apply_rotary(k_BKTH, *position_embeddings)

@@ -87,8 +87,11 @@ class GenLMConfig(PreTrainedConfig):
         num_attention_heads: of the attention mixers; None: one per 64 of width, as nearly as they divide it.
         num_key_value_heads, head_dim: the other shapes of attention.
         sliding_window: tokens that a sliding_attention layer sees, itself included.
-        intermediate_size: width of the MLP; None: 4 * `hidden_size`.
-        mlp_rank: rank of both matrices of the MLP, each then a product of two; None: full matrices.
+        qk_norm: normalise queries and keys in attention.
+        intermediate_size: width of the MLP; None: 4 * `hidden_size`, or, of a gated MLP, which has three
+            matrices instead of two, 8/3 of it, up to a multiple of 32.
+        gated_mlp: down(act(gate(x)) * up(x)) in place of down(act(up(x))).
+        mlp_rank: rank of the matrices of the MLP, each then a product of two; None: full matrices.
         hidden_act: activation of the MLP, by transformers' name ("relu2" is the squared ReLU).
         position_type: rotary (attention layers only), learned (added to the embedding) or none.
         rope_parameters: base and scaling of the rotary positions, as transformers' models take them.
@@ -122,7 +125,9 @@ class GenLMConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     sliding_window: int | None = None
+    qk_norm: bool = True
     intermediate_size: int | None = None
+    gated_mlp: bool = False
     mlp_rank: int | None = None
     hidden_act: str = "relu2"
     position_type: str = "rotary"
@@ -154,7 +159,8 @@ class GenLMConfig(PreTrainedConfig):
         if self.recurrent_size is None:
             self.recurrent_size = self.hidden_size
         if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
+            gated = 32 * -(-self.hidden_size // 12)
+            self.intermediate_size = gated if self.gated_mlp else 4 * self.hidden_size
         if self.num_attention_heads is None:
             self.num_attention_heads = _heads_of(self.hidden_size)
         if self.num_key_value_heads is None:

@@ -53,20 +53,23 @@ def squared_relu(x: torch.Tensor) -> torch.Tensor:
 
 
 class GenLMMLP(nn.Module):
-    """down(act(up(x)))."""
+    """down(act(up(x))), or, gated, down(act(gate(x)) * up(x)) (Shazeer, 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: GenLMConfig):
         super().__init__()
         wide, narrow, rank = config.intermediate_size, config.hidden_size, config.mlp_rank
         if rank is None:
-            self.up_proj = nn.Linear(narrow, wide, bias=False)
-            self.down_proj = last = nn.Linear(wide, narrow, bias=False)
+            linear, last = partial(nn.Linear, bias=False), "down_proj"
         else:
-            self.up_proj = GenLMLowRankLinear(narrow, wide, rank)
-            self.down_proj = GenLMLowRankLinear(wide, narrow, rank)
-            last = self.down_proj.expand_proj
-        last.start = partial(start_near_zero, config=config)
+            linear, last = partial(GenLMLowRankLinear, rank=rank), "down_proj.expand_proj"
+        self.gate_proj = linear(narrow, wide) if config.gated_mlp else None
+        self.up_proj = linear(narrow, wide)
+        self.down_proj = linear(wide, narrow)
+        self.get_submodule(last).start = partial(start_near_zero, config=config)
         self.act_fn = squared_relu if config.hidden_act == "relu2" else ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        """(B, T, hidden_size) to the same."""
+        if self.gate_proj is None:
+            return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))

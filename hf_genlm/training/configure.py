@@ -66,7 +66,8 @@ def adopt_model(recipe: Recipe) -> Recipe:
         return recipe
     default = Recipe()
     for section, names in (("model", [field.name for field in dataclasses.fields(ModelRecipe)][1:]),
-                           ("tokenizer", ["path", "vocab_size"]), ("vectors", ["path"])):  # fmt: skip
+                           ("tokenizer", ["path", "pattern", "vocab_size"]),
+                           ("vectors", ["path"])):  # fmt: skip
         for name in names:
             if getattr(getattr(recipe, section), name) != getattr(getattr(default, section), name):
                 raise UserError(

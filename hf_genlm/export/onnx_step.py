@@ -1,0 +1,163 @@
+"""One decoding step of any GenLM as an ONNX graph, with its state as inputs and outputs.
+
+    logits, state = step(token, n_before, state)
+
+A prompt is read token by token, as text is written. Recurrent states have one size; a layer that sees a
+window keeps a ring of so many slots; one that sees all earlier tokens has as many slots as the caller gives
+it, at least one for each token. `model.json`, beside the graph, names every input and output.
+
+Shapes: S slots, K key-value heads, H head_dim, R recurrent_size, V vocabulary.
+"""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from hf_genlm.decoding.step import MOVING_ROTATIONS, SLOTS_AT_ONCE, DecodeStep, StepState, slots_of
+from hf_genlm.export.misfits import Misfit
+from hf_genlm.model import GenLMConfig, GenLMForCausalLM
+from hf_genlm.run_folder import write_json
+
+GRAPH, DESCRIPTION = "model.onnx", "model.json"
+_OPSET = 20
+_MOST_BYTES_INSIDE = 1_500_000_000  # a protobuf holds 2 GiB; larger weights lie in a file beside
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One part of the state. It begins with zeros."""
+
+    name: str  # of the input; the output is `next.` and this
+    like: torch.Tensor  # the shape and dtype
+    grows: bool  # dimension 0 is as long as the caller wants, at least 2
+    kind: str  # the mixer of its layer, "recurrent" for all with a state
+
+    @property
+    def output(self) -> str:
+        """Name of the output that is this input of the next step."""
+        return f"next.{self.name}"
+
+
+def state_of(config: GenLMConfig) -> list[StateTensor]:
+    """By layer: `layers.I.keys` and `.values`, each (S, 1, K, H), or `layers.I.state.J`, (1, R)."""
+    names = []
+    for layer, slots in enumerate(slots_of(config)):
+        parts = [f"state.{state}" for state in slots.states] or ["keys", "values"]
+        names += [(f"layers.{layer}.{part}", slots.kind) for part in parts]
+    buffers = StepState(config, torch.empty(0), n_rows=1, n_slots=SLOTS_AT_ONCE)
+    n_masks = len(buffers.grows) - len(names)  # which slots hold a token follows from how many there were
+    given = zip(names, buffers.buffers(SLOTS_AT_ONCE)[n_masks:], buffers.grows[n_masks:], strict=True)
+    return [StateTensor(name, like, grows, kind) for (name, kind), like, grows in given]
+
+
+class OnnxStep(nn.Module):
+    """The step as a function: what goes in is not written to."""
+
+    def __init__(self, model: GenLMForCausalLM):
+        super().__init__()
+        self.step = DecodeStep(model)
+        self.state = state_of(model.config)
+
+    def forward(
+        self, token: torch.Tensor, n_before: torch.Tensor, *state: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """
+        Args:
+            token: (1, 1).
+            n_before: (1,), tokens before this one.
+            state: as `state_of` says.
+
+        Returns:
+            (1, V) logits of the token after, and the new state.
+        """
+        state = tuple(tensor.clone() for tensor in state)
+        # len() would make the number of slots a constant of the graph
+        slots = {part.kind: tensor.shape[0] for part, tensor in zip(self.state, state, strict=True)}
+        seen = [
+            (torch.arange(slots[kind], device=token.device) < n_before)[:, None]
+            for kind in ("full_attention", "sliding_attention")
+            if kind in slots
+        ]
+        logits = self.step(token, n_before[None].clone(), n_before.clone(), *seen, *state)
+        return (logits, *state)
+
+
+def misfits_of_onnx(model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase, dtype: str) -> list[Misfit]:
+    """Why a step of one shape cannot give the logits of `model`; seldom anything."""
+    rotation = model.model.rotary_emb
+    if rotation is not None and rotation.rope_type in MOVING_ROTATIONS:
+        remedy = "set another rope_type in its config.json: default, linear, yarn or llama3"
+        return [Misfit(f"rotary positions of the kind {rotation.rope_type} change with the length", remedy)]
+    return []
+
+
+def write_onnx(model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
+    """model.onnx, model.json and the tokenizer's files."""
+    step = OnnxStep(model).eval()
+    n_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    program = _trace(step, is_large=n_bytes > _MOST_BYTES_INSIDE)
+    program.save(folder / GRAPH, external_data=n_bytes > _MOST_BYTES_INSIDE)
+    write_json(folder / DESCRIPTION, describe(model.config))
+    tokenizer.save_pretrained(folder)
+
+
+def describe(config: GenLMConfig) -> dict[str, Any]:
+    """What a program must know to run the graph."""
+    is_bounded = config.position_type == "learned"
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return {
+        "graph": GRAPH,
+        "token": {"input": "token", "dtype": "int64", "shape": [1, 1]},
+        "n_before": {
+            "input": "n_before",
+            "dtype": "int64",
+            "shape": [1],
+            "meaning": "tokens before this one",
+        },
+        "logits": {"output": "logits", "dtype": "float32", "shape": [1, config.vocab_size]},
+        "state": [
+            {
+                "input": part.name,
+                "output": part.output,
+                "dtype": str(part.like.dtype).removeprefix("torch."),
+                "shape": ["slots" if part.grows else part.like.shape[0], *part.like.shape[1:]],
+            }
+            for part in state_of(config)
+        ],
+        "start": "every state begins with zeros; 'slots' is at least 2 and the number of tokens in all",
+        "most_tokens": config.max_position_embeddings if is_bounded else None,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_ids": [token for token in ends if token is not None],
+    }
+
+
+def _trace(step: OnnxStep, is_large: bool) -> Any:
+    # two slots at least: torch.export takes 0 and 1 for constants
+    slots = torch.export.Dim("slots", min=2)
+    inputs = (torch.tensor([[0]]), torch.tensor([0]), *(part.like for part in step.state))
+    shapes = tuple({0: slots} if part.grows else None for part in step.state)
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's and onnxscript's, about themselves
+        logger.setLevel(logging.ERROR)
+        try:
+            return torch.onnx.export(
+                step,
+                inputs,
+                dynamo=True,
+                verbose=False,
+                external_data=is_large,
+                opset_version=_OPSET,
+                input_names=["token", "n_before", *(part.name for part in step.state)],
+                output_names=["logits", *(part.output for part in step.state)],
+                dynamic_shapes={"token": None, "n_before": None, "state": shapes},
+            )
+        finally:
+            logger.setLevel(level)
