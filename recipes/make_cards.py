@@ -10,10 +10,11 @@ should run on the machine meanwhile: the clock ends these runs.
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from PIL import Image
 
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.publish.card import card_of
@@ -24,6 +25,7 @@ from hf_genlm.run_folder import RunFolder, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES, CARDS = ROOT / "recipes", ROOT / "model_cards"
+_COLOURS = 48  # of a picture
 MEASURED = "# Measured: "  # so begins the first line of a recipe that was run
 
 
@@ -60,7 +62,8 @@ def write_results(run: RunFolder, recipe: Path, cards: Path, is_kept: bool) -> P
     name = recipe.stem
     picture, card = cards / "plots" / f"{name}.png", cards / f"{name}.md"
     picture.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(run.model / PICTURE, picture)
+    with Image.open(run.model / PICTURE) as curves:  # few colours: a quarter of the bytes
+        curves.convert("RGB").quantize(_COLOURS).save(picture, optimize=True)
     text = card_of(run, f"{name}/model", picture=f"plots/{name}.png", recipe_file=f"recipes/{recipe.name}")
     card.write_text(text, encoding="utf-8")
     if is_kept:

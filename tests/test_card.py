@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hub_metadata import faults_of, front_matter_of
 from huggingface_hub import ModelCard, ModelCardData
@@ -385,6 +386,7 @@ def test_the_loading_example_runs(tmp_path, monkeypatch, capsys):
     from hf_genlm.model import GenLMConfig, GenLMForCausalLM
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    torch.manual_seed(0)
     run = make_run(tmp_path)
     vocabulary = {
         word: i for i, word in enumerate(["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
