@@ -56,8 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(verbs)
     _add_export(verbs)
     _add_serving(verbs)
-    card = verbs.add_parser("card", help="write the model card of a run again")
-    card.add_argument("run_path", metavar="RUN")
+    _add_card(verbs)
     _add_push(verbs)
     _add_plot(verbs)
     _add_doctor(verbs)
@@ -309,6 +308,20 @@ def _add_push(verbs: Any) -> None:
         metavar="FILE:KIND",
         help="let what was found leave",
     )
+
+
+def _add_card(verbs: Any) -> None:
+    card = verbs.add_parser("card", help="write the model card of a run again")
+    card.add_argument("run_path", metavar="RUN")
+    card.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="assignments",
+        metavar="card.KEY=VALUE",
+        help="license, authors, ...: kept in the recipe of the run",
+    )
+    card.add_argument("--force", action="store_true", help="in place of a card that was changed by hand, too")
 
 
 def _add_plot(verbs: Any) -> None:

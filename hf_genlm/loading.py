@@ -40,3 +40,21 @@ def source_of(name: str) -> str:
     if not path.exists() and name.count("/") != 1:
         raise UserError(f"no model at {name!r}: name a run folder, a model folder or a Hub id")
     return source
+
+
+def hub_id_of(name: str) -> str | None:
+    """The Hub id of a model; of one on this disk, that of the model it was made of, if the card there says
+    so."""
+    if not Path(name).exists():
+        return name
+    from huggingface_hub import metadata_load
+    from yaml import YAMLError
+
+    card = Path(source_of(name)) / "README.md"
+    try:
+        stated = (metadata_load(card) or {}).get("base_model") if card.is_file() else None
+    except (YAMLError, ValueError, AttributeError):  # a card is anyone's text
+        return None
+    if isinstance(stated, list):
+        stated = stated[0] if stated else None
+    return stated if isinstance(stated, str) else None

@@ -168,8 +168,17 @@ class PrivacyRecipe:
 
 @dataclass
 class CardRecipe:
-    """What no measurement can know about the model."""
+    """What no measurement can know about the model; `hf-genlm card RUN --set card.x=...` says it later."""
 
-    name: str | None = None
-    license: str | None = None
-    language: list[str] = field(default_factory=list)
+    name: str | None = None  # None: that of the run folder
+    license: str | None = None  # an identifier of the Hub, as mit; other: with the next two
+    license_name: str | None = None
+    license_link: str | None = None  # an address, or LICENSE, a file beside the weights
+    language: list[str] = field(default_factory=list)  # ISO 639 codes; none: those of `corpus.languages`
+    authors: list[str] = field(default_factory=list)
+    url: str | None = None  # where the model is described
+    citation: str | None = None  # BibTeX; None: made of the fields above
+    intended_use: str | None = None
+    datasets: list[str] = field(default_factory=list)  # Hub ids, besides sources that are such
+    base_model: str | None = None  # Hub id; None: of the model in `model.init_from`, where it has one
+    tags: list[str] = field(default_factory=list)  # besides those of the decoder

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from hub_metadata import faults_of, front_matter_of
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.numpy import save_file
 
@@ -60,7 +62,7 @@ def make_run(path: Path, *, files=None, samples="", recipe=None, corpus=None, na
     run = RunFolder.create(path / name)
     recipe = recipe or Recipe()
     recipe.model.mixers = ["lstm", "full_attention"]
-    recipe.training.row_length = 64
+    recipe.training.row_length, recipe.training.batch_size = 64, 16
     run.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
     write_json(run.environment, {**describe_environment(), "device": "cpu"})
     report = {
@@ -231,6 +233,8 @@ def test_data_and_training_facts_are_those_of_the_run(tmp_path):
     environment = json.loads(run.environment.read_text())
     for package, version in environment["packages"].items():
         assert version is None or f"`{package}` `{version}`" in text
+    assert ["one step", "16 rows of 64 tokens"] in table_with(text, "setting")
+    assert "The clock ends this run" not in text
     (recipe,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.S)
     assert yaml.safe_load(recipe) == yaml.safe_load(run.recipe.read_text())
 
@@ -254,18 +258,20 @@ def test_hostile_names_stay_in_their_cells(tmp_path):
     files = [{"name": name, "bytes": 5, "sha256": "0" * 64, "documents": 1} for name in HOSTILE]
     recipe = Recipe()
     recipe.card.name = "a\n---\nlicense: mit\n# b {{ 7*7 }} <b>`"
-    recipe.card.license = "x: [y\n---\n"
+    recipe.card.authors = ["x: [y\n---\n", "<b>|`"]
+    recipe.card.intended_use = "---\n# heading {{ 7*7 }} <img src=x>"
     corpus = {"description": "text | of `many` --- <img src=x> {{ 7*7 }}\n\n# heading"}
     path = write_card(make_run(tmp_path, files=files, recipe=recipe, corpus=corpus))
     card = ModelCard.load(path)
     assert card.data.model_name == recipe.card.name
-    assert card.data.license == recipe.card.license
+    assert faults_of(front_matter_of(path.read_text(encoding="utf-8"))) == []
     assert {r.dataset_name for r in card.data.eval_results} == {corpus["description"]}
     table = table_with(card.text, "file")
     assert [len(row) for row in table] == [4] * (len(HOSTILE) + 2)
     for row in table[2:]:
         assert re.fullmatch(r"`[^`]*`|<code>[^<>`|*\[\]\\$]*</code>", row[0]), row[0]
-    outside = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", card.text, flags=re.S | re.M)
+    text = card.text.rpartition("<!--")[0]  # its hash has all digits
+    outside = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", text, flags=re.S | re.M)
     assert "<script" not in outside
     assert "<img" not in outside
     assert "49" not in outside
@@ -278,19 +284,16 @@ def test_hostile_names_stay_in_their_cells(tmp_path):
 def test_a_sample_cannot_leave_its_fence(tmp_path, text):
     samples = f"## After step 1\n\n``````text\nold\n``````\n\n## After step 9\n\n``````text\n{text}\n``````\n"
     body = ModelCard.load(write_card(make_run(tmp_path, samples=samples))).text
-    section = body.partition("## Samples")[2]
+    section, after, _ = body.partition("## Samples")[2].partition("\n## Privacy\n")
+    assert after, "the section after the samples is still one"
     blocks = markdown.fenced_blocks(section)
     assert blocks == ["old", text.replace("\r\n", "\n").removesuffix("\n")]
-    after = section.rpartition("## Limits and risks")
-    assert after[1], "the section after the samples is still one"
-    assert markdown.fenced_blocks(after[2]) == []
 
 
 def test_long_samples_are_cut_and_only_the_last_are_shown(tmp_path):
     samples = "".join(f"```text\n{i} {'x' * 5000}\n```\n" for i in range(5))
-    section = (
-        write_card(make_run(tmp_path, samples=samples)).read_text(encoding="utf-8").partition("## Samples")[2]
-    )
+    text = write_card(make_run(tmp_path, samples=samples)).read_text(encoding="utf-8")
+    section = text.partition("## Samples")[2].partition("## Privacy")[0]
     assert [block[:2] for block in markdown.fenced_blocks(section)] == ["3 ", "4 "]
     assert len(section) < 6000
 
@@ -371,7 +374,8 @@ def test_a_run_that_is_not_finished_in_its_log_is_still_described(tmp_path):
     run.log_file.unlink()
     text = write_card(run).read_text(encoding="utf-8")
     assert "steps," not in text
-    assert "Machine:" in text
+    assert "| machine |" in text
+    assert "year =" not in text
 
 
 def test_the_loading_example_runs(tmp_path, monkeypatch, capsys):
@@ -382,6 +386,7 @@ def test_the_loading_example_runs(tmp_path, monkeypatch, capsys):
     from hf_genlm.model import GenLMConfig, GenLMForCausalLM
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    torch.manual_seed(0)
     run = make_run(tmp_path)
     vocabulary = {
         word: i for i, word in enumerate(["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])

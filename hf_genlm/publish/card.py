@@ -1,96 +1,99 @@
 """The model card, `hf-genlm card RUN`: written from the files of the run folder and from nothing else.
 
-The same run folder gives the same card. A figure on it is read from a file of the run, never typed.
+The same run folder gives the same card. A figure on it is read from a file of the run, never typed. A card
+that a person wrote or changed is left as it is: ours end with a hash of themselves.
 """
 
+import hashlib
 import json
-import math
 import re
+import shlex
 from collections import Counter
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from hf_genlm.errors import UserError
-from hf_genlm.evaluation.measurement import Measurement, read_measurements
-from hf_genlm.publish import markdown
+from hf_genlm.evaluation.measurement import read_measurements
+from hf_genlm.publish import citation, markdown, measured
 from hf_genlm.publish.curves import curves_of, first_samples, in_words
+from hf_genlm.publish.front_matter import datasets_of, front_matter, languages_of
+from hf_genlm.publish.hub_rules import check_card, language_names
 from hf_genlm.publish.languages import is_of_language, language_table, script_line
 from hf_genlm.publish.parameters import parts_of, read_sizes
 from hf_genlm.publish.plots import PICTURE
 from hf_genlm.publish.privacy import privacy_section
+from hf_genlm.publish.told import counted_layers, duration, settings_of, trained_year
 from hf_genlm.recipe import Recipe, load_recipe
 from hf_genlm.run_folder import RunFolder, read_json, write_text
-
-if TYPE_CHECKING:
-    from huggingface_hub import ModelCardData
 
 MAX_FILES_LISTED = 20
 N_SAMPLES = 2
 MAX_SAMPLE_CHARACTERS = 1500
 _MAX_TEASER_CHARACTERS = 120  # of a text that shows how far the training was
 
-# What a card says of each measurement: title, definition.
-_DEFINITIONS = {
-    "bits_per_byte": (
-        "Bits per byte",
-        "total -log2 probability of the text over the number of its UTF-8 bytes, those of the original text, "
-        "not of its tokens; models with different vocabularies compare by it",
-    ),
-    "nats_per_token": ("Nats per token", "mean -ln probability of a token of this model's own vocabulary"),
-    "perplexity": ("Perplexity per token", "exp of the nats per token; compares only within one vocabulary"),
-    "mean_language_bits_per_byte": (
-        "Bits per byte, mean of the languages",
-        "every language weighs the same, whatever text there is of it",
-    ),
-    "worst_language_bits_per_byte": (
-        "Bits per byte, worst language",
-        "the highest of the languages; a language also differs in what its script needs in bytes",
-    ),
-    "top1_accuracy": ("Top-1 accuracy", "share of tokens that the model ranked first; ties count against it"),
-    "top5_accuracy": ("Top-5 accuracy", "share of tokens that the model ranked among its first five"),
-    "calibration_error": (
-        "Calibration error",
-        "expected calibration error of the likeliest token, over 15 bins of equal width",
-    ),
-    "word_perplexity": (
-        "Perplexity per word",
-        "exp of the nats per word of the original text; as lm-evaluation-harness counts, a document has one "
-        "word more than runs of white space; models with different vocabularies compare by it",
-    ),
-    "minimal_pairs_accuracy": (
-        "Minimal pairs",
-        "share of pairs of sentences of which the model finds the acceptable one likelier; ties count half",
-    ),
-    "minimal_pairs_accuracy_macro": ("Minimal pairs, macro", "mean of that over the linguistic phenomena"),
-}
-_DECODER_TAGS = {"full_attention": "transformer", "sliding_attention": "sliding"}
 _DIRECTORIES = re.compile(r"(?<![\w.:/\\~])(?:file:|~|[A-Za-z]:)?[/\\]+(?:[^\s/\\]+[/\\]+)+")
+_SEAL = re.compile(r"\n<!-- hf-genlm card; what stands above has the sha256 ([0-9a-f]{64}) -->\n?")
 
 
-def write_card(run: RunFolder, repo_id: str | None = None) -> Path:
+def write_card(run: RunFolder, repo_id: str | None = None, force: bool = False) -> Path:
     """Write `model/README.md` of a run, without touching the network.
 
     Args:
         run: a finished run.
         repo_id: the Hub id to show in the loading example; None: the example loads the folder it stands in.
+        force: write it in place of one that a person wrote or changed, too, which is else left as it is.
 
     Returns:
         The path of the card.
 
     Raises:
-        UserError: a file of the run is missing or damaged; the message names the verb that writes it.
+        UserError: a file of the run is missing or damaged, and the message names the verb that writes it; or
+            the recipe says of the card what the Hub would refuse.
+    """
+    path = run.model / "README.md"
+    if force or not is_by_hand(path):
+        write_text(path, card_of(run, repo_id))
+    return path
+
+
+def is_by_hand(path: Path) -> bool:
+    """Whether a person wrote or changed the card at `path`; not, where there is none."""
+    if not path.is_file():
+        return False
+    text = path.read_text(encoding="utf-8", errors="replace")
+    seals = list(_SEAL.finditer(text))
+    if not seals or seals[-1].end() != len(text):
+        return True
+    return seals[-1].group(1) != _sha256(text[: seals[-1].start()])
+
+
+def card_of(
+    run: RunFolder, repo_id: str | None = None, picture: str = PICTURE, recipe_file: str | None = None
+) -> str:
+    """The card of a run, as `write_card` writes it.
+
+    Args:
+        run: a finished run.
+        repo_id: as of `write_card`.
+        picture: where the picture of the curves lies, seen from the card.
+        recipe_file: that the run was made by, to be named in the command that repeats it.
     """
     recipe = load_recipe(run.recipe)
+    check_card(recipe.card)
     facts = _read_facts(run, recipe)
-    facts["repo"] = "." if repo_id is None else repo_id
-    data = _front_matter(recipe, facts)
-    path = run.model / "README.md"
-    write_text(path, f"---\n{data.to_yaml()}\n---\n\n{_render(facts)}")
-    return path
+    facts |= {"repo": "." if repo_id is None else repo_id, "recipe_file": recipe_file}
+    if facts["picture"] is not None:
+        facts["picture"] = picture
+    text = f"---\n{front_matter(recipe, facts).to_yaml()}\n---\n\n{_render(facts).rstrip()}\n"
+    return f"{text}\n<!-- hf-genlm card; what stands above has the sha256 {_sha256(text)} -->\n"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
 
 def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
@@ -103,42 +106,50 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
     curves = curves_of(events)
     corpus = _portable(read_json(run.corpus))
     languages = corpus.get("languages", {})
-    measured = read_measurements(run.evaluation)
+    measurements = read_measurements(run.evaluation)
     of_tokenizer = read_measurements(run.languages) if run.languages.is_file() else []
     sizes = read_sizes(run.model / "model.safetensors")
     samples = run.samples.read_text(encoding="utf-8") if run.samples.is_file() else ""
     return {
         "name": recipe.card.name or run.path.resolve().name,
-        "license": recipe.card.license,
-        "languages": _languages_of(recipe),
+        "card": recipe.card,
+        "datasets": datasets_of(recipe.card, corpus),
+        "languages": {code: language_names().get(code, code) for code in languages_of(recipe)},
         "config": config,
         "mixers": _counted(config["mixer_types"]),
+        "layers": counted_layers(config["mixer_types"]),
         "parts": parts_of(sizes, config["mixer_types"]),
         "n_parameters": sum(sizes.values()),
         "is_tied": "lm_head.weight" not in sizes,
-        "measurements": [m for m in measured if not is_of_language(m, languages)],
-        "language_table": language_table(languages, [*measured, *of_tokenizer]),
+        "measurements": [m for m in measurements if not is_of_language(m, languages)],
+        "headline": next((m for m in measurements if m.name == "bits_per_byte"), None),
+        "language_table": language_table(languages, [*measurements, *of_tokenizer]),
         "scripts": script_line(of_tokenizer),
         "context": _context_of(recipe),
         "is_audited": run.audit.is_file(),
+        "is_private": run.privacy.is_file(),
         "privacy": privacy_section(run),
         "corpus": corpus,
         "vectors": _portable(read_json(run.vectors)) if run.vectors.is_file() else None,
         "environment": read_json(run.environment),
-        "trained": next((event for event in reversed(events) if event.get("event") == "trained"), None),
+        "trained": _last(events, "trained"),
+        "settings": settings_of(recipe),
+        "base": None if recipe.model.init_from is None else _portable(recipe.model.init_from),
+        "base_model": recipe.card.base_model or _last(events, "started").get("base_model"),
+        "recipe": recipe,
         "recipe_yaml": yaml.safe_dump(_portable(asdict(recipe)), sort_keys=False, allow_unicode=True),
         "picture": PICTURE if curves.steps and (run.model / PICTURE).is_file() else None,
         "picture_in_words": in_words(curves) if curves.steps else None,
         "first_samples": first_samples(curves),
         "samples": markdown.fenced_blocks(samples)[-N_SAMPLES:],
+        "year": trained_year(events),
+        "out": shlex.quote(run.path.resolve().name),
     }
 
 
-def _languages_of(recipe: Recipe) -> list[str]:
-    """As stated, or else those of the sources; the Hub knows languages, not their scripts and regions."""
-    return recipe.card.language or list(
-        dict.fromkeys(code.partition("-")[0] for code in recipe.corpus.languages)
-    )
+def _last(events: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    """The last event of a kind; nothing in it where there is none."""
+    return next((event for event in reversed(events) if event.get("event") == kind), {})
 
 
 def _context_of(recipe: Recipe) -> int | None:
@@ -148,76 +159,39 @@ def _context_of(recipe: Recipe) -> int | None:
     return recipe.evaluation.context or recipe.training.row_length
 
 
-def _front_matter(recipe: Recipe, facts: dict[str, Any]) -> "ModelCardData":
-    from huggingface_hub import EvalResult, ModelCardData
-
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="text",
-            dataset_name=facts["corpus"]["description"] if _is_of(facts, measurement) else measurement.split,
-            dataset_split=measurement.split,
-            dataset_args={"sha256": facts["corpus"][measurement.split]["sha256"]}
-            if _is_of(facts, measurement)
-            else None,
-            metric_type=measurement.name,
-            metric_name=_title(measurement),
-            metric_value=measurement.value,
-        )
-        for measurement in facts["measurements"]
-        if math.isfinite(measurement.value)
-    ]
-    return ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        license=recipe.card.license,
-        language=_languages_of(recipe) or None,
-        tags=["genlm", "custom_code", *_decoder_tags(facts["config"]["mixer_types"])],
-        metrics=list(dict.fromkeys(m.name.partition("/")[0] for m in facts["measurements"])),
-        model_name=facts["name"],
-        eval_results=results or None,
-    )
-
-
 def _render(facts: dict[str, Any]) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        prose=markdown.prose, code=markdown.code, fence=markdown.fence, count=markdown.count, figures=_figures
+        prose=markdown.prose,
+        code=markdown.code,
+        fence=markdown.fence,
+        count=markdown.count,
+        figures=measured.figures,
+        title=measured.title,
+        interval=measured.interval,
+        cut=_cut,
+        teaser=_teaser,
+        duration=duration,
     )
-    environment.filters.update(title=_title, cut=_cut, interval=_interval, teaser=_teaser)
     template = resources.files("hf_genlm.publish").joinpath("card_template.md").read_text(encoding="utf-8")
-    definitions = [_DEFINITIONS[m.name] for m in facts["measurements"] if m.name in _DEFINITIONS]
+    known = measured.DEFINITIONS
     return environment.from_string(template).render(
-        **facts, definitions=definitions, max_files_listed=MAX_FILES_LISTED
+        **facts,
+        definitions=[known[m.name] for m in facts["measurements"] if m.name in known],
+        max_files_listed=MAX_FILES_LISTED,
+        citations=_citations(facts),
     )
 
 
-def _is_of(facts: dict[str, Any], measurement: Measurement) -> bool:
-    """Whether it was measured on a split of the run's corpus."""
-    return measurement.split in ("train", "validation") and measurement.split in facts["corpus"]
-
-
-def _title(measurement: Measurement) -> str:
-    name, _, part = measurement.name.partition("/")
-    title = _DEFINITIONS.get(name, (name, ""))[0]
-    return f"{title}: {part}" if part else title
-
-
-def _interval(measurement: Measurement) -> str:
-    if measurement.interval is None:
-        return "unknown"
-    return " to ".join(_figures(end, measurement) for end in measurement.interval)
-
-
-def _figures(number: float | None, measurement: Measurement) -> str:
-    """`number` to the second figure of its standard error, to 4 decimals where that is unknown."""
-    if number is None or not math.isfinite(number):
-        return "unknown"
-    if not measurement.stderr:
-        return f"{number:.4f}"
-    return f"{number:.{min(8, max(0, 1 - math.floor(math.log10(measurement.stderr))))}f}"
+def _citations(facts: dict[str, Any]) -> list[str]:
+    """Entries of BibTeX: of the model, and of this package."""
+    card, version = facts["card"], facts["environment"]["packages"].get("hf_genlm")
+    of_model = card.citation or citation.model_entry(
+        facts["name"], authors=card.authors, year=facts["year"], url=card.url, version=version
+    )
+    return [of_model, citation.package_entry(version)]
 
 
 def _cut(text: str) -> str:
@@ -232,12 +206,6 @@ def _teaser(text: str) -> str:
 def _counted(mixer_types: list[str]) -> str:
     """`2 gated_linear, 1 full_attention` in the order of first appearance."""
     return ", ".join(f"{n} {mixer}" for mixer, n in Counter(mixer_types).items())
-
-
-def _decoder_tags(mixer_types: list[str]) -> list[str]:
-    kinds = list(dict.fromkeys(mixer_types))
-    preset = _DECODER_TAGS.get(kinds[0], kinds[0]) if len(kinds) == 1 else "hybrid"
-    return list(dict.fromkeys([preset, *kinds]))
 
 
 def _read_log(run: RunFolder) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.blocks import BlockSums
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
+from hf_genlm.loading import hub_id_of
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.recipe import Recipe, load_recipe
 from hf_genlm.run_folder import (
@@ -214,7 +215,8 @@ def _prepare(run: RunFolder, given: Recipe) -> Job:
     """Read and encode the corpus, plan a run by the clock, and write the recipe as it was settled."""
     recipe = resolve(given)
     adopt_dimension(recipe)
-    run.log("started", decoder=recipe.model.decoder, mixers=mixer_types_of(recipe))
+    base = None if given.model.init_from is None else hub_id_of(given.model.init_from)
+    run.log("started", decoder=recipe.model.decoder, mixers=mixer_types_of(recipe), base_model=base)
     processes.share_threads(recipe.training.threads)
     corpus = _read(run, recipe)
     budget = budget_of(recipe.training, tokens_of_a_step(recipe.training))

@@ -7,12 +7,14 @@ from hf_genlm.arguments import TRAIN_FIELDS
 from hf_genlm.display import Display, table
 from hf_genlm.errors import Stopped, UserError
 from hf_genlm.launch import check_processes, complain, is_first, is_launched, launch, use_one_gpu
+from hf_genlm.publish.hub_rules import check_card
 from hf_genlm.recipe import Recipe
 from hf_genlm.verbs.recipes import recipe_of
 
 
 def run(options: argparse.Namespace) -> int:
     recipe = recipe_of(options, TRAIN_FIELDS)
+    check_card(recipe.card)
     if options.resume and not options.out:
         raise UserError("--resume goes on with a run: name its folder by --out DIR")
     out = (
