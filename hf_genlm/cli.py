@@ -4,7 +4,7 @@
     hf-genlm tokenizer SOURCE ...        hf-genlm serve MODEL
     hf-genlm evaluate MODEL [SOURCE ...] hf-genlm chat MODEL             hf-genlm plot RUN ...
     hf-genlm compare [SOURCE ...]        hf-genlm range                  hf-genlm doctor
-    hf-genlm extend MODEL SOURCE ...
+    hf-genlm extend MODEL SOURCE ...     hf-genlm space MODEL [MODEL]
 
 Exit codes: 0 done; 2 the input cannot be used, one line on stderr says why; 1 a fault of ours, with a
 traceback.
@@ -31,6 +31,7 @@ _VERBS = {
     "chat": ("serve", "chat_with_model"),
     "card": ("card", "run"),
     "plot": ("plot", "run"),
+    "space": ("space", "run"),
     "doctor": ("doctor", "run"),
 }
 
