@@ -52,8 +52,9 @@ def layers_of(model: LanguageModel) -> list[Layer]:
     if model.mixers is not None:
         return [Layer(i, mixer, mixer.endswith(_ATTENTION)) for i, mixer in enumerate(model.mixers)]
     with torch.inference_mode():
-        attentions = model.module(input_ids=model.tensor([0]), output_attentions=True).attentions
-    return [Layer(i, _ATTENTION, True) for i, weights in enumerate(attentions or ()) if weights is not None]
+        output = model.module(input_ids=model.tensor([0]), output_attentions=True)
+    attentions = getattr(output, "attentions", None) or ()
+    return [Layer(i, _ATTENTION, True) for i, weights in enumerate(attentions) if weights is not None]
 
 
 @torch.inference_mode()

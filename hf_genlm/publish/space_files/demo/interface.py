@@ -134,6 +134,7 @@ def _writing_tab(models: Sequence[LanguageModel], history: gr.State) -> None:
         go = gr.Button("Write", variant="primary", elem_id="go", min_width=120)
         stop = gr.Button("Stop", elem_id="stop", min_width=120, interactive=False)
     sampling = _sampling_controls()
+    gr.HTML(page.legend("Probability of each token", page.PROBABILITY_STEPS))
     texts, remarks = [], []
     with gr.Row(elem_classes="models"):
         for i, model in enumerate(models):
@@ -141,7 +142,7 @@ def _writing_tab(models: Sequence[LanguageModel], history: gr.State) -> None:
                 gr.HTML(page.facts(model))
                 texts.append(gr.HTML("", html_template=_WRITTEN, elem_id=f"written-{i}"))
                 remarks.append(gr.HTML(""))
-    gr.HTML(page.legend("Probability of each token", page.PROBABILITY_STEPS) + page.note(_HINT))
+    gr.HTML(page.note(_HINT))
 
     def run(
         prompt: str, length: int, temperature: float, top_k: int, top_p: float, penalty: float, seed: int

@@ -88,5 +88,5 @@ def _load(folder: Path, name: str, source: str, has_own_code: bool) -> LanguageM
         attn_implementation="eager",  # fused attention does not keep the weights that are shown here
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(place, config=module.config, trust_remote_code=False)
     return LanguageModel(name, module.to(device).eval(), tokenizer)

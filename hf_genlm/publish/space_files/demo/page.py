@@ -4,6 +4,7 @@ Shapes: T tokens, R units of a state, H heads.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -19,8 +20,8 @@ from .scoring import TextScore, TokenScore
 # from the palest colour to the darkest: what the legend says, and the bound that decides
 PROBABILITY_STEPS = ((0.5, "over 50 %"), (0.2, "over 20 %"), (0.05, "over 5 %"), (0.01, "over 1 %"),
                      (0.001, "over 0.1 %"), (0.0, "less"))  # fmt: skip
-ATTENTION_STEPS = ((0.005, "under 0.5 %"), (0.02, "under 2 %"), (0.05, "under 5 %"), (0.1, "under 10 %"),
-                   (0.2, "under 20 %"), (float("inf"), "more"))  # fmt: skip
+ATTENTION_STEPS = ((0.005, "under 0.5 %"), (0.01, "under 1 %"), (0.02, "under 2 %"), (0.05, "under 5 %"),
+                   (0.1, "under 10 %"), (float("inf"), "more"))  # fmt: skip
 _VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"})
 
 
@@ -111,13 +112,13 @@ def facts(model: LanguageModel) -> str:
     """A model in a line."""
     count = model.n_parameters
     size = f"{count / 1e6:.1f} million" if count >= 1e6 else f"{count / 1e3:.0f} thousand"
-    words = model.mixers or [model.module.config.model_type]
-    stack = " + ".join(
-        f"{words.count(kind)} {kind}" if model.mixers else kind for kind in dict.fromkeys(words)
-    )
+    kinds = Counter(model.mixers or [])
+    stack = " + ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in kinds.items())
+    layers = "layer" if sum(kinds.values()) == 1 else "layers"
+    decoder = f"{stack} {layers}" if kinds else model.module.config.model_type
     return (
-        f'<h3>{escape(model.name)}</h3><p class="facts">{escape(stack.replace("_", " "))} · {size} '
-        f"parameters · {len(model.tokenizer):,} tokens</p>"
+        f'<h3>{escape(model.name)}</h3><p class="facts">{escape(decoder)} · {size} parameters · '
+        f"{len(model.tokenizer):,} tokens</p>"
     )
 
 

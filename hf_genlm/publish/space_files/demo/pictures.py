@@ -12,7 +12,6 @@ from PIL import Image
 # anchors in RGB: from none to much, and from below zero (blue) over zero to above (orange)
 _SEQUENTIAL = np.array([(250, 248, 242), (174, 212, 214), (42, 117, 144), (13, 48, 82)])
 _DIVERGING = np.array([(9, 60, 110), (88, 150, 196), (246, 244, 238), (226, 146, 70), (130, 62, 4)])
-_WIDTH, _HEIGHT, _LEFT = 600, 132, 34  # of a curve, in units of its own
 
 
 def heat_map(values: np.ndarray, description: str, is_signed: bool) -> str:
@@ -34,21 +33,17 @@ def key_of(most: float, is_signed: bool) -> str:
 
 
 def curve(values: np.ndarray, description: str, is_log: bool = False) -> str:
-    """One value for each column, from left to right, with its range at the left."""
+    """One value for each column, from left to right, with its range."""
     heights = np.log10(np.maximum(values, 1e-9)) if is_log else values
     low, high = (heights.min(), heights.max()) if is_log else (0.0, heights.max())
     span = (high - low) or 1.0
-    x = np.linspace(_LEFT, _WIDTH, len(values)) if len(values) > 1 else np.array([_LEFT, _WIDTH])
-    y = 8 + (_HEIGHT - 16) * (1 - (np.resize(heights, len(x)) - low) / span)
-    points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-    marks = "".join(
-        f'<line x1="{_LEFT}" x2="{_WIDTH}" y1="{at}" y2="{at}"/>'
-        f'<text x="{_LEFT - 6}" y="{at + 4}">{_short(10**value if is_log else value)}</text>'
-        for at, value in ((8, high), (_HEIGHT - 8, low))
-    )
+    x = (np.arange(len(values)) + 0.5) / len(values)  # above the columns of a heat map
+    points = " ".join(f"{a:.4f},{b:.4f}" for a, b in zip(x, 1 - (heights - low) / span, strict=True))
+    ends = (("most", values.max()), ("least", values.min() if is_log else 0.0))
+    marks = "".join(f'<span class="{name}">{_short(float(value))}</span>' for name, value in ends)
     return (
-        f'<svg class="curve" role="img" aria-label="{description}" viewBox="0 0 {_WIDTH} {_HEIGHT}">'
-        f'{marks}<polyline points="{points}"/></svg>'
+        f'<div class="curve" role="img" aria-label="{description}">{marks}<svg viewBox="0 0 1 1" '
+        f'preserveAspectRatio="none"><polyline points="{points}"/></svg></div>'
     )
 
 

@@ -73,14 +73,15 @@ def write(model: LanguageModel, prompt: list[int], settings: Settings) -> Iterat
         if chosen in model.end_ids:
             return
         ids.append(chosen)
-        logits_TV, cache = _step(model, [chosen], cache)
+        # a model that keeps its state elsewhere is read to from the start again
+        logits_TV, cache = _step(model, ids if cache is None else [chosen], cache)
 
 
 @torch.inference_mode()
-def _step(model: LanguageModel, ids: list[int], cache: Cache | None) -> tuple[torch.Tensor, Cache]:
+def _step(model: LanguageModel, ids: list[int], cache: Cache | None) -> tuple[torch.Tensor, Cache | None]:
     """Logits (T, V) of `ids`, which follow what is in the cache."""
     output = model.module(input_ids=model.tensor(ids), past_key_values=cache, use_cache=True)
-    return output.logits[0].float(), output.past_key_values
+    return output.logits[0].float(), getattr(output, "past_key_values", None)
 
 
 def _choose(scores_1V: torch.Tensor, settings: Settings, generator: torch.Generator) -> int:
