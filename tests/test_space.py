@@ -42,7 +42,7 @@ from hf_genlm.publish.space_files.demo import page
 from hf_genlm.publish.space_files.demo.characters import spell
 from hf_genlm.publish.space_files.demo.inside import attention_of, layers_of, memory_of, states_of
 from hf_genlm.publish.space_files.demo.models import MOST_TOKENS, LanguageModel
-from hf_genlm.publish.space_files.demo.scoring import score_text
+from hf_genlm.publish.space_files.demo.scoring import score_text, shared_pieces
 from hf_genlm.publish.space_files.demo.writing import Settings, prompt_of, write
 from hf_genlm.recipe import TokenizerRecipe
 from hf_genlm.text.store import Document
@@ -314,6 +314,27 @@ def test_bits_per_byte_are_those_of_evaluate(kind, tokenizer):
     assert (score.n_bytes, score.n_tokens, score.n_scored) == (len(text.encode()), len(ids), len(ids))
 
 
+def test_two_models_are_compared_over_the_pieces_that_both_cut_out(tokenizer):
+    ours, theirs = language_model("gru", tokenizer), language_model("lstm", BYTES)
+    a, b = score_text(ours, TEXT), score_text(theirs, TEXT)
+    pieces = shared_pieces(a, b)
+    assert "".join(text for text, _, _ in pieces) == TEXT
+    assert [text for text, _, _ in pieces] == [text for text, _ in a.pieces]  # bytes cut out every character
+    assert [bits for _, bits, _ in pieces] == pytest.approx([bits for _, bits in a.pieces])
+    assert sum(bits for _, _, bits in pieces) == pytest.approx(b.bits)
+    assert (
+        text_of(
+            re.findall(r'<div class="written">(.*?)</div>', page.scores_view([("a", a), ("b", b)]), re.S)[0]
+        )
+        == TEXT
+    )
+    (chips,) = re.findall(
+        r'<div class="written">(.*?)</div>', page.scores_view([("a", a), ("b", b)]), re.DOTALL
+    )
+    assert text_of(chips) == TEXT
+    assert [page.colour_of_gain(bits) for bits in (4, 2, 0, -2, -4)] == ["g0", "g1", "g2", "g3", "g4"]
+
+
 def test_a_model_without_a_start_token_scores_all_but_the_first(tokenizer):
     model = language_model("gru", BYTES)
     score = score_text(model, "abc")
@@ -339,6 +360,9 @@ def test_views_say_what_they_cannot_show(tokenizer):
     assert "no gate" in interface.look_inside(elman, [40, 41], layers_of(elman)[0].label)
     assert "Write something first" in interface.look_inside(elman, [], layers_of(elman)[0].label)
     assert "nothing to measure" in interface.measure([elman], "")
+    assert "The first 20,000 characters" in interface.measure([elman], "a b " * 5001)
+    *_, (_, (text,), _) = interface.answer([elman], "half \ud83d a pair", GREEDY)
+    assert text_of(text).startswith("half \ufffd a pair")
 
 
 def test_two_models_write_side_by_side_from_one_seed(tokenizer):
@@ -354,7 +378,9 @@ def test_two_models_write_side_by_side_from_one_seed(tokenizer):
 
 
 def saved(folder: Path, kind: str, tokenizer) -> Path:
-    language_model(kind, tokenizer).module.save_pretrained(folder)
+    module = language_model(kind, tokenizer).module
+    module.generation_config.eos_token_id = None  # it writes as much as it is asked for
+    module.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -407,8 +433,8 @@ def test_ids_of_the_hub_are_named_instead(tokenizer, tmp_path, capsys):
     assert len(commands) == 2
     for command in commands:
         words = command.split()
-        described = subprocess.run([HF, *words[1 : 3 if words[1] == "repos" else 2], "--help"],
-                                   capture_output=True, text=True, check=True).stdout  # fmt: skip
+        verb = words[1 : 3 if words[1] == "repos" else 2]
+        described = subprocess.run([HF, *verb, "--help"], capture_output=True, text=True, check=True).stdout
         assert all(word in described for word in words if word.startswith("--"))
 
 
@@ -571,6 +597,17 @@ def colours_of(png: bytes) -> int:
     return len(Image.open(io.BytesIO(png)).convert("RGB").getcolors(2**24))
 
 
+# the page itself presses the button, however slow the machine is that looks on
+STOP_SOON = """() => {
+  const stop = document.querySelector('#stop');
+  const watch = setInterval(() => {
+    if (stop.disabled || document.querySelectorAll('#written-0 .token').length < 5) return;
+    clearInterval(watch);
+    stop.click();
+  }, 5);
+}"""
+
+
 def test_writing_stops_when_it_is_told_to(address, browser):
     view = browser.new_page()
     view.goto(address)
@@ -578,9 +615,9 @@ def test_writing_stops_when_it_is_told_to(address, browser):
     length = view.get_by_label("number input for New tokens")
     length.fill("400")
     length.press("Tab")
+    view.evaluate(STOP_SOON)
     view.click("#go")
     view.wait_for_selector("#written-0 .token >> nth=5")
-    view.click("#stop")
     view.wait_for_function("!document.querySelector('#go').disabled")
     view.wait_for_timeout(500)
     count = view.locator("#written-0 .token").count()

@@ -40,11 +40,28 @@
     return part;
   };
 
+  const ofGain = (detail) => {
+    const part = element("section");
+    const head = element("div", undefined, "head");
+    head.append(element("code", detail.text), element("span", "bits"));
+    part.append(head);
+    for (const [name, bits] of detail.bits) {
+      const row = element("div", undefined, "row");
+      row.append(element("span", name), element("span", bits.toFixed(2)));
+      part.append(row);
+    }
+    return part;
+  };
+
   const place = (target) => {
     const box = target.getClientRects()[0] || target.getBoundingClientRect();
     const isNarrow = window.innerWidth < 640;
     card.classList.toggle("docked", isNarrow);
-    if (isNarrow) { card.style.left = card.style.top = ""; return; }
+    if (isNarrow) {
+      card.style.left = card.style.top = "";
+      if (pinned && box.bottom > card.getBoundingClientRect().top) pinned.scrollIntoView({ block: "center" });
+      return;
+    }
     const left = Math.min(Math.max(8, box.left), window.innerWidth - card.offsetWidth - 8);
     const isBelow = box.bottom + card.offsetHeight + 12 < window.innerHeight;
     card.style.left = `${left}px`;
@@ -67,7 +84,7 @@
 
   const read = (target) => {
     const detail = JSON.parse(target.dataset.tokens);
-    show(target, Array.isArray(detail) ? detail.map(ofToken) : [ofAttention(detail)]);
+    show(target, Array.isArray(detail) ? detail.map(ofToken) : [detail.bits ? ofGain(detail) : ofAttention(detail)]);
   };
 
   const readPicture = (event, axis) => {

@@ -76,7 +76,8 @@ def answer(
 
     A text grows at its end alone, which is then all that is sent.
     """
-    cuts = [prompt_of(model, prompt[-MOST_CHARACTERS:]) for model in models]
+    prompt = _readable(prompt)[-MOST_CHARACTERS:]
+    cuts = [prompt_of(model, prompt) for model in models]
     remarks = [_remark_on(cut.n_tokens, len(cut.ids)) for cut in cuts]
     history: History = [[] for _ in models]
     texts = ["" for _ in models]
@@ -118,7 +119,9 @@ def measure(models: Sequence[LanguageModel], text: str) -> str:
     """Bits per byte of `text` under each model."""
     if not text:
         return page.note("There is nothing to measure yet: put in a text.")
-    return page.scores_view([(model.name, score_text(model, text[:MOST_CHARACTERS])) for model in models])
+    read = _readable(text)[:MOST_CHARACTERS]
+    view = page.scores_view([(model.name, score_text(model, read)) for model in models])
+    return view + (page.note(f"The first {len(read):,} characters.") if len(read) < len(text) else "")
 
 
 def _writing_tab(models: Sequence[LanguageModel], history: gr.State) -> None:
@@ -214,6 +217,11 @@ def _measuring_tab(models: Sequence[LanguageModel]) -> None:
     button = gr.Button("Measure", variant="primary", elem_id="measure")
     result = gr.HTML("", elem_id="scores")
     button.click(lambda text: measure(models, text), text, result, api_name="measure", **_QUEUE)
+
+
+def _readable(text: str) -> str:
+    """With U+FFFD for halves of surrogate pairs, which a browser may send and no tokenizer reads."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _remark_on(n_tokens: int, n_read: int) -> str:

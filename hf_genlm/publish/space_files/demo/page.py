@@ -15,7 +15,7 @@ from .characters import Span, Speller
 from .inside import States
 from .models import LanguageModel
 from .pictures import curve, heat_map, key_of
-from .scoring import TextScore, TokenScore
+from .scoring import TextScore, TokenScore, shared_pieces
 
 # from the palest colour to the darkest: what the legend says, and the bound that decides
 PROBABILITY_STEPS = ((0.5, "over 50 %"), (0.2, "over 20 %"), (0.05, "over 5 %"), (0.01, "over 1 %"),
@@ -77,6 +77,11 @@ def colour_of(probability: float) -> str:
 def colour_of_share(share: float) -> str:
     """The class of the colour of a share of the attention."""
     return f"s{next(i for i, (most, _) in enumerate(ATTENTION_STEPS) if share < most)}"
+
+
+def colour_of_gain(bits: float) -> str:
+    """The class of the colour of a difference: of the first model from g0 to g1, of the second to g4."""
+    return f"g{sum(bits < least for least in (3.0, 1.0, -1.0, -3.0))}"
 
 
 def touchable(text: str, colour: str, details: Any) -> str:
@@ -196,9 +201,35 @@ def scores_view(scores: Sequence[tuple[str, TextScore]]) -> str:
         (better, a), (other, b) = sorted(scores, key=lambda pair: pair[1].bits_per_byte)
         gap = b.bits_per_byte - a.bits_per_byte
         parts.append(note(f"{better} needs {gap:.3f} bits per byte less than {other} for this text."))
+        parts.append(_gains_view(*scores))
     if any(score.n_scored < score.n_tokens for _, score in scores):
         parts.append(note("A model without a start token cannot score the first token: it is left out."))
     return "".join(parts)
+
+
+def _gains_view(first: tuple[str, TextScore], second: tuple[str, TextScore]) -> str:
+    """The text, coloured by which of two models finds each piece likelier."""
+    (name_a, a), (name_b, b) = first, second
+    chips = []
+    for text, bits_a, bits_b in shared_pieces(a, b):
+        details = {"text": visible(text), "bits": [[name_a, bits_a], [name_b, bits_b]]}
+        chips.append(touchable(text, colour_of_gain(bits_b - bits_a), details))
+    items = "".join(
+        f'<li><i class="g{i}"></i>{escape(words)}</li>'
+        for i, words in enumerate(
+            (
+                f"{name_a} by over 3 bits",
+                "by over 1",
+                "about the same",
+                "by over 1",
+                f"{name_b} by over 3 bits",
+            )
+        )
+    )
+    return (
+        f'<div class="model"><h4>Who finds it likelier</h4><div class="written">{"".join(chips)}</div>'
+        f'<div class="legend"><ul>{items}</ul></div></div>'
+    )
 
 
 def _score(name: str, score: TextScore, share: float) -> str:

@@ -3,12 +3,14 @@
 Shapes: N tokens, T tokens of a window, V vocabulary.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from .characters import spell
 from .models import LanguageModel
 
 N_ALTERNATIVES = 5
@@ -34,8 +36,10 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class TextScore:
-    """A text under a model. `bits` is the sum over its tokens that could be scored."""
+    """A text under a model: its pieces of whole characters with their bits, and in all. A token that could
+    not be scored counts as none."""
 
+    pieces: tuple[tuple[str, float], ...]
     bits: float
     n_bytes: int  # of UTF-8
     n_tokens: int
@@ -84,9 +88,31 @@ def score_text(model: LanguageModel, text: str) -> TextScore:
     """
     if not text:
         raise ValueError("there is no text to score")
-    scores = log_probabilities(model, model.encode(text))
-    known = [score for score in scores if score is not None]
-    return TextScore(-sum(known) / math.log(2), len(text.encode("utf-8")), len(scores), len(known))
+    ids = model.encode(text)
+    logs = log_probabilities(model, ids)
+    bits = [None if log is None else -log / math.log(2) for log in logs]
+    known = [bit for bit in bits if bit is not None]
+    spans = spell(model.tokenizer, ids)
+    pieces = [(span.text, sum(bit or 0.0 for bit in bits[span.first : span.stop])) for span in spans]
+    return TextScore(tuple(pieces), sum(known), len(text.encode("utf-8")), len(ids), len(known))
+
+
+def shared_pieces(a: TextScore, b: TextScore) -> list[tuple[str, float, float]]:
+    """The shortest pieces of one text that both tokenizers cut out, with their bits under each model."""
+    ends_a, ends_b = _bits_by_end(a), _bits_by_end(b)
+    text = "".join(piece for piece, _ in a.pieces)
+    shared = sorted(ends_a.keys() & ends_b.keys())
+    return [
+        (text[start:stop], ends_a[stop] - ends_a[start], ends_b[stop] - ends_b[start])
+        for start, stop in itertools.pairwise(shared)
+    ]
+
+
+def _bits_by_end(score: TextScore) -> dict[int, float]:
+    """Bits of all before each end of a piece, by its place in characters."""
+    ends = itertools.accumulate((len(piece) for piece, _ in score.pieces), initial=0)
+    sums = itertools.accumulate((bits for _, bits in score.pieces), initial=0.0)
+    return dict(zip(ends, sums, strict=True))
 
 
 @torch.inference_mode()
