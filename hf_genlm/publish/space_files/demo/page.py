@@ -87,9 +87,8 @@ def colour_of_gain(bits: float) -> str:
 def touchable(text: str, colour: str, details: Any) -> str:
     """A span of the text that says more when it is touched."""
     data = escape(json.dumps(details, ensure_ascii=False), quote=True)
-    ends = " line" if "\n" in text else ""
-    shown = escape(text, quote=False)
-    return f'<span class="token {colour}{ends}" tabindex="0" data-tokens="{data}">{shown}</span>'
+    shown = escape(text, quote=False).replace("\n", "<b></b>\n")  # a sign of the style, and no text
+    return f'<span class="token {colour}" tabindex="0" data-tokens="{data}">{shown}</span>'
 
 
 def plain(text: str) -> str:
