@@ -542,13 +542,19 @@ def browser():
         browser.close()
 
 
+def new_page(browser, **options):
+    view = browser.new_page(**options)
+    view.set_default_timeout(120_000)  # milliseconds, of a machine that does other things too
+    return view
+
+
 SIZES = {"laptop": (1280, 800), "phone": (390, 844)}
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_page_answers_at_every_width(size, address, browser, tokenizer, tmp_path):
     width, height = SIZES[size]
-    view = browser.new_page(viewport={"width": width, "height": height}, has_touch=size == "phone")
+    view = new_page(browser, viewport={"width": width, "height": height}, has_touch=size == "phone")
     said, asked = [], []
     view.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
     view.on("pageerror", lambda error: said.append(str(error)))
@@ -609,7 +615,7 @@ STOP_SOON = """() => {
 
 
 def test_writing_stops_when_it_is_told_to(address, browser):
-    view = browser.new_page()
+    view = new_page(browser)
     view.goto(address)
     view.get_by_text("Sampling").click()
     length = view.get_by_label("number input for New tokens")
