@@ -59,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_card(verbs)
     _add_push(verbs)
     _add_plot(verbs)
+    _add_space(verbs)
     _add_doctor(verbs)
     return parser
 
@@ -332,6 +333,23 @@ def _add_plot(verbs: Any) -> None:
         metavar="FILE",
         help="the PNG to write (default: plots/curves.png of the run; of several, curves.png here)",
     )
+
+
+def _add_space(verbs: Any) -> None:
+    space = verbs.add_parser("space", help="write a demo for the browser, and run it or push it as a Space")
+    space.add_argument("models", nargs="+", metavar="MODEL", help=f"one, or two side by side: {_MODEL_HELP}")
+    space.add_argument("--out", metavar="DIR", help="the folder to make; without it, only --run")
+    space.add_argument(
+        "--repo-id",
+        action="append",
+        default=[],
+        dest="repo_ids",
+        metavar="OWNER/NAME",
+        help="of each MODEL on the Hub, to name it there; default: its files go into the folder",
+    )
+    space.add_argument("--title", help="default: the names of the models")
+    space.add_argument("--run", action="store_true", help="serve it on this machine until Ctrl-C")
+    space.add_argument("--port", type=_count, metavar="N", help="for --run (default 7860)")
 
 
 def _add_doctor(verbs: Any) -> None:

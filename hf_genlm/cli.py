@@ -1,12 +1,11 @@
 """The command line: reads arguments and calls a verb.
 
     hf-genlm train [SOURCE ...]          hf-genlm generate MODEL [PROMPT]    hf-genlm card RUN
-    hf-genlm tokenizer SOURCE ...        hf-genlm serve MODEL
-    hf-genlm evaluate MODEL [SOURCE ...] hf-genlm chat MODEL             hf-genlm plot RUN ...
-    hf-genlm compare [SOURCE ...]        hf-genlm range                  hf-genlm doctor
-    hf-genlm extend MODEL SOURCE ...     hf-genlm audit RUN
-    hf-genlm extend MODEL SOURCE ...     hf-genlm push RUN OWNER/NAME
-    hf-genlm extend MODEL SOURCE ...     hf-genlm export MODEL
+    hf-genlm tokenizer SOURCE ...        hf-genlm serve MODEL                hf-genlm plot RUN ...
+    hf-genlm extend MODEL SOURCE ...     hf-genlm chat MODEL                 hf-genlm push RUN OWNER/NAME
+    hf-genlm evaluate MODEL [SOURCE ...] hf-genlm space MODEL [MODEL]        hf-genlm export MODEL
+    hf-genlm audit RUN                   hf-genlm compare [SOURCE ...]       hf-genlm range
+    hf-genlm doctor
 
 Exit codes: 0 done; 2 the input cannot be used, one line on stderr says why; 1 a fault of ours, with a
 traceback.
@@ -36,6 +35,7 @@ _VERBS = {
     "card": ("card", "run"),
     "push": ("push", "run"),
     "plot": ("plot", "run"),
+    "space": ("space", "run"),
     "doctor": ("doctor", "run"),
 }
 
