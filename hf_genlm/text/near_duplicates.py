@@ -131,9 +131,8 @@ def similarity(one: str, other: str) -> float:
 
 
 def units_of(text: str) -> list[str]:
-    """The words of a text in small letters without punctuation; of scripts that do not part words, its
-    characters."""
-    return _UNIT.findall(text.lower())
+    """The words of a text without case and punctuation; of scripts that do not part words, its characters."""
+    return _UNIT.findall(text.casefold())  # unlike `lower`, the same whatever stands around a character
 
 
 class _InOrder:
@@ -249,12 +248,23 @@ def _units_of_parts(parts: Iterable[str]) -> Iterator[list[str]]:
     begun = ""
     for part in parts:
         text = begun + part
-        last = max(
-            (found.start() for found in _UNIT.finditer(text, max(0, len(text) - 256))), default=len(text)
-        )
+        last = _start_of_last(text)
         yield units_of(text[:last])
         begun = text[last:]
     yield units_of(begun)
+
+
+def _start_of_last(text: str) -> int:
+    """Where the last unit begins; the end, where punctuation stands behind it for long."""
+    reach = 256
+    while True:
+        first = max(0, len(text) - reach)
+        starts = [found.start() for found in _UNIT.finditer(text, first)]
+        if not starts:
+            return len(text)
+        if first == 0 or starts[-1] > first:
+            return starts[-1]
+        reach *= 16  # a unit longer than that
 
 
 def _hashes_of(units: list[str]) -> np.ndarray:
