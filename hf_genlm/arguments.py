@@ -3,7 +3,9 @@
 import argparse
 from typing import Any, NoReturn
 
+from hf_genlm.arguments_of_models import MODEL_HELP, add_verbs_of_models
 from hf_genlm.errors import UserError
+from hf_genlm.option_types import amount, amounts, count, counts, words
 
 # option -> the recipe field that it sets
 VOCABULARY_FIELD = {"vocab_size": "tokenizer.vocab_size"}
@@ -32,7 +34,6 @@ TRAIN_FIELDS = {
     "delta": "privacy.delta",
     **LANGUAGE_FIELDS,
 }
-_MODEL_HELP = "a run folder, a model folder or a Hub id"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,13 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_audit(verbs)
     _add_compare(verbs)
     _add_range(verbs)
-    _add_generate(verbs)
-    _add_export(verbs)
-    _add_serving(verbs)
-    _add_card(verbs)
-    _add_push(verbs)
-    _add_plot(verbs)
-    _add_space(verbs)
+    add_verbs_of_models(verbs)
     _add_doctor(verbs)
     return parser
 
@@ -106,7 +101,7 @@ def _add_train(verbs: Any) -> None:
     train.add_argument("--resume", action="store_true", help="go on with the run that lies in --out")
     train.add_argument(
         "--processes",
-        type=_count,
+        type=count,
         metavar="N",
         help="train by so many processes, on a GPU each where there are any (default 1)",
     )
@@ -123,7 +118,7 @@ def _add_tokenizer(verbs: Any) -> None:
 
 def _add_extend(verbs: Any) -> None:
     extend = verbs.add_parser("extend", help="give a trained model tokens for another language")
-    extend.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    extend.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     extend.add_argument("sources", nargs="*", metavar="SOURCE", help="text to learn the tokens from")
     _add_source_option(extend)
     extend.add_argument("--vocab-size", required=True, metavar="+N", help="how many tokens to add")
@@ -134,7 +129,7 @@ def _add_extend(verbs: Any) -> None:
 
 def _add_evaluate(verbs: Any) -> None:
     evaluate = verbs.add_parser("evaluate", help="measure any causal language model, exactly")
-    evaluate.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    evaluate.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     evaluate.add_argument(
         "sources", nargs="*", metavar="SOURCE", help="default: the run's own validation split"
     )
@@ -155,7 +150,7 @@ def _add_evaluate(verbs: Any) -> None:
 
 def _add_audit(verbs: Any) -> None:
     audit = verbs.add_parser("audit", help="attack a model: what does it give away of its training text?")
-    audit.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    audit.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     audit.add_argument(
         "--train",
         action="append",
@@ -172,7 +167,7 @@ def _add_audit(verbs: Any) -> None:
         help="exposure (of canaries), extraction, membership; default: all that can be made",
     )
     audit.add_argument(
-        "--limit", type=_count, default=1000, metavar="N", help="passages of each side (default 1000)"
+        "--limit", type=count, default=1000, metavar="N", help="passages of each side (default 1000)"
     )
     audit.add_argument("--seed", type=int, default=0, metavar="N", help="of the passages (default 0)")
     audit.add_argument("--out", metavar="DIR", help="where audit.json goes (default: the run folder)")
@@ -187,17 +182,17 @@ def _add_compare(verbs: Any) -> None:
     compare.add_argument(
         "sources", nargs="*", metavar="SOURCE", help="as of train; nothing: the library source of Python"
     )
-    compare.add_argument("--decoders", type=_words, default=[], metavar="A,B,..", help="candidates")
+    compare.add_argument("--decoders", type=words, default=[], metavar="A,B,..", help="candidates")
     compare.add_argument(
-        "--sizes", type=_words, default=[], metavar="A,B,..", help="candidates, or of each decoder"
+        "--sizes", type=words, default=[], metavar="A,B,..", help="candidates, or of each decoder"
     )
-    compare.add_argument("--recipes", type=_words, default=[], metavar="FILE,..", help="candidates, instead")
+    compare.add_argument("--recipes", type=words, default=[], metavar="FILE,..", help="candidates, instead")
     compare.add_argument("--minutes", metavar="F", help="train each run for so long (default 3)")
     compare.add_argument("--steps", metavar="N", help="or for so many optimizer steps")
     compare.add_argument("--tokens", metavar="N", help="or on so many tokens")
     compare.add_argument("--flops", metavar="F", help="or for so many FLOPs, as 1e15")
     compare.add_argument("--parameters", metavar="N", help="all candidates at about so many, as 3M")
-    compare.add_argument("--seeds", type=_count, default=3, metavar="N", help="runs of each (default 3)")
+    compare.add_argument("--seeds", type=count, default=3, metavar="N", help="runs of each (default 3)")
     compare.add_argument("--validation", action="append", default=[], metavar="FILE", help="hold out this")
     compare.add_argument(
         "--own-tokenizers",
@@ -228,128 +223,29 @@ def _add_range(verbs: Any) -> None:
     measure.add_argument(
         "--tasks", default="recall,copy,passkey", metavar="A,B,..", help="default: recall,copy,passkey"
     )
-    measure.add_argument("--pairs", type=_counts, metavar="N,N,..", help="of recall (default 4,8,16,32,64)")
+    measure.add_argument("--pairs", type=counts, metavar="N,N,..", help="of recall (default 4,8,16,32,64)")
     measure.add_argument(
-        "--lengths", type=_counts, metavar="N,N,..", help="of copy and passkey (default 64,128,256)"
+        "--lengths", type=counts, metavar="N,N,..", help="of copy and passkey (default 64,128,256)"
     )
     measure.add_argument(
-        "--steps", type=_count, default=400, metavar="N", help="of training, for each model (default 400)"
+        "--steps", type=count, default=400, metavar="N", help="of training, for each model (default 400)"
     )
     measure.add_argument(
-        "--minutes", type=_amount, metavar="F", help="of training, for each model, instead of steps"
+        "--minutes", type=amount, metavar="F", help="of training, for each model, instead of steps"
     )
-    measure.add_argument("--seeds", type=_count, default=3, metavar="N", help="so many (default 3)")
+    measure.add_argument("--seeds", type=count, default=3, metavar="N", help="so many (default 3)")
     measure.add_argument(
         "--rates",
-        type=_amounts,
+        type=amounts,
         default=[0.003, 0.001],
         metavar="F,F,..",
         help="learning rates to try in order, the next where one is not enough (default 0.003,0.001)",
     )
-    measure.add_argument("--width", type=_count, default=64, metavar="N", help="of the models (default 64)")
-    measure.add_argument("--layers", type=_count, default=2, metavar="N", help="of each model (default 2)")
+    measure.add_argument("--width", type=count, default=64, metavar="N", help="of the models (default 64)")
+    measure.add_argument("--layers", type=count, default=2, metavar="N", help="of each model (default 2)")
     measure.add_argument(
         "--out", default="range", metavar="DIR", help="the folder to fill, or to go on with (default range)"
     )
-
-
-def _add_generate(verbs: Any) -> None:
-    generate = verbs.add_parser("generate", help="continue a prompt")
-    generate.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
-    generate.add_argument(
-        "prompt", nargs="?", default="", metavar="PROMPT", help="nothing: the start of a document"
-    )
-    generate.add_argument("--max-new-tokens", type=_count, default=200, metavar="N")
-    generate.add_argument(
-        "--temperature", type=_amount, default=0.8, metavar="F", help="0: always the likeliest token"
-    )
-    generate.add_argument("--top-p", type=_amount, default=0.95, metavar="F")
-    generate.add_argument("--seed", type=int, metavar="N")
-    generate.add_argument(
-        "--compile", action="store_true", help="make fast code for models of this shape first, and keep it"
-    )
-    generate.add_argument("--int8", action="store_true", help="round the weights to 8 bits, on a CPU")
-
-
-def _add_export(verbs: Any) -> None:
-    export = verbs.add_parser("export", help="write a model for transformers alone, llama.cpp or onnxruntime")
-    export.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
-    export.add_argument("--to", required=True, metavar="FORMAT", help="llama, qwen3, gguf or onnx")
-    export.add_argument(
-        "--dtype", metavar="TYPE", help="of the weights: float32 (default); of gguf float16 or q8_0 too"
-    )
-    export.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
-
-
-def _add_serving(verbs: Any) -> None:
-    serve = verbs.add_parser("serve", help="serve a model by an OpenAI-compatible API")
-    serve.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
-    serve.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="options of transformers serve")
-    chat = verbs.add_parser("chat", help="talk to a model in the terminal")
-    chat.add_argument("--url", help="of a running server; default: one of our own for this talk")
-    chat.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
-    chat.add_argument(
-        "rest", nargs=argparse.REMAINDER, metavar="...", help="settings such as temperature=0.5"
-    )
-
-
-def _add_push(verbs: Any) -> None:
-    push = verbs.add_parser("push", help="publish a model on the Hub, and prove that it loads from there")
-    push.add_argument("path", metavar="RUN", help="a run folder or a model folder")
-    push.add_argument("repo_id", metavar="OWNER/NAME", help="the repository; it is made where there is none")
-    push.add_argument("--private", action="store_true", help="make it for you alone")
-    push.add_argument("--dry-run", action="store_true", help="show what would leave, and send nothing")
-    push.add_argument("--tag", metavar="NAME", help="of this version (default: the next of v1, v2 ...)")
-    push.add_argument("--branches", action="store_true", help="the run's milestones too, a branch each")
-    push.add_argument("--keep-card", action="store_true", help="push README.md as it is")
-    push.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        metavar="FILE:KIND",
-        help="let what was found leave",
-    )
-
-
-def _add_card(verbs: Any) -> None:
-    card = verbs.add_parser("card", help="write the model card of a run again")
-    card.add_argument("run_path", metavar="RUN")
-    card.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="assignments",
-        metavar="card.KEY=VALUE",
-        help="license, authors, ...: kept in the recipe of the run",
-    )
-    card.add_argument("--force", action="store_true", help="in place of a card that was changed by hand, too")
-
-
-def _add_plot(verbs: Any) -> None:
-    plot = verbs.add_parser("plot", help="draw the curves of a run, or of several over one another")
-    plot.add_argument("run_paths", nargs="+", metavar="RUN")
-    plot.add_argument(
-        "--out",
-        metavar="FILE",
-        help="the PNG to write (default: plots/curves.png of the run; of several, curves.png here)",
-    )
-
-
-def _add_space(verbs: Any) -> None:
-    space = verbs.add_parser("space", help="write a demo for the browser, and run it or push it as a Space")
-    space.add_argument("models", nargs="+", metavar="MODEL", help=f"one, or two side by side: {_MODEL_HELP}")
-    space.add_argument("--out", metavar="DIR", help="the folder to make; without it, only --run")
-    space.add_argument(
-        "--repo-id",
-        action="append",
-        default=[],
-        dest="repo_ids",
-        metavar="OWNER/NAME",
-        help="of each MODEL on the Hub, to name it there; default: its files go into the folder",
-    )
-    space.add_argument("--title", help="default: the names of the models")
-    space.add_argument("--run", action="store_true", help="serve it on this machine until Ctrl-C")
-    space.add_argument("--port", type=_count, metavar="N", help="for --run (default 7860)")
 
 
 def _add_doctor(verbs: Any) -> None:
@@ -420,31 +316,3 @@ def _add_vocabulary_option(parser: argparse.ArgumentParser) -> None:
 def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="FILE", help="a YAML recipe")
     parser.add_argument("--set", action="append", default=[], dest="assignments", metavar="SECTION.KEY=VALUE")
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _counts(text: str) -> list[int]:
-    return [_count(word.strip()) for word in text.split(",")]
-
-
-def _amounts(text: str) -> list[float]:
-    return [_amount(word.strip()) for word in text.split(",")]
-
-
-def _amount(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
-    return value
