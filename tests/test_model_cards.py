@@ -60,10 +60,10 @@ def faults_of_numbers(text: str, data: dict) -> list[str]:
     for result in data["model-index"][0]["results"]:
         for metric in result["metrics"]:
             figures = shown.pop(prose(metric["name"]), "")
-            if figures != f"{metric['value']:.{len(figures.partition('.')[2])}f}":
+            if figures != f"{metric['value']:,.{len(figures.partition('.')[2])}f}":
                 found.append(f"{metric['name']}: {figures} for {metric['value']}")
     found += [f"{name}: not in the front matter" for name, figures in shown.items() if figures != "unknown"]
-    (headline,) = re.findall(r"\*\*([0-9.]+) bits for each byte\*\*", text)
+    (headline,) = re.findall(r"\*\*([0-9.,]+) bits for each byte\*\*", text)
     by_name = {row[0]: row[1] for row in rows}
     return found if headline == by_name[DEFINITIONS["bits_per_byte"][0]] else [*found, f"headline {headline}"]
 
