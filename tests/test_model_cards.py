@@ -117,8 +117,10 @@ def test_a_card_is_made_of_a_run_and_found_to_be_its_own(text_folder, tmp_path):
     recipe.write_text(f"# A toy.\n{yaml.safe_dump(sections)}", encoding="utf-8")
     run = make_cards.train(recipe, tmp_path / "toy", ["--steps", "3"])
     written = (run.path / "evaluation.json").stat().st_mtime_ns
-    assert make_cards.train(recipe, tmp_path / "toy", []).path == run.path
+    assert make_cards.train(recipe, tmp_path / "toy", ["--steps", "3"]).path == run.path
     assert (run.path / "evaluation.json").stat().st_mtime_ns == written, "what is done is not done again"
+    with pytest.raises(AssertionError):  # a try is not taken for the run itself
+        make_cards.train(recipe, tmp_path / "toy", [])
 
     card = make_cards.write_results(run, recipe, tmp_path / "cards", is_kept=False)
     assert recipe.read_text(encoding="utf-8").startswith("# A toy.")
