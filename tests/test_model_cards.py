@@ -4,6 +4,7 @@ import dataclasses
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -103,7 +104,7 @@ def _in_this_process(monkeypatch):
         assert (command[:3], check) == ([sys.executable, "-m", "hf_genlm"], True)
         assert main(command[3:]) == 0
 
-    monkeypatch.setattr("make_cards.subprocess.run", run)
+    monkeypatch.setattr(make_cards, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.mark.usefixtures("_in_this_process")
