@@ -46,10 +46,13 @@ def main() -> int:
 
 
 def train(recipe: Path, out: Path, more: list[str]) -> RunFolder:
-    """The run of a recipe in a process of its own, or what is left of it; more: options for `train`."""
-    command = [sys.executable, "-m", "hf_genlm", "train", "--out", str(out)]
-    goes_on = (out / "recipe.yaml").is_file()
-    subprocess.run([*command, *(["--resume"] if goes_on else ["--recipe", str(recipe), *more])], check=True)
+    """The run of a recipe in a process of its own, or what is left of it; more: options for `train`.
+
+    A run that lies in `out` by another recipe, or is a try, is refused.
+    """
+    command = [sys.executable, "-m", "hf_genlm", "train", "--out", str(out), "--recipe", str(recipe), *more]
+    resume = ["--resume"] if (out / "recipe.yaml").is_file() else []
+    subprocess.run([*command, *resume], check=True)
     return RunFolder.open(out)
 
 

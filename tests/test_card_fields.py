@@ -13,8 +13,10 @@ from hf_genlm.arguments import build_parser
 from hf_genlm.cli import main
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import write_measurements
+from hf_genlm.loading import hub_id_of
 from hf_genlm.publish.card import card_of, is_by_hand, write_card
 from hf_genlm.publish.citation import model_entry
+from hf_genlm.publish.extended import extension_card
 from hf_genlm.publish.hub_rules import LICENSES, check_card
 from hf_genlm.publish.told import counted_layers, duration
 from hf_genlm.recipe import Recipe, load_recipe
@@ -75,6 +77,35 @@ def test_what_it_was_trained_further_from_is_told(tmp_path, base):
     assert f"further from `{base or 'older'}`" in text
     assert "alice" not in text
     assert "from scratch" not in text
+
+
+@pytest.mark.parametrize(
+    ("card", "base"),
+    [
+        (extension_card("new", "old", "owner/old", 300, 20), "owner/old"),
+        (extension_card("new", "old", None, 300, 20), None),
+        ("---\nbase_model:\n- owner/a\n- owner/b\n---\n", "owner/a"),
+        ("---\nbase_model: 3\n---\n", None),
+        ("---\n- a\n---\n", None),
+        ("---\na: [\n---\n", None),
+        ("no front matter", None),
+        (None, None),
+    ],
+)
+def test_a_local_model_is_of_the_hub_model_that_its_card_names(tmp_path, card, base):
+    assert hub_id_of("owner/nowhere") == "owner/nowhere"
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    if card is not None:
+        (tmp_path / "README.md").write_text(card, encoding="utf-8")
+    assert hub_id_of(str(tmp_path)) == base
+
+
+def test_an_extended_model_has_a_valid_card():
+    text = extension_card("a | <b>", "old", "owner/old", 1300, 20)
+    assert faults_of(front_matter_of(text)) == []
+    assert "`owner/old` with 20 new tokens, 1,300 in all" in text
+    assert "# a &#124; &#60;b&#62;" in text
 
 
 def test_languages_of_the_sources_are_those_that_the_hub_knows(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -60,10 +61,10 @@ def faults_of_numbers(text: str, data: dict) -> list[str]:
     for result in data["model-index"][0]["results"]:
         for metric in result["metrics"]:
             figures = shown.pop(prose(metric["name"]), "")
-            if figures != f"{metric['value']:.{len(figures.partition('.')[2])}f}":
+            if figures != f"{metric['value']:,.{len(figures.partition('.')[2])}f}":
                 found.append(f"{metric['name']}: {figures} for {metric['value']}")
     found += [f"{name}: not in the front matter" for name, figures in shown.items() if figures != "unknown"]
-    (headline,) = re.findall(r"\*\*([0-9.]+) bits for each byte\*\*", text)
+    (headline,) = re.findall(r"\*\*([0-9.,]+) bits for each byte\*\*", text)
     by_name = {row[0]: row[1] for row in rows}
     return found if headline == by_name[DEFINITIONS["bits_per_byte"][0]] else [*found, f"headline {headline}"]
 
@@ -103,7 +104,7 @@ def _in_this_process(monkeypatch):
         assert (command[:3], check) == ([sys.executable, "-m", "hf_genlm"], True)
         assert main(command[3:]) == 0
 
-    monkeypatch.setattr("make_cards.subprocess.run", run)
+    monkeypatch.setattr(make_cards, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.mark.usefixtures("_in_this_process")
@@ -117,8 +118,10 @@ def test_a_card_is_made_of_a_run_and_found_to_be_its_own(text_folder, tmp_path):
     recipe.write_text(f"# A toy.\n{yaml.safe_dump(sections)}", encoding="utf-8")
     run = make_cards.train(recipe, tmp_path / "toy", ["--steps", "3"])
     written = (run.path / "evaluation.json").stat().st_mtime_ns
-    assert make_cards.train(recipe, tmp_path / "toy", []).path == run.path
+    assert make_cards.train(recipe, tmp_path / "toy", ["--steps", "3"]).path == run.path
     assert (run.path / "evaluation.json").stat().st_mtime_ns == written, "what is done is not done again"
+    with pytest.raises(AssertionError):  # a try is not taken for the run itself
+        make_cards.train(recipe, tmp_path / "toy", [])
 
     card = make_cards.write_results(run, recipe, tmp_path / "cards", is_kept=False)
     assert recipe.read_text(encoding="utf-8").startswith("# A toy.")

@@ -59,5 +59,5 @@ def figures(number: float | None, measurement: Measurement) -> str:
     if number is None or not math.isfinite(number):
         return "unknown"
     if not measurement.stderr:
-        return f"{number:.4f}"
-    return f"{number:.{min(8, max(0, 1 - math.floor(math.log10(measurement.stderr))))}f}"
+        return f"{number:,.4f}"
+    return f"{number:,.{min(8, max(0, 1 - math.floor(math.log10(measurement.stderr))))}f}"

@@ -32,12 +32,14 @@ class StepMessage:
         self._flat = torch.empty(sum(weight.numel() for weight in self._weights) + 5)
 
     @torch.no_grad()
-    def exchange(self, loss: float, n_targets: float, now: float, is_stopped: bool) -> Agreed:
+    def exchange(self, loss: float, over: float, n_targets: float, now: float, is_stopped: bool) -> Agreed:
         """Turn each gradient into that of the mean loss over all targets. All processes must call this.
 
         Args:
-            loss: summed over this process's targets, as the loss whose gradients the weights hold.
-            n_targets: how many they are.
+            loss: summed over this process's targets and divided by `over`, whose gradients the weights hold.
+            over: the same number in all processes: the targets of all where no row is short, since rounding
+                is then that of one process.
+            n_targets: how many targets this process had.
             now: this process's clock.
             is_stopped: whether this process was asked to stop.
         """
@@ -47,11 +49,13 @@ class StepMessage:
         torch.cat([*gradients, told], out=self._flat)
         dist.all_reduce(self._flat)
         loss, n_targets, n_stopped, thousands, rest = self._flat[-5:].tolist()
-        self._flat /= n_targets
+        scale = over / n_targets
+        if scale != 1:
+            self._flat *= scale
         sizes = [weight.numel() for weight in self._weights]
         for weight, part in zip(self._weights, self._flat[:-5].split(sizes), strict=True):
             weight.grad = part.view_as(weight)
-        return Agreed(loss / n_targets, thousands * _SECONDS + rest, n_stopped > 0)
+        return Agreed(loss * scale, thousands * _SECONDS + rest, n_stopped > 0)
 
 
 def fits_one_message(model: torch.nn.Module) -> bool:

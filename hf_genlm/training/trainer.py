@@ -87,7 +87,7 @@ class BudgetTrainer(Trainer):
         if self._message is None:
             return n_targets
         self._n_targets, self._loss_sum = float(n_targets), 0.0
-        return torch.ones(())  # the losses are sums then, until the message says over how many targets
+        return torch.tensor(self._targets_of_a_step)  # until the message says how many they are
 
     def training_step(
         self,
@@ -103,11 +103,17 @@ class BudgetTrainer(Trainer):
         if not self.accelerator.sync_gradients:
             return torch.zeros(())
         agreed = self._message.exchange(
-            self._loss_sum, self._n_targets, time.monotonic(), self._was_stopped()
+            self._loss_sum, self._targets_of_a_step, self._n_targets, time.monotonic(), self._was_stopped()
         )
         self.budget.hear(agreed.now)
         self._is_stopped = agreed.is_stopped
         return torch.tensor(agreed.loss)
+
+    @property
+    def _targets_of_a_step(self) -> float:
+        """Of all processes, where no row is short."""
+        recipe = self.recipe
+        return float(recipe.batch_size * recipe.accumulation * (recipe.row_length - 1))
 
     def is_stopped(self) -> bool:
         """Whether one process was asked to stop; all of them must ask together, after a step."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from hf_genlm.arguments import SOURCE_FIELD
 from hf_genlm.display import Display
 from hf_genlm.errors import UserError
-from hf_genlm.loading import load
+from hf_genlm.loading import hub_id_of, load
 from hf_genlm.verbs.recipes import recipe_of
 
 
@@ -21,6 +21,7 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--out {options.out!r} already holds files: name a new folder, or remove it")
     with Display() as display:
         display.show("loading torch and transformers")
+        from hf_genlm.publish.extended import extension_card
         from hf_genlm.text.corpus import read_documents
         from hf_genlm.text.encoding import encode_documents
         from hf_genlm.text.extension import extend_bpe
@@ -48,6 +49,10 @@ def run(options: argparse.Namespace) -> None:
         tokenizer.save_pretrained(out)
         (out / "tokenizer.json").write_text(json.dumps(extension.state, ensure_ascii=False), encoding="utf-8")
         extended = load(str(out))[1]
+        card = extension_card(
+            out.name, Path(options.model).name, hub_id_of(options.model), len(extended), n_tokens
+        )
+        (out / "README.md").write_text(card, encoding="utf-8")
         after = encode_documents(extended, documents).n_tokens
     n_bytes = int(documents.n_bytes.sum())
     print(

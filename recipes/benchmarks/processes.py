@@ -95,11 +95,11 @@ def step_of(decoder: str, shape: str, n: int) -> Callable[[], None]:
     n_targets = ids.shape[0] * (tokens - 1)
 
     def step() -> None:
-        over = torch.tensor(n_targets if n == 1 else 1)
+        over = torch.tensor(float(rows * (tokens - 1)))
         loss = model(ids, labels=ids, use_cache=False, skip_logits=True, num_items_in_batch=over).loss
         loss.backward()
         if n > 1:
-            message.exchange(loss.item(), n_targets, time.monotonic(), is_stopped=False)
+            message.exchange(loss.item(), over.item(), n_targets, time.monotonic(), is_stopped=False)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
