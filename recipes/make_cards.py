@@ -5,8 +5,8 @@
     python recipes/make_cards.py --runs DIR --minutes 0.05           a try: the cards stay in DIR/cards
 
 DIR/NAME is the run folder of recipes/NAME.yaml. A run that is done there is not run again, one that was cut
-off goes on. The card goes to model_cards/NAME.md, its picture to model_cards/plots/NAME.png. Nothing else
-should run on the machine meanwhile: the clock ends these runs.
+off goes on. The card goes to model_cards/NAME.md, its picture to model_cards/plots/NAME.png. These
+runs end by their tokens and take one thread: what else the machine does changes their speed alone.
 """
 
 import argparse

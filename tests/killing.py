@@ -67,6 +67,7 @@ def outcome(run: Path) -> tuple[bytes, bytes]:
 def main(folder: Path, n_kills: int, seed: int) -> None:
     torch.set_num_threads(1)
     draw = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
     text = folder / "text.txt"
     write_text(text)
     began = time.monotonic()
