@@ -22,8 +22,11 @@ from hf_genlm.privacy.differential_privacy import (
 from hf_genlm.privacy.randomness import NOISES, draw_documents
 from hf_genlm.recipe import PrivacyRecipe, TrainingRecipe, load_recipe
 from hf_genlm.run_folder import RunFolder, read_json
+from hf_genlm.text.corpus import read_corpus
 from hf_genlm.text.encoding import TokenizedDocuments
+from hf_genlm.text.identity import split_by_hash
 from hf_genlm.text.packing import IGNORED, collate
+from hf_genlm.text.store import Document, as_documents
 from hf_genlm.text.windows import DocumentWindows
 from hf_genlm.training.budget import Budget, resolve
 from hf_genlm.training.private import begin_private, check_private
@@ -233,7 +236,6 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    from hf_genlm.text.store import Document
     from hf_genlm.text.tokenizer import train_tokenizer
 
     documents = [Document("what everyone may read, 0123456789 times. " * 20, "public")]
@@ -361,3 +363,30 @@ def test_trainer_gets_batches_of_any_size(tokenizer):
     sizes = [len(steps[i]["input_ids"]) for i in range(len(steps))]
     assert {0, 1, 2} <= set(sizes)
     assert collate(steps.windows.take(np.array([], dtype=int), np.array([]))).keys() == steps[0].keys()
+        "corpus.near_duplicates=0.8",
+def test_one_document_more_moves_no_other_to_the_other_side_of_the_split(tmp_path):
+    """One in the middle, longer than half of the text: by sizes and places it would move all others."""
+    recipe = resolve(load_recipe(None, ["privacy.epsilon=3"])).corpus
+    lines = [json.dumps({"text": f"document {i}"}) for i in range(300)] * 2
+    more = [*lines[:50], json.dumps({"text": "another one\n" * 1000}), *lines[50:]]
+    sides = []
+    for written in (lines, more):
+        path = tmp_path / "text.jsonl"
+        path.write_text("\n".join(written), encoding="utf-8")
+        recipe.sources = [str(path)]
+        corpus = read_corpus(recipe)
+        assert corpus.report["duplicates_removed"] == 0, "copies are on one side"
+        sides.append([[document.text for document in side] for side in (corpus.train, corpus.validation)])
+    assert 15 <= len(sides[0][1]) <= 50
+    added = [len(after) - len(before) for before, after in zip(*sides, strict=True)]
+    assert sorted(added) == [0, 1]
+    for before, after in zip(*sides, strict=True):
+        assert [text for text in after if not text.startswith("another")] == before
+
+
+def test_a_split_by_hash_that_leaves_a_side_empty_says_what_to_do():
+    documents = as_documents([Document(f"document {i}", "x") for i in range(5)])
+    with pytest.raises(UserError, match=r"of 5 documents.* 0 are: hold out a file of your own by --valid"):
+        split_by_hash(documents, 1e-9, 0)
+
+

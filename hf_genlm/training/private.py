@@ -25,9 +25,11 @@ _WEIGHT_DECAY = 0.1  # noise keeps a text from being learned by heart
 
 
 def prefer_private(recipe: Recipe) -> None:
-    """Choose what was left open as noise wants it: no statistics of the text, and few parameters."""
+    """Choose what was left open as noise wants it: no statistics of the text, and few parameters. Whether a
+    document is held out is decided by itself alone."""
     model, training = recipe.model, recipe.training
     model.bigram_size = model.bigram_size or 0
+    recipe.corpus.split_by_hash = True
     training.start = training.start or "random"
     if training.weight_decay is None:
         training.weight_decay = _WEIGHT_DECAY
@@ -53,6 +55,11 @@ def check_private(recipe: Recipe) -> None:
         ),
         "corpus.stream=true": (corpus.stream, "how many documents there are is not known", "leave it out"),
         "corpus.temperature": (
+        "corpus.near_duplicates": (
+            corpus.near_duplicates is not None,
+            "one document decides then which others are kept",
+            "leave it out",
+        ),
             corpus.temperature != 1,
             "some documents are read more often than others",
             "--set corpus.temperature=1",
@@ -151,6 +158,4 @@ def write_guarantee(run: RunFolder, private: "PrivateState", recipe: Recipe) -> 
         not_covered.append("the text that its tokenizer was learned from")
     elif not (recipe.corpus.sources or recipe.corpus.languages):
         not_covered.append("the vocabulary, which was learned from the same text, as everyone has it")
-    if recipe.corpus.validation == []:
-        not_covered.append("which documents were held out: their sizes have a part in it")
     write_json(run.privacy, private.guarantee.to_json(steps, not_covered))
