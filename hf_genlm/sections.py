@@ -17,6 +17,7 @@ class CorpusRecipe:
     validation: list[str] = field(default_factory=list)  # sources held out as they are; none: split `sources`
     validation_fraction: float = 0.05  # of the bytes, when `sources` are split
     split_seed: int = 0  # apart from training.seed: runs with other seeds share one split
+    split_by_hash: bool = False  # each document by its own hash alone, as privacy.epsilon has it in any case
     encoding: str = "utf-8"
     temperature: float = 1.0  # T: languages are read by size^(1/T); 1: as they are, large: all alike
     byte_premiums: dict[str, float] = field(

@@ -23,6 +23,7 @@ from hf_genlm.privacy.extraction import count_copies, matched_tokens
 from hf_genlm.privacy.membership import SCORES, Passages
 from hf_genlm.privacy.scoring import Passage, score
 from hf_genlm.privacy.subject import Audited, Place, draw_places, passage_at
+from hf_genlm.publish.plots import PICTURE, write_curves
 from hf_genlm.publish.privacy import privacy_section, sentences
 from hf_genlm.recipe import CorpusRecipe, PrivacyRecipe, Recipe, load_recipe
 from hf_genlm.run_folder import RunFolder, read_json, write_json
@@ -590,6 +591,9 @@ def test_a_guarantee_stands_on_the_card(overtrained, tmp_path):
     assert "epsilon = 3.98 at delta = 1e-05 for each document" in section
     assert "It does not cover: tokenizer; this card." in section
     assert "3.98 that the accountant states" in section
+    (run.model / PICTURE).unlink(missing_ok=True)
+    assert write_curves(run) == run.path / PICTURE
+    assert not (run.model / PICTURE).exists(), "exact losses do not leave with the model"
 
 
 @pytest.mark.slow

@@ -22,11 +22,14 @@ from hf_genlm.privacy.differential_privacy import (
 from hf_genlm.privacy.randomness import NOISES, draw_documents
 from hf_genlm.recipe import PrivacyRecipe, TrainingRecipe, load_recipe
 from hf_genlm.run_folder import RunFolder, read_json
+from hf_genlm.text.corpus import read_corpus
 from hf_genlm.text.encoding import TokenizedDocuments
+from hf_genlm.text.identity import split_by_hash
 from hf_genlm.text.packing import IGNORED, collate
+from hf_genlm.text.store import Document, as_documents
 from hf_genlm.text.windows import DocumentWindows
 from hf_genlm.training.budget import Budget, resolve
-from hf_genlm.training.private import begin_private, check_private
+from hf_genlm.training.private import begin_private, check_private, tokens_to_plan_by, write_guarantee
 from hf_genlm.training.private_step import DrawnSteps, PrivateState, PrivateTrainer, private_gradient
 from hf_genlm.training.train import check, train
 
@@ -100,6 +103,8 @@ def test_delta_is_below_one_over_n_and_documents_are_many():
         delta_of(PRIVACY, 999)
     with pytest.raises(UserError, match=r"--delta 0\.0001 would allow"):
         delta_of(PrivacyRecipe(epsilon=3.0, delta=1e-4), 10_000)
+    with pytest.raises(UserError, match=r"--delta 1e-13 is lost in rounding"):
+        delta_of(PrivacyRecipe(epsilon=3.0, delta=1e-13), 10_000)
     with pytest.raises(UserError, match=r"a step draws 2000 documents.*has 1500"):
         guarantee_of(PRIVACY, 1500, 2000, 10)
 
@@ -233,7 +238,6 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    from hf_genlm.text.store import Document
     from hf_genlm.text.tokenizer import train_tokenizer
 
     documents = [Document("what everyone may read, 0123456789 times. " * 20, "public")]
@@ -268,7 +272,7 @@ def test_a_resumed_run_comes_to_the_same_weights_and_the_same_epsilon(
     assert said["steps"] == 6
     assert said["sampling_rate"] == 8 / read_json(whole.corpus)["train"]["documents"]
     spent = epsilon_of(said["noise_multiplier"], said["sampling_rate"], 6, said["delta"])
-    assert said["epsilon"] == round(spent, 4)
+    assert said["epsilon"] == math.ceil(spent * 1e4) / 1e4
     assert 0.99 * 8 < spent <= 8
     seen = [event for event in whole.read_log() if event["event"] == "validation"]
     assert seen[0]["epsilon"] == round(
@@ -319,6 +323,29 @@ def test_a_run_by_the_clock_counts_its_steps_out_beforehand(text, tokenizer, tmp
     assert line in capsys.readouterr().out
 
 
+def test_a_run_is_planned_by_the_number_of_its_documents_not_by_their_lengths():
+    private = resolve(load_recipe(None, ["privacy.epsilon=3", "training.row_length=16"]))
+    corpus = SimpleNamespace(train=range(2000), n_tokens=10**9)
+    assert tokens_to_plan_by(private, corpus) == 16 * 2000
+    private.privacy.epsilon = None
+    assert tokens_to_plan_by(private, corpus) == 10**9
+
+
+@pytest.mark.parametrize("n_beginnings", [1, 2])
+def test_a_beginning_that_was_lost_is_not_covered(tmp_path, n_beginnings):
+    run = RunFolder.create(tmp_path / "run")
+    for _ in range(n_beginnings):
+        run.log("guarantee", steps=10)
+    run.log("trained", steps=10)
+    small = guarantee(noise_multiplier=50.0, sampling_rate=0.01)
+    write_guarantee(run, PrivateState(small, KEY), load_recipe(None, ["corpus.damaged=skip"]))
+    said = read_json(run.privacy)
+    assert said["epsilon"] - 1e-4 < small.spent(10) <= said["epsilon"], "rounded upwards"
+    lost = [line for line in said["not_covered"] if "lost before its first checkpoint" in line]
+    assert len(lost) == n_beginnings - 1
+    assert any("which files were left out" in line for line in said["not_covered"])
+
+
 def test_the_vocabulary_is_not_learned_from_the_private_text(text, tmp_path, monkeypatch):
     learned = []
 
@@ -338,6 +365,7 @@ def test_the_vocabulary_is_not_learned_from_the_private_text(text, tmp_path, mon
         "training.start=pairs",
         "vectors.path=words.txt",
         "corpus.stream=true",
+        "corpus.near_duplicates=0.8",
         "corpus.temperature=2",
         "training.carry_state=true",
         "training.compile=inductor",
@@ -347,6 +375,32 @@ def test_the_vocabulary_is_not_learned_from_the_private_text(text, tmp_path, mon
 def test_what_goes_around_the_guarantee_is_refused_by_name(setting):
     with pytest.raises(UserError, match=rf"--epsilon and {setting.partition('=')[0]}"):
         check_private(load_recipe(None, ("privacy.epsilon=3", setting)))
+
+
+def test_one_document_more_moves_no_other_to_the_other_side_of_the_split(tmp_path):
+    """One in the middle, longer than half of the text: by sizes and places it would move all others."""
+    recipe = resolve(load_recipe(None, ["privacy.epsilon=3"])).corpus
+    lines = [json.dumps({"text": f"document {i}"}) for i in range(300)] * 2
+    more = [*lines[:50], json.dumps({"text": "another one\n" * 1000}), *lines[50:]]
+    sides = []
+    for written in (lines, more):
+        path = tmp_path / "text.jsonl"
+        path.write_text("\n".join(written), encoding="utf-8")
+        recipe.sources = [str(path)]
+        corpus = read_corpus(recipe)
+        assert corpus.report["duplicates_removed"] == 0, "copies are on one side"
+        sides.append([[document.text for document in side] for side in (corpus.train, corpus.validation)])
+    assert 15 <= len(sides[0][1]) <= 50
+    added = [len(after) - len(before) for before, after in zip(*sides, strict=True)]
+    assert sorted(added) == [0, 1]
+    for before, after in zip(*sides, strict=True):
+        assert [text for text in after if not text.startswith("another")] == before
+
+
+def test_a_split_by_hash_that_leaves_a_side_empty_says_what_to_do():
+    documents = as_documents([Document(f"document {i}", "x") for i in range(5)])
+    with pytest.raises(UserError, match=r"of 5 documents.* 0 are: hold out a file of your own by --valid"):
+        split_by_hash(documents, 1e-9, 0)
 
 
 def test_the_default_recipe_of_a_private_run_passes_and_starts_at_random():

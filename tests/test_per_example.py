@@ -53,5 +53,18 @@ def test_a_use_that_is_not_followed_is_no_gradient_that_is_lost(monkeypatch, tok
     with PerExampleGradients(model) as gradients:
         losses = losses_of(model, tokens)
     losses.sum().backward()
-    with pytest.raises(AssertionError, match="a use of 5 parameters is none that FOLLOWED knows"):
+    with pytest.raises(RuntimeError, match="a use of 5 parameters is none that FOLLOWED knows"):
         gradients.squared_norms()
+
+
+def test_lengths_under_autocast_are_those_of_what_is_summed(tokens):
+    model = build_model("hybrid")
+    with torch.autocast("cpu", torch.bfloat16):
+        with PerExampleGradients(model) as gradients:
+            losses = losses_of(model, tokens)
+        losses.sum().backward()
+        norms = gradients.squared_norms().sqrt()
+        sums = [gradients.weighted_sum(weights) for weights in torch.eye(len(tokens))]
+    for norm, found in zip(norms, sums, strict=True):
+        summed = torch.cat([gradient.flatten() for gradient in found]).norm()
+        torch.testing.assert_close(norm, summed, rtol=1e-5, atol=0)

@@ -19,6 +19,7 @@ UNIT = "one document of the training text, there or not"
 ACCOUNTANT = "privacy loss random variables (Gopi et al., 2021), by Opacus"
 LEAST_DOCUMENTS = 1000
 _DELTA_POWER = -1.1
+_LEAST_DELTA = 1e-12  # that float64 can account for
 _TOLERANCE = 0.005  # of epsilon, which the noise may fall short of
 _EPSILON_ERROR = 0.004  # of epsilon, that the accountant may be wrong by; it adds this
 _LEAST_EPSILON = 1e-9
@@ -33,9 +34,12 @@ COVERED = [
 NOT_COVERED = [
     "the validation text and every figure of it: in evaluation.json, on the card and in the log",
     "the losses of training in log.jsonl and in the pictures drawn of it: without noise",
+    "what an audit measures: it reads the training text",
     "what is counted of the text: its documents, bytes and tokens, and the hashes in corpus.json",
+    "the number of documents, which the sampling rate, delta, and the size and steps of a planned run follow",
+    "other runs over the same text: those by which the settings were chosen spend as much again",
     "a person of whom several documents speak: the guarantee is for each document by itself",
-    "the time that the training took",
+    "the time that the training took, and whether it came to its end",
 ]
 
 
@@ -59,7 +63,7 @@ class Guarantee:
     def to_json(self, steps: int, not_covered: list[str]) -> dict[str, Any]:
         """What privacy.json says after so many steps; `not_covered` by this run, besides what never is."""
         return {
-            "epsilon": round(self.spent(steps), 4),
+            "epsilon": math.ceil(self.spent(steps) * 1e4) / 1e4,  # a bound is rounded upwards
             "delta": self.delta,
             "unit": UNIT,
             "sampling_rate": self.sampling_rate,
@@ -104,7 +108,7 @@ def delta_of(privacy: PrivacyRecipe, n_documents: int) -> float:
 
     Raises:
         UserError: too few documents, or a delta of 1 / n and more: a mechanism that publishes one of the
-            documents as it stands would satisfy it.
+            documents as it stands would satisfy it; or one that is too small to be counted.
     """
     if n_documents < LEAST_DOCUMENTS:
         raise UserError(
@@ -117,6 +121,10 @@ def delta_of(privacy: PrivacyRecipe, n_documents: int) -> float:
         raise UserError(
             f"--delta {privacy.delta:g} would allow that one of the {n_documents:,} documents is published "
             f"as it stands: it must be less than {1 / n_documents:.1e}"
+        )
+    if privacy.delta < _LEAST_DELTA:
+        raise UserError(
+            f"--delta {privacy.delta:g} is lost in rounding: it must be at least {_LEAST_DELTA:g}"
         )
     return privacy.delta
 

@@ -44,7 +44,8 @@ class PerExampleGradients(TorchFunctionMode):
         sums = gradients.weighted_sum((clip / norms_B).clamp(max=1))
 
     No `.grad` is written. A use of a parameter that is not known here (`FOLLOWED`) would write one, and
-    `squared_norms` refuses then: no parameter is left out silently.
+    `squared_norms` refuses then: no parameter is left out silently. Lengths and sums are taken in float32
+    under autocast too: one that is rounded to bfloat16 would bound nothing.
     """
 
     def __init__(self, model: nn.Module):
@@ -64,16 +65,26 @@ class PerExampleGradients(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def squared_norms(self) -> torch.Tensor:
-        """(B,) squared lengths of the examples' gradients over all parameters."""
+        """(B,) squared lengths of the examples' gradients over all parameters.
+
+        Raises:
+            RuntimeError: a parameter was used in a way that is not followed.
+        """
         missed = [parameter for parameter in self.parameters if parameter.grad is not None]
-        assert not missed, f"a use of {len(missed)} parameters is none that FOLLOWED knows"
-        of_matrices = [_squared_norms(uses) for uses in self._outer.values()]
+        if missed:
+            raise RuntimeError(f"a use of {len(missed)} parameters is none that FOLLOWED knows")
+        with self._in_float32():
+            of_matrices = [_squared_norms(uses) for uses in self._outer.values()]
         of_vectors = [vectors.square().sum(-1) for vectors in self._vectors.values()]
         return torch.stack(of_matrices + of_vectors).sum(0).clamp_min(0)
 
     def weighted_sum(self, weights: torch.Tensor) -> list[torch.Tensor | None]:
         """For each of `parameters` the gradients summed with `weights` (B,); None where it was not used."""
-        return [self._sum_of(parameter, weights) for parameter in self.parameters]
+        with self._in_float32():
+            return [self._sum_of(parameter, weights) for parameter in self.parameters]
+
+    def _in_float32(self) -> torch.autocast:
+        return torch.autocast(self.parameters[0].device.type, enabled=False)
 
     def _sum_of(self, parameter: nn.Parameter, weights_B: torch.Tensor) -> torch.Tensor | None:
         if id(parameter) in self._vectors:

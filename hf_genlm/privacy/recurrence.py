@@ -61,6 +61,11 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_outputs, *_):
+        with torch.autocast(d_outputs.device.type, enabled=False):  # as the forward pass of a kernel is
+            return _Recurrence._backward(ctx, d_outputs)
+
+    @staticmethod
+    def _backward(ctx, d_outputs):
         u_BTG, weight, bias, *history = ctx.saved_tensors
         before = [states[:, :-1] for states in history]
         v_BTG = torch.nn.functional.linear(before[0], weight, bias)

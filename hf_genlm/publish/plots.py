@@ -93,13 +93,13 @@ PANELS = {
 
 
 def write_curves(run: RunFolder) -> Path | None:
-    """Draw the curves of `run` into its folder, and into model/ where there is one; None: nothing was trained
-    in it yet."""
+    """Draw the curves of `run` into its folder, and into model/ where there is one, for its card; of a
+    private run only into the first, as its losses are exact ones. None: nothing was trained in it yet."""
     curves = read_curves(run)
     if not curves.steps:
         return None
     path = save_png(draw_curves([curves]), run.path / PICTURE)
-    if run.model.is_dir():
+    if run.model.is_dir() and not run.privacy.is_file():
         copy = run.model / PICTURE
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)

@@ -1,7 +1,6 @@
 """The corpus of a run: documents from its sources, split in two, and the report on both."""
 
 import hashlib
-import itertools
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.recipe import CorpusRecipe
 from hf_genlm.text.damage import DAMAGED, LeftOut, left_out_line
 from hf_genlm.text.formats import check_encoding
+from hf_genlm.text.identity import split_by_hash, stands_in
 from hf_genlm.text.languages import by_language, check_languages, counts_after, report_on, spans
 from hf_genlm.text.near_duplicates import Progress, check_near_duplicates, find_near_duplicates
 from hf_genlm.text.scrubbing import Tally
@@ -71,7 +71,7 @@ def read_corpus(recipe: CorpusRecipe, on_progress: Progress | None = None) -> Co
     else:
         train, validation, method, n_train, n_validation = _split(reading, recipe)
     n_before = len(train)
-    kept = ~_stands_in(train, validation)
+    kept = ~stands_in(train, validation)
     train, n_train = train.take(kept), counts_after(n_train, kept)
     _check_left(train, n_before)
     n_exact, near = n_before - len(train), None
@@ -207,8 +207,9 @@ def _split(
     side. Also the documents of each language on both sides, none where no languages were named."""
     documents = reading.writer.documents()
     counts = reading.languages or {"": len(documents)}
+    split = split_by_hash if recipe.split_by_hash else split_documents
     found = {
-        code: split_documents(documents[span], recipe.validation_fraction, recipe.split_seed)
+        code: split(documents[span], recipe.validation_fraction, recipe.split_seed)
         for code, span in spans(counts).items()
     }
     train = Documents.join([each[0] for each in found.values()])
@@ -307,26 +308,6 @@ def _joined(documents: Documents, blocks: Sequence[Block], chosen: np.ndarray) -
     return Documents(
         documents.store, starts, stops, characters, documents.sources, documents.source_ids[index]
     )
-
-
-def _stands_in(documents: Documents, others: Documents) -> np.ndarray:
-    """A mask (n,): which documents have the text of one of `others`."""
-    # a text of another length is another text: of most documents nothing needs to be read
-    alike = np.flatnonzero(np.isin(documents.n_bytes, others.n_bytes))
-    found = np.zeros(len(documents), dtype=bool)
-    if len(alike):
-        texts = set(_digests(others.take(np.isin(others.n_bytes, documents.n_bytes[alike]))))
-        found[alike] = [digest in texts for digest in _digests(documents.take(alike))]
-    return found
-
-
-def _digests(documents: Documents) -> Iterator[bytes]:
-    """sha256 of each text."""
-    for _, parts in itertools.groupby(documents.contents(), key=lambda part: part[0]):
-        digest = hashlib.sha256()
-        for _, content in parts:
-            digest.update(content)
-        yield digest.digest()
 
 
 def _read(sources: Sources, recipe: CorpusRecipe, split: str) -> Reading:

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from hf_genlm.errors import UserError
 from hf_genlm.privacy.differential_privacy import check_installed, delta_of, guarantee_of
@@ -19,14 +19,17 @@ from hf_genlm.training import processes
 if TYPE_CHECKING:
     from hf_genlm.training.budget import Budget
     from hf_genlm.training.private_step import PrivateState
+    from hf_genlm.training.streamed import StreamedCorpus
     from hf_genlm.training.tokenized import TokenizedCorpus
 
 _WEIGHT_DECAY = 0.1  # noise keeps a text from being learned by heart
 
 
 def prefer_private(recipe: Recipe) -> None:
-    """Choose what was left open as noise wants it: no statistics of the text, and few parameters."""
+    """Choose what was left open as noise wants it: no statistics of the text, and few parameters. Whether a
+    document is held out is decided by itself alone."""
     model, training = recipe.model, recipe.training
+    recipe.corpus.split_by_hash = True
     model.bigram_size = model.bigram_size or 0
     training.start = training.start or "random"
     if training.weight_decay is None:
@@ -52,6 +55,11 @@ def check_private(recipe: Recipe) -> None:
             "leave it out",
         ),
         "corpus.stream=true": (corpus.stream, "how many documents there are is not known", "leave it out"),
+        "corpus.near_duplicates": (
+            corpus.near_duplicates is not None,
+            "one document decides then which others are kept",
+            "leave it out",
+        ),
         "corpus.temperature": (
             corpus.temperature != 1,
             "some documents are read more often than others",
@@ -92,6 +100,15 @@ def public_text(note: Callable[[str], None]) -> tuple[Documents, int]:
     )
     corpus = read_corpus(CorpusRecipe())
     return corpus.train, corpus.report["train"]["bytes"]
+
+
+def tokens_to_plan_by(recipe: Recipe, corpus: "TokenizedCorpus | StreamedCorpus") -> int | None:
+    """Tokens of the training text, which decide on size, steps and decay; of a private text, where a long
+    document would decide alone, those of full rows, one for each document."""
+    if recipe.privacy.epsilon is None:
+        return corpus.n_tokens
+    assert recipe.training.row_length is not None
+    return len(cast("TokenizedCorpus", corpus).train) * recipe.training.row_length
 
 
 def steps_of(recipe: Recipe) -> TrainingRecipe:
@@ -143,14 +160,17 @@ def diverged_in_private(step: int, recipe: Recipe) -> UserError:
 
 def write_guarantee(run: RunFolder, private: "PrivateState", recipe: Recipe) -> None:
     """privacy.json, after all steps were made."""
-    steps = max(event["steps"] for event in run.read_log() if event["event"] == "trained")
+    log = run.read_log()
+    steps = max(event["steps"] for event in log if event["event"] == "trained")
     not_covered = []
+    if sum(event["event"] == "guarantee" for event in log) > 1:
+        not_covered.append("what log.jsonl tells of a beginning that was lost before its first checkpoint")
+    if recipe.corpus.damaged == "skip":
+        not_covered.append("which files were left out: one damaged record takes those beside it along")
     if recipe.model.init_from is not None:
         not_covered.append(f"what the model that it went on from ({recipe.model.init_from}) was trained on")
     if recipe.tokenizer.path is not None:
         not_covered.append("the text that its tokenizer was learned from")
     elif not (recipe.corpus.sources or recipe.corpus.languages):
         not_covered.append("the vocabulary, which was learned from the same text, as everyone has it")
-    if recipe.corpus.validation == []:
-        not_covered.append("which documents were held out: their sizes have a part in it")
     write_json(run.privacy, private.guarantee.to_json(steps, not_covered))

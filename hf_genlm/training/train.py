@@ -53,6 +53,7 @@ from hf_genlm.training.private import (
     check_private,
     diverged_in_private,
     steps_of,
+    tokens_to_plan_by,
     write_guarantee,
 )
 from hf_genlm.training.private_step import PrivateState
@@ -220,19 +221,18 @@ def _prepare(run: RunFolder, given: Recipe) -> Job:
     processes.share_threads(recipe.training.threads)
     corpus = _read(run, recipe)
     budget = budget_of(recipe.training, tokens_of_a_step(recipe.training))
+    n_tokens = tokens_to_plan_by(recipe, corpus)
     if budget.seconds is not None:
         device = training_arguments_of(run, recipe.training, budget).device
 
         def plan(budget: Budget = budget) -> tuple[Recipe, Budget]:
-            return plan_recipe(run, given, corpus.tokenizer, corpus.n_tokens, budget, device), budget
+            return plan_recipe(run, given, corpus.tokenizer, n_tokens, budget, device), budget
 
         recipe, budget = processes.from_first(plan)
     else:
-        settle_decay(recipe, budget.steps, corpus.n_tokens)
+        settle_decay(recipe, budget.steps, n_tokens)
     corpus.tokenizer.model_max_length = recipe.training.row_length
-    private = None
-    if recipe.privacy.epsilon is not None:
-        private = begin_private(run, recipe, corpus, budget)
+    private = None if recipe.privacy.epsilon is None else begin_private(run, recipe, corpus, budget)
     job = _job_of(run, recipe, corpus, budget, private)
     if processes.is_first():
         corpus.tokenizer.save_pretrained(run.tokenizer)  # again: its model_max_length is known now
