@@ -225,13 +225,14 @@ def test_a_wrong_license_stops_training_before_it_begins(tmp_path, capsys):
 
 
 def test_what_was_taken_out_of_the_text_is_counted(tmp_path):
-    corpus = {"scrubbed": {"email": 1234, "phone_number": 1}, "near_duplicates": 12}
-    text = card_of(make_run(tmp_path, corpus=corpus))
-    assert "Personal data replaced before training: email 1,234, phone number 1." in text
-    assert "Near-duplicates taken out before training: 12." in text
+    scrubbed = {"documents": 1200, "types": {"email": 1234, "phone": 1}}
+    near = {"removed": 1012, "clusters": 3, "threshold": 0.8, "shingle": 5}
+    text = card_of(make_run(tmp_path, corpus={"scrubbed": scrubbed, "near_duplicates": near}))
+    assert "measured, in 1,200 documents: `email` 1,234, `phone` 1." in text
+    assert "Near-duplicates removed: 1,012, of 3 documents (similarity of at least 0.8" in text
     text = card_of(make_run(tmp_path, name="without"))
-    assert "Personal data replaced" not in text
-    assert "Near-duplicates taken" not in text
+    assert "Personal data" not in text
+    assert "Near-duplicates" not in text
 
 
 def test_the_command_that_repeats_it_is_shown_and_understood(tmp_path):
