@@ -21,6 +21,13 @@ _LANGUAGES = {*_LISTED, "code", "multilingual"}
 _REPO_ID = re.compile(r"(?:[\w-][\w.-]*/)?[\w.-]{1,96}")
 _LICENSE_NAME = re.compile(r"[a-z0-9-.]+")
 _TEXT_KEYS = ("library_name", "pipeline_tag", "license", "license_name", "license_link", "base_model")
+
+
+def _is_language(code: str) -> bool:
+    """ISO 639-1, -2 or -3 in small letters, or a word of the Hub's; of two letters all are listed."""
+    return code in _LANGUAGES or (len(code) == 3 and code.isascii() and code.isalpha() and code.islower())
+
+
 _LIST_KEYS = ("language", "language_bcp47", "tags", "datasets", "metrics")
 _KNOWN = {*_TEXT_KEYS, *_LIST_KEYS, "model-index", "base_model_relation"}
 
@@ -42,7 +49,7 @@ def faults_of(data: dict) -> list[str]:
             found.append(f"{key}: no list of texts")
     if data.get("pipeline_tag") != "text-generation":
         found.append("pipeline_tag: not that of a causal language model")
-    found += [f"language: {code}" for code in data.get("language", []) if code not in _LANGUAGES]
+    found += [f"language: {code}" for code in data.get("language", []) if not _is_language(code)]
     for key in ("datasets", "base_model"):
         ids = data.get(key, [])
         for repo_id in [ids] if isinstance(ids, str) else ids:

@@ -245,7 +245,7 @@ def check_types(recipe: Recipe) -> None:
                 if isinstance(value, float):
                     assert math.isfinite(value)
                 if isinstance(value, list):
-                    assert all(isinstance(item, str) for item in value)
+                    assert all(isinstance(item, (str, int, float)) for item in value)
             assert not isinstance(field, dict) or all(isinstance(key, str) for key in field)
 
 

@@ -41,6 +41,7 @@ def hub(monkeypatch):
 def lead_to(hub: LoopbackHub, monkeypatch, token: str = TOKEN) -> None:
     """huggingface_hub in this process, whose constants are read at import, and in those that it starts."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it keeps the address that it began with
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")

@@ -41,6 +41,19 @@ ARGUMENTS = {"trust_remote_code": True, "allow_pickle": True, "shell": True, "we
              "use_safetensors": False}  # fmt: skip
 
 
+# what a person asked for: a push runs the code that it has just sent, to see that it runs
+ASKED = {
+    "publish/clean_load.py": {
+        "AutoModelForCausalLM.from_pretrained(trust_remote_code=)",
+        "AutoTokenizer.from_pretrained(trust_remote_code=)",
+    }
+}
+
+
+def by_path(file: Path) -> str:
+    return file.relative_to(PACKAGE).as_posix()
+
+
 def dotted(node: ast.expr) -> str:
     return ast.unparse(node) if isinstance(node, (ast.Name, ast.Attribute)) else ""
 
@@ -64,9 +77,9 @@ def executes(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
+@pytest.mark.parametrize("file", FILES, ids=by_path)
 def test_nothing_of_ours_executes_what_it_reads(file):
-    assert executes(file.read_text(encoding="utf-8")) == []
+    assert set(executes(file.read_text(encoding="utf-8"))) == ASKED.get(by_path(file), set())
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,10 @@ def is_language(code: str) -> bool:
     if code in _NO_NATURAL_LANGUAGES:
         return True
     is_listed = len(language_names()) > len(_NO_NATURAL_LANGUAGES)
-    return code in language_names() if is_listed else re.fullmatch("[a-z]{2,3}", code) is not None
+    if len(code) == 2 and is_listed:
+        return code in language_names()
+    # the list leaves out three letters where there are two, as eng for en; the Hub takes both
+    return re.fullmatch("[a-z]{2,3}", code) is not None
 
 
 def _check_license(card: CardRecipe) -> None:
