@@ -50,7 +50,6 @@ KINDS["factorised"] = {
     "mlp_rank": 16,
 }
 KINDS["shared"] = {"mixer_types": ["full_attention"] * 2, "shared_layers": 2, "num_key_value_heads": 1}
-KINDS["llama"] = {"mixer_types": ["full_attention"], "gated_mlp": True, "qk_norm": False}
 # one layer of each kind is enough for a tracer; more only takes longer
 SHALLOW = {mixer: [mixer] for mixer in MIXERS} | {"hybrid": ["lstm", "full_attention"]}
 VOCAB, PAD, EOS = 61, 0, 1
