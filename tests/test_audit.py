@@ -612,11 +612,13 @@ def test_a_guarantee_of_epsilon_4_holds_against_the_audit(tmp_path):
     spent = read_json(run.privacy)["epsilon"]
     assert 0 < spent <= 4.0
     assert read_json(run.audit)["made_with"]["delta"] == 1e-4
-    assert 0.01 < found["exposure_p_value/1"].value < 0.99
-    low, high = found["exposure/1"].interval
-    assert low < null_mean() < high
+    assert found["exposure_p_value/1"].value > 0.001
+    # the noise is another in each run: limits of one in a thousand, on both sides
+    null = {"exposure/1": null_mean()} | {
+        f"membership_auc/{name}": 0.5 for name in SCORES if name != "reference"
+    }
+    for name, value in null.items():
+        assert abs(found[name].value - value) < 3.3 * found[name].stderr, (name, found[name])
     assert found["canaries_extracted/1"].value == 0.0
-    for name in (name for name in SCORES if name != "reference"):
-        low, high = found[f"membership_auc/{name}"].interval
-        assert low < 0.5 < high, name
+    print(spent, *(f"{name} {found[name].value:.3f}" for name in (*null, "epsilon_lower_bound/1")))
     assert found["epsilon_lower_bound/1"].value <= spent
