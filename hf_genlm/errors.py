@@ -5,8 +5,10 @@ import os
 import re
 from collections.abc import Iterable
 
+from hf_genlm.token_forms import HUB
+
 # an access token of the Hub; a login in front of the host of an address
-_SECRETS = (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), re.compile(r"(?<=://)[^/\s@'\"]+(?=@)"))
+_SECRETS = (re.compile(HUB), re.compile(r"(?<=://)[^/\s@'\"]+(?=@)"))
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _LEAST_SECRET = 8  # characters of a variable's value: a shorter one would be found in any text
 

@@ -70,14 +70,28 @@ def misfits_of_gguf(model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase,
 
 def write_gguf(model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
     """The file alone; `misfits_of_gguf` must find nothing."""
-    import gguf
-
     architecture = architecture_of(model.config)
     converted = convert(model, LAYOUTS[architecture])
-    writer = gguf.GGUFWriter(str(folder / file_name(dtype)), architecture)
-    _add_config(writer, converted.config, getattr(gguf.LlamaFileType, _FILE_TYPES[dtype]))
-    _add_tokenizer(writer, tokenizer, converted.config.vocab_size)
-    for name, weight in _tensors(converted, turns_neighbours=architecture == "llama"):
+    write_converted(converted, folder / file_name(dtype), architecture, tokenizer, dtype)
+
+
+def write_converted(
+    model: PreTrainedModel,
+    file: Path,
+    architecture: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: str = "float32",
+) -> None:
+    """A model of transformers' own class for a row of `LAYOUTS`; without a tokenizer it takes ids alone."""
+    import gguf
+
+    writer = gguf.GGUFWriter(str(file), architecture)
+    _add_config(writer, model.config, getattr(gguf.LlamaFileType, _FILE_TYPES[dtype]))
+    if tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        _add_tokenizer(writer, tokenizer, model.config.vocab_size)
+    for name, weight in _tensors(model, turns_neighbours=architecture == "llama"):
         if weight.ndim < 2 or dtype == "float32":
             writer.add_tensor(name, weight)
         elif dtype == "float16":

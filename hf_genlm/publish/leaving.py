@@ -14,6 +14,7 @@ from typing import Any
 
 from hf_genlm.errors import UserError, did_you_mean, without_secrets
 from hf_genlm.run_folder import read_json
+from hf_genlm.token_forms import BEGIN_OF_PRIVATE_KEY, GITHUB_FINE_GRAINED, GOOGLE
 
 # what a model folder has; anything else is named before it leaves
 LISTED = (
@@ -61,19 +62,19 @@ KINDS = {
     "token": Kind("an access token, password or private key", "take it out, and revoke it", True),
     "home-path": Kind("an absolute path below somebody's home", "take it out", True),
 }
-_TOKENS = tuple(
+_TOKENS = tuple(  # besides those that `without_secrets` knows
     re.compile(pattern)
     for pattern in (
         r"\bgh[pousr]_[A-Za-z0-9]{36}",  # GitHub
-        r"\bgithub_pat_\w{22,}",
+        GITHUB_FINE_GRAINED,
         r"\bglpat-[\w-]{20}",  # GitLab
         r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",  # AWS
-        r"\bAIza[\w-]{35}",  # Google
+        GOOGLE,
         r"\bsk-[\w-]{32,}",  # OpenAI, Anthropic
         r"\bxox[abeprs]-[\w-]{10,}",  # Slack
         r"\bpypi-[\w-]{50,}",
         r"\bnpm_[A-Za-z0-9]{36}",
-        r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+        BEGIN_OF_PRIVATE_KEY,
     )
 )
 _HOMES = (

@@ -73,12 +73,12 @@ def read_corpus(recipe: CorpusRecipe, on_progress: Progress | None = None) -> Co
     n_before = len(train)
     kept = ~stands_in(train, validation)
     train, n_train = train.take(kept), counts_after(n_train, kept)
-    _check_left(train, n_before)
+    _check_left(train, n_before, "stand")
     n_exact, near = n_before - len(train), None
     if recipe.near_duplicates is not None:
         near = find_near_duplicates(train, validation, recipe.near_duplicates, on_progress)
         train, n_train = train.take(near.kept), counts_after(n_train, near.kept)
-        _check_left(train, n_before)
+        _check_left(train, n_before, "stand, or nearly,")
     named_sources = recipe.languages or recipe.sources
     report = {
         "sources": list(recipe.sources),
@@ -104,10 +104,10 @@ def read_corpus(recipe: CorpusRecipe, on_progress: Progress | None = None) -> Co
     return Corpus(train, validation, report)
 
 
-def _check_left(train: Documents, n_before: int) -> None:
+def _check_left(train: Documents, n_before: int, how: str) -> None:
     if not len(train):
         raise UserError(
-            f"no training text is left: all {n_before} training documents stand in the validation split too; "
+            f"no training text is left: all {n_before} training documents {how} in the validation split too; "
             "add other text, or hold out other files with --validation"
         )
 

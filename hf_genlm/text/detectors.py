@@ -8,6 +8,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 
 from hf_genlm.recipe import CorpusRecipe
+from hf_genlm.token_forms import (
+    BEGIN_OF_PRIVATE_KEY,
+    END_OF_PRIVATE_KEY,
+    GITHUB_FINE_GRAINED,
+    GOOGLE,
+    HUB,
+)
 
 Span = tuple[int, int]  # of characters
 Finder = Callable[[str, CorpusRecipe], Iterable[Span]]
@@ -106,14 +113,13 @@ PLUGINS = {
 }
 # what it does not know, or takes the head of alone
 _MORE_SECRETS: dict[str, tuple[str, ...]] = {
-    r"(?<!\w)hf_[A-Za-z0-9]{20,}": ("hf_",),  # the Hub
-    r"(?<!\w)github_pat_[A-Za-z0-9_]{36,}": ("github_pat_",),
-    r"(?<!\w)AIza[A-Za-z0-9_-]{35}": ("aiza",),  # Google
+    HUB: ("hf_",),
+    GITHUB_FINE_GRAINED: ("github_pat_",),
+    GOOGLE: ("aiza",),
     r"(?<!\w)sk-(?:ant|proj)-[A-Za-z0-9_-]{20,}": ("sk-ant-", "sk-proj-"),  # Anthropic, OpenAI
     r"(?<!\w)eyJ[\w=-]+\.[\w=-]+(?:\.[\w.+/=-]*\w)?": ("eyj",),  # JSON Web Token, with its signature
     r"(?<=://)[^/\s:@'\"<>]+:[^/\s@'\"<>]+(?=@)": ("://",),  # a login in an address
-    r"-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----"
-    r"(?:[\s\S]{0,65536}?-----END [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----|(?:\s*[A-Za-z0-9+/=]{16,})*)": (
+    rf"{BEGIN_OF_PRIVATE_KEY}(?:[\s\S]{{0,65536}}?{END_OF_PRIVATE_KEY}|(?:\s*[A-Za-z0-9+/=]{{16,}})*)": (
         "private key",
     ),
 }

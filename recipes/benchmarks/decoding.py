@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_genlm.decoding import FastGenerator
 from hf_genlm.decoding.step import SLOTS_AT_ONCE, StepState
+from hf_genlm.export.gguf_file import write_converted
 from hf_genlm.model import GenLMConfig, GenLMForCausalLM
 
 SHAPE = {"vocab_size": 4096, "hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 8192}
@@ -49,12 +50,12 @@ def build_llama() -> LlamaForCausalLM:
 def llama_cpp_of(model: LlamaForCausalLM, n_threads: int) -> Callable[[int], list[int]] | None:
     """Greedy generation by llama.cpp with the same weights; None where it is not installed."""
     try:
-        import gguf
+        import gguf  # noqa: F401
         import llama_cpp
     except ImportError:
         return None
     file = Path(tempfile.mkdtemp()) / "llama.gguf"
-    _write_gguf(gguf, model, file)
+    write_converted(model, file, "llama")
     llm = llama_cpp.Llama(
         str(file), n_ctx=1024, n_threads=n_threads, n_threads_batch=n_threads, verbose=False
     )
@@ -69,39 +70,6 @@ def llama_cpp_of(model: LlamaForCausalLM, n_threads: int) -> Callable[[int], lis
         return new
 
     return generate
-
-
-def _write_gguf(gguf, model: LlamaForCausalLM, file: Path) -> None:
-    config, writer = model.config, gguf.GGUFWriter(str(file), "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    writer.add_tokenizer_model("no_vocab")
-    names = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    }  # fmt: skip
-    weights = {name: weight.numpy() for name, weight in model.state_dict().items()}
-    writer.add_tensor("token_embd.weight", weights["model.embed_tokens.weight"])
-    writer.add_tensor("output_norm.weight", weights["model.norm.weight"])
-    for layer in range(config.num_hidden_layers):
-        for ours, theirs in names.items():
-            weight = weights[f"model.layers.{layer}.{ours}.weight"]
-            if theirs in ("attn_q", "attn_k"):  # llama.cpp turns neighbouring pairs of a head
-                heads = weight.reshape(config.num_attention_heads, 2, -1, weight.shape[1])
-                weight = heads.swapaxes(1, 2).reshape(weight.shape).copy()
-            writer.add_tensor(f"blk.{layer}.{theirs}.weight", weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def new_tokens(generate: Callable, n_tokens: int) -> list[int]:
