@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from hf_genlm.training import processes
+from hf_genlm.training.shared_sum import SharedSum
 
 _SECONDS = 4096.0  # a clock is sent as a multiple of it and the rest, which float32 holds to 0.25 ms
 
@@ -30,6 +31,7 @@ class StepMessage:
     def __init__(self, model: torch.nn.Module):
         self._weights = [weight for weight in model.parameters() if weight.requires_grad]
         self._flat = torch.empty(sum(weight.numel() for weight in self._weights) + 5)
+        self._shared = SharedSum.of(len(self._flat)) if processes.count() > 1 else None
 
     @torch.no_grad()
     def exchange(self, loss: float, over: float, n_targets: float, now: float, is_stopped: bool) -> Agreed:
@@ -46,8 +48,7 @@ class StepMessage:
         thousands, rest = divmod(now, _SECONDS) if processes.is_first() else (0.0, 0.0)
         told = torch.tensor([loss, n_targets, is_stopped, thousands, rest], dtype=torch.float32)
         gradients = [weight.grad.reshape(-1) for weight in self._weights]
-        torch.cat([*gradients, told], out=self._flat)
-        dist.all_reduce(self._flat)
+        self._sum([*gradients, told])
         loss, n_targets, n_stopped, thousands, rest = self._flat[-5:].tolist()
         scale = over / n_targets
         if scale != 1:
@@ -56,6 +57,14 @@ class StepMessage:
         for weight, part in zip(self._weights, self._flat[:-5].split(sizes), strict=True):
             weight.grad = part.view_as(weight)
         return Agreed(loss * scale, thousands * _SECONDS + rest, n_stopped > 0)
+
+    def _sum(self, parts: list[torch.Tensor]) -> None:
+        """Leave in `_flat` the sum over the processes of what each gives."""
+        if self._shared is not None:
+            self._shared(parts, out=self._flat)
+        else:
+            torch.cat(parts, out=self._flat)
+            dist.all_reduce(self._flat)
 
 
 def fits_one_message(model: torch.nn.Module) -> bool:
