@@ -1,6 +1,7 @@
 """What each of several processes does in the tests of them: the trainings that a file of JSON lists.
 
-A job is {"name", "assignments", "sharded"}; its run folder is NAME beside that file.
+A job is {"name", "assignments", "sharded"}; its run folder is NAME beside that file. With "resumes" it goes
+on with what is there, and with "ends_at" all ends with the checkpoint of that step.
 """
 
 import json
@@ -31,7 +32,18 @@ def run(jobs: list[dict], folder: Path) -> None:
             os.environ.pop(name, None)
             if job["sharded"]:
                 os.environ[name] = value
-        train(load_recipe(None, job["assignments"]), folder / job["name"])
+        recipe, resumes = load_recipe(None, job["assignments"]), job.get("resumes", False)
+        train(recipe, folder / job["name"], listener=ending_at(job.get("ends_at")), resume=resumes)
+
+
+def ending_at(step: int | None):
+    """A listener that is the end of the process that hears of the checkpoint of `step`."""
+
+    def hear(event: str, fields: dict) -> None:
+        if event == "checkpoint" and fields["step"] == step:
+            os._exit(1)
+
+    return hear
 
 
 def note_what_trains(folder: Path) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import several
 import torch
 from safetensors.torch import load_file
 from test_training import SMALL, losses, text_folder  # noqa: F401  a fixture
@@ -100,6 +99,16 @@ def test_a_launcher_of_ones_own_is_not_started_over(monkeypatch):
     check_processes(4)
     with pytest.raises(UserError, match="--processes 2: a launcher has already started 4"):
         check_processes(2)
+
+
+def test_machines_that_do_not_reach_each_other_are_told_the_remedy(monkeypatch):
+    def fail(**kwargs):
+        raise RuntimeError("Gloo connectFullMesh failed with timed out connecting: Connection refused")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.PartialState", fail)
+    with pytest.raises(UserError, match="GLOO_SOCKET_IFNAME=eth0"):
+        processes.join()
 
 
 def test_a_batch_is_shared_evenly_or_refused(monkeypatch):
@@ -263,77 +272,6 @@ def test_the_loop_by_two_processes(text_folder, tmp_path, monkeypatch):  # noqa:
     assert out == "(0, None)\n", err[-3000:]
     curves = losses(RunFolder.open(tmp_path / "loop")), losses(run)
     assert max(abs(a - b) for a, b in zip(*curves, strict=True)) < 1e-5
-
-
-CONFIGS = {
-    "one_gpu": (False, False, False, 1),
-    "gpus": (True, False, False, 8),
-    "cpu": (True, False, False, 2),
-    "fsdp2": (False, True, False, 8),
-    "fsdp2_cpu": (False, True, False, 2),
-    "deepspeed_zero2": (False, False, True, 8),
-    "deepspeed_zero3": (False, False, True, 8),
-    "two_machines": (True, False, False, 16),
-}
-
-
-def launch_arguments(name: str):
-    """As `accelerate launch` reads them."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-
-    file = str(ROOT / "recipes" / "accelerate" / f"{name}.yaml")
-    words = ["--config_file", file, "-m", "hf_genlm", "train", "text/", "--out", "run"]
-    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
-    return arguments
-
-
-def test_accelerate_reads_every_configuration(monkeypatch):
-    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    files = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
-    assert [file.stem for file in files] == sorted(CONFIGS)
-    for file in files:
-        arguments = launch_arguments(file.stem)
-        found = arguments.multi_gpu, arguments.use_fsdp, arguments.use_deepspeed, arguments.num_processes
-        assert tuple(map(bool, found[:3])) + found[3:] == CONFIGS[file.stem], file
-        assert arguments.use_cpu == ("cpu" in file.stem)
-        assert f"--config_file recipes/accelerate/{file.name} " in file.read_text(encoding="utf-8")
-        if arguments.use_deepspeed:
-            arguments.deepspeed_fields_from_accelerate_config = "zero_stage"
-            _, variables = prepare_deepspeed_cmd_env(arguments)
-            assert variables["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == file.stem[-1]
-        elif arguments.multi_gpu or arguments.use_fsdp:
-            variables = prepare_multi_gpu_env(arguments)
-            if arguments.use_fsdp:
-                assert several.SHARDED.items() <= variables.items()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_trains_the_same(text_folder, tmp_path, monkeypatch, stage):  # noqa: F811
-    """One process, which accelerate gives to DeepSpeed without a GPU too; a validation, and a checkpoint."""
-    pytest.importorskip("deepspeed", reason="pip install deepspeed")
-    monkeypatch.setattr("hf_genlm.training.callbacks._LOG_EVERY_S", 0.0)
-    settings = [*SMALL, f"corpus.sources={text_folder}", *SHORT, "training.checkpoint_steps=4"]
-    one = train(load_recipe(None, settings), tmp_path / "one")
-    config = str(ROOT / "recipes" / "accelerate" / f"deepspeed_zero{stage}.yaml")
-    jobs = [{"name": "several", "sharded": False, "assignments": settings}]
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
-    words = ["--num_processes", "1", str(ROOT / "tests" / "several.py"), str(tmp_path / "jobs.json")]
-    done = subprocess.run(
-        [*launcher, *words], env=environment(DS_ACCELERATOR="cpu", ACCELERATE_USE_CPU="false"),
-        capture_output=True, text=True, timeout=TIMEOUT_S, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    several_run = RunFolder.open(tmp_path / "several")
-    (trained, *_) = (tmp_path / "trained-0.jsonl").read_text().splitlines()
-    assert json.loads(trained)[0] == "DeepSpeedEngine"
-    curves = losses(several_run), losses(one)
-    assert len(curves[0]) == len(curves[1]) == 8
-    assert max(abs(a - b) for a, b in zip(*curves, strict=True)) < 1e-5
-    assert [event["step"] for event in several_run.read_log() if event["event"] == "checkpoint"] == [4]
 
 
 def test_what_needs_whole_matrices_is_refused_where_they_are_sharded(text_folder, tmp_path, monkeypatch):  # noqa: F811

@@ -31,7 +31,11 @@ class LostProcess(Exception):
 
 
 def join() -> None:
-    """Make this process one of its group, where a launcher has started several."""
+    """Make this process one of its group, where a launcher has started several.
+
+    Raises:
+        UserError: they cannot reach each other.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return
     from accelerate import PartialState
@@ -41,7 +45,15 @@ def join() -> None:
     if accelerator is None or accelerator.type == "mps":  # Apple's GPU is one, and has no collectives
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     os.environ.setdefault("OMP_NUM_THREADS", str(_share_of_cores()))
-    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
+    try:
+        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
+    except RuntimeError as error:
+        if "connectFullMesh" not in str(error):  # gloo takes the address that the machine's name stands for
+            raise
+        raise UserError(
+            "the processes of this run do not reach each other at the addresses of their machines' names: "
+            "name the network interface on each machine, as in GLOO_SOCKET_IFNAME=eth0"
+        ) from error
 
 
 def leave() -> None:
