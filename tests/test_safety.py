@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import build_model
 from test_corpus import complaint, read, texts, write, zipped
 from test_training import SMALL
@@ -24,6 +25,7 @@ from hf_genlm.text import store
 from hf_genlm.text.sources import Document
 from hf_genlm.text.tokenizer import load_tokenizer, train_tokenizer
 from hf_genlm.text.vector_files import read_vectors
+from hf_genlm.training.checkpoints import refuse_code
 from hf_genlm.training.train import train
 
 PACKAGE = Path(hf_genlm.__file__).parent
@@ -142,6 +144,34 @@ def test_weights_in_a_pickle_are_refused_unread(model_folder, verb, beside, caps
     with (model_folder / "pytorch_model.bin").open("rb") as file:
         pickle.load(file)  # noqa: S301  it would have
     assert touched.exists()
+
+
+@pytest.fixture
+def states(tmp_path) -> Path:
+    """Where DeepSpeed keeps the states of a checkpoint, and those of one."""
+    folder = tmp_path / "checkpoint-4" / "global_step4"
+    folder.mkdir(parents=True)
+    (folder.parent / "latest").write_text(folder.name)
+    torch.save({"step": 4, "weights": [torch.ones(2)]}, folder / "states.pt")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("protocol", "message"), [(2, "would execute builtins.getattr"), (4, "is not as DeepSpeed writes it")]
+)
+def test_a_checkpoint_that_deepspeed_would_execute_is_refused_unread(states, tmp_path, protocol, message):
+    refuse_code(states.parent)
+    torch.save({"step": Malicious(tmp_path / "touched")}, states / "zz.pt", pickle_protocol=protocol)
+    with pytest.raises(UserError, match=f"zz.pt {message}"):
+        refuse_code(states.parent)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_a_checkpoint_for_deepspeed_reads_nothing_beside_it(states):
+    states.rename(states.parent.parent / "elsewhere")
+    (states.parent / "latest").write_text("../elsewhere")
+    with pytest.raises(UserError, match="a place outside the checkpoint"):
+        refuse_code(states.parent)
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["our kind", "a kind of its own"])

@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_genlm.errors import UserError
 from hf_genlm.run_folder import flush
 
 _PREFIX = "checkpoint-"  # as Trainer names them
@@ -25,6 +27,12 @@ _PART = ".part"  # the folder in which one is written
 _MANIFEST = "manifest.json"
 _PICKLE = "training_args.bin"  # Trainer writes it and nothing of ours reads it
 _CHUNK = 1 << 20
+# what DeepSpeed writes beside tensors and numbers, and reads again in a way that executes what a file says
+_OF_DEEPSPEED = {
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -80,6 +88,30 @@ def newest_checkpoint(folder: Path, note: Callable[[str], None] = lambda message
     """
     found = (_verified(path, note) for path in reversed(_by_step(folder)))
     return next((checkpoint for checkpoint in found if checkpoint is not None), None)
+
+
+def refuse_code(checkpoint: Path) -> None:
+    """Refuse a checkpoint that would execute something where DeepSpeed reads it; here it is only looked at.
+
+    Raises:
+        UserError: a file of DeepSpeed's names more than DeepSpeed writes.
+    """
+    latest = checkpoint / "latest"  # names the folder of the files, and is there where DeepSpeed trains
+    if not latest.is_file():
+        return
+    folder = (checkpoint / latest.read_text(encoding="utf-8").strip()).resolve()
+    if folder.parent != checkpoint.resolve():
+        raise UserError(f"{latest} names {folder}, a place outside the checkpoint: the run cannot be resumed")
+    for file in sorted(folder.glob("*.pt")):
+        try:
+            named = set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+        except Exception as error:  # whatever is wrong with it, it is not one of those that are known
+            raise UserError(f"{file} is not as DeepSpeed writes it: the run cannot be resumed") from error
+        if named - _OF_DEEPSPEED:
+            raise UserError(
+                f"{file} would execute {', '.join(sorted(named - _OF_DEEPSPEED))}, which DeepSpeed does not "
+                "write: the run cannot be resumed"
+            )
 
 
 def _verified(path: Path, note: Callable[[str], None]) -> Checkpoint | None:

@@ -30,7 +30,7 @@ from hf_genlm.text.scrubbing import check_scrubbing
 from hf_genlm.training import processes
 from hf_genlm.training.budget import Budget, budget_of, resolve
 from hf_genlm.training.callbacks import Diverged
-from hf_genlm.training.checkpoints import Checkpoint, newest_checkpoint, write_model
+from hf_genlm.training.checkpoints import Checkpoint, newest_checkpoint, refuse_code, write_model
 from hf_genlm.training.configure import (
     adopt_model,
     adopt_unchanged,
@@ -138,6 +138,8 @@ def _resume(run: RunFolder, stated: Recipe, stop: StopRequest) -> RunFolder:
     def look() -> tuple[bool, bool, Checkpoint | None]:
         run.end_log_line()
         begin = newest_checkpoint(run.checkpoints, lambda message: run.log("note", message=message))
+        if begin is not None:
+            refuse_code(begin.path)
         return run.evaluation.is_file(), run.model.is_dir(), begin
 
     is_done, has_model, begin = processes.from_first(look)
