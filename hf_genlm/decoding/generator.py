@@ -15,14 +15,15 @@ from hf_genlm.decoding.program import PROGRAMS, Program, program_file
 from hf_genlm.decoding.step import MOVING_ROTATIONS, SLOTS_AT_ONCE, DecodeStep, StepState
 from hf_genlm.errors import UserError
 from hf_genlm.model import GenLMForCausalLM
+from hf_genlm.model.cache_genlm import CACHE
 from hf_genlm.model.recurrence_genlm import is_plain_linear
 
 # what generate can be given that changes how it goes on from a token
 _NOT_FAST = (
-    "assistant_model", "custom_generate", "synced_gpus", "inputs_embeds", "past_key_values", "position_ids",
-    "negative_prompt_ids",
+    "assistant_model", "custom_generate", "synced_gpus", "inputs_embeds", "past_key_values", "cache",
+    "position_ids", "negative_prompt_ids",
 )  # fmt: skip
-_OWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+_OWN_INPUTS = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
 _KNOWN_MODULES = ("hf_genlm.model.", "torch.nn.modules.", "transformers.activations")
 
 
@@ -198,7 +199,7 @@ def _state_after(
     state = StepState(model.config, model.lm_head.weight, n_rows, n_tokens + SLOTS_AT_ONCE)
     mask = model_kwargs.get("attention_mask")
     valid = torch.ones_like(input_ids) if mask is None else mask
-    state.fill(model_kwargs["past_key_values"], valid.bool())
+    state.fill(model_kwargs[CACHE], valid.bool())
     position = (model_kwargs["position_ids"][:, -1:] + 1).expand(n_rows, 1).clone()
     return state, position, torch.tensor([n_tokens], device=input_ids.device)
 

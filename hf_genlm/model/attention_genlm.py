@@ -13,9 +13,13 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .cache_genlm import CACHE
 from .configuration_genlm import GenLMConfig
 from .initialization_genlm import start_near_zero
 from .positions_genlm import apply_rotary
+
+# whether continuous batching has its pages of keys and values filled by attention functions, or by layers
+_IS_FOR_FUNCTIONS = CACHE == "past_key_values"
 
 
 class GenLMAttention(nn.Module):
@@ -67,11 +71,17 @@ class GenLMAttention(nn.Module):
         k_BKSH, v_BKSH = k_BKTH, v_BKTH
         if past_key_values is not None:
             k_BKSH, v_BKSH = past_key_values.update(k_BKTH, v_BKTH, at)
+        module = self
+        if "cache" in kwargs:  # that of continuous batching
+            if _IS_FOR_FUNCTIONS:
+                module = self._seen_at(at)
+            else:
+                k_BKSH, v_BKSH = kwargs.pop("cache").update(k_BKTH, v_BKTH, at, kwargs=kwargs)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
         )
         mixed_BTNH, weights = attend(
-            self._seen_at(at) if "cache" in kwargs else self,
+            module,
             q_BNTH,
             k_BKSH,
             v_BKSH,

@@ -8,6 +8,10 @@ many tokens it has seen and cannot roll back; this one does all three.
 import torch
 from transformers import cache_utils, masking_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# what transformers calls a cache, as an argument and in an output: the first from 5.24 on
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
@@ -24,9 +28,10 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, **kwargs):
+    def __init__(self, max_cache_len: int | None = None, **kwargs):
         LinearAttentionLayer.__init__(self, number_of_states=3)
         self.keys = self.values = None
+        self.max_cache_len = max_cache_len  # of a static cache
         self.is_initialized = False
         # a tensor: a Python number would be a constant to torch.compile and torch.export
         self.cumulative_length = torch.tensor(0, dtype=torch.int64)
@@ -70,7 +75,12 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int):
-        """(tokens seen including this query, 0): the extent of the padding mask."""
+        """The extent of a mask, and where it begins: what a layer of attention in such a cache would answer.
+
+        transformers 5.24 asks this layer where it stands before the first one of attention.
+        """
+        if self.max_cache_len is not None:
+            return self.max_cache_len, 0
         return self.cumulative_length + query_length, 0
 
     def get_max_length(self) -> int:

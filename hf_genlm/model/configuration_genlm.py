@@ -110,7 +110,7 @@ class GenLMConfig(PreTrainedConfig):
     """
 
     model_type = "genlm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 4096
     hidden_size: int = 256

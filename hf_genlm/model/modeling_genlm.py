@@ -44,7 +44,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_genlm import GenLMAttention
 from .bigram_genlm import GenLMBigramEmbedding
-from .cache_genlm import CarriedState, RecurrentStateLayer
+from .cache_genlm import CACHE, CarriedState, RecurrentStateLayer
 from .configuration_genlm import GenLMConfig
 from .initialization_genlm import start_isometric
 from .layout_genlm import TimeLayout, documents_going_on
@@ -113,7 +113,7 @@ class GenLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GenLMDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -197,8 +197,7 @@ class GenLMModel(GenLMPreTrainedModel):
             ValueError: not exactly one of `input_ids` and `inputs_embeds`, or these where pairs of tokens
                 are embedded; rows that a `CarriedState` cannot serve.
         """
-        if isinstance(kwargs.get("cache"), Cache):  # its name from transformers 5.24 on
-            # continuous batching gives the layers another by this name
+        if isinstance(kwargs.get("cache"), Cache):  # that of continuous batching is none, and for the layers
             past_key_values = kwargs.pop("cache")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -237,8 +236,7 @@ class GenLMModel(GenLMPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self._read_out(self.norm(hidden_states)),
-            past_key_values=past_key_values,
+            last_hidden_state=self._read_out(self.norm(hidden_states)), **{CACHE: past_key_values}
         )
 
     def _documents(self, n_rows, attention_mask, past_key_values, position_ids) -> torch.Tensor | None:
@@ -280,8 +278,8 @@ class GenLMModel(GenLMPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE: past_key_values},
             )
             for layer_type in set(self.config.layer_types)
         }
@@ -353,9 +351,9 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
