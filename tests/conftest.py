@@ -1,5 +1,6 @@
 """What several promises need: small models of every kind, with weights that make a difference."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -98,6 +99,16 @@ def model(request) -> GenLMForCausalLM:
 def tokens() -> torch.Tensor:
     """(3, 12) random ids without pad and end of text."""
     return torch.randint(2, VOCAB, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+def pytest_collection_finish():
+    """What is imported and collected by now stays: no search for garbage, as before a training, walks it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.hookimpl(wrapper=True)
