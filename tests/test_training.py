@@ -393,7 +393,8 @@ def test_decay_comes_in_with_the_passes():
 
 @pytest.mark.parametrize("stated", [[], ["training.weight_decay=0.2"]])
 def test_a_run_of_many_passes_decays_more_unless_it_is_stated(stated, text_folder, tmp_path):
-    recipe = small_recipe(text_folder, "training.steps=1", *stated)
+    large = ("training.row_length=256", "training.batch_size=32")
+    recipe = small_recipe(text_folder, "training.steps=1", *large, *stated)
     one = train(recipe, tmp_path / "one")
     tokens = next(event["train_tokens"] for event in one.read_log() if event["event"] == "tokenized")
     recipe.training.steps, recipe.training.tokens = None, 2 * tokens
@@ -405,8 +406,9 @@ def test_a_run_of_many_passes_decays_more_unless_it_is_stated(stated, text_folde
 def test_a_recipe_trains_compiled(text_folder, tmp_path):
     """The same steps as without, and nothing of the compiler in what is saved."""
     torch._dynamo.utils.counters.clear()
+    short = ("training.steps=3", "model.num_hidden_layers=1")
     runs = [
-        train(small_recipe(text_folder, "training.steps=3", *more), tmp_path / f"run-{len(more)}")
+        train(small_recipe(text_folder, *short, *more), tmp_path / f"run-{len(more)}")
         for more in ([], ["training.compile=aot_eager"])
     ]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
