@@ -90,6 +90,17 @@ def own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_but_new_garbage():
+    """What is imported by now stays. Each training looks for garbage, half a second if it looked there too."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
+
+
 @pytest.fixture(params=STACKS)
 def model(request) -> GenLMForCausalLM:
     return build_model(request.param)
@@ -99,16 +110,6 @@ def model(request) -> GenLMForCausalLM:
 def tokens() -> torch.Tensor:
     """(3, 12) random ids without pad and end of text."""
     return torch.randint(2, VOCAB, (3, 12), generator=torch.Generator().manual_seed(1))
-
-
-def pytest_collection_finish():
-    """What is imported and collected by now stays: no search for garbage, as before a training, walks it."""
-    gc.collect()
-    gc.freeze()
-
-
-def pytest_unconfigure():
-    gc.unfreeze()
 
 
 @pytest.hookimpl(wrapper=True)
