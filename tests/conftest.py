@@ -92,7 +92,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def nothing_but_new_garbage():
-    """What is imported by now stays. Each training looks for garbage, half a second if it looked there too."""
+    """What is imported by now stays: a search there too takes half a second, and each training searches."""
     gc.collect()
     gc.freeze()
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
@@ -45,8 +46,11 @@ SMALL = [
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory):
     """Forty documents of the reference that CPython brings."""
-    folder = tmp_path_factory.mktemp("text")
-    for name, text in sorted(topics.items())[:40]:
+    return write_documents(40, tmp_path_factory.mktemp("text"))
+
+
+def write_documents(n: int, folder: Path) -> Path:
+    for name, text in sorted(topics.items())[:n]:
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     return folder
 
