@@ -29,7 +29,8 @@ def last_line(capsys) -> str:
 def trained(text_folder, tmp_path_factory):  # noqa: F811
     """A run folder made by the command."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    assert main(["train", str(text_folder), "--decoder", "gru", "--out", str(out), *SMALL_OPTIONS]) == 0
+    options = ["--decoder", "gru", *SMALL_OPTIONS, "--set", "training.samples=2"]
+    assert main(["train", str(text_folder), "--out", str(out), *options]) == 0
     return RunFolder.open(out)
 
 

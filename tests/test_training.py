@@ -38,6 +38,7 @@ SMALL = [
     "model.num_attention_heads=2",
     "training.row_length=32",
     "training.batch_size=8",
+    "training.samples=0",
     "training.steps=30",
     "training.validations=1",
 ]
@@ -72,7 +73,7 @@ def every_step(monkeypatch):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_every_decoder_trains_and_is_measured(decoder, text_folder, tmp_path, every_step):
     heard = []
-    recipe = small_recipe(text_folder, f"model.decoder={decoder}")
+    recipe = small_recipe(text_folder, f"model.decoder={decoder}", "training.samples=2")
     run = train(recipe, tmp_path / "run", lambda event, fields: heard.append(event))
     curve = losses(run)
     assert len(curve) == 30
@@ -154,7 +155,7 @@ def test_a_tokenizer_of_ones_own_is_used(text_folder, tmp_path):
 
 
 def test_samples_and_validations_do_not_change_training(text_folder, tmp_path, every_step):
-    recipe = small_recipe(text_folder, "training.steps=8", "model.dropout=0.1")
+    recipe = small_recipe(text_folder, "training.steps=8", "model.dropout=0.1", "training.samples=2")
     with_them = train(recipe, tmp_path / "a")
     recipe.training.validations = 0
     recipe.training.samples = 1
