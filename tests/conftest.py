@@ -1,5 +1,6 @@
 """What several promises need: small models of every kind, with weights that make a difference."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -87,6 +88,17 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_GENLM_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_but_new_garbage():
+    """What is imported by now stays: a search there too takes half a second, and each training searches."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture(params=STACKS)

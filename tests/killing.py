@@ -7,6 +7,7 @@ many of them left a checkpoint half-written, the attempts, and whether every run
 weights and figures of an undisturbed one.
 """
 
+import gc
 import json
 import os
 import random
@@ -66,6 +67,7 @@ def outcome(run: Path) -> tuple[bytes, bytes]:
 
 def main(folder: Path, n_kills: int, seed: int) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # a search for garbage in a fork would copy all memory that it shares
     draw = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     text = folder / "text.txt"

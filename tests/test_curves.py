@@ -269,12 +269,13 @@ def test_several_runs_in_one_picture():
 
 @pytest.fixture(scope="module")
 def tracked(text_folder, tmp_path_factory):  # noqa: F811
-    """A run with two validations, and TensorBoard's files."""
+    """A run with two validations and two samples at each, and TensorBoard's files."""
     out = tmp_path_factory.mktemp("runs") / "tracked"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(callbacks, "_LOG_EVERY_S", 0.0)
-        more = ["--set", "training.validations=2", "--set", "training.report_to=tensorboard"]
-        assert main(["train", str(text_folder), "--out", str(out), *ARGUMENTS, *more]) == 0
+        more = ("training.validations=2", "training.samples=2", "training.report_to=tensorboard")
+        settings = [word for setting in more for word in ("--set", setting)]
+        assert main(["train", str(text_folder), "--out", str(out), *ARGUMENTS, *settings]) == 0
     return RunFolder.open(out)
 
 

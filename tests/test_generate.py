@@ -7,7 +7,7 @@ from accelerate.big_modeling import (
     _refuse_recurrent_layers_under_sequence_parallelism,
 )
 from conftest import EOS, PAD, STACKS, build_model
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 
 N = 9
 TAKES_EMBEDDINGS = [stack for stack, config in STACKS.items() if "bigram_size" not in config]
@@ -185,7 +185,8 @@ def test_continuous_batching_of_attention_equals_one_by_one(mixer, shared_layers
     model = build_model(mixer, shared_layers=shared_layers)
     prompts = [tokens[0].tolist(), tokens[1, :5].tolist()]
     settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=PAD)
-    answers = model.generate_batch(prompts, generation_config=settings)
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)  # else it takes most of the memory
+    answers = model.generate_batch(prompts, generation_config=settings, continuous_batching_config=small)
     for prompt, answer in zip(prompts, answers.values(), strict=True):
         expected = generate(model, torch.tensor([prompt]), max_new_tokens=4)[0, len(prompt) :]
         assert answer.generated_tokens == expected.tolist()

@@ -19,6 +19,8 @@ BENCHMARK = Path(__file__).parent.parent / "recipes/benchmarks/data_path.py"
 # each character, twice as large as the text. Prints the peak in MB. The last argument plants a fault.
 SCRIPT = """
 import re, sys, types
+source, fault = sys.argv[1:]
+sys.argv[0] = "hf-genlm"  # the rooms of text alone, not our model
 import numpy as np
 from tokenizers import Tokenizer, models
 from hf_genlm.recipe import CorpusRecipe
@@ -27,7 +29,6 @@ from hf_genlm.text.corpus import read_corpus
 from hf_genlm.text.packing import PackedRows
 from hf_genlm.text.tokenizer import pre_tokenizer, sample_evenly
 
-source, fault = sys.argv[1:]
 store._IN_MEMORY = 10**9 if fault == "text is held" else 1 << 20
 if fault == "ids are held":
     cache.ArrayFile.release = lambda self: None
@@ -75,7 +76,9 @@ def test_a_longer_text_takes_no_more_memory(tmp_path, kind, fault, least, most):
 HELD = """
 import ctypes
 import resource
+import sys
 import torch
+sys.argv[0] = "hf-genlm"  # torch alone, not our model
 from hf_genlm.memory import keeping_memory
 
 class MallInfo(ctypes.Structure):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import SMALL, losses, text_folder  # noqa: F401  a fixture
+from test_training import SMALL, losses, text_folder, write_documents  # noqa: F401  a fixture
 
 from hf_genlm.errors import UserError
 from hf_genlm.launch import _outcome, check_processes
@@ -213,32 +213,37 @@ def compare_with_one(jobs, folder, monkeypatch) -> None:
         assert json.loads(several_run.environment.read_text())["processes"] == 2
 
 
+@pytest.fixture(scope="module")
+def five_documents(tmp_path_factory):
+    return write_documents(5, tmp_path_factory.mktemp("five"))
+
+
 SHORT = ["training.steps=8", "training.validations=1"]
-# an epoch of 104 rows ends within the run, with a part of a batch, a row that is filled up, and fewer passes
-LAST_ROWS = ["training.row_length=1024", "training.batch_size=8", "training.accumulation=2"]
+# an epoch of 72 rows ends within the run, with a part of a batch, a row that is filled up, and fewer passes
+LAST_ROWS = ["training.row_length=128", "training.batch_size=8", "training.accumulation=2"]
 MORE = {
     "gated_linear": [*LAST_ROWS, "corpus.cache=false"],
     "lstm": ["model.embedding_size=16", "model.tie_word_embeddings=true", "model.output_bias=true"],
 }
 
 
-def test_two_processes_train_what_one_trains(text_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_two_processes_train_what_one_trains(five_documents, tmp_path, monkeypatch):
     """Whole and sharded by FSDP2: with tied and untied heads, the table of pairs, accumulation, the end of an
     epoch, validation and samples between steps, without a cache, and from a stream. (Attention is in the
     long form.)"""
     more = {**MORE, "all": SHORT}
-    jobs = jobs_of(text_folder, ["gated_linear"], more, sharded=False)
+    jobs = jobs_of(five_documents, ["gated_linear"], more, sharded=False)
     streamed = ["corpus.stream=true", "corpus.shuffle_buffer=64", "training.accumulation=2"]
-    jobs += jobs_of(text_folder, ["lstm"], {"all": [*SHORT, *streamed]}, sharded=False)
-    jobs += jobs_of(text_folder, ["gated_linear", "lstm"], more, sharded=True)
+    jobs += jobs_of(five_documents, ["lstm"], {"all": [*SHORT, *streamed]}, sharded=False)
+    jobs += jobs_of(five_documents, ["gated_linear", "lstm"], more, sharded=True)
     compare_with_one(jobs, tmp_path / "runs", monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
-def test_two_processes_train_what_one_trains_over_many_steps(text_folder, tmp_path, sharded, monkeypatch):  # noqa: F811
+def test_two_processes_train_what_one_trains_over_many_steps(five_documents, tmp_path, sharded, monkeypatch):
     decoders = ["lstm", "gated_linear", "transformer", "hybrid"]
-    jobs = jobs_of(text_folder, decoders, {**MORE, "all": ["training.steps=50"]}, sharded)
+    jobs = jobs_of(five_documents, decoders, {**MORE, "all": ["training.steps=50"]}, sharded)
     compare_with_one(jobs, tmp_path / "runs", monkeypatch)
 
 
@@ -250,9 +255,15 @@ def loop_of_ones_own():
 
 
 @pytest.mark.parametrize("more", [[], [*LAST_ROWS, "training.label_smoothing=0.1", "model.dropout=0.1"]])
-def test_the_loop_of_ones_own_has_the_same_losses(text_folder, tmp_path, monkeypatch, more):  # noqa: F811
+def test_the_loop_of_ones_own_has_the_same_losses(five_documents, tmp_path, monkeypatch, more):
     monkeypatch.setattr("hf_genlm.training.callbacks._LOG_EVERY_S", 0.0)
-    assignments = [*SMALL, f"corpus.sources={text_folder}", *more, "training.steps=8", "training.samples=0"]
+    assignments = [
+        *SMALL,
+        f"corpus.sources={five_documents}",
+        *more,
+        "training.steps=8",
+        "training.samples=0",
+    ]
     run = train(load_recipe(None, [*assignments, "training.validations=0"]), tmp_path / "run")
     loop_of_ones_own().main(str(run.recipe), str(tmp_path / "loop"))
     loop = RunFolder.open(tmp_path / "loop")
@@ -263,9 +274,9 @@ def test_the_loop_of_ones_own_has_the_same_losses(text_folder, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_the_loop_by_two_processes(text_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_the_loop_by_two_processes(five_documents, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_genlm.training.callbacks._LOG_EVERY_S", 0.0)
-    run = train(load_recipe(None, [*SMALL, f"corpus.sources={text_folder}", *LAST_ROWS]), tmp_path / "run")
+    run = train(load_recipe(None, [*SMALL, f"corpus.sources={five_documents}", *LAST_ROWS]), tmp_path / "run")
     loop = str(ROOT / "recipes" / "train_loop.py")
     done = start([loop, str(run.recipe), str(tmp_path / "loop")])
     out, err = done.communicate(timeout=TIMEOUT_S)

@@ -44,7 +44,7 @@ def test_main_command_and_snippets_in_short_form(tmp_path, monkeypatch):
     words = main_command()
     assert "--minutes" in words
     words[words.index("--minutes") + 1] = "0.1"
-    small = [word for assignment in SMALL[1:-2] for word in ("--set", assignment)]
+    small = [word for assignment in SMALL[1:-3] for word in ("--set", assignment)]
     assert main([*words, *small]) == 0
     snippets = blocks("python")
     assert len(snippets) >= 2

@@ -3,16 +3,18 @@
 import contextlib
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 from test_cli import last_line, trained  # noqa: F401  the fixture
 from test_training import text_folder  # noqa: F401  the fixture
 
 from hf_genlm.cli import main
-from hf_genlm.serving import background_server
+from hf_genlm.serving import LIBRARIES, background_server
 
-for _name in ("uvicorn", "fastapi", "openai"):
-    pytest.importorskip(_name, reason=f"{_name} is not installed: pip install 'hf_genlm[serve]'")
+pytestmark = pytest.mark.skipif(
+    any(find_spec(name) is None for name in LIBRARIES), reason="pip install 'hf_genlm[serve]'"
+)
 
 
 @pytest.fixture(scope="module")

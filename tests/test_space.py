@@ -552,7 +552,7 @@ SIZES = {"laptop": (1280, 800), "phone": (390, 844)}
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_page_answers_at_every_width(size, address, browser, tokenizer, tmp_path):
+def test_the_page_answers_at_every_width(size, browser, address, tokenizer, tmp_path):
     width, height = SIZES[size]
     view = new_page(browser, viewport={"width": width, "height": height}, has_touch=size == "phone")
     said, asked = [], []
@@ -614,7 +614,7 @@ STOP_SOON = """() => {
 }"""
 
 
-def test_writing_stops_when_it_is_told_to(address, browser):
+def test_writing_stops_when_it_is_told_to(browser, address):
     view = new_page(browser)
     view.goto(address)
     view.get_by_text("Sampling").click()

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
@@ -37,6 +38,7 @@ SMALL = [
     "model.num_attention_heads=2",
     "training.row_length=32",
     "training.batch_size=8",
+    "training.samples=0",
     "training.steps=30",
     "training.validations=1",
 ]
@@ -45,8 +47,11 @@ SMALL = [
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory):
     """Forty documents of the reference that CPython brings."""
-    folder = tmp_path_factory.mktemp("text")
-    for name, text in sorted(topics.items())[:40]:
+    return write_documents(40, tmp_path_factory.mktemp("text"))
+
+
+def write_documents(n: int, folder: Path) -> Path:
+    for name, text in sorted(topics.items())[:n]:
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     return folder
 
@@ -68,7 +73,7 @@ def every_step(monkeypatch):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_every_decoder_trains_and_is_measured(decoder, text_folder, tmp_path, every_step):
     heard = []
-    recipe = small_recipe(text_folder, f"model.decoder={decoder}")
+    recipe = small_recipe(text_folder, f"model.decoder={decoder}", "training.samples=2")
     run = train(recipe, tmp_path / "run", lambda event, fields: heard.append(event))
     curve = losses(run)
     assert len(curve) == 30
@@ -150,7 +155,7 @@ def test_a_tokenizer_of_ones_own_is_used(text_folder, tmp_path):
 
 
 def test_samples_and_validations_do_not_change_training(text_folder, tmp_path, every_step):
-    recipe = small_recipe(text_folder, "training.steps=8", "model.dropout=0.1")
+    recipe = small_recipe(text_folder, "training.steps=8", "model.dropout=0.1", "training.samples=2")
     with_them = train(recipe, tmp_path / "a")
     recipe.training.validations = 0
     recipe.training.samples = 1
@@ -393,7 +398,8 @@ def test_decay_comes_in_with_the_passes():
 
 @pytest.mark.parametrize("stated", [[], ["training.weight_decay=0.2"]])
 def test_a_run_of_many_passes_decays_more_unless_it_is_stated(stated, text_folder, tmp_path):
-    recipe = small_recipe(text_folder, "training.steps=1", *stated)
+    large = ("training.row_length=256", "training.batch_size=32")
+    recipe = small_recipe(text_folder, "training.steps=1", *large, *stated)
     one = train(recipe, tmp_path / "one")
     tokens = next(event["train_tokens"] for event in one.read_log() if event["event"] == "tokenized")
     recipe.training.steps, recipe.training.tokens = None, 2 * tokens
@@ -405,8 +411,9 @@ def test_a_run_of_many_passes_decays_more_unless_it_is_stated(stated, text_folde
 def test_a_recipe_trains_compiled(text_folder, tmp_path):
     """The same steps as without, and nothing of the compiler in what is saved."""
     torch._dynamo.utils.counters.clear()
+    short = ("training.steps=3", "model.num_hidden_layers=1")
     runs = [
-        train(small_recipe(text_folder, "training.steps=3", *more), tmp_path / f"run-{len(more)}")
+        train(small_recipe(text_folder, *short, *more), tmp_path / f"run-{len(more)}")
         for more in ([], ["training.compile=aot_eager"])
     ]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0

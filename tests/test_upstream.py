@@ -62,6 +62,7 @@ class KindTest(common.ModelTesterMixin, TrainingTesterMixin):
     overrides: dict = {}
     model_tester = None
     test_can_init_all_missing_weights_before_2023 = True  # it takes files without a year for old ones
+    training_overfit_steps, training_overfit_learning_rate = 100, 5e-3  # theirs: 300 at 1e-3
     all_model_classes = (
         GenLMModel,
         GenLMForCausalLM,
