@@ -11,6 +11,7 @@ Exit codes: 0 done; 2 the input cannot be used, one line on stderr says why; 1 a
 traceback.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _say_how_to_go_on(stopped: Stopped) -> None:
     reached = "before its first checkpoint" if stopped.step is None else f"after step {stopped.step:,}"
     print(f"stopped {reached}; to go on:", file=sys.stderr)
-    print(f"hf-genlm train --resume --out {stopped.folder}", file=sys.stderr)
+    print(f"hf-genlm train --resume --out {shlex.quote(str(stopped.folder))}", file=sys.stderr)
 
 
 def _quiet_libraries() -> None:

@@ -199,7 +199,8 @@ class Display:
         for name, split in (("train", train), ("validation", validation)):
             what = "read while training"
             if split["documents"] is not None:
-                what = f"{split['documents']:,} documents, {split['bytes']:,} bytes"
+                several = "" if split["documents"] == 1 else "s"
+                what = f"{split['documents']:,} document{several}, {split['bytes']:,} bytes"
             self.say(f"  {name:<12}{what}")
 
     def _languages(self, languages: dict[str, dict[str, Any]]) -> None:

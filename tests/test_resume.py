@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -94,12 +95,16 @@ def test_the_command_line_exits_with_0_and_says_how_to_go_on(
 
     monkeypatch.setattr(BudgetTrainer, "_save_checkpoint", interrupted)
     settings = [part for setting in killing.SETTINGS for part in ("--set", setting)]
-    out = str(tmp_path / "run")
+    out = str(tmp_path / "a run")
     every = ["--set", "training.checkpoint_steps=5"]
     assert main(["train", str(text), "--out", out, *settings, *every]) == 0
     said = capsys.readouterr().err.splitlines()
-    assert said[-2:] == ["stopped after step 11; to go on:", f"hf-genlm train --resume --out {out}"]
-    assert main(said[-1].split()[1:]) == 0
+    assert said[-2:] == ["stopped after step 11; to go on:", f"hf-genlm train --resume --out '{out}'"]
+    assert main(["train", str(text), "--out", out]) == 2
+    assert capsys.readouterr().err.endswith("or go on with it by train --resume\n")
+    assert main(["generate", out]) == 2
+    assert f"no model yet: go on with {said[-1]}" in capsys.readouterr().err
+    assert main(shlex.split(said[-1])[1:]) == 0
     assert weights_of(RunFolder(out)) == weights_of(undisturbed)
 
 

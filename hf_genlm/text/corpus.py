@@ -146,6 +146,12 @@ def notes_on(report: dict[str, Any]) -> list[str]:
     """What a person should hear of a report on a corpus, a line each."""
     line = left_out_line(report["damaged"]) if "damaged" in report else None
     notes = [] if line is None else [line]
+    if report.get("files_skipped"):
+        n = report["files_skipped"]
+        notes.append(
+            f"{n:,} other file{'' if n == 1 else 's'} of the folders named: read are .txt, .md, .py, .jsonl "
+            "and .parquet, and of another suffix what is named itself"
+        )
     if report.get("links_out"):
         notes.append(f"{report['links_out']:,} of the files are links that lead out of the folder named")
     return notes
@@ -348,7 +354,8 @@ def _describe(sources: Sources, reading: Reading) -> str:
 def named(files: Sequence[dict[str, Any]]) -> str:
     """What a person is told about so many files of a report."""
     names = list(dict.fromkeys(file["name"].partition("/")[0] for file in files))
-    if any(file["bytes"] is None for file in files):  # a Hub id: its owner alone says nothing
+    # of a Hub id its owner alone says nothing, nor of a single file its folder
+    if len(files) == 1 or any(file["bytes"] is None for file in files):
         names = [file["name"] for file in files]
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
     return f"{len(files)} file{'' if len(files) == 1 else 's'}: {shown}"

@@ -2,6 +2,7 @@
 ...]`."""
 
 import contextlib
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -362,7 +363,7 @@ def save(run: RunFolder, model: GenLMForCausalLM, tokenizer: PreTrainedTokenizer
     if failure is not None:
         raise UserError(
             f"the model cannot be written to {str(run.model)!r} ({failure}): make room, then go on with "
-            f"hf-genlm train --resume --out {run.path}"
+            f"hf-genlm train --resume --out {shlex.quote(str(run.path))}"
         )
     run.log("saved", bytes=sum(file.stat().st_size for file in run.model.iterdir()))
 
