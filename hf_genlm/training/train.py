@@ -28,6 +28,7 @@ from hf_genlm.text.canaries import check_canaries
 from hf_genlm.text.languages import check_languages
 from hf_genlm.text.near_duplicates import check_near_duplicates
 from hf_genlm.text.scrubbing import check_scrubbing
+from hf_genlm.text.windows import DocumentWindows
 from hf_genlm.training import processes
 from hf_genlm.training.budget import Budget, budget_of, resolve
 from hf_genlm.training.callbacks import Diverged
@@ -295,6 +296,7 @@ def _start(run: RunFolder, model: GenLMForCausalLM, job: Job, is_new: bool) -> t
         found = start_from_vectors(run, model, corpus.tokenizer, corpus.words, ids, recipe)
         held = torch.from_numpy(found) if recipe.vectors.frozen else None
     if recipe.training.start == "pairs" and is_new:
+        assert not isinstance(job.rows, DocumentWindows), "nothing starts from statistics of a private text"
         tokens = job.rows.first_tokens(MOST_TOKENS)
         learned = start_from_pairs(model, tokens, keep_embedding=recipe.vectors.path is not None)
         run.log("pairs", tokens=learned.n_tokens, distinct=learned.n_pairs)
