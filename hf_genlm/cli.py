@@ -81,7 +81,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     for library in ("torch", "matplotlib"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="torch|transformers|matplotlib")
+    warnings.filterwarnings("ignore", module="torch|transformers|accelerate|matplotlib")
 
 
 if __name__ == "__main__":
