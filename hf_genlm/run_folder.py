@@ -93,9 +93,8 @@ class RunFolder:
         """
         run = cls(path, listener)
         if not run.recipe.is_file():
-            raise UserError(
-                f"{str(path)!r} is not a run folder: it holds no recipe.yaml; 'train --out' writes one"
-            )
+            why = "it holds no recipe.yaml" if run.path.exists() else "it does not exist"
+            raise UserError(f"{str(path)!r} is not a run folder: {why}; 'train --out' writes one")
         return run
 
     def discard(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from hf_genlm.errors import UserError
+from hf_genlm.errors import NoSource, UserError
 from hf_genlm.evaluation.blocks import BlockSums
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.loading import hub_id_of
@@ -144,6 +144,7 @@ def _resume(run: RunFolder, stated: Recipe, stop: StopRequest) -> RunFolder:
 
     is_done, has_model, begin = processes.from_first(look)
     if is_done:
+        run.tell("note", message="this run is done and left as it is; train --from goes on from its model")
         return run
     if begin is None and not has_model:
         if processes.is_first():
@@ -152,7 +153,12 @@ def _resume(run: RunFolder, stated: Recipe, stop: StopRequest) -> RunFolder:
         job = _prepare(run, recipe)
         return _finish(run, job, _build(run, job), None, stop)
     check(recipe)
-    corpus = _read(run, recipe, is_again=True)
+    try:
+        corpus = _read(run, recipe, is_again=True)
+    except NoSource as error:
+        raise UserError(
+            f"{error.word!r}, of which this run reads, is not there: bring it back, or start a new run"
+        ) from error
     budget = budget_of(recipe.training, tokens_of_a_step(recipe.training))
     private = None
     if recipe.privacy.epsilon is not None and begin is not None:
