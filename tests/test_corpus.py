@@ -419,6 +419,9 @@ def test_duplicates_between_splits_leave_training(tmp_path):
     assert not set(texts(corpus.train)) & set(texts(corpus.validation))
     removed = corpus.report["duplicates_removed"]
     assert removed > 0
+    assert notes_on(corpus.report) == [
+        f"{removed} training documents left out that stand in the validation split too"
+    ]
     assert len(corpus.train) + len(corpus.validation) + removed == 120
 
 

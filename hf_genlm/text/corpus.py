@@ -154,6 +154,15 @@ def notes_on(report: dict[str, Any]) -> list[str]:
         )
     if report.get("links_out"):
         notes.append(f"{report['links_out']:,} of the files are links that lead out of the folder named")
+    copies = {
+        "that stand in the validation split too": report.get("duplicates_removed", 0),
+        "that are near-duplicates": report.get("near_duplicates", {}).get("removed", 0),
+    }
+    notes += [f"{n:,} training documents left out {which}" for which, n in copies.items() if n]
+    if "scrubbed" in report:
+        found = report["scrubbed"]["types"]
+        replaced = ", ".join(f"{n:,} {name}" for name, n in found.items() if n)
+        notes.append(f"replaced by placeholders: {replaced or 'nothing'}")
     return notes
 
 

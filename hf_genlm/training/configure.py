@@ -181,7 +181,7 @@ def plan_recipe(
             1, math.ceil(recipe.training.most_passes * corpus_tokens / tokens_of_a_step(recipe.training))
         )
     n_steps = min(budget.steps, int(budget.seconds / step_s))
-    if n_steps == budget.steps:
+    if n_steps == budget.steps and recipe.privacy.epsilon is None:  # of a private run more is counted out
         run.log("note", message=_ends_early(n_steps * step_s, recipe.training.most_passes))
     passes = settle_decay(recipe, n_steps, corpus_tokens)
     run.log(
