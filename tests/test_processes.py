@@ -232,13 +232,16 @@ MORE = {
 
 def test_two_processes_train_what_one_trains(text_folder, tmp_path, monkeypatch):  # noqa: F811
     """Whole and sharded by FSDP2: with tied and untied heads, the table of pairs, accumulation, the end of an
-    epoch, validation and samples between steps, without a cache, and from a stream; with a tracker and models
-    along the way. (Attention is in the long form.)"""
+    epoch, validation and samples between steps, without a cache, from a stream, and of languages that are
+    balanced; with a tracker and models along the way. (Attention is in the long form.)"""
     more = {**MORE, "all": SHORT}
     jobs = jobs_of(text_folder, ["gated_linear"], more, sharded=False)
     streamed = ["corpus.stream=true", "corpus.shuffle_buffer=64", "training.accumulation=2"]
     jobs += jobs_of(text_folder, ["lstm"], {"all": [*SHORT, *streamed]}, sharded=False)
     jobs += jobs_of(text_folder, ["gated_linear", "lstm"], more, sharded=True)
+    named = f"corpus.languages=eng={text_folder}/[a-b]*.txt,deu={text_folder}/[!a-b]*.txt"
+    of_languages = [*SMALL, *SHORT, named, "corpus.temperature=100"]
+    jobs.append({"name": "languages", "sharded": False, "assignments": of_languages})
     compare_with_one(jobs, tmp_path / "runs", monkeypatch)
     for job in jobs:
         run = RunFolder(tmp_path / "runs" / job["name"])

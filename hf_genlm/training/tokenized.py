@@ -48,6 +48,7 @@ class TokenizedCorpus:
     train: TokenizedDocuments
     validation: TokenizedDocuments
     words: dict[str, int]
+    _: dataclasses.KW_ONLY
     validation_words: np.ndarray | None = None
     train_words: int | None = None
     languages: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -108,7 +109,7 @@ def prepare_corpus(run: RunFolder, recipe: Recipe, is_again: bool = False) -> To
     if found:
         shutil.rmtree(run.shared)
         return found[0]
-    return TokenizedCorpus(tokenizer, train, train[:0], {}, languages)
+    return TokenizedCorpus(tokenizer, train, train[:0], {}, languages=languages)
 
 
 def _leave(documents: TokenizedDocuments, run: RunFolder) -> None:
