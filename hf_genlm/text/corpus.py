@@ -13,7 +13,14 @@ from hf_genlm.recipe import CorpusRecipe
 from hf_genlm.text.damage import DAMAGED, LeftOut, left_out_line
 from hf_genlm.text.formats import check_encoding
 from hf_genlm.text.identity import split_by_hash, stands_in
-from hf_genlm.text.languages import by_language, check_languages, counts_after, report_on, spans
+from hf_genlm.text.languages import (
+    by_language,
+    check_languages,
+    counts_after,
+    report_on,
+    spans,
+    trained_parallel,
+)
 from hf_genlm.text.near_duplicates import Progress, check_near_duplicates, find_near_duplicates
 from hf_genlm.text.scrubbing import Tally
 from hf_genlm.text.sources import Reading, read_sources, read_standard_library
@@ -101,6 +108,7 @@ def read_corpus(recipe: CorpusRecipe, on_progress: Progress | None = None) -> Co
     if recipe.languages:
         splits = {"train": (train, n_train), "validation": (validation, n_validation)}
         report["languages"] = report_on(recipe, splits)
+        report["parallel_trained_on"] = trained_parallel(recipe, reading.files)
     return Corpus(train, validation, report)
 
 
@@ -159,6 +167,11 @@ def notes_on(report: dict[str, Any]) -> list[str]:
         "that are near-duplicates": report.get("near_duplicates", {}).get("removed", 0),
     }
     notes += [f"{n:,} training documents left out {which}" for which, n in copies.items() if n]
+    if report.get("parallel_trained_on"):
+        notes.append(
+            f"the parallel text of {', '.join(report['parallel_trained_on'])} is trained on too, and what "
+            "compares sentences then tells how well it was learned: leave it out of the sources"
+        )
     if "scrubbed" in report:
         found = report["scrubbed"]["types"]
         replaced = ", ".join(f"{n:,} {name}" for name, n in found.items() if n)
