@@ -11,6 +11,7 @@ Exit codes: 0 done; 2 the input cannot be used, one line on stderr says why; 1 a
 traceback.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ _VERBS = {
     "doctor": ("doctor", "run"),
 }
 
+_ENDED_BY_SIGPIPE = 128 + 13  # what a shell says of a command that `| head` ended
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
@@ -48,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _quiet_libraries()
         options.arguments = sys.argv[1:] if arguments is None else list(arguments)
         module, function = _VERBS[options.verb]
-        return getattr(import_module(f"hf_genlm.verbs.{module}"), function)(options) or 0
+        code = getattr(import_module(f"hf_genlm.verbs.{module}"), function)(options) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         complain(str(error))
         return 2
@@ -56,10 +61,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_first():
             _say_how_to_go_on(stopped)
         return 0
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return _ENDED_BY_SIGPIPE
     except KeyboardInterrupt:
         if not is_launched():  # else the launcher says it
             complain("stopped")
         return 130
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of what is printed has ended; then nothing more is written to it."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _say_how_to_go_on(stopped: Stopped) -> None:
@@ -71,7 +90,6 @@ def _say_how_to_go_on(stopped: Stopped) -> None:
 def _quiet_libraries() -> None:
     """Our own bars and messages instead of those of the libraries underneath."""
     import logging
-    import os
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
