@@ -158,6 +158,13 @@ def test_globs_other_suffixes_and_repeats(tmp_path, monkeypatch):
     assert [(d.source, d.text) for d in documents] == [("logs/a.log", "alpha"), ("logs/b.log", "beta")]
 
 
+def test_a_file_of_marks_is_read_as_it_stands_and_that_is_told(tmp_path):
+    documents, report = read(write(tmp_path / "marks.csv", "id,text\n1,a\n"), write(tmp_path / "a.log", "b"))
+    assert texts(documents) == ["id,text\n1,a\n", "b"]
+    (note,) = notes_on(report)
+    assert note.startswith("marks.csv: read as it stands, with the marks of its format")
+
+
 def test_records_without_text_are_skipped_and_counted(tmp_path):
     lines = ['{"body": "a"}', "", '{"body": ""}', '{"body": null, "id": 3}', '{"id": 4, "body": "b\u2028c"}']
     path = write(tmp_path / "a.jsonl", "\n".join(lines))

@@ -4,6 +4,7 @@ import hashlib
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +36,16 @@ _DOMINANT_SHARE = (
 _HELD_OUT_BLOCKS = 16  # so many blocks make up the validation split of a long text
 _LOOK_AHEAD = 1 << 12  # bytes in which a line end is looked for at once
 _BLOCK_CHARACTERS = 2000  # blocks are not made shorter than this for the sake of their number
+_MARKED = {
+    ".csv",
+    ".tsv",
+    ".json",
+    ".html",
+    ".htm",
+    ".xml",
+    ".tex",
+    ".ipynb",
+}  # text between marks of a format
 
 
 Sources = Sequence[str] | Mapping[str, Sequence[str]]  # as they are, or by language
@@ -159,6 +170,12 @@ def notes_on(report: dict[str, Any]) -> list[str]:
         notes.append(
             f"{n:,} other file{'' if n == 1 else 's'} of the folders named: read are .txt, .md, .py, .jsonl "
             "and .parquet, and of another suffix what is named itself"
+        )
+    marked = [file["name"] for file in report["files"] if PurePath(file["name"]).suffix.lower() in _MARKED]
+    if marked:
+        notes.append(
+            f"{', '.join(marked[:3])}: read as it stands, with the marks of its format; to train on the text "
+            "alone, write that to .txt or .jsonl"
         )
     if report.get("links_out"):
         notes.append(f"{report['links_out']:,} of the files are links that lead out of the folder named")
