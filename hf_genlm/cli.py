@@ -11,6 +11,8 @@ Exit codes: 0 done; 2 the input cannot be used, one line on stderr says why; 1 a
 traceback.
 """
 
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -39,6 +41,8 @@ _VERBS = {
     "doctor": ("doctor", "run"),
 }
 
+_ENDED_BY_SIGPIPE = 128 + 13  # what a shell says of a command that `| head` ended
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
@@ -47,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _quiet_libraries()
         options.arguments = sys.argv[1:] if arguments is None else list(arguments)
         module, function = _VERBS[options.verb]
-        return getattr(import_module(f"hf_genlm.verbs.{module}"), function)(options) or 0
+        code = getattr(import_module(f"hf_genlm.verbs.{module}"), function)(options) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         complain(str(error))
         return 2
@@ -55,22 +61,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_first():
             _say_how_to_go_on(stopped)
         return 0
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return _ENDED_BY_SIGPIPE
     except KeyboardInterrupt:
         if not is_launched():  # else the launcher says it
             complain("stopped")
         return 130
 
 
+def _nobody_reads() -> bool:
+    """Whether the reader of what is printed has ended; then nothing more is written to it."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def _say_how_to_go_on(stopped: Stopped) -> None:
     reached = "before its first checkpoint" if stopped.step is None else f"after step {stopped.step:,}"
     print(f"stopped {reached}; to go on:", file=sys.stderr)
-    print(f"hf-genlm train --resume --out {stopped.folder}", file=sys.stderr)
+    print(f"hf-genlm train --resume --out {shlex.quote(str(stopped.folder))}", file=sys.stderr)
 
 
 def _quiet_libraries() -> None:
     """Our own bars and messages instead of those of the libraries underneath."""
     import logging
-    import os
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -80,7 +99,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     for library in ("torch", "matplotlib"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="torch|transformers|matplotlib")
+    warnings.filterwarnings("ignore", module="torch|transformers|accelerate|matplotlib")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,13 @@ _COST_WIDTHS = (28, 14, 10, 15, 13, 19)
 def table(measurements: Sequence["Measurement"]) -> str:
     """One line a measurement: name, value, standard error, 95 % interval, unit, count."""
     width = max([16, *(len(m.name) for m in measurements)])
+    unit_width = max([12, *(len(m.unit) for m in measurements)])
     lines = []
     for m in measurements:
         error = f"± {m.stderr:.4f}" if m.stderr is not None else ""
         interval = "[{:.4f}, {:.4f}]".format(*m.interval) if m.interval is not None else ""
         figures = f"{m.value:>10.4f} {error:<10} {interval:<20}"
-        lines.append(f"{m.name:<{width}} {figures} {m.unit:<12} n = {m.n:,} ({m.split})")
+        lines.append(f"{m.name:<{width}} {figures} {m.unit:<{unit_width}} n = {m.n:,} ({m.split})")
     return "\n".join(lines)
 
 
@@ -199,7 +200,8 @@ class Display:
         for name, split in (("train", train), ("validation", validation)):
             what = "read while training"
             if split["documents"] is not None:
-                what = f"{split['documents']:,} documents, {split['bytes']:,} bytes"
+                several = "" if split["documents"] == 1 else "s"
+                what = f"{split['documents']:,} document{several}, {split['bytes']:,} bytes"
             self.say(f"  {name:<12}{what}")
 
     def _languages(self, languages: dict[str, dict[str, Any]]) -> None:

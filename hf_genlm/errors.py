@@ -24,6 +24,14 @@ class UserError(ValueError):
         super().__init__(_printable(without_secrets(message)))
 
 
+class NoSource(UserError):
+    """There is nothing at `word`, where text was to be read."""
+
+    def __init__(self, word: str, message: str):
+        super().__init__(message)
+        self.word = word
+
+
 def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

@@ -1,5 +1,6 @@
 """Any causal language model by its name, without executing what lies beside it."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,11 @@ def source_of(name: str) -> str:
     path = Path(name)
     source = str(path / "model") if (path / "model" / "config.json").is_file() else name
     if path.exists() and not (Path(source) / "config.json").is_file():
+        if (path / "recipe.yaml").is_file():
+            raise UserError(
+                f"the run in {name!r} has no model yet: go on with hf-genlm train --resume --out "
+                f"{shlex.quote(name)}, or name one of its milestones/"
+            )
         raise UserError(f"{name!r} holds no model: neither it nor its model/ has a config.json")
     if path.exists() and not any(Path(source).glob("*.safetensors")):
         raise UserError(

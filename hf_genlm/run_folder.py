@@ -68,8 +68,12 @@ class RunFolder:
         run = cls(path, listener)
         try:
             if run.path.is_dir() and any(path.name not in _BEGINNING for path in run.path.iterdir()):
-                holds = "a run" if run.recipe.exists() else "files"
-                raise UserError(f"--out {str(path)!r} already holds {holds}: name a new folder, or remove it")
+                is_run, is_done = run.recipe.exists(), run.model.is_dir()
+                go_on = ", or go on with it by train --resume" if is_run and not is_done else ""
+                raise UserError(
+                    f"--out {str(path)!r} already holds {'a run' if is_run else 'files'}: name a new folder, "
+                    f"or remove it{go_on}"
+                )
             run.path.mkdir(parents=True, exist_ok=True)
             if not os.access(run.path, os.W_OK | os.X_OK):
                 raise PermissionError(13, "Permission denied")
@@ -89,9 +93,8 @@ class RunFolder:
         """
         run = cls(path, listener)
         if not run.recipe.is_file():
-            raise UserError(
-                f"{str(path)!r} is not a run folder: it holds no recipe.yaml; 'train --out' writes one"
-            )
+            why = "it holds no recipe.yaml" if run.path.exists() else "it does not exist"
+            raise UserError(f"{str(path)!r} is not a run folder: {why}; 'train --out' writes one")
         return run
 
     def discard(self) -> None:

@@ -195,6 +195,16 @@ def test_a_changed_corpus_is_noticed(trained, text_folder, capsys, monkeypatch, 
     assert "have changed" in last_line(capsys)
 
 
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_a_reader_that_ends_early_is_no_fault(unbuffered):
+    command = [sys.executable, *(["-u"] if unbuffered else []), "-m", "hf_genlm", "doctor", "--parameters"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        error = process.stderr.read().decode()
+        assert process.wait() == 141
+    assert "BrokenPipeError" not in error
+
+
 def cpu_seconds(*arguments: str) -> float:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, *arguments], check=True, capture_output=True)

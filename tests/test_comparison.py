@@ -4,6 +4,7 @@ that fails."""
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -482,3 +483,52 @@ def test_by_the_clock_a_half_run_begins_again_and_a_trained_one_is_only_measured
     assert (path / "model" / "model.safetensors").read_bytes() == weights
     assert (path / "evaluation_blocks.npy").read_bytes() == measured
     assert [event["event"] for event in RunFolder(path).read_log()].count("trained") == 1
+
+
+def records(path: Path) -> Path:
+    path.write_text("".join(f'{{"text": "The {n} houses had {n + 1} doors."}}\n' for n in range(200)))
+    return path
+
+
+def test_a_comparison_over_a_stream_and_a_file_of_it_that_was_edited(tmp_path, capsys):
+    source, out = records(tmp_path / "text.jsonl"), tmp_path / "out"
+    words = words_of(source, out, "--decoders", "gru,transformer", "--steps", "3", "--seeds", "1")
+    words += ["--set", "corpus.stream=true"]
+    assert main(words) == 0
+    results = json.loads((out / "comparison.json").read_text())
+    assert [run["steps"] for c in results["candidates"] for run in c["runs"]] == [3, 3]
+    tokenizers = {file.read_bytes() for file in out.glob("**/tokenizer/tokenizer.json")}
+    assert len(tokenizers) == 1
+    assert "unknown" not in (out / "report.md").read_text().split("## How to repeat it")[1]
+    shutil.rmtree(out / "runs" / "gru-seed0")
+    source.write_text(source.read_text().replace("The 150 houses", "The 150 horses"))
+    assert main(words) == 2
+    assert "the train text has changed since this comparison began (changed: " in capsys.readouterr().err
+    assert not (out / "runs" / "gru-seed0").exists()
+
+
+def test_a_comparison_of_recipes_with_a_tokenizer_each(tmp_path, capsys):
+    source, out = records(tmp_path / "text.jsonl"), tmp_path / "out"
+    for size in (270, 300):
+        (tmp_path / f"of{size}.yaml").write_text(f"tokenizer: {{vocab_size: {size}}}")
+    recipes = f"{tmp_path / 'of270.yaml'},{tmp_path / 'of300.yaml'}"
+    settings = [word for setting in SMALL if "vocab_size" not in setting for word in ("--set", setting)]
+    words = ["compare", str(source), "--recipes", recipes, "--own-tokenizers", "--steps", "3", *settings]
+    assert main([*words, "--seeds", "1", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.startswith("of")
+    for size in (270, 300):
+        files = [out / where / "tokenizer" / "tokenizer.json" for where in
+                 (f"tokenizers/of{size}", f"runs/of{size}-seed0")]  # fmt: skip
+        assert files[0].read_bytes() == files[1].read_bytes()
+        assert len(json.loads(files[0].read_text())["model"]["vocab"]) == size
+    assert "a tokenizer for each" in (out / "report.md").read_text()
+
+
+def test_a_comparison_that_starts_from_word_vectors(tmp_path):
+    source, out = records(tmp_path / "text.jsonl"), tmp_path / "out"
+    (tmp_path / "vectors.txt").write_text("The 0.1 0.2 0.3\nhouses 1 0 1\ndoors 0 1 1\nhad 1 1 0\n")
+    words = words_of(source, out, "--decoders", "gru,transformer", "--steps", "3", "--seeds", "1")
+    assert main([*words, "--set", f"vectors.path={tmp_path / 'vectors.txt'}"]) == 0
+    for name in ("gru-seed0", "transformer-seed0"):
+        assert json.loads((out / "runs" / name / "vectors.json").read_text())
+        assert json.loads((out / "runs" / name / "model" / "config.json").read_text())["embedding_size"] == 3

@@ -20,7 +20,7 @@ from hf_genlm.errors import UserError
 from hf_genlm.recipe import CorpusRecipe
 from hf_genlm.text import corpus as corpus_module
 from hf_genlm.text import store
-from hf_genlm.text.corpus import Document, cut, read_corpus, read_documents, split_documents
+from hf_genlm.text.corpus import Document, cut, notes_on, read_corpus, read_documents, split_documents
 
 
 def read(*sources, **fields):
@@ -132,6 +132,9 @@ def test_folder_is_read_recursively_in_name_order(tmp_path):
     assert [d.source for d in documents] == ["data/a/b/c.py", "data/a/z.md", "data/b.txt"]
     assert texts(documents) == ["a/b/c.py", "a/z.md", "b.txt"]
     assert report["files_skipped"] == 1
+    assert notes_on(report)[0].startswith("1 other file of the folders named")
+    assert report["description"] == "4 files: data"
+    assert read(root / "b.txt")[1]["description"] == "1 file: b.txt"
     assert report["empty_skipped"] == 1
     assert str(tmp_path) not in json.dumps([report["files"], report["description"]])
 
@@ -153,6 +156,13 @@ def test_globs_other_suffixes_and_repeats(tmp_path, monkeypatch):
     write(tmp_path / "logs/b.log", "beta")
     documents, _ = read("logs/*.log", "logs/a.log", tmp_path / "logs/b.log")
     assert [(d.source, d.text) for d in documents] == [("logs/a.log", "alpha"), ("logs/b.log", "beta")]
+
+
+def test_a_file_of_marks_is_read_as_it_stands_and_that_is_told(tmp_path):
+    documents, report = read(write(tmp_path / "marks.csv", "id,text\n1,a\n"), write(tmp_path / "a.log", "b"))
+    assert texts(documents) == ["id,text\n1,a\n", "b"]
+    (note,) = notes_on(report)
+    assert note.startswith("marks.csv: read as it stands, with the marks of its format")
 
 
 def test_records_without_text_are_skipped_and_counted(tmp_path):
@@ -248,6 +258,9 @@ def test_bad_text(tmp_path):
     assert "binary" in binary
     wrong = complaint(write(tmp_path / "latin.txt", b"abc\xe9 d"))
     assert all(word in wrong for word in ("0xe9", "offset 3", "latin.txt", "--set corpus.encoding=latin-1"))
+    for content, kind in ((b"%PDF-1.7\n", "a PDF"), (zipped(("a.xml", b"a")), "docx"), (b"{\\rtf1 a", "RTF")):
+        assert f"{kind}" in complaint(write(tmp_path / "letter.doc", content))
+        assert "save its text as .txt" in complaint(tmp_path / "letter.doc")
     for encoding in ("no-such-thing", "hex", "utf\0-8", "", "undefined"):
         assert "corpus.encoding" in complaint(tmp_path / "latin.txt", encoding=encoding)
     surrogate = write(tmp_path / "half.jsonl", '{"text": "a\\ud800"}\n')
@@ -413,6 +426,9 @@ def test_duplicates_between_splits_leave_training(tmp_path):
     assert not set(texts(corpus.train)) & set(texts(corpus.validation))
     removed = corpus.report["duplicates_removed"]
     assert removed > 0
+    assert notes_on(corpus.report) == [
+        f"{removed} training documents left out that stand in the validation split too"
+    ]
     assert len(corpus.train) + len(corpus.validation) + removed == 120
 
 

@@ -320,7 +320,10 @@ def test_a_run_by_the_clock_counts_its_steps_out_beforehand(text, tokenizer, tmp
     assert 1 <= said["steps"] <= promised["steps"]
     assert said["epsilon"] <= promised["epsilon"] <= 8
     line = f"privacy: epsilon {said['epsilon']:g}, delta {said['delta']:g}, for one document"
-    assert line in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert line in printed.out
+    assert f"counted out are {promised['steps']:,} steps, which draw each document" in printed.err
+    assert "ends early" not in printed.err
 
 
 def test_a_run_is_planned_by_the_number_of_its_documents_not_by_their_lengths():

@@ -60,6 +60,7 @@ MAY_IMPORT = {
         "recipe",
         "errors",
         "run_folder",
+        "text.identity",
         "model",
         "training",
         "evaluation.blocks",

@@ -22,7 +22,7 @@ from hf_genlm.evaluation.tokenization import SCRIPTS, measure_tokenization, scri
 from hf_genlm.publish.card import write_card
 from hf_genlm.recipe import CorpusRecipe, TokenizerRecipe, load_recipe
 from hf_genlm.text.balanced import BalancedRows, repeat_documents
-from hf_genlm.text.corpus import read_corpus
+from hf_genlm.text.corpus import notes_on, read_corpus
 from hf_genlm.text.encoding import TokenizedDocuments
 from hf_genlm.text.languages import balance, check_languages, premiums_of, read_parallel, spans
 from hf_genlm.text.packing import PackedRows
@@ -77,6 +77,17 @@ def recipe_for(folder, *assignments, named=True):
     plain = ",".join(f"{folder}/{code}.txt" for code in LINES)
     stated = f"corpus.languages={sources}" if named else f"corpus.sources={plain}"
     return load_recipe(None, [*SMALL, stated, *assignments])
+
+
+def test_a_parallel_text_that_is_trained_on_is_told(folder):
+    files = ",".join(f"{code}={folder}/{code}-parallel.txt" for code in LINES)
+    report = read_corpus(recipe_for(folder, f"corpus.parallel={files}").corpus).report
+    assert not notes_on(report)
+    sources = files.replace("eng-parallel", "eng")  # of English another text
+    recipe = load_recipe(None, [f"corpus.languages={sources}", f"corpus.parallel={files}"])
+    report = read_corpus(recipe.corpus).report
+    others = ", ".join(code for code in LINES if code != "eng")
+    assert notes_on(report)[-1].startswith(f"the parallel text of {others} is trained on too")
 
 
 def test_yaml_set_and_options_say_the_same(tmp_path):

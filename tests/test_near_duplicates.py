@@ -328,7 +328,11 @@ def test_the_command_the_card_and_resuming(tmp_path, capsys):
     assert main([*command, "--scrub", "--near-duplicates", "0.7"]) == 0
     report = read_json(RunFolder(out).corpus)
     assert report["scrubbed"]["types"]["email"] == 9
-    assert report["near_duplicates"]["removed"] > 0
+    removed = report["near_duplicates"]["removed"]
+    assert removed > 0
+    said = capsys.readouterr().err
+    assert f"note          {removed} training documents left out that are near-duplicates\n" in said
+    assert "note          replaced by placeholders: 9 email\n" in said
     card = (RunFolder(out).model / "README.md").read_text(encoding="utf-8")
     assert "`email` 9" in card
     assert f"Near-duplicates removed: {report['near_duplicates']['removed']}, of" in card

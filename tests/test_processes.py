@@ -1,6 +1,7 @@
 """Promise: several processes train the model that one would, and end together."""
 
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_curves import scalars_of
 from test_training import SMALL, losses, text_folder, write_documents  # noqa: F401  a fixture
 
 from hf_genlm.errors import UserError
@@ -195,7 +197,10 @@ def compare_with_one(jobs, folder, monkeypatch) -> None:
     wanted = [TRAINED[job["sharded"]] for job in jobs]
     for process in (0, 1):
         lines = (folder / f"trained-{process}.jsonl").read_text().splitlines()
-        assert [json.loads(line) for line in lines][1::2] == wanted  # at the end, after one look between
+        found = [json.loads(line) for line in lines]  # several of each job
+        assert [kind for kind, _ in itertools.groupby(found)] == [
+            kind for kind, _ in itertools.groupby(wanted)
+        ]
     for job in jobs:
         several_run = RunFolder.open(folder / job["name"])
         # by one thread, as each of the two: by more, sums round otherwise, and 50 steps make much of it
@@ -206,10 +211,14 @@ def compare_with_one(jobs, folder, monkeypatch) -> None:
         assert max(abs(a - b) for a, b in zip(*curves, strict=True)) < 1e-5, (job["name"], curves)
         assert not several_run.shared.exists()
         assert several_run.corpus.read_text() == one.corpus.read_text()
-        mine, theirs = (load_file(run.model / "model.safetensors") for run in (several_run, one))
-        assert mine.keys() == theirs.keys()
-        for name, weight in theirs.items():
-            torch.testing.assert_close(mine[name], weight, atol=2e-3, rtol=0.0)
+        folders = [sorted([run.model, *run.milestones.glob("*")]) for run in (several_run, one)]
+        for mine, theirs in zip(*folders, strict=True):
+            assert mine.name == theirs.name
+            compare_weights(mine, theirs)
+        told = [scalars_of(run.tensorboard) for run in (several_run, one) if run.tensorboard.is_dir()]
+        for mine, theirs in zip(told[::2], told[1::2], strict=True):
+            assert mine.keys() == theirs.keys()
+            assert list(mine["train/loss"]) == [*range(1, len(curves[0]) + 1)]
         assert json.loads(several_run.environment.read_text())["processes"] == 2
 
 
@@ -218,6 +227,14 @@ def five_documents(tmp_path_factory):
     return write_documents(5, tmp_path_factory.mktemp("five"))
 
 
+def compare_weights(folder, other) -> None:
+    mine, theirs = (load_file(each / "model.safetensors") for each in (folder, other))
+    assert mine.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(mine[name], weight, atol=2e-3, rtol=0.0)
+
+
+TOLD = ["training.report_to=tensorboard", "training.checkpoint_words=100,300"]
 SHORT = ["training.steps=8", "training.validations=1"]
 # an epoch of 72 rows ends within the run, with a part of a batch, a row that is filled up, and fewer passes
 LAST_ROWS = ["training.row_length=128", "training.batch_size=8", "training.accumulation=2"]
@@ -227,16 +244,24 @@ MORE = {
 }
 
 
-def test_two_processes_train_what_one_trains(five_documents, tmp_path, monkeypatch):
+def test_two_processes_train_what_one_trains(text_folder, five_documents, tmp_path, monkeypatch):  # noqa: F811
     """Whole and sharded by FSDP2: with tied and untied heads, the table of pairs, accumulation, the end of an
-    epoch, validation and samples between steps, without a cache, and from a stream. (Attention is in the
-    long form.)"""
-    more = {**MORE, "all": SHORT}
+    epoch, validation and samples between steps, without a cache, from a stream, and of languages that are
+    balanced; with a tracker and models along the way. (Attention is in the long form.)"""
+    short = [*SHORT, *TOLD]
+    more = {**MORE, "all": short}
     jobs = jobs_of(five_documents, ["gated_linear"], more, sharded=False)
     streamed = ["corpus.stream=true", "corpus.shuffle_buffer=64", "training.accumulation=2"]
-    jobs += jobs_of(five_documents, ["lstm"], {"all": [*SHORT, *streamed]}, sharded=False)
+    jobs += jobs_of(five_documents, ["lstm"], {"all": [*short, *streamed]}, sharded=False)
     jobs += jobs_of(five_documents, ["gated_linear", "lstm"], more, sharded=True)
+    named = f"corpus.languages=eng={text_folder}/[a-b]*.txt,deu={text_folder}/[!a-b]*.txt"
+    of_languages = [*SMALL, *short, named, "corpus.temperature=100"]
+    jobs.append({"name": "languages", "sharded": False, "assignments": of_languages})
     compare_with_one(jobs, tmp_path / "runs", monkeypatch)
+    for job in jobs:
+        run = RunFolder(tmp_path / "runs" / job["name"])
+        assert [path.name for path in sorted(run.milestones.iterdir())] == ["chck_100", "chck_300"]
+        assert len(list(run.tensorboard.iterdir())) == 1
 
 
 @pytest.mark.slow

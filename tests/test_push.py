@@ -3,7 +3,9 @@
 import logging
 import re
 import shlex
+import struct
 import subprocess
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -401,6 +403,35 @@ def test_the_header_of_weights_is_read(run, hub, capsys):
     save_file({"w": torch.zeros(1)}, run.model / "model.safetensors", {"from": "/home/ann/x"})
     assert push(run.path, REPO, "--dry-run", "--keep-card") == 2
     assert "model.safetensors:1: home-path" in capsys.readouterr().err
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+SECRET = b"hf_" + b"Ab3" * 11 + b"x"
+IN_A_PICTURE = {
+    "tEXt": chunk(b"tEXt", b"Comment\0" + SECRET),
+    "zTXt": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(SECRET)),
+    "iTXt": chunk(b"iTXt", b"Comment\0\0\0en\0Comment\0" + SECRET),
+    "packed iTXt": chunk(b"iTXt", b"Comment\0\1\0en\0Comment\0" + zlib.compress(SECRET)),
+    "eXIf": chunk(b"eXIf", SECRET),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("where", [*IN_A_PICTURE, "behind its end", "no picture"])
+def test_what_stands_in_a_picture_is_read(where, run, hub, capsys):
+    (run.model / "plots").mkdir(exist_ok=True)
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
+    points = chunk(b"IDAT", zlib.compress(b"\0\0"))
+    parts = [b"\x89PNG\r\n\x1a\n", head, IN_A_PICTURE.get(where, b""), points, chunk(b"IEND", b"")]
+    content = b"".join([*parts, SECRET if where == "behind its end" else b""])
+    (run.model / "plots" / "more.png").write_bytes(SECRET if where == "no picture" else content)
+    assert push(run.path, REPO, "--dry-run", "--keep-card") == (0 if where == "nothing" else 2)
+    error = capsys.readouterr().err
+    assert ("plots/more.png: token (" in error) == (where != "nothing")
+    assert SECRET.decode() not in error
 
 
 @pytest.mark.parametrize("repo_id", ["tale", "me/", "/tale", "me/a/b", "me/-x y", "me/" + "x" * 99])

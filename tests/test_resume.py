@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -94,12 +95,16 @@ def test_the_command_line_exits_with_0_and_says_how_to_go_on(
 
     monkeypatch.setattr(BudgetTrainer, "_save_checkpoint", interrupted)
     settings = [part for setting in killing.SETTINGS for part in ("--set", setting)]
-    out = str(tmp_path / "run")
+    out = str(tmp_path / "a run")
     every = ["--set", "training.checkpoint_steps=5"]
     assert main(["train", str(text), "--out", out, *settings, *every]) == 0
     said = capsys.readouterr().err.splitlines()
-    assert said[-2:] == ["stopped after step 11; to go on:", f"hf-genlm train --resume --out {out}"]
-    assert main(said[-1].split()[1:]) == 0
+    assert said[-2:] == ["stopped after step 11; to go on:", f"hf-genlm train --resume --out '{out}'"]
+    assert main(["train", str(text), "--out", out]) == 2
+    assert capsys.readouterr().err.endswith("or go on with it by train --resume\n")
+    assert main(["generate", out]) == 2
+    assert f"no model yet: go on with {said[-1]}" in capsys.readouterr().err
+    assert main(shlex.split(said[-1])[1:]) == 0
     assert weights_of(RunFolder(out)) == weights_of(undisturbed)
 
 
@@ -144,11 +149,16 @@ def test_a_damaged_checkpoint_is_passed_over(text, stopped, undisturbed):
     assert weights_of(resumed) == weights_of(undisturbed)
 
 
-@pytest.mark.parametrize("setting", ["training.learning_rate=0.5", "model.dropout=0.2", "training.steps=48"])
+@pytest.mark.parametrize(
+    "setting",
+    ["training.learning_rate=0.5", "model.dropout=0.2", "training.steps=48", "training.minutes=5"],
+)
 def test_another_recipe_is_refused_by_name(setting, text, stopped):
     name = setting.partition("=")[0]
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(UserError, match=name) as caught:
         train(recipe_of(text, setting), stopped.path, resume=True)
+    assert "None" not in str(caught.value)
+    assert ("--from goes on" in str(caught.value)) == (name in ("training.steps", "training.minutes"))
     assert newest_checkpoint(stopped.checkpoints).progress.step == 11, "it is as it was"
 
 
@@ -163,9 +173,25 @@ def test_another_text_is_refused_by_name(text, tmp_path, stopped):
     assert newest_checkpoint(stopped.checkpoints).progress.step == 11
 
 
+def test_a_text_that_is_gone_is_named_and_one_that_came_back_serves(text, tmp_path, stopped, undisturbed):
+    """Also in a run folder that was moved meanwhile."""
+    moved = RunFolder(stopped.path.rename(tmp_path / "moved"))
+    aside = text.rename(tmp_path / "aside.txt")
+    try:
+        with pytest.raises(
+            UserError, match=r"text\.txt', of which this run reads, is not there: bring it back"
+        ):
+            train(recipe_of(text), moved.path, resume=True)
+    finally:
+        aside.rename(text)
+    assert weights_of(train(recipe_of(text), moved.path, resume=True)) == weights_of(undisturbed)
+
+
 def test_a_run_that_is_done_is_left_as_it_is(text, undisturbed):
-    before = weights_of(undisturbed), undisturbed.log_file.read_bytes()
-    assert train(recipe_of(text), undisturbed.path, resume=True).path == undisturbed.path
+    before, heard = (weights_of(undisturbed), undisturbed.log_file.read_bytes()), []
+    again = train(recipe_of(text), undisturbed.path, lambda *event: heard.append(event), resume=True)
+    assert again.path == undisturbed.path
+    assert "is done and left as it is" in heard[-1][1]["message"]
     assert (weights_of(undisturbed), undisturbed.log_file.read_bytes()) == before
 
 

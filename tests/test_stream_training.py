@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from test_training import SMALL, every_step, losses  # noqa: F401
 from transformers import Trainer, TrainingArguments
 
 from hf_genlm.cli import main
-from hf_genlm.errors import UserError
+from hf_genlm.errors import Stopped, UserError
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.recipe import TokenizerRecipe, load_recipe
 from hf_genlm.run_folder import RunFolder, read_json
@@ -201,3 +203,52 @@ def test_a_stream_that_cannot_be_read_leaves_nothing_behind(tmp_path):
     with pytest.raises(UserError, match="has no field 'text'"):
         train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+WORDS = (b"1984", b"house", b"river", b"time", b"the ", b"of ")
+
+
+def ends_at_step_5(event, fields):
+    if event == "checkpoint" and fields["step"] >= 5:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_an_edited_file_of_the_same_size_is_refused_by_name_at_resuming(tmp_path):
+    path = tmp_path / "train.jsonl"
+    write_jsonl(path, range(100), 60)
+    recipe = recipe_of(tmp_path, "corpus.stream=true", "training.checkpoint_steps=5")
+    recipe.corpus.validation = []
+    with pytest.raises(Stopped):
+        train(recipe, tmp_path / "run", ends_at_step_5)
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before[:-8] + "Z" + before[-7:], encoding="utf-8")
+    with pytest.raises(UserError, match=r"not what this run began with \(changed: train\.jsonl\)"):
+        train(recipe, tmp_path / "run", resume=True)
+    path.write_text(before, encoding="utf-8")
+    os.utime(path, (1, 1))
+    run = train(recipe, tmp_path / "run", resume=True)
+    assert not [event for event in run.read_log() if "written to since" in event.get("message", "")]
+
+
+def test_of_a_large_file_samples_are_compared_and_a_later_date_is_told(tmp_path, monkeypatch):
+    """Sixteen blocks, evenly: what lies between them is told by the date alone."""
+    monkeypatch.setattr("hf_genlm.text.streaming._SAMPLE", 64)
+    path = tmp_path / "train.jsonl"
+    write_jsonl(path, range(100), 60)
+    recipe = recipe_of(tmp_path, "corpus.stream=true", "training.checkpoint_steps=5")
+    recipe.corpus.validation = []
+    with pytest.raises(Stopped):
+        train(recipe, tmp_path / "run", ends_at_step_5)
+    before = path.read_bytes()
+    for block in (0, 7, 15):
+        start = (len(before) - 64) * block // 15
+        word = next(word for word in WORDS if word in before[start : start + 64])
+        place = before.index(word, start)
+        path.write_bytes(before[:place] + b"Z" + before[place + 1 :])
+        with pytest.raises(UserError, match=r"changed: train\.jsonl"):
+            train(recipe, tmp_path / "run", resume=True)
+    path.write_bytes(before)
+    os.utime(path, (1, 1))
+    run = train(recipe, tmp_path / "run", resume=True)
+    notes = [event["message"] for event in run.read_log() if event["event"] == "note"]
+    assert [note for note in notes if note.startswith("train.jsonl was written to since this run began")]

@@ -177,6 +177,16 @@ def test_minutes_end_the_run_with_the_rate_at_zero(text_folder, tmp_path, every_
     assert steps[-1]["learning_rate"] < 0.2 * max(step["learning_rate"] for step in steps) <= peak
 
 
+def test_a_small_text_ends_a_run_by_the_clock_and_that_is_told(text_folder, tmp_path):
+    recipe = small_recipe(text_folder, "training.minutes=5", "training.most_passes=0.2")
+    recipe.training.steps = None
+    events = train(recipe, tmp_path / "run").read_log()
+    (note,) = [event["message"] for event in events if "ends early" in event.get("message", "")]
+    assert note.endswith("is read 0.2 times at most (training.most_passes)")
+    (trained,) = [event for event in events if event["event"] == "trained"]
+    assert trained["seconds"] < 60
+
+
 def test_budget_by_the_clock(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(budget_module.time, "monotonic", lambda: now[0])

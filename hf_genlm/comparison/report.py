@@ -159,6 +159,8 @@ def _equal(results: Results, plan: Plan) -> str:
     }[plan.until]
     sized = f", at about {plan.parameters} parameters" if plan.parameters else ""
     tokens = "" if results.vocab_size is None else f", one tokenizer of {results.vocab_size:,} tokens"
+    if not plan.one_tokenizer:
+        tokens = ", a tokenizer for each recipe by what it says"
     alike, unlike = [], []
     for name, value, words in _QUANTITIES:
         values = [value(candidate) for candidate in results.candidates]
@@ -182,7 +184,8 @@ def _equal(results: Results, plan: Plan) -> str:
 
 
 def _limits(results: Results, plan: Plan) -> Sequence[str]:
-    pieces = f"{results.n_pieces:,} {results.piece}s of {results.n_bytes:,} bytes in all"
+    several = "" if results.n_pieces == 1 else "s"
+    pieces = f"{results.n_pieces:,} {results.piece}{several} of {results.n_bytes:,} bytes in all"
     seeds = (
         "With one seed, how much a candidate varies from run to run is not known: the intervals say whether "
         "these very models differ on such texts, not whether the candidates do. Give --seeds 3 or more."
@@ -196,11 +199,16 @@ def _limits(results: Results, plan: Plan) -> Sequence[str]:
         else "Blocks of one document resemble their neighbours, so the part of the text in an interval is "
         "rather too small. A held-out text of many documents tells more."
     )
+    if results.n_pieces == 1:
+        about_pieces = (
+            f"The held-out text is one piece of {results.n_bytes:,} bytes: how much it decides is not known, "
+            "and the intervals are over seeds alone. Hold out more by --validation FILE."
+        )
     return (
         "The variance of a difference is that between the seeds of each candidate, over their number, and "
-        f"that between the {pieces}, paired. Their sum has the degrees of freedom of Satterthwaite (1946) "
-        "and is tested by Student's t, as Welch (1947) does; where seeds and text interact it is rather too "
-        "large (Owen, 2007). Many p-values are corrected as by Holm (1979).",
+        f"that between the pieces of the held-out text ({pieces}), paired. Their sum has the degrees of "
+        "freedom of Satterthwaite (1946) and is tested by Student's t, as Welch (1947) does; where seeds and "
+        "text interact it is rather too large (Owen, 2007). Many p-values are corrected as by Holm (1979).",
         seeds,
         about_pieces,
         "A comparison holds for its text, its amount of training and its machine: more can turn it.",
@@ -217,7 +225,7 @@ def _about_text(folder: ComparisonFolder, results: Results) -> str:
     splits = "; ".join(
         f"{name} {corpus[split]['bytes']:,} bytes"
         if corpus[split]["bytes"] is not None
-        else f"{name} unknown"
+        else f"{name} what was read of a stream"
         for name, split in (("trained on", "train"), ("held out", "validation"))
     )
     digest = (corpus["validation"]["sha256"] or _UNKNOWN)[:16]

@@ -24,6 +24,7 @@ from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.recipe import Recipe
 from hf_genlm.run_folder import Listener, RunFolder, read_json, write_json, write_text
+from hf_genlm.text.identity import changed_text
 
 # what the numbers of a finished run are read from, and its weights
 _KEPT = ("log.jsonl", "recipe.yaml", "evaluation_blocks.npy", "model/config.json", "model/model.safetensors")
@@ -188,15 +189,14 @@ def _check_text(folder: ComparisonFolder, run: Run, prepared: dict[str, Any]) ->
     Raises:
         UserError: the text has changed since the comparison began.
     """
-    before = read_json(folder.path / prepared["text"] / "corpus.json")
-    now = read_json(folder.run(run).corpus)
-    for split in ("train", "validation"):
-        if before[split]["sha256"] != now[split]["sha256"]:
-            shutil.rmtree(folder.run(run).path)
-            raise UserError(
-                f"the {split} text has changed since this comparison began, and {run.name} was trained on "
-                "another: bring the text back, or compare anew in another --out"
-            )
+    before, now = read_json(folder.path / prepared["text"] / "corpus.json"), read_json(folder.run(run).corpus)
+    changed = changed_text(before, now)
+    if changed is not None:
+        shutil.rmtree(folder.run(run).path)
+        raise UserError(
+            f"{changed[0]} has changed since this comparison began (changed: {changed[1]}), and {run.name} "
+            "was trained on another: bring the text back, or compare anew in another --out"
+        )
 
 
 def _sha256(path: Path) -> str:

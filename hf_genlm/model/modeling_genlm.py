@@ -197,8 +197,10 @@ class GenLMModel(GenLMPreTrainedModel):
             ValueError: not exactly one of `input_ids` and `inputs_embeds`, or these where pairs of tokens
                 are embedded; rows that a `CarriedState` cannot serve.
         """
-        if isinstance(kwargs.get("cache"), Cache):  # that of continuous batching is none, and for the layers
-            past_key_values = kwargs.pop("cache")
+        cache = kwargs.get("cache")
+        if cache is None or isinstance(cache, Cache):  # that of continuous batching is for the layers
+            kwargs.pop("cache", None)
+            past_key_values = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if input_ids is None and self.embed_bigrams is not None:

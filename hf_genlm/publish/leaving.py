@@ -7,6 +7,7 @@ import fnmatch
 import json
 import re
 import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,8 @@ from hf_genlm.errors import UserError, did_you_mean, without_secrets
 from hf_genlm.run_folder import read_json
 from hf_genlm.token_forms import BEGIN_OF_PRIVATE_KEY, GITHUB_FINE_GRAINED, GOOGLE
 
-# what a model folder has; anything else is named before it leaves
-LISTED = (
-    "README.md",
-    "LICENSE",
+# what loads a model and its tokenizer
+LOADED = (
     "config.json",
     "generation_config.json",
     "model.safetensors",
@@ -31,14 +30,19 @@ LISTED = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
     "chat_template.jinja",
-    "*_genlm.py",
-    "plots/*.png",
 )
+# what a model folder has; anything else is named before it leaves
+LISTED = ("README.md", "LICENSE", *LOADED, "*_genlm.py", "plots/*.png")
 _CHECKPOINT = ("checkpoint*/*", "optimizer.*", "scheduler.*", "rng_state*", "scaler.*", "trainer_state.json")
 _PICKLE = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
 _CANARIES = "canaries.json"
-_PICTURES = (".png",)
+_PICTURE = ".png"
+_PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
+_MOST_TEXT = 1 << 24  # bytes that a packed text of a picture is unpacked to
 _WEIGHTS = ".safetensors"
 _LEAST_CANARY = 8  # characters: a shorter string of canaries.json would be found in any text
 
@@ -197,11 +201,10 @@ def is_listed(name: str) -> bool:
 
 
 def _found_in(path: Path, name: str, secrets: Sequence[str]) -> Iterator[Finding]:
-    if path.suffix in _PICTURES:
-        return
     wanted = {secret: json.dumps(secret, ensure_ascii=False)[1:-1] for secret in secrets}
     home = str(Path.home())
-    for number, line in enumerate(_text_of(path).split("\n"), 1):
+    for count, line in enumerate(_text_of(path).split("\n"), 1):
+        number = None if path.suffix == _PICTURE else count
         plain = _ESCAPED_SPACE.sub(" ", line)
         if without_secrets(line) != line or any(pattern.search(line) for pattern in _TOKENS):
             yield Finding("token", name, number)
@@ -212,7 +215,9 @@ def _found_in(path: Path, name: str, secrets: Sequence[str]) -> Iterator[Finding
 
 
 def _text_of(path: Path) -> str:
-    """A file as text; of weights, what stands beside them in the header."""
+    """A file as text; of weights, what stands beside them in the header; of a picture, beside its points."""
+    if path.suffix == _PICTURE:
+        return b"\n".join(_parts_of_picture(path.read_bytes())).decode("utf-8", errors="replace")
     if path.suffix != _WEIGHTS:
         return path.read_text(encoding="utf-8", errors="replace")
     with path.open("rb") as file:
@@ -220,3 +225,34 @@ def _text_of(path: Path) -> str:
         n_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         header = file.read(min(n_bytes, path.stat().st_size))
     return header.decode("utf-8", errors="replace")
+
+
+def _parts_of_picture(content: bytes) -> Iterator[bytes]:
+    """Every chunk of a PNG but its points, with the texts unpacked, and what lies behind its end; all of what
+    is no PNG."""
+    place, kind = len(_PNG), b""
+    if not content.startswith(_PNG):
+        place, kind = 0, b"IEND"
+    while kind != b"IEND" and place + 8 <= len(content):
+        n_bytes, kind = struct.unpack_from(">I4s", content, place)
+        chunk = content[place + 8 : place + 8 + n_bytes]
+        place += 12 + n_bytes  # 4 are a sum over the chunk
+        if kind != b"IDAT":
+            yield chunk
+            yield _unpacked(kind, chunk)
+    yield content[place:]
+
+
+def _unpacked(kind: bytes, chunk: bytes) -> bytes:
+    """The text that a chunk of a PNG holds packed; nothing where it holds none."""
+    _, _, rest = chunk.partition(b"\0")  # behind its name
+    if kind == b"iTXt" and rest[:1] == b"\1":
+        packed = rest[2:].split(b"\0", 2)[-1]  # behind two more names
+    elif kind in (b"zTXt", b"iCCP"):
+        packed = rest[1:]
+    else:
+        return b""
+    try:
+        return zlib.decompressobj().decompress(packed, _MOST_TEXT)
+    except zlib.error:
+        return b""

@@ -14,17 +14,13 @@ from typing import Any
 
 from hf_genlm.errors import UserError, without_secrets
 from hf_genlm.loading import source_of
+from hf_genlm.publish.leaving import LOADED
 from hf_genlm.recipe import load_recipe
 from hf_genlm.run_folder import RunFolder, read_json, write_json, write_text
 from hf_genlm.sections import CardRecipe
 
 MODEL_TYPE = "genlm"
 _PINNED = ("gradio", "torch", "transformers")  # at the versions that the folder was written with
-# what loads a model; anything else in its folder stays where it is
-_CARRIED = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
-            "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-            "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
-            "chat_template.jinja")  # fmt: skip
 # what `save_pretrained` writes for the two classes that the demo loads
 _AUTO_MAP = {
     "AutoConfig": "configuration_genlm.GenLMConfig",
@@ -106,9 +102,10 @@ def _copy_demo(out: Path) -> None:
 
 
 def _carry(folder: Path, to: Path, is_genlm: bool) -> None:
-    """The files that load a model, and for a GenLM the code of this package that does."""
+    """The files that load a model, and for a GenLM the code of this package that does; anything else stays
+    where it is."""
     to.mkdir(parents=True)
-    for pattern in _CARRIED:
+    for pattern in LOADED:
         for path in folder.glob(pattern):
             shutil.copyfile(path, to / path.name)
     config = read_json(to / "config.json")

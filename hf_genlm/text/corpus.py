@@ -4,6 +4,7 @@ import hashlib
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,14 @@ from hf_genlm.recipe import CorpusRecipe
 from hf_genlm.text.damage import DAMAGED, LeftOut, left_out_line
 from hf_genlm.text.formats import check_encoding
 from hf_genlm.text.identity import split_by_hash, stands_in
-from hf_genlm.text.languages import by_language, check_languages, counts_after, report_on, spans
+from hf_genlm.text.languages import (
+    by_language,
+    check_languages,
+    counts_after,
+    report_on,
+    spans,
+    trained_parallel,
+)
 from hf_genlm.text.near_duplicates import Progress, check_near_duplicates, find_near_duplicates
 from hf_genlm.text.scrubbing import Tally
 from hf_genlm.text.sources import Reading, read_sources, read_standard_library
@@ -28,6 +36,16 @@ _DOMINANT_SHARE = (
 _HELD_OUT_BLOCKS = 16  # so many blocks make up the validation split of a long text
 _LOOK_AHEAD = 1 << 12  # bytes in which a line end is looked for at once
 _BLOCK_CHARACTERS = 2000  # blocks are not made shorter than this for the sake of their number
+_MARKED = {
+    ".csv",
+    ".tsv",
+    ".json",
+    ".html",
+    ".htm",
+    ".xml",
+    ".tex",
+    ".ipynb",
+}  # text between marks of a format
 
 
 Sources = Sequence[str] | Mapping[str, Sequence[str]]  # as they are, or by language
@@ -101,6 +119,7 @@ def read_corpus(recipe: CorpusRecipe, on_progress: Progress | None = None) -> Co
     if recipe.languages:
         splits = {"train": (train, n_train), "validation": (validation, n_validation)}
         report["languages"] = report_on(recipe, splits)
+        report["parallel_trained_on"] = trained_parallel(recipe, reading.files)
     return Corpus(train, validation, report)
 
 
@@ -146,8 +165,34 @@ def notes_on(report: dict[str, Any]) -> list[str]:
     """What a person should hear of a report on a corpus, a line each."""
     line = left_out_line(report["damaged"]) if "damaged" in report else None
     notes = [] if line is None else [line]
+    if report.get("files_skipped"):
+        n = report["files_skipped"]
+        notes.append(
+            f"{n:,} other file{'' if n == 1 else 's'} of the folders named: read are .txt, .md, .py, .jsonl "
+            "and .parquet, and of another suffix what is named itself"
+        )
+    marked = [file["name"] for file in report["files"] if PurePath(file["name"]).suffix.lower() in _MARKED]
+    if marked:
+        notes.append(
+            f"{', '.join(marked[:3])}: read as it stands, with the marks of its format; to train on the text "
+            "alone, write that to .txt or .jsonl"
+        )
     if report.get("links_out"):
         notes.append(f"{report['links_out']:,} of the files are links that lead out of the folder named")
+    copies = {
+        "that stand in the validation split too": report.get("duplicates_removed", 0),
+        "that are near-duplicates": report.get("near_duplicates", {}).get("removed", 0),
+    }
+    notes += [f"{n:,} training documents left out {which}" for which, n in copies.items() if n]
+    if report.get("parallel_trained_on"):
+        notes.append(
+            f"the parallel text of {', '.join(report['parallel_trained_on'])} is trained on too, and what "
+            "compares sentences then tells how well it was learned: leave it out of the sources"
+        )
+    if "scrubbed" in report:
+        found = report["scrubbed"]["types"]
+        replaced = ", ".join(f"{n:,} {name}" for name, n in found.items() if n)
+        notes.append(f"replaced by placeholders: {replaced or 'nothing'}")
     return notes
 
 
@@ -348,7 +393,8 @@ def _describe(sources: Sources, reading: Reading) -> str:
 def named(files: Sequence[dict[str, Any]]) -> str:
     """What a person is told about so many files of a report."""
     names = list(dict.fromkeys(file["name"].partition("/")[0] for file in files))
-    if any(file["bytes"] is None for file in files):  # a Hub id: its owner alone says nothing
+    # of a Hub id its owner alone says nothing, nor of a single file its folder
+    if len(files) == 1 or any(file["bytes"] is None for file in files):
         names = [file["name"] for file in files]
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
     return f"{len(files)} file{'' if len(files) == 1 else 's'}: {shown}"

@@ -23,6 +23,12 @@ _BINARY_PROBE = 64 * 1024  # bytes looked at for NUL
 _PARQUET_ROWS = 512  # decoded at once
 _MAX_LINE = 1 << 28  # characters of a .jsonl line, which is held in memory
 _MOST_NAMES = 8  # of a record's fields, in a message
+_DOCUMENTS = {  # by their first bytes: what people take for text
+    b"%PDF-": "a PDF",
+    b"PK\x03\x04": "a zip archive, as .docx, .odt and .epub are",
+    b"\xd0\xcf\x11\xe0": "a document of an old Office",
+    b"{\\rtf": "a document of a word processor (RTF)",
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,11 @@ def _decoded(
     decoder = _decoder(recipe.encoding, "surrogateescape" if escapes else "strict")
     n_read = 0
     for content in itertools.chain(unpacked(file.label, file.stream, compression), [b""]):
+        kind = None if n_read or by_line else next((k for k in _DOCUMENTS if content.startswith(k)), None)
+        if kind is not None:
+            raise Damage(
+                Place(file.label), f"is {_DOCUMENTS[kind]}, not text", "save its text as .txt, and name that"
+            )
         if not wide and not by_line and b"\0" in content[: max(0, _BINARY_PROBE - n_read)]:
             raise Damage(Place(file.label), *_BINARY)
         n_read += len(content)

@@ -40,7 +40,7 @@ def read_stream(recipe: CorpusRecipe) -> StreamedText:
         validation, files = hold_out(stream, recipe), []
     unknown = dict.fromkeys(("documents", "bytes", "characters", "tokens", "sha256"))
     shards = [
-        {"name": shard.name, "bytes": shard.n_bytes, "sha256": None, "documents": None}
+        {"name": shard.name, "bytes": shard.n_bytes, "sha256": None, "documents": None, **shard.sampled()}
         for shard in stream.shards
     ]
     report = {

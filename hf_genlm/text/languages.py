@@ -6,6 +6,7 @@ many each has tells where they are, and the report on a corpus says it:
 `report["languages"][code]["train"]["documents"]`.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -191,6 +192,17 @@ def read_parallel(recipe: CorpusRecipe) -> dict[str, list[str]]:
     if lines and not whole:
         raise UserError("corpus.parallel: no line has text in every language: put a sentence in each")
     return {code: [found[i] for i in whole] for code, found in lines.items()}
+
+
+def trained_parallel(recipe: CorpusRecipe, files: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The languages whose parallel text is also one of the `files` that are trained on, by its hash."""
+    hashes = {file["sha256"] for file in files}
+
+    def is_trained_on(name: str) -> bool:
+        path = Path(name).expanduser()
+        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() in hashes
+
+    return [code for code, name in recipe.parallel.items() if is_trained_on(name)]
 
 
 def reference_of(codes: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from hf_genlm.errors import UserError, without_secrets
+from hf_genlm.errors import NoSource, UserError, without_secrets
 from hf_genlm.recipe import CorpusRecipe
 from hf_genlm.text.cache import NoRoom
 from hf_genlm.text.damage import Damage, LeaveOut, LeftOut, Place
@@ -203,12 +203,13 @@ def locate(word: str) -> Located:
         found = [replace(file, named=False) for part in parts for file in part.files]
         if found:
             return Located(found, sum(part.n_skipped for part in parts))
-        raise UserError(f"no file matches {word!r}: check the pattern and the folder it starts from")
+        raise NoSource(word, f"no file matches {word!r}: check the pattern and the folder it starts from")
     if _HUB_ID.fullmatch(word) and format_of(word) == (None, None):
         return Located([], is_hub=True)
-    raise UserError(
+    raise NoSource(
+        word,
         f"{word!r} does not exist: name a file, a folder or a glob, "
-        "or a Hub dataset id, which looks like owner/name"
+        "or a Hub dataset id, which looks like owner/name",
     )
 
 

@@ -20,6 +20,8 @@ from hf_genlm.text.scrubbing import Scrubber, scrubber_of
 from hf_genlm.text.sources import FoundFile, empty_file, locate, open_hub, opened
 from hf_genlm.text.store import Document
 
+_SAMPLES, _SAMPLE = 16, 1 << 16  # of a file: blocks, and the bytes of each
+
 
 class Shard(Protocol):
     """A part of a source: a file, or a data set. `n_bytes` as it lies on disk, None where it does not."""
@@ -28,6 +30,10 @@ class Shard(Protocol):
     def name(self) -> str: ...
     @property
     def n_bytes(self) -> int | None: ...
+    def sampled(self) -> dict[str, Any]:
+        """What tells it from another of its size without reading all of it, for corpus.json."""
+        ...
+
     def texts(self, state: Any) -> Iterator[tuple[Parts, Any]]:
         """Each text from a state on (None: all of them), and the state behind it, which JSON can hold."""
         ...
@@ -53,6 +59,18 @@ class FileShard:
         with opened(self.file):
             return self.file.path.stat().st_size
 
+    def sampled(self) -> dict[str, Any]:
+        """`samples_sha256` of 16 blocks of 64 KiB, the first and the last among them: of all of a file of 1
+        MiB. Of a larger one, when it was `modified` too, in nanoseconds."""
+        digest = hashlib.sha256()
+        with opened(self.file) as stream:
+            about = self.file.path.stat()
+            for number in range(_SAMPLES):
+                stream.seek(max(0, about.st_size - _SAMPLE) * number // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE))
+        found: dict[str, Any] = {"samples_sha256": digest.hexdigest()}
+        return found | ({"modified": about.st_mtime_ns} if about.st_size > _SAMPLES * _SAMPLE else {})
+
     def texts(self, state: int | None) -> Iterator[tuple[Parts, int]]:
         if not self.n_bytes:
             if self.file.named:
@@ -77,6 +95,9 @@ class HubShard:
     name: str
     recipe: CorpusRecipe
     n_bytes: int | None = None
+
+    def sampled(self) -> dict[str, Any]:
+        return {}
 
     def texts(self, state: dict[str, Any] | None) -> Iterator[tuple[Parts, dict[str, Any]]]:
         dataset = open_hub(self.name, self.recipe, "train", streaming=True)
@@ -208,7 +229,7 @@ class DocumentStream:
 
     @property
     def sha256(self) -> str:
-        """Of what decides the texts and their order, but for the content of files that keep their size."""
+        """Of what decides the texts and their order, but for what files hold."""
         files = [[(shard.name, shard.n_bytes) for shard in lane] for lane in self.lanes]
         scrubbed = [] if self.scrubber is None else [self.scrubber.to_json(None)]
         content = json.dumps([files, list(self.weights), self.held.sha256, *scrubbed])

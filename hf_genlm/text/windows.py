@@ -1,7 +1,5 @@
 """A window of a document at a time: what a private run trains on, where no row may hold two documents."""
 
-from typing import Any
-
 import numpy as np
 
 from hf_genlm.text.encoding import TokenizedDocuments
@@ -50,7 +48,3 @@ class DocumentWindows:
             "position_ids": np.broadcast_to(np.arange(self.row_length), ids_kT.shape).copy(),
             "labels": np.where(is_padding_kT, IGNORED, ids_kT),
         }
-
-    def first_tokens(self, count: int) -> Any:
-        """Nothing may start from statistics of a private text."""
-        raise AssertionError("a private run starts at random")

@@ -28,6 +28,7 @@ _FREE = {
     "training.checkpoint_words",
     "training.report_to",
 }
+_ENDS = {"training.minutes", "training.steps", "training.tokens"}
 
 
 def build_config(recipe: Recipe, mixer_types: list[str]) -> GenLMConfig:
@@ -174,11 +175,14 @@ def plan_recipe(
         budget.step_s = step_s  # a number of threads that was stated is kept to
     seconds = time.monotonic() - began
     budget.seconds = max(step_s, budget.seconds - seconds)
+    n_steps = int(budget.seconds / step_s)
     if corpus_tokens is not None:
         budget.steps = max(
             1, math.ceil(recipe.training.most_passes * corpus_tokens / tokens_of_a_step(recipe.training))
         )
     n_steps = min(budget.steps, int(budget.seconds / step_s))
+    if n_steps == budget.steps and recipe.privacy.epsilon is None:  # of a private run more is counted out
+        run.log("note", message=_ends_early(n_steps * step_s, recipe.training.most_passes))
     passes = settle_decay(recipe, n_steps, corpus_tokens)
     run.log(
         "planned",
@@ -194,6 +198,13 @@ def plan_recipe(
         seconds=round(seconds, 3),
     )
     return recipe
+
+
+def _ends_early(seconds: float, most_passes: float) -> str:
+    return (
+        f"this run ends early, after about {max(1, seconds):.0f} s: a text so small would be learned by "
+        f"heart, and is read {most_passes:g} times at most (training.most_passes)"
+    )
 
 
 def settle_decay(recipe: Recipe, n_steps: int, corpus_tokens: int | None) -> float | None:
@@ -226,8 +237,10 @@ def adopt_unchanged(recipe: Recipe, stated: Recipe) -> None:
             if said in (unsaid, was):
                 continue
             if name not in _FREE:
+                began = "" if was is None else f" ({was!r})"
+                longer = "; --from goes on from the model of a run that is done" if name in _ENDS else ""
                 raise UserError(
-                    f"{name} = {said!r} is not what this run began with ({was!r}): resume it without that, "
-                    "or start a new run"
+                    f"{name} = {said!r} is not what this run began with{began}: resume it without that, or "
+                    f"start a new run{longer}"
                 )
             setattr(getattr(recipe, section.name), key.name, said)

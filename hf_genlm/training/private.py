@@ -148,6 +148,12 @@ def _count_steps(run: RunFolder, recipe: Recipe, corpus: "TokenizedCorpus", budg
     assert budget.seconds is not None
     budget.seconds = max(budget.step_s, budget.seconds - (time.monotonic() - began))
     budget.steps = max(1, min(budget.steps, int(budget.seconds / budget.step_s)))
+    times = budget.steps * recipe.training.batch_size * recipe.training.accumulation / len(corpus.train)
+    message = (
+        f"with noise, a step takes {1000 * budget.step_s:.0f} ms: counted out are {budget.steps:,} steps, "
+        f"which draw each document {times:.2g} times on average"
+    )
+    run.log("note", message=message)
 
 
 def diverged_in_private(step: int, recipe: Recipe) -> UserError:

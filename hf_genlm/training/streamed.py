@@ -14,13 +14,14 @@ from hf_genlm.recipe import Recipe, TrainingRecipe
 from hf_genlm.run_folder import RunFolder, read_json, write_json
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents
 from hf_genlm.text.held_out import beginning, read_stream
+from hf_genlm.text.identity import check_same, touched
 from hf_genlm.text.packed_stream import PackedStream
 from hf_genlm.text.store import Documents
 from hf_genlm.text.streaming import DocumentStream, HeldOut, open_stream
 from hf_genlm.training import processes
 from hf_genlm.training.milestones import WordRate
 from hf_genlm.training.pair_start import MOST_TOKENS
-from hf_genlm.training.tokenized import check_same, tokenizer_of
+from hf_genlm.training.tokenized import tokenizer_of
 from hf_genlm.training.word_vectors import count_words
 
 _COUNTED_CHARACTERS = 1_000_000
@@ -97,7 +98,10 @@ def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> StreamedCorpus:
     stream, report = found.stream, found.report
     run.log("corpus", **{name: report[name] for name in ("description", "train", "validation")})
     if is_again:
-        check_same(read_json(run.corpus), report)
+        before = read_json(run.corpus)
+        check_same(before, report)
+        for message in touched(before, report):
+            run.log("note", message=message)
     text = beginning(stream, recipe.tokenizer.max_characters)
     n_bytes = max(stream.n_bytes, int(text.n_bytes.sum()))
     tokenizer = tokenizer_of(run, recipe, text, n_bytes, is_again)

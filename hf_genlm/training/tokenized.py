@@ -18,6 +18,7 @@ from hf_genlm.text.cache import ArrayWriter, Cache, cache_folder
 from hf_genlm.text.canaries import plant
 from hf_genlm.text.corpus import Corpus, count_text, notes_on, read_corpus
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents, tokenized_of
+from hf_genlm.text.identity import check_same
 from hf_genlm.text.languages import spans
 from hf_genlm.text.packing import PackedRows
 from hf_genlm.text.store import Documents
@@ -47,6 +48,7 @@ class TokenizedCorpus:
     train: TokenizedDocuments
     validation: TokenizedDocuments
     words: dict[str, int]
+    _: dataclasses.KW_ONLY
     validation_words: np.ndarray | None = None
     train_words: int | None = None
     languages: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -107,7 +109,7 @@ def prepare_corpus(run: RunFolder, recipe: Recipe, is_again: bool = False) -> To
     if found:
         shutil.rmtree(run.shared)
         return found[0]
-    return TokenizedCorpus(tokenizer, train, train[:0], {}, languages)
+    return TokenizedCorpus(tokenizer, train, train[:0], {}, languages=languages)
 
 
 def _leave(documents: TokenizedDocuments, run: RunFolder) -> None:
@@ -210,28 +212,6 @@ def tokenizer_of(
     if not is_again:  # a kill in mid-writing would take from a run the one that it has
         tokenizer.save_pretrained(run.tokenizer)
     return tokenizer
-
-
-def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """
-    Raises:
-        UserError: the text that a report describes is not that of `before`; which files are others.
-    """
-    files = {file["name"]: (file["bytes"], file["sha256"]) for file in before["files"]}
-    changed = [
-        file["name"]
-        for file in now["files"]
-        if files.pop(file["name"], None) != (file["bytes"], file["sha256"])
-    ]
-    changed += files
-    is_streamed = "stream" in now  # then its files tell by their sizes alone
-    for split in ("train", "validation"):
-        if before[split]["sha256"] != now[split]["sha256"] or (is_streamed and changed):
-            names = ", ".join(changed[:3]) or "the split"
-            raise UserError(
-                f"the {split} text is not what this run began with (changed: {names}): bring it back, or "
-                "start a new run"
-            )
 
 
 def _encode_splits(

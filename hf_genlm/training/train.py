@@ -2,6 +2,7 @@
 ...]`."""
 
 import contextlib
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from hf_genlm.errors import UserError
+from hf_genlm.errors import NoSource, UserError
 from hf_genlm.evaluation.blocks import BlockSums
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.loading import hub_id_of
@@ -27,6 +28,7 @@ from hf_genlm.text.canaries import check_canaries
 from hf_genlm.text.languages import check_languages
 from hf_genlm.text.near_duplicates import check_near_duplicates
 from hf_genlm.text.scrubbing import check_scrubbing
+from hf_genlm.text.windows import DocumentWindows
 from hf_genlm.training import processes
 from hf_genlm.training.budget import Budget, budget_of, resolve
 from hf_genlm.training.callbacks import Diverged
@@ -144,6 +146,7 @@ def _resume(run: RunFolder, stated: Recipe, stop: StopRequest) -> RunFolder:
 
     is_done, has_model, begin = processes.from_first(look)
     if is_done:
+        run.tell("note", message="this run is done and left as it is; train --from goes on from its model")
         return run
     if begin is None and not has_model:
         if processes.is_first():
@@ -152,7 +155,12 @@ def _resume(run: RunFolder, stated: Recipe, stop: StopRequest) -> RunFolder:
         job = _prepare(run, recipe)
         return _finish(run, job, _build(run, job), None, stop)
     check(recipe)
-    corpus = _read(run, recipe, is_again=True)
+    try:
+        corpus = _read(run, recipe, is_again=True)
+    except NoSource as error:
+        raise UserError(
+            f"{error.word!r}, of which this run reads, is not there: bring it back, or start a new run"
+        ) from error
     budget = budget_of(recipe.training, tokens_of_a_step(recipe.training))
     private = None
     if recipe.privacy.epsilon is not None and begin is not None:
@@ -296,6 +304,7 @@ def _start(run: RunFolder, model: GenLMForCausalLM, job: Job, is_new: bool) -> t
         found = start_from_vectors(run, model, corpus.tokenizer, corpus.words, ids, recipe)
         held = torch.from_numpy(found) if recipe.vectors.frozen else None
     if recipe.training.start == "pairs" and is_new:
+        assert not isinstance(job.rows, DocumentWindows), "nothing starts from statistics of a private text"
         tokens = job.rows.first_tokens(MOST_TOKENS)
         learned = start_from_pairs(model, tokens, keep_embedding=recipe.vectors.path is not None)
         run.log("pairs", tokens=learned.n_tokens, distinct=learned.n_pairs)
@@ -364,7 +373,7 @@ def save(run: RunFolder, model: GenLMForCausalLM, tokenizer: PreTrainedTokenizer
     if failure is not None:
         raise UserError(
             f"the model cannot be written to {str(run.model)!r} ({failure}): make room, then go on with "
-            f"hf-genlm train --resume --out {run.path}"
+            f"hf-genlm train --resume --out {shlex.quote(str(run.path))}"
         )
     run.log("saved", bytes=sum(file.stat().st_size for file in run.model.iterdir()))
 

@@ -1,6 +1,7 @@
 """`hf-genlm train`: one process, or several that this one launches or is one of."""
 
 import argparse
+import shlex
 import time
 
 from hf_genlm.arguments import TRAIN_FIELDS
@@ -87,6 +88,6 @@ def _train_and_tell(recipe: Recipe, out: str, resume: bool) -> None:
         said = read_json(run.privacy)
         print(f"privacy: epsilon {said['epsilon']:g}, delta {said['delta']:g}, for {said['unit']}")
     print()
-    print(f"hf-genlm generate {run.path}\n")
+    print(f"hf-genlm generate {shlex.quote(str(run.path))}\n")
     print("from transformers import AutoModelForCausalLM\nimport hf_genlm")
     print(f'model = AutoModelForCausalLM.from_pretrained("{run.model.as_posix()}")')
