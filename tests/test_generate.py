@@ -9,6 +9,8 @@ from accelerate.big_modeling import (
 from conftest import EOS, PAD, STACKS, build_model
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 
+from hf_genlm.model.cache_genlm import CACHE, RecurrentStateLayer
+
 N = 9
 TAKES_EMBEDDINGS = [stack for stack, config in STACKS.items() if "bigram_size" not in config]
 
@@ -32,8 +34,6 @@ def test_beam_search_equals_beam_search_without_cache(model, tokens):
 
 def test_beam_search_needs_the_reordering(tokens, monkeypatch):
     """The test above can fail: with states left in their rows the beams differ."""
-    from hf_genlm.model.cache_genlm import RecurrentStateLayer
-
     model = build_model("gru")
     right = generate(model, tokens, num_beams=4)
     monkeypatch.setattr(RecurrentStateLayer, "reorder_cache", lambda self, beam_idx: None)
@@ -79,6 +79,16 @@ def test_going_on_from_a_cache_equals_starting_over(model, tokens, start):
     mask = torch.ones_like(more)  # a generated pad token is no padding, as generate would take it to be
     again = generate(model, more, attention_mask=mask)
     assert torch.equal(generate(model, more, attention_mask=mask, past_key_values=cache), again)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_comes_by_either_name(model, tokens, name):
+    """Before and from transformers 5.24 on."""
+    cache = DynamicCache(config=model.config)
+    first = model(tokens[:, :5], use_cache=True, **{name: cache})
+    assert first[CACHE] is cache
+    logits = torch.cat([first.logits, model(tokens[:, 5:], **{name: cache}).logits], dim=1)
+    torch.testing.assert_close(logits, model(tokens, use_cache=False).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_rejected_drafts_are_taken_back(model, tokens):

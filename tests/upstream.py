@@ -49,6 +49,7 @@ SKIPS = {
     r"not support attentions|not output attentions|support output_attentions|support SDPA": "recurrent",
     r"not have RoPE|not support RoPE scaling": "recurrent",
     # what our models do not offer
+    r"Do not take a cache as input|Not returning cache": "no warning of the older name: either serves",
     r"partial rope": "head_dim turns as a whole",
     r"does not have position embeddings": "positions can be learned, but not resized",
     r"sliding window mask": "asks for use_sliding_window; tests/test_mixers.py has the window's definition",
