@@ -7,19 +7,22 @@ many tokens it has seen and cannot roll back; this one does all three.
 
 import torch
 from transformers import cache_utils, masking_utils
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 # what transformers calls a cache, as an argument and in an output: the first from 5.24 on
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
+class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin, DummyLayer):
     """State of one recurrent layer: slot 0 holds h, slot 1 holds c of an LSTM, each (batch, recurrent_size).
     Slot 2 of a model's first layer holds the last token, plus 1, where pairs are embedded: (batch, 1).
 
     While `record_past` is set (assisted decoding), the states after each token since the last `crop` are
     kept, (batch, 1 + tokens, recurrent_size), so that rejected tokens can be taken back.
+
+    A CacheLayerMixin counts tokens; a DummyLayer has no keys, and is not asked for the extent of a mask over
+    them where a layer of attention comes after it.
     """
 
     # for every recurrence: accelerate refuses sequence parallelism by the words linear_attention in it
@@ -28,10 +31,9 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, max_cache_len: int | None = None, **kwargs):
+    def __init__(self, **kwargs):
         LinearAttentionLayer.__init__(self, number_of_states=3)
         self.keys = self.values = None
-        self.max_cache_len = max_cache_len  # of a static cache
         self.is_initialized = False
         # a tensor: a Python number would be a constant to torch.compile and torch.export
         self.cumulative_length = torch.tensor(0, dtype=torch.int64)
@@ -75,12 +77,7 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin):
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int):
-        """The extent of a mask, and where it begins: what a layer of attention in such a cache would answer.
-
-        transformers 5.24 asks this layer where it stands before the first one of attention.
-        """
-        if self.max_cache_len is not None:
-            return self.max_cache_len, 0
+        """(tokens seen including this query, 0): the extent of the padding mask."""
         return self.cumulative_length + query_length, 0
 
     def get_max_length(self) -> int:

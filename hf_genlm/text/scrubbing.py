@@ -157,6 +157,7 @@ def _pieces(parts: Iterable[str]) -> Iterator[str]:
 
 def _border(piece: str) -> int:
     """Behind the last line end, and before a private key that has begun; all of it where neither is near."""
-    border = piece.rfind("\n", len(piece) - _REACH) + 1 or len(piece)
-    key = piece.rfind("-----BEGIN ", len(piece) - _REACH, border)
-    return key if key > 0 and piece.find("-----END ", key, border) < 0 else border
+    near = len(piece) - _REACH
+    border = piece.rfind("\n", near) + 1 or len(piece)
+    key = piece.find("-----BEGIN ", max(near, piece.rfind("-----END ", near, border)), border)
+    return key if key > 0 else border
