@@ -36,16 +36,8 @@ _DOMINANT_SHARE = (
 _HELD_OUT_BLOCKS = 16  # so many blocks make up the validation split of a long text
 _LOOK_AHEAD = 1 << 12  # bytes in which a line end is looked for at once
 _BLOCK_CHARACTERS = 2000  # blocks are not made shorter than this for the sake of their number
-_MARKED = {
-    ".csv",
-    ".tsv",
-    ".json",
-    ".html",
-    ".htm",
-    ".xml",
-    ".tex",
-    ".ipynb",
-}  # text between marks of a format
+# text between the marks of a format
+_MARKED = {".csv", ".tsv", ".json", ".html", ".htm", ".xml", ".tex", ".ipynb"}
 
 
 Sources = Sequence[str] | Mapping[str, Sequence[str]]  # as they are, or by language
