@@ -335,7 +335,8 @@ def check_file(name: str, packed: bytes, is_whole: bool, content: bytes, kind: s
     assert ("skip", False) in found  # a damaged file never stops the reading of its folder then
     taken = {tuple(texts) for texts in found.values() if texts}
     if is_whole and kind in (".txt", ".md"):
-        wanted = "" if content.startswith(tuple(_DOCUMENTS)) else naive_text(content)  # an RTF
+        is_document = content.startswith(tuple(_DOCUMENTS))  # of another program: refused by name
+        wanted = "" if is_document else naive_text(content)
         assert taken == ({(wanted,)} if wanted else set())
     if is_whole and kind == ".jsonl":
         wanted, n_bad = naive_records(content)
