@@ -213,13 +213,19 @@ def ends_at_step_5(event, fields):
         signal.raise_signal(signal.SIGTERM)
 
 
-def test_an_edited_file_of_the_same_size_is_refused_by_name_at_resuming(tmp_path):
-    path = tmp_path / "train.jsonl"
+def stopped_stream(folder):
+    """The file that a run in `folder` streams, which ended at its checkpoint of step 5, and its recipe."""
+    path = folder / "train.jsonl"
     write_jsonl(path, range(100), 60)
-    recipe = recipe_of(tmp_path, "corpus.stream=true", "training.checkpoint_steps=5")
+    recipe = recipe_of(folder, "corpus.stream=true", "training.checkpoint_steps=5")
     recipe.corpus.validation = []
     with pytest.raises(Stopped):
-        train(recipe, tmp_path / "run", ends_at_step_5)
+        train(recipe, folder / "run", ends_at_step_5)
+    return path, recipe
+
+
+def test_an_edited_file_of_the_same_size_is_refused_by_name_at_resuming(tmp_path):
+    path, recipe = stopped_stream(tmp_path)
     before = path.read_text(encoding="utf-8")
     path.write_text(before[:-8] + "Z" + before[-7:], encoding="utf-8")
     with pytest.raises(UserError, match=r"not what this run began with \(changed: train\.jsonl\)"):
@@ -233,12 +239,7 @@ def test_an_edited_file_of_the_same_size_is_refused_by_name_at_resuming(tmp_path
 def test_of_a_large_file_samples_are_compared_and_a_later_date_is_told(tmp_path, monkeypatch):
     """Sixteen blocks, evenly: what lies between them is told by the date alone."""
     monkeypatch.setattr("hf_genlm.text.streaming._SAMPLE", 64)
-    path = tmp_path / "train.jsonl"
-    write_jsonl(path, range(100), 60)
-    recipe = recipe_of(tmp_path, "corpus.stream=true", "training.checkpoint_steps=5")
-    recipe.corpus.validation = []
-    with pytest.raises(Stopped):
-        train(recipe, tmp_path / "run", ends_at_step_5)
+    path, recipe = stopped_stream(tmp_path)
     before = path.read_bytes()
     for block in (0, 7, 15):
         start = (len(before) - 64) * block // 15
