@@ -12,10 +12,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_genlm.config.recipe import Recipe, load_recipe
     from hf_genlm.evaluation.metrics import metric_path
+    from hf_genlm.hub.trainer_callback import PushWithCode
     from hf_genlm.model import GenLMConfig, GenLMForCausalLM, GenLMModel
-    from hf_genlm.publish.trainer_push import PushWithCode
-    from hf_genlm.recipe import Recipe, load_recipe
     from hf_genlm.training.train import train
 
 __version__ = "0.1.0"
@@ -23,9 +23,9 @@ _HOMES = {
     "GenLMConfig": "hf_genlm.model",
     "GenLMForCausalLM": "hf_genlm.model",
     "GenLMModel": "hf_genlm.model",
-    "PushWithCode": "hf_genlm.publish.trainer_push",
-    "Recipe": "hf_genlm.recipe",
-    "load_recipe": "hf_genlm.recipe",
+    "PushWithCode": "hf_genlm.hub.trainer_callback",
+    "Recipe": "hf_genlm.config.recipe",
+    "load_recipe": "hf_genlm.config.recipe",
     "metric_path": "hf_genlm.evaluation.metrics",
     "train": "hf_genlm.training.train",
 }

@@ -2,6 +2,6 @@
 
 import sys
 
-from hf_genlm.cli import main
+from hf_genlm.cli.main import main
 
 sys.exit(main())

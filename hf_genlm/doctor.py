@@ -14,10 +14,10 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hf_genlm import serving
+from hf_genlm.card.parameters import part_names, part_of, parts_of
+from hf_genlm.config.recipe import Recipe, TokenizerRecipe
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.model.attention_genlm import GenLMAttention
-from hf_genlm.publish.parameters import part_names, part_of, parts_of
-from hf_genlm.recipe import Recipe, TokenizerRecipe
 from hf_genlm.run_folder import describe_environment
 from hf_genlm.text.tokenizer import check_vocab_size, load_tokenizer
 from hf_genlm.training.budget import resolve

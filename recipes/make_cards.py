@@ -16,11 +16,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from hf_genlm.card.card import card_of
+from hf_genlm.card.measured import figures, interval
+from hf_genlm.config.recipe import load_recipe
 from hf_genlm.evaluation.measurement import read_measurements
-from hf_genlm.publish.card import card_of
-from hf_genlm.publish.measured import figures, interval
-from hf_genlm.publish.plots import PICTURE
-from hf_genlm.recipe import load_recipe
+from hf_genlm.report.plots import PICTURE
 from hf_genlm.run_folder import RunFolder, read_json
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,17 +17,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
+from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.memory import keeping_memory
 from hf_genlm.model import GenLMForCausalLM
-from hf_genlm.recipe import Recipe, load_recipe
 from hf_genlm.run_folder import RunFolder, write_text
 from hf_genlm.text.packing import PackedRows, collate
 from hf_genlm.training import processes
+from hf_genlm.training.bigram_init import MOST_TOKENS, start_from_pairs
 from hf_genlm.training.budget import resolve, trapezoid
 from hf_genlm.training.configure import adopt_vocabulary, build_config, mixer_types_of, settle_decay
 from hf_genlm.training.optimizer import OptimizerFactory
-from hf_genlm.training.pair_start import MOST_TOKENS, start_from_pairs
 from hf_genlm.training.tokenized import prepare_corpus
 from hf_genlm.training.trainer import computes_bfloat16
 

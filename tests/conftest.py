@@ -2,8 +2,6 @@
 
 import gc
 import os
-import subprocess
-import sys
 
 # before torch is imported: no test may reach for a network, and a worker among others has one core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,74 +10,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
-import upstream
+from support import upstream
+from support.models import STACKS, VOCAB, build_model
 
-from hf_genlm.model import MIXERS, GenLMConfig, GenLMForCausalLM
+from hf_genlm.model import GenLMForCausalLM
 
-# every mixer of the table by itself, so that a new one is tested unasked, mixtures, and every way to have
-# fewer parameters
-STACKS = {mixer: {"mixer_types": [mixer, mixer]} for mixer in MIXERS}
-STACKS["hybrid"] = {"mixer_types": ["gated_linear", "full_attention", "lstm"]}
-STACKS["recurrent_first"] = {"mixer_types": ["gru", "sliding_attention", "elman"]}
-STACKS["factorised"] = {
-    "mixer_types": ["lstm", "sliding_attention"],
-    "embedding_size": 8,
-    "output_bias": True,
-    "mlp_rank": 12,
-}
-STACKS["shared"] = {
-    "mixer_types": ["gated_linear", "full_attention"] * 2,
-    "shared_layers": 2,
-    "num_key_value_heads": 1,
-    "final_logit_softcapping": 20.0,
-}
-STACKS["llama"] = {
-    "mixer_types": ["full_attention", "sliding_attention"],
-    "gated_mlp": True,
-    "hidden_act": "silu",
-    "qk_norm": False,
-}
-STACKS["gated_factorised"] = {"mixer_types": ["full_attention"], "gated_mlp": True, "mlp_rank": 12}
-STACKS["bigram"] = {"mixer_types": ["gated_linear", "full_attention"], "bigram_size": 32}
-# the kinds of config that transformers' own tests run over
-KINDS = {mixer: {"mixer_types": [mixer, mixer]} for mixer in MIXERS}
-KINDS["hybrid"] = {"mixer_types": ["gated_linear", "full_attention"]}
-KINDS["factorised"] = {
-    "mixer_types": ["lstm", "sliding_attention"],
-    "embedding_size": 24,
-    "output_bias": True,
-    "mlp_rank": 16,
-}
-KINDS["shared"] = {"mixer_types": ["full_attention"] * 2, "shared_layers": 2, "num_key_value_heads": 1}
-# one layer of each kind is enough for a tracer; more only takes longer
-SHALLOW = {mixer: [mixer] for mixer in MIXERS} | {"hybrid": ["lstm", "full_attention"]}
-VOCAB, PAD, EOS = 61, 0, 1
-
-
-def build_model(stack: str | list[str], seed: int = 0, **overrides) -> GenLMForCausalLM:
-    """A small model in eval mode, of a stack by its name or of mixers.
-
-    New models start as the identity: every matrix is given something to do.
-    """
-    chosen = STACKS[stack] if isinstance(stack, str) else {"mixer_types": stack}
-    shapes = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
-              "sliding_window": 5, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": EOS}  # fmt: skip
-    config = GenLMConfig(**{**shapes, **chosen, **overrides})
-    torch.manual_seed(seed)
-    model = GenLMForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model
-
-
-def by_triton_interpreter(code: str) -> str:
-    """The last word that `code` prints, its Triton kernels run without a GPU; else the end of its errors."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
-    )
-    return (done.stdout.split() or [done.stderr[-2000:]])[-1]
+pytest_plugins = ["support.runs", "support.command_line"]
 
 
 @pytest.fixture(scope="session", autouse=True)

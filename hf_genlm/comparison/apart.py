@@ -17,7 +17,7 @@ from typing import Any
 from hf_genlm.errors import UserError
 from hf_genlm.run_folder import Listener
 
-_PRELOADED = ["hf_genlm.training.train", "hf_genlm.publish.card"]
+_PRELOADED = ["hf_genlm.training.train", "hf_genlm.card.card"]
 _GPU_DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/dev/kfd"))
 
 

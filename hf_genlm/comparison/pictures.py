@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from hf_genlm.comparison.results import CandidateResult, Results
-from hf_genlm.publish.figures import COLOURS, line_style, new_figure, save_png
+from hf_genlm.report.figures import COLOURS, line_style, new_figure, save_png
 
 _WIDTH = 5.2  # inches: the words of it are still read on a phone
 _ROW, _FRAME = 0.42, 0.95  # inches: of a candidate, and around them

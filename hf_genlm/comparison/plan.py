@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
+from hf_genlm.config.recipe import Recipe, load_recipe, set_field
 from hf_genlm.errors import UserError
-from hf_genlm.recipe import Recipe, load_recipe, set_field
 
 # what each run may be given alike -> the field that says it; FLOPs become tokens when the sizes are known
 ENDS: dict[str, str | None] = {

@@ -13,10 +13,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from hf_genlm.comparison.plan import Fields, Plan
+from hf_genlm.config.recipe import Recipe, set_field
 from hf_genlm.doctor import ModelCost, describe_model
 from hf_genlm.errors import UserError
 from hf_genlm.model import DECODERS
-from hf_genlm.recipe import Recipe, set_field
 from hf_genlm.run_folder import Listener, RunFolder
 from hf_genlm.training.budget import resolve
 from hf_genlm.training.configure import builder_of

@@ -20,9 +20,9 @@ from filelock import FileLock
 
 from hf_genlm.comparison.apart import Crashed, run_apart
 from hf_genlm.comparison.plan import Plan, Run
+from hf_genlm.config.recipe import Recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements
-from hf_genlm.recipe import Recipe
 from hf_genlm.run_folder import Listener, RunFolder, read_json, write_json, write_text
 from hf_genlm.text.identity import changed_text
 
@@ -142,7 +142,7 @@ def _prepare_here(plan: Plan, path: Path, listener: Listener) -> dict[str, dict[
 
 def _train_here(recipe: Recipe, path: Path, is_by_clock: bool, listener: Listener) -> None:
     """As `_prepare_here`: a new run, or the rest of one."""
-    from hf_genlm.publish.card import write_card
+    from hf_genlm.card.card import write_card
     from hf_genlm.training.train import train
 
     run = RunFolder(path)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from hf_genlm.config.recipe import EvaluationRecipe
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.evaluation.measurement import Measurement
-from hf_genlm.recipe import EvaluationRecipe
 
 if TYPE_CHECKING:
     from hf_genlm.evaluation.by_language import Languages

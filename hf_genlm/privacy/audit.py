@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.evaluation.measurement import Measurement
-from hf_genlm.privacy.exposure import measure_canaries
-from hf_genlm.privacy.extraction import measure_extraction
-from hf_genlm.privacy.membership import measure_membership
+from hf_genlm.privacy.attacks.exposure import measure_canaries
+from hf_genlm.privacy.attacks.extraction import measure_extraction
+from hf_genlm.privacy.attacks.membership import measure_membership
 from hf_genlm.privacy.subject import Audited, Evidence, Findings, Progress
 from hf_genlm.run_folder import write_json
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import Measurement
-from hf_genlm.privacy.scoring import Passage, Scores, score
+from hf_genlm.privacy.attacks.scoring import Passage, Scores, score
 from hf_genlm.text.canaries import Canaries
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents
 from hf_genlm.text.store import Document

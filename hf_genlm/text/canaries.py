@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from hf_genlm.config.recipe import CorpusRecipe, PrivacyRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.recipe import CorpusRecipe, PrivacyRecipe
 from hf_genlm.text.corpus import Corpus, count_text
 from hf_genlm.text.store import Documents
 

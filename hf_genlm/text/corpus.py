@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError, did_you_mean
-from hf_genlm.recipe import CorpusRecipe
 from hf_genlm.text.damage import DAMAGED, LeftOut, left_out_line
 from hf_genlm.text.formats import check_encoding
 from hf_genlm.text.identity import split_by_hash, stands_in

@@ -7,7 +7,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-from hf_genlm.recipe import CorpusRecipe
+from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.token_forms import (
     BEGIN_OF_PRIVATE_KEY,
     END_OF_PRIVATE_KEY,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import IO, Any
 
+from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.recipe import CorpusRecipe
 from hf_genlm.text.compressed import COMPRESSIONS, one_line, only_member, unpacked
 from hf_genlm.text.damage import Damage, LeaveOut, Place
 from hf_genlm.text.store import CHUNK, spooled

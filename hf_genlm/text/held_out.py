@@ -4,8 +4,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.recipe import CorpusRecipe
 from hf_genlm.text.corpus import count_text, named, read_documents
 from hf_genlm.text.formats import Parts
 from hf_genlm.text.store import Documents, DocumentWriter

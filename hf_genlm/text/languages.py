@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError, did_you_mean
-from hf_genlm.recipe import CorpusRecipe
 from hf_genlm.text.store import Documents
 
 # RFC 5646, section 2.1: language, script, region and variants, each in its usual case so that a language has

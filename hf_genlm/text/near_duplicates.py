@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.recipe import CorpusRecipe
 from hf_genlm.text.store import Documents
 
 Progress = Callable[[int, int], None]

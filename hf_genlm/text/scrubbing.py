@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
+from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError, did_you_mean
-from hf_genlm.recipe import CorpusRecipe
 from hf_genlm.text.detectors import DETECTORS, LIBRARIES
 
 ALL = "all"

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import NoSource, UserError, without_secrets
-from hf_genlm.recipe import CorpusRecipe
 from hf_genlm.text.cache import NoRoom
 from hf_genlm.text.damage import Damage, LeaveOut, LeftOut, Place
 from hf_genlm.text.formats import Parts, RawFile, check_column, format_of, texts_of, texts_of_rows

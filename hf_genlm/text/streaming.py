@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
+from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError, without_secrets
-from hf_genlm.recipe import CorpusRecipe
 from hf_genlm.text.damage import Place as RecordPlace
 from hf_genlm.text.encoding import pieces_of_parts
 from hf_genlm.text.formats import Parts, RawFile, check_column, check_encoding, text_value, texts_of

@@ -13,9 +13,9 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from hf_genlm.config.recipe import TokenizerRecipe
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.memory import give_back_memory
-from hf_genlm.recipe import TokenizerRecipe
 from hf_genlm.text.cache import ArrayWriter, Cache, key_of
 from hf_genlm.text.store import Document, Documents, as_documents
 

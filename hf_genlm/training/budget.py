@@ -6,11 +6,11 @@ import re
 import time
 from dataclasses import dataclass, field
 
+from hf_genlm.config.ranges import RANGES
+from hf_genlm.config.recipe import ModelRecipe, Recipe, TrainingRecipe, check_recipe
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.model import DECODERS, mixers_of
 from hf_genlm.model.configuration_genlm import RECURRENT_MIXERS
-from hf_genlm.ranges import RANGES
-from hf_genlm.recipe import ModelRecipe, Recipe, TrainingRecipe, check_recipe
 from hf_genlm.training.private import prefer_private
 from hf_genlm.training.processes import clock_of_first, count
 

@@ -10,10 +10,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 
+from hf_genlm.config.recipe import ModelRecipe, Recipe
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.loading import source_of
 from hf_genlm.model import MIXER_TYPES, GenLMConfig, GenLMForCausalLM, mixers_of
-from hf_genlm.recipe import ModelRecipe, Recipe
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.training.budget import Budget, decay_for, resolve
 from hf_genlm.training.plan import is_open, measure_step, plan_size, tokens_of_a_step

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from hf_genlm.config.recipe import Recipe, TrainingRecipe
 from hf_genlm.errors import Stopped
 from hf_genlm.evaluation.by_language import documents_of
 from hf_genlm.evaluation.likelihood import Window, measure_likelihood
 from hf_genlm.evaluation.measurement import Measurement
 from hf_genlm.memory import keeping_memory
 from hf_genlm.model import GenLMForCausalLM
-from hf_genlm.recipe import Recipe, TrainingRecipe
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.balanced import BalancedRows
 from hf_genlm.text.packed_stream import PackedStream

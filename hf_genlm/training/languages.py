@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hf_genlm.config.recipe import CorpusRecipe, Recipe
 from hf_genlm.evaluation.by_language import Languages, documents_of, measure_parallel, over_languages
 from hf_genlm.evaluation.measurement import Measurement
 from hf_genlm.evaluation.tokenization import measure_tokenization
-from hf_genlm.recipe import CorpusRecipe, Recipe
 from hf_genlm.text.encoding import encode_documents
 from hf_genlm.text.languages import read_parallel, reference_of, spans
 from hf_genlm.text.store import Document, Documents

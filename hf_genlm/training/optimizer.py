@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from hf_genlm.config.recipe import TrainingRecipe
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.model.bigram_genlm import GenLMBigramEmbedding
-from hf_genlm.recipe import TrainingRecipe
 from hf_genlm.training.muon import Muon
 
 

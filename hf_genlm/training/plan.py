@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from hf_genlm.config.recipe import Recipe, TrainingRecipe
 from hf_genlm.model import DECODERS, GenLMForCausalLM
-from hf_genlm.recipe import Recipe, TrainingRecipe
 from hf_genlm.training.budget import Shape, resolve
 from hf_genlm.training.optimizer import OptimizerFactory
 from hf_genlm.training.processes import rows_of_each

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
+from hf_genlm.config.recipe import CorpusRecipe, Recipe, TrainingRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.privacy.differential_privacy import check_installed, delta_of, guarantee_of
-from hf_genlm.privacy.randomness import KEY_BYTES
-from hf_genlm.recipe import CorpusRecipe, Recipe, TrainingRecipe
+from hf_genlm.privacy.dp.guarantee import check_installed, delta_of, guarantee_of
+from hf_genlm.privacy.dp.randomness import KEY_BYTES
 from hf_genlm.run_folder import RunFolder, write_json
 from hf_genlm.text.corpus import read_corpus
 from hf_genlm.text.store import Documents

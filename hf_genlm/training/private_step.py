@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 
+from hf_genlm.config.recipe import Recipe, TrainingRecipe
 from hf_genlm.errors import UserError
 from hf_genlm.model import GenLMForCausalLM
-from hf_genlm.privacy.differential_privacy import Guarantee
-from hf_genlm.privacy.per_example import PerExampleGradients
-from hf_genlm.privacy.randomness import KEY_BYTES, NOISES, draw_documents, draw_numbers
-from hf_genlm.recipe import Recipe, TrainingRecipe
+from hf_genlm.privacy.dp.guarantee import Guarantee
+from hf_genlm.privacy.dp.per_example import PerExampleGradients
+from hf_genlm.privacy.dp.randomness import KEY_BYTES, NOISES, draw_documents, draw_numbers
 from hf_genlm.text.packing import IGNORED, collate
 from hf_genlm.text.windows import DocumentWindows
 from hf_genlm.training.optimizer import OptimizerFactory

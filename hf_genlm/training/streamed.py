@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from hf_genlm.config.recipe import Recipe, TrainingRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.recipe import Recipe, TrainingRecipe
 from hf_genlm.run_folder import RunFolder, read_json, write_json
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents
 from hf_genlm.text.held_out import beginning, read_stream
@@ -19,8 +19,8 @@ from hf_genlm.text.packed_stream import PackedStream
 from hf_genlm.text.store import Documents
 from hf_genlm.text.streaming import DocumentStream, HeldOut, open_stream
 from hf_genlm.training import processes
+from hf_genlm.training.bigram_init import MOST_TOKENS
 from hf_genlm.training.milestones import WordRate
-from hf_genlm.training.pair_start import MOST_TOKENS
 from hf_genlm.training.tokenized import tokenizer_of
 from hf_genlm.training.word_vectors import count_words
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from hf_genlm.config.recipe import Recipe, TrainingRecipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.by_language import documents_of
 from hf_genlm.evaluation.measurement import write_measurements
-from hf_genlm.recipe import Recipe, TrainingRecipe
 from hf_genlm.run_folder import RunFolder, read_json, write_json
 from hf_genlm.text.balanced import BalancedRows, balanced_text, repeats_of
 from hf_genlm.text.cache import ArrayWriter, Cache, cache_folder

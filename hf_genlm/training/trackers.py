@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from hf_genlm.config.recipe import Recipe
 from hf_genlm.errors import UserError, did_you_mean
-from hf_genlm.recipe import Recipe
 from hf_genlm.run_folder import Listener, RunFolder
 from hf_genlm.training.processes import is_first
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.errors import NoSource, UserError
 from hf_genlm.evaluation.blocks import BlockSums
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.loading import hub_id_of
 from hf_genlm.model import GenLMForCausalLM
-from hf_genlm.recipe import Recipe, load_recipe
 from hf_genlm.run_folder import (
     FollowedRun,
     Listener,
@@ -30,6 +30,7 @@ from hf_genlm.text.near_duplicates import check_near_duplicates
 from hf_genlm.text.scrubbing import check_scrubbing
 from hf_genlm.text.windows import DocumentWindows
 from hf_genlm.training import processes
+from hf_genlm.training.bigram_init import MOST_TOKENS, start_from_pairs
 from hf_genlm.training.budget import Budget, budget_of, resolve
 from hf_genlm.training.callbacks import Diverged
 from hf_genlm.training.checkpoints import Checkpoint, newest_checkpoint, refuse_code, write_model
@@ -48,7 +49,6 @@ from hf_genlm.training.lanes import Lanes
 from hf_genlm.training.languages import measure_languages
 from hf_genlm.training.milestones import read_milestones
 from hf_genlm.training.optimizer import check_optimizer
-from hf_genlm.training.pair_start import MOST_TOKENS, start_from_pairs
 from hf_genlm.training.plan import tokens_of_a_step
 from hf_genlm.training.private import (
     begin_private,

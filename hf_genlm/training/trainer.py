@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_genlm.config.recipe import TrainingRecipe
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.model import GenLMForCausalLM
-from hf_genlm.recipe import TrainingRecipe
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.balanced import BalancedRows
 from hf_genlm.training.budget import Budget, trapezoid

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_genlm.config.recipe import Recipe
 from hf_genlm.errors import UserError, did_you_mean
-from hf_genlm.recipe import Recipe
 from hf_genlm.run_folder import RunFolder, write_json
 from hf_genlm.text.damage import DAMAGED
 from hf_genlm.text.encoding import pieces

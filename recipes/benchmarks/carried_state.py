@@ -50,9 +50,9 @@ def _run(
     """Bits per byte by carried states and by windows, and the first one's time in parts of the second's."""
     from transformers import AutoTokenizer
 
+    from hf_genlm.config.recipe import load_recipe
     from hf_genlm.evaluation.likelihood import measure_likelihood
     from hf_genlm.model import GenLMForCausalLM
-    from hf_genlm.recipe import load_recipe
     from hf_genlm.text.corpus import read_corpus
     from hf_genlm.text.encoding import encode_documents
     from hf_genlm.training.train import train

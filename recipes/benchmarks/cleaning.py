@@ -9,7 +9,7 @@ place that a detector found, to be judged by a person.
 import argparse
 import time
 
-from hf_genlm.recipe import CorpusRecipe
+from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.text.corpus import read_documents
 from hf_genlm.text.detectors import DETECTORS
 from hf_genlm.text.near_duplicates import find_near_duplicates

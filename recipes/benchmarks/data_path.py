@@ -48,7 +48,7 @@ def main() -> None:
 def compare(options: argparse.Namespace) -> None:
     """Print the rate of each way and how many times faster ours is."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    from hf_genlm.recipe import CorpusRecipe, TokenizerRecipe
+    from hf_genlm.config.recipe import CorpusRecipe, TokenizerRecipe
     from hf_genlm.text.corpus import read_documents
     from hf_genlm.text.tokenizer import train_tokenizer
 
@@ -157,7 +157,7 @@ def measure_memory(megabytes: int, records: bool) -> None:
 
 def train_and_report(arguments: list[str]) -> None:
     """In the fresh process: a whole run, and what it took. The last line holds the figures."""
-    from hf_genlm import cli
+    from hf_genlm.cli.main import main as cli
 
     cut_short()
     start = time.perf_counter()
@@ -188,7 +188,7 @@ def write_text(path: Path, n_bytes: int, records: bool) -> int:
     """CPython's own text, its letters permuted anew in every round. Returns the number of records."""
     import random
 
-    from hf_genlm.recipe import CorpusRecipe
+    from hf_genlm.config.recipe import CorpusRecipe
     from hf_genlm.text.corpus import read_documents
 
     generator = random.Random(0)

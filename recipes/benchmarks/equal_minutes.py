@@ -18,9 +18,9 @@ import torch
 from peers import build_gpt2, train_gpt2
 from torch.utils.data import DataLoader
 
+from hf_genlm.config.recipe import load_recipe
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.evaluation.measurement import read_measurements
-from hf_genlm.recipe import load_recipe
 from hf_genlm.text.packing import PackedRows, collate
 from hf_genlm.training.tokenized import TokenizedCorpus, prepare_corpus
 from hf_genlm.training.train import train

@@ -83,8 +83,8 @@ def compare(
 
 def _train(options: argparse.Namespace, folder: Path, settings: list[str]) -> dict:
     """The last event of each name in a run's log, trained where it is not there, and its bits per byte."""
+    from hf_genlm.config.recipe import load_recipe
     from hf_genlm.evaluation.measurement import read_measurements
-    from hf_genlm.recipe import load_recipe
     from hf_genlm.run_folder import RunFolder
     from hf_genlm.training.train import train
 
@@ -103,8 +103,8 @@ def measure_pace(ways: Ways, vocab_size: int) -> dict[str, float]:
     """Seconds of a step of each way: forward, backward, clipping, optimizer, on rows of random tokens."""
     import torch
 
+    from hf_genlm.config.recipe import load_recipe
     from hf_genlm.model import GenLMForCausalLM
-    from hf_genlm.recipe import load_recipe
     from hf_genlm.training.budget import resolve
     from hf_genlm.training.configure import build_config, mixer_types_of
     from hf_genlm.training.optimizer import OptimizerFactory

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_genlm.cli import main
+from hf_genlm.cli.main import main
+from hf_genlm.config.recipe import load_recipe
 from hf_genlm.evaluation.measurement import read_measurements
-from hf_genlm.recipe import load_recipe
 from hf_genlm.training.train import train
 
 SEEDS = (0, 1, 2)

@@ -67,7 +67,7 @@ def spread(values: list[float]) -> str:
 
 def plant(sources: list[str], folder: Path, seed: int) -> dict[int, list[str]]:
     """Write the text to train on and one to measure, and give the passages by how many copies each has."""
-    from hf_genlm.recipe import CorpusRecipe
+    from hf_genlm.config.recipe import CorpusRecipe
     from hf_genlm.text.corpus import read_documents
 
     generator = random.Random(seed)
@@ -96,7 +96,7 @@ def changed(passage: list[str], words: list[str], generator: random.Random) -> l
 
 def train_on(folder: Path, way: str, seed: int, steps: int, settings: list[str]):
     """The run folder, and the seconds of reading and training."""
-    from hf_genlm.recipe import load_recipe
+    from hf_genlm.config.recipe import load_recipe
     from hf_genlm.training.train import train
 
     recipe = load_recipe(None, [*SETTINGS, *settings, f"training.steps={steps}", f"training.seed={seed}"])

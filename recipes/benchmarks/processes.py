@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=8, help="of a turn")
     options = parser.parse_args()
-    from hf_genlm.launch import is_launched, launch
+    from hf_genlm.cli.launch import is_launched, launch
 
     if is_launched():
         measure(options.rounds, options.steps)
@@ -77,8 +77,8 @@ def step_of(decoder: str, shape: str, n: int) -> Callable[[], None]:
     """A training step by `n` processes of the rows of a shape."""
     import torch
 
+    from hf_genlm.config.recipe import TrainingRecipe
     from hf_genlm.model import GenLMConfig, GenLMForCausalLM, mixers_of
-    from hf_genlm.recipe import TrainingRecipe
     from hf_genlm.training import processes
     from hf_genlm.training.message import StepMessage
     from hf_genlm.training.optimizer import OptimizerFactory

@@ -16,17 +16,17 @@ import time
 
 import torch
 
+from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.model import GenLMForCausalLM
-from hf_genlm.recipe import Recipe, load_recipe
 from hf_genlm.text.corpus import Corpus, read_corpus
 from hf_genlm.text.encoding import encode_documents
 from hf_genlm.text.packing import PackedRows, collate
 from hf_genlm.text.tokenizer import train_tokenizer
+from hf_genlm.training.bigram_init import MOST_TOKENS, start_from_pairs
 from hf_genlm.training.budget import resolve, trapezoid
 from hf_genlm.training.configure import adopt_vocabulary, build_config, mixer_types_of, settle_decay
 from hf_genlm.training.optimizer import OptimizerFactory
-from hf_genlm.training.pair_start import MOST_TOKENS, start_from_pairs
 from hf_genlm.training.plan import measure_step
 
 FIRST_STEPS = 10  # after which there is a pace

@@ -1,0 +1,1 @@
+"""The model card: template, front matter, sections and the Hub's rules."""

@@ -1,0 +1,1 @@
+"""The command line: options, progress display, and one thin module per verb. Only these modules print."""

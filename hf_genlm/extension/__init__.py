@@ -1,0 +1,1 @@
+"""New tokens for a trained model, for example for another language."""

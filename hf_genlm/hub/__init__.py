@@ -1,0 +1,1 @@
+"""Publishing on the Hub: manifest, upload, clean load, Trainer callback."""

@@ -1,0 +1,1 @@
+"""Synthetic recall tasks: which decoder remembers how far."""

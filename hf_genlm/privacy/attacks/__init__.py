@@ -1,0 +1,1 @@
+"""Attacks that measure what a model reveals of its training text."""

@@ -1,1 +1,0 @@
-"""What other people see of a run: its card and its page on the Hub."""

@@ -1,0 +1,1 @@
+"""Curves, plots, Markdown and HTML reports."""

@@ -1,0 +1,1 @@
+"""The browser demo, run locally or pushed as a Space."""

@@ -1,0 +1,215 @@
+"""Promise: the command line works for a stranger, and every mistake is one line with a remedy, exit 2."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+from support.command_line import last_line
+from transformers import AutoConfig
+
+from hf_genlm.cli.main import main
+from hf_genlm.config.recipe import load_recipe
+from hf_genlm.evaluation.measurement import read_measurements
+
+
+def test_train_leaves_a_whole_run_folder(trained):
+    names = {path.name for path in trained.path.iterdir()}
+    assert names >= {"recipe.yaml", "environment.json", "corpus.json", "log.jsonl", "tokenizer",
+                     "evaluation.json", "samples.md", "model"}  # fmt: skip
+    in_model = {path.name for path in trained.model.iterdir()}
+    assert in_model >= {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json",
+                        "README.md", "modeling_genlm.py", "configuration_genlm.py"}  # fmt: skip
+    assert not [name for name in in_model if name.startswith("_")]
+
+
+def test_evaluate_repeats_the_measurements_of_the_run(trained, capsys):
+    before = read_measurements(trained.evaluation)
+    assert main(["evaluate", str(trained.path), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)["measurements"]
+    assert [m["value"] for m in printed] == pytest.approx([m.value for m in before], rel=1e-9)
+
+
+def test_evaluate_measures_a_model_folder_on_a_file(trained, text_folder, capsys):
+    file = str(sorted(text_folder.iterdir())[0])
+    assert main(["evaluate", str(trained.model), file, "--json", "--set", "evaluation.batch_size=3"]) == 0
+    printed = json.loads(capsys.readouterr().out)["measurements"]
+    assert {m["split"] for m in printed} == {"given"}
+
+
+def test_evaluate_measures_a_model_of_transformers(trained, text_folder, tmp_path, capsys):
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    tokenizer = AutoTokenizer.from_pretrained(trained.model)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    file = str(sorted(text_folder.iterdir())[0])
+    assert main(["evaluate", str(tmp_path), file]) == 0
+    assert "bits_per_byte" in capsys.readouterr().out
+
+
+def test_generate_continues_the_prompt(trained, capsys):
+    for seed in ("1", "1", "2"):
+        assert (
+            main(["generate", str(trained.path), "The import", "--max-new-tokens", "9", "--seed", seed]) == 0
+        )
+    first, second, third = capsys.readouterr().out.split("The import")[1:]
+    assert first.strip() == second.strip() != third.strip()
+    assert main(["generate", str(trained.path), "--max-new-tokens", "5", "--temperature", "0"]) == 0
+    assert main(["generate", str(trained.path), "--max-new-tokens", "5", "--int8"]) == 0
+
+
+def test_card_is_written_again(trained, capsys):
+    card = trained.model / "README.md"
+    before = card.read_text()
+    card.unlink()
+    assert main(["card", str(trained.path)]) == 0
+    assert card.read_text() == before
+
+
+def test_tokenizer_verb(text_folder, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    out = tmp_path / "tokenizer"
+    assert main(["tokenizer", str(text_folder), "--out", str(out), "--vocab-size", "300"]) == 0
+    assert "300 tokens" in capsys.readouterr().out
+    assert len(AutoTokenizer.from_pretrained(out)) == 300
+    assert main(["tokenizer", str(text_folder), "--out", str(out)]) == 2
+    assert "already holds files" in last_line(capsys)
+
+
+def write(path, content: bytes) -> str:
+    path.write_bytes(content)
+    return str(path)
+
+
+PROSE = ("It was the best of times, it was the worst of times. " * 400).encode()
+MISTAKES = {
+    "missing path": (lambda p: ["nowhere.txt"], "owner/name"),
+    "empty file": (lambda p: [write(p / "empty.txt", b"")], "empty"),
+    "binary file": (lambda p: [write(p / "a.txt", b"GIF89a\0\0\1" * 9)], "NUL"),
+    "invalid UTF-8": (lambda p: [write(p / "a.txt", b"caf\xe9 " * 9)], "corpus.encoding=latin-1"),
+    "text shorter than a row": (
+        lambda p: [write(p / "a.txt", b"A short text.\nIn two lines.\n")],
+        "training.row_length",
+    ),
+    "unknown decoder": (lambda p: [write(p / "a.txt", PROSE), "--decoder", "lstmm"], "did you mean 'lstm'"),
+    "unknown recipe key": (
+        lambda p: ["--recipe", write(p / "r.yaml", b"training: {batchsize: 3}")],
+        "did you mean 'batch_size'",
+    ),
+    "unknown key in --set": (lambda p: ["--set", "trainin.steps=3"], "did you mean 'training'"),
+    "heads that do not divide": (
+        lambda p: [
+            write(p / "a.txt", PROSE),
+            "--decoder",
+            "transformer",
+            "--set",
+            "model.num_attention_heads=5",
+        ],
+        "multiple of num_attention_heads",
+    ),
+    "vocabulary larger than the text": (
+        lambda p: [write(p / "a.txt", PROSE), "--vocab-size", "20000"],
+        "20000: this text fills",
+    ),
+    "folder that holds a run": (
+        lambda p: ["--out", write(p / "recipe.yaml", b"") and str(p)],
+        "already holds a run",
+    ),
+    "unwritable folder": (lambda p: ["--out", "/proc/run"], "cannot be written"),
+    "file in the way": (lambda p: ["--out", write(p / "file", b"x")], "cannot be written"),
+    "two ends": (lambda p: ["--minutes", "1", "--steps", "3"], "give one of them"),
+    "no number": (lambda p: ["--steps", "many"], "expected a whole number"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_bad_input_is_one_line_and_exit_2(mistake, tmp_path, capsys):
+    arguments, words = MISTAKES[mistake]
+    arguments = arguments(tmp_path)
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+    assert main(["train", *arguments, *out]) == 2
+    line = last_line(capsys)
+    assert words in line, line
+    assert not (tmp_path / "out").exists()
+
+
+def test_invalid_utf8_names_the_byte(tmp_path, capsys):
+    assert main(["train", write(tmp_path / "a.txt", b"caf\xe9 "), "--out", str(tmp_path / "out")]) == 2
+    line = last_line(capsys)
+    assert "0xe9" in line
+    assert "3" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], "trian"),
+        ([], "VERB"),
+        (["train", "--step", "3", "--stps", "3"], "--stps"),
+        (["evaluate", "nowhere"], "name the SOURCE"),
+        (["evaluate", "nowhere", "x.txt"], "x.txt"),
+        (["generate", "nowhere"], "no model at"),
+        (["generate", "nowhere", "--max-new-tokens", "0"], "whole number above 0"),
+        (["card", "nowhere"], "not a run folder"),
+    ],
+)
+def test_other_mistakes(arguments, words, capsys):
+    assert main(arguments) == 2
+    assert words in last_line(capsys)
+
+
+def test_a_changed_corpus_is_noticed(trained, text_folder, capsys, monkeypatch, tmp_path):
+    import shutil
+
+    shutil.copytree(trained.path, tmp_path / "run")
+    shutil.copytree(text_folder, tmp_path / "text")
+    for file in (tmp_path / "text").iterdir():
+        file.write_text(file.read_text() + "more\n")
+    recipe = load_recipe(tmp_path / "run" / "recipe.yaml", [f"corpus.sources={tmp_path / 'text'}"])
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe.to_yaml())
+    assert main(["evaluate", str(tmp_path / "run")]) == 2
+    assert "have changed" in last_line(capsys)
+
+
+@pytest.mark.parametrize("unbuffered", [False, True])
+def test_a_reader_that_ends_early_is_no_fault(unbuffered):
+    command = [sys.executable, *(["-u"] if unbuffered else []), "-m", "hf_genlm", "doctor", "--parameters"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        error = process.stderr.read().decode()
+        assert process.wait() == 141
+    assert "BrokenPipeError" not in error
+
+
+def cpu_seconds(*arguments: str) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_help_is_instant():
+    own = min(cpu_seconds("-c", "pass") for _ in range(3))
+    ours = min(cpu_seconds("-m", "hf_genlm", "--help") for _ in range(3))
+    assert ours - own < 0.5
+
+
+def test_importing_the_package_registers_the_model_in_any_order():
+    """First in a process of its own; after transformers in this one."""
+    code = "import hf_genlm, transformers as t; print(t.AutoConfig.for_model('genlm').model_type)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "genlm"
+    modules = list(sys.modules)
+    assert modules.index("transformers") < modules.index("hf_genlm")
+    assert AutoConfig.for_model("genlm").model_type == "genlm"
+
+
+@pytest.mark.parametrize("verb", ["serve", "chat"])
+def test_serving_without_its_libraries_names_the_extra(verb, trained, monkeypatch, capsys):
+    monkeypatch.setattr("hf_genlm.serving.find_spec", lambda name: None)
+    assert main([verb, str(trained.path)]) == 2
+    assert "pip install 'hf_genlm[serve]'" in last_line(capsys)

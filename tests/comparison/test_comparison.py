@@ -1,0 +1,534 @@
+"""Promise: a comparison says what was equal and how sure it is, loses nothing to a kill, and outlives a run
+that fails."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+from support import killing
+
+from hf_genlm.cli.arguments import build_parser
+from hf_genlm.cli.compare import _plan_of
+from hf_genlm.cli.main import main
+from hf_genlm.comparison.apart import Crashed, run_apart
+from hf_genlm.comparison.plan import Plan, decoders_and_sizes, make_plan, recipes_of
+from hf_genlm.comparison.prepare import prepare
+from hf_genlm.comparison.running import ComparisonFolder, _train_here
+from hf_genlm.comparison.statistics import Estimate, difference_in_bits, holm, mean_bits
+from hf_genlm.config.recipe import load_recipe
+from hf_genlm.doctor import describe_model
+from hf_genlm.errors import UserError
+from hf_genlm.evaluation.blocks import BLOCK_BYTES, BlockSums
+from hf_genlm.evaluation.likelihood import make_windows
+from hf_genlm.evaluation.measurement import read_measurements
+from hf_genlm.run_folder import RunFolder
+from hf_genlm.training.train import train
+
+SMALL = (
+    "training.checkpoint_steps=1",
+    "training.threads=1",
+    "training.row_length=16",
+    "training.batch_size=4",
+    "training.validations=2",
+    "tokenizer.vocab_size=300",
+    "model.hidden_size=32",
+    "model.num_hidden_layers=1",
+)
+BITS = math.log(2)
+
+
+def plan_of(
+    decoders=("lstm", "transformer"), until="steps", amount=4, settings=SMALL, text=(), **kwargs
+) -> Plan:
+    return make_plan(decoders_and_sizes(decoders, [], settings, text, []), until, amount, **kwargs)
+
+
+def parsed(*words: str) -> Plan:
+    return _plan_of(build_parser().parse_args(["compare", *words, "--out", "unused"]))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    killing.write_text(path)
+    return path
+
+
+# --- what is compared
+
+
+def test_candidates_are_the_product_of_decoders_and_sizes():
+    plan = parsed(
+        "x.txt", "--decoders", "lstm,gru", "--sizes", "tiny,small", "--seeds", "2", "--tokens", "1e6"
+    )
+    assert list(plan.candidates) == ["lstm-tiny", "lstm-small", "gru-tiny", "gru-small"]
+    for name, fields in plan.candidates.items():
+        decoder, size = name.split("-")
+        assert fields == {
+            "corpus.sources": ["x.txt"],
+            "model.decoder": decoder,
+            "model.size": size,
+            "training.tokens": 1_000_000,
+            "training.samples": 0,
+        }
+    recipe = plan.recipe("gru-small", {"model.hidden_size": 64}, seed=1)
+    assert (recipe.model.decoder, recipe.model.hidden_size, recipe.training.seed) == ("gru", 64, 1)
+
+
+def test_seeds_are_interleaved_and_each_round_begins_with_another_candidate():
+    names = [run.name for run in plan_of(("lstm", "gru", "elman")).runs()]
+    rounds = (("lstm", "gru", "elman"), ("gru", "elman", "lstm"), ("elman", "lstm", "gru"))
+    assert names == [f"{decoder}-seed{seed}" for seed, order in enumerate(rounds) for decoder in order]
+
+
+def test_recipes_keep_what_they_say_but_for_what_ends_them(tmp_path):
+    (tmp_path / "slow.yaml").write_text("training: {learning_rate: 1e-4, steps: 7, seed: 5}\n")
+    (tmp_path / "fast.yaml").write_text("training: {learning_rate: 1e-2, samples: 1}\n")
+    paths = [str(tmp_path / name) for name in ("slow.yaml", "fast.yaml")]
+    plan = make_plan(recipes_of(paths, ["model.dropout=0.1"], [], []), "minutes", "0.5")
+    assert plan.candidates == {
+        "slow": {"model.dropout": 0.1, "training.minutes": 0.5, "training.learning_rate": 1e-4,
+                 "training.samples": 0},
+        "fast": {"model.dropout": 0.1, "training.minutes": 0.5, "training.learning_rate": 1e-2,
+                 "training.samples": 1},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--minutes", "1"], "nothing to compare: name the candidates"),
+        (["--decoders", "lstm"], "needs two candidates, and there is 1"),
+        (["--decoders", "lstm,lstm"], "'lstm' stands twice"),
+        (["--decoders", "lstm,../x"], "'../x' cannot name a folder"),
+        (["--decoders", "lstm,gru", "--steps", "5", "--minutes", "1"], "--minutes and --steps all end a run"),
+        (["--decoders", "lstm,gru", "--minutes", "0"], "training.minutes = 0"),
+        (["--decoders", "lstm,gru", "--flops", "many"], "--flops many: it must be a number above 0"),
+        (["--decoders", "lstm,gru", "--set", "training.seed=3"], "training.seed is set by --seeds"),
+        (["--decoders", "lstm,gru", "--set", "model.decoder=gru"], "model.decoder is set by the candidates"),
+        (["--decoders", "lstm,gru", "--set", "model.mixers=gru"], "overrules --decoders"),
+        (["--sizes", "tiny,small", "--parameters", "3M"], "--parameters chooses the width"),
+        (["--decoders", "lstm,gru", "--parameters", "tiny"], "write a count such as 300K"),
+        (["--recipes", "a.yaml", "--sizes", "tiny"], "leave --decoders and --sizes out"),
+        (["--decoders", "lstm,gru", "--set", "training.stepps=3"], "did you mean 'steps'"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(words, said):
+    with pytest.raises(UserError) as refused:
+        parsed(*words)
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("section", ["corpus: {split_seed: 3}", "tokenizer: {vocab_size: 500}"])
+def test_recipes_of_several_texts_or_tokenizers_are_refused(section, tmp_path):
+    (tmp_path / "a.yaml").write_text(section)
+    (tmp_path / "b.yaml").write_text("")
+    candidates = recipes_of([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")], [], [], [])
+    with pytest.raises(UserError, match="a and b differ in"):
+        make_plan(candidates, "steps", 3)
+    if section.startswith("tokenizer"):
+        assert len(make_plan(candidates, "steps", 3, one_tokenizer=False).candidates) == 2
+
+
+def test_a_plan_comes_back_from_its_file_and_names_what_differs(tmp_path):
+    plan = plan_of(parameters=None)
+    (tmp_path / "compare.yaml").write_text(plan.to_yaml())
+    begun = Plan.read(tmp_path / "compare.yaml")
+    assert begun == plan
+    for other, said in (
+        (plan_of(amount=5), "steps = 5.0 is not 4.0"),
+        (plan_of(seeds=4), "seeds = 4 is not 3"),
+        (plan_of(("lstm", "gru")), "candidates = 'lstm, gru' is not 'lstm, transformer'"),
+        (plan_of(settings=(*SMALL, "model.dropout=0.5")), "lstm: model.dropout = 0.5 is not None"),
+        (plan_of(until="minutes"), "steps = None is not 4.0"),
+    ):
+        with pytest.raises(UserError, match="name another --out") as refused:
+            other.check_same(begun, tmp_path)
+        assert said in str(refused.value)
+
+
+# --- what is equal
+
+
+def test_equal_parameters_and_equal_flops(text, tmp_path):
+    settings = ("tokenizer.vocab_size=300", "model.bigram_size=0")
+    decoders = ("elman", "lstm", "gated_linear", "transformer", "hybrid")
+    plan = plan_of(decoders, "flops", 1e11, settings, [str(text)], parameters="300K")
+    settled = prepare(plan, tmp_path)
+    assert list(settled) == list(decoders)
+    counts = {name: found["parameters"] for name, found in settled.items()}
+    assert max(abs(count - 300_000) for count in counts.values()) < 10_000, counts
+    for name, found in settled.items():
+        recipe = plan.recipe(name, {**found["fields"], "tokenizer.path": str(tmp_path / "tokenizer")})
+        cost = describe_model(recipe)
+        assert cost.n_parameters == found["parameters"]
+        assert (
+            0 <= 1e11 - recipe.training.tokens * cost.training_flops_per_token < cost.training_flops_per_token
+        )
+    assert settled["lstm"]["hidden_size"] < settled["elman"]["hidden_size"]
+    assert json.loads((tmp_path / "corpus.json").read_text())["validation"]["bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [
+        ({"parameters": "2K"}, "the nearest that lstm comes to"),
+        ({"until": "flops", "amount": 1e3}, "less than one step"),
+        ({"decoders": ("lstm", "transfomer")}, "did you mean 'transformer'"),
+    ],
+)
+def test_what_cannot_be_made_equal_is_refused(kwargs, said, text, tmp_path):
+    settings = ("tokenizer.vocab_size=300",)
+    with pytest.raises(UserError) as refused:
+        prepare(plan_of(**{"settings": settings, "text": [str(text)], **kwargs}), tmp_path)
+    assert said in str(refused.value)
+
+
+def test_the_size_of_a_run_by_the_clock_is_planned_once_for_all_seeds(text, tmp_path):
+    settings = ("tokenizer.vocab_size=300", "training.batch_size=4")
+    settled = prepare(plan_of(("lstm", "hybrid"), "minutes", 0.02, settings, [str(text)]), tmp_path)
+    for found in settled.values():
+        assert found["fields"]["training.batch_size"] == 4
+        assert found["fields"]["model.hidden_size"] == found["hidden_size"] >= 32
+    assert settled["hybrid"]["fields"]["model.num_hidden_layers"] >= 3
+
+
+# --- how sure it is
+
+
+def test_holm_by_hand():
+    found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.5})
+    assert found == pytest.approx({"a": 0.04, "c": 0.09, "b": 0.09, "d": 0.5})
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0}
+
+
+def test_between_seeds_alone_it_is_the_test_of_welch():
+    draw = np.random.default_rng(0)
+    bytes_C = np.array([100.0, 300.0])
+    ours, others = draw.normal(2.0, 0.1, 3), draw.normal(2.2, 0.3, 4)
+    found = difference_in_bits(np.outer(ours, bytes_C) * BITS, np.outer(others, bytes_C) * BITS, bytes_C)
+    wanted = stats.ttest_ind(ours, others, equal_var=False)
+    # each text has the same bits per byte for a seed: what is left of its variance is rounding
+    assert found.value == pytest.approx(ours.mean() - others.mean())
+    assert found.p_value == pytest.approx(wanted.pvalue, rel=1e-6)
+    assert found.interval == pytest.approx(tuple(wanted.confidence_interval(0.95)), rel=1e-6)
+
+
+def test_over_the_text_alone_it_is_the_paired_test():
+    draw = np.random.default_rng(0)
+    bytes_C = np.full(30, 50.0)
+    ours, others = draw.normal(2.0, 0.3, (2, 1, 30))
+    found = difference_in_bits(ours * 50 * BITS, others * 50 * BITS, bytes_C)
+    wanted = stats.ttest_rel(ours[0], others[0])
+    assert found.p_value == pytest.approx(wanted.pvalue)
+    assert found.interval == pytest.approx(tuple(wanted.confidence_interval(0.95)))
+
+
+def test_one_seed_of_several_is_taken_to_vary_as_the_others():
+    bytes_C = np.array([100.0, 300.0])
+    ours, others = np.array([2.0]), np.array([2.1, 2.2, 2.6])
+    found = difference_in_bits(np.outer(ours, bytes_C) * BITS, np.outer(others, bytes_C) * BITS, bytes_C)
+    assert found.p_value == pytest.approx(stats.ttest_ind(ours, others).pvalue, rel=1e-6)
+
+
+def test_nothing_is_known_of_one_seed_and_one_piece():
+    found = mean_bits(np.array([[100.0 * BITS]]), np.array([50.0]))
+    assert (found.value, found.interval, found.p_value) == (pytest.approx(2.0), None, None)
+    assert Estimate(0.0, 0.0, 1.0).p_value == 1.0
+
+
+@pytest.mark.parametrize("n_texts", [400, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("seed_sd", "text_sd"), [(0.02, 0.02), (0.02, 0.2), (0.005, 0.3)])
+def test_intervals_of_three_seeds_hold_the_truth(seed_sd, text_sd, n_texts):
+    """Two candidates of 3 seeds on 40 pieces: piece, seed, and their interaction vary; the true difference is
+    0.05."""
+    draw = np.random.default_rng(1)
+    pieces, seeds = 40, 3
+    bytes_C = draw.integers(500, 3000, pieces).astype(float)
+    held = 0
+    for _ in range(n_texts):
+        shared = draw.normal(0, 1.0, pieces)  # how hard each piece is, for both
+        nats = []
+        for mean in (2.0, 2.05):
+            own = draw.normal(0, text_sd, pieces)
+            each = draw.normal(0, seed_sd, (seeds, 1)) + draw.normal(0, text_sd / 3, (seeds, pieces))
+            nats.append((mean + shared + own + each) * bytes_C * BITS)
+        low, high = difference_in_bits(nats[1], nats[0], bytes_C).interval
+        held += low <= 0.05 <= high
+    error = math.sqrt(0.95 * 0.05 / n_texts)
+    assert 0.95 - 3 * error <= held / n_texts <= 0.99 + 3 * error, held / n_texts
+
+
+# --- pieces of text
+
+
+def test_blocks_hold_each_token_once_and_the_same_whatever_the_windows():
+    draw = np.random.default_rng(0)
+    documents = [
+        (np.zeros(n, dtype=np.int64), n_bytes) for n, n_bytes in ((900, 3 * BLOCK_BYTES), (0, 0), (5, 9))
+    ]
+    nats = [draw.random(len(ids)) for ids, _ in documents]
+    tables = []
+    for context, stride in ((64, 32), (1000, 500), (7, 3)):
+        sums = BlockSums.of(documents)
+        windows = make_windows([len(ids) for ids, _ in documents], context, stride)
+        for some in (windows[::2], windows[1::2]):
+            scored = [nats[w.document][w.first : w.stop] for w in some]
+            if some:
+                sums.add(some, np.concatenate(scored))
+        tables.append(sums.table)
+    assert tables[0]["document"].tolist() == [0, 0, 0, 2]
+    assert tables[0]["bytes"].tolist() == [BLOCK_BYTES] * 3 + [9]
+    assert tables[0]["tokens"].tolist() == [300, 300, 300, 5]
+    wanted = [*(nats[0][start : start + 300].sum() for start in (0, 300, 600)), nats[2].sum()]
+    for table in tables:
+        np.testing.assert_allclose(table["nats"], wanted, rtol=1e-12)
+
+
+def test_a_file_of_blocks_comes_back_and_damage_is_named(tmp_path):
+    sums = BlockSums.of([(np.arange(10), 5000)])
+    sums.save(tmp_path / "blocks.npy")
+    assert BlockSums.load(tmp_path / "blocks.npy").table.tolist() == sums.table.tolist()
+    (tmp_path / "blocks.npy").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="is damaged"):
+        BlockSums.load(tmp_path / "blocks.npy")
+
+
+# --- a process of its own
+
+
+def ends_by_kill(listener):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def divides(listener):
+    listener("note", {"message": "about to"})
+    return 1 / 0
+
+
+def refuses(word, listener):
+    raise UserError(f"{word} cannot be used")
+
+
+def test_what_ends_a_process_is_told(tmp_path):
+    heard = []
+
+    def run(function, *arguments):
+        def listener(event, fields):
+            heard.append((event, fields))
+
+        return run_apart(function, *arguments, listener=listener, messages=tmp_path / "messages.txt")
+
+    with pytest.raises(Crashed, match="ended by SIGKILL, as the system does where memory is short"):
+        run(ends_by_kill)
+    with pytest.raises(Crashed, match="ZeroDivisionError: division by zero") as crashed:
+        run(divides)
+    assert "in divides" in crashed.value.details
+    assert heard == [("note", {"message": "about to"})]
+    with pytest.raises(UserError, match="lstm cannot be used"):
+        run(refuses, "lstm")
+
+
+# --- comparisons
+
+
+def words_of(text: Path, out: Path, *more: str) -> list[str]:
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    return ["compare", str(text), "--out", str(out), *settings, *more]
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def in_the_middle(out: Path) -> Path | None:
+    """The folder of a run that has begun and is not finished."""
+    done = json.loads((out / "finished.json").read_text()) if (out / "finished.json").is_file() else {}
+    for folder in (out / "runs").glob("*"):
+        if done and folder.name not in done and (folder / "checkpoints" / "checkpoint-3").is_dir():
+            return folder
+    return None
+
+
+def wait_for_the_middle(command: subprocess.Popen, out: Path) -> Path:
+    while not (half := in_the_middle(out)):
+        assert command.poll() is None, command.stderr.read()
+        time.sleep(0.005)
+    return half
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_comparison_that_was_ended_goes_on(number, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = words_of(text, out, "--decoders", "lstm,transformer", "--seeds", "2", "--steps", "10")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path])}
+    command = subprocess.Popen(
+        [sys.executable, "-m", "hf_genlm", *words], stderr=subprocess.PIPE, env=environment
+    )
+    half = wait_for_the_middle(command, out)
+    command.send_signal(number)
+    said = command.communicate(timeout=60)[1].decode()
+    assert command.returncode == (-9 if number == signal.SIGKILL else 0)
+    if number == signal.SIGTERM:
+        assert said.endswith(f"stopped; the same command goes on in {out}\n")
+    done = {name: contents(out / "runs" / name) for name in json.loads((out / "finished.json").read_text())}
+    assert 1 <= len(done) < 4
+    assert half.name not in done
+    assert main(words) == 0
+    for name, was in done.items():
+        assert contents(out / "runs" / name) == was, "what is finished is not touched"
+    assert "resumed" in [event["event"] for event in RunFolder(half).read_log()]
+    undisturbed = train(load_recipe(half / "recipe.yaml"), tmp_path / "undisturbed")
+    for name in ("model/model.safetensors", "evaluation_blocks.npy"):
+        assert (half / name).read_bytes() == (undisturbed.path / name).read_bytes()
+    check_report(out, capsys.readouterr().out)
+    before = contents(out)
+    assert main(words) == 0, "nothing is left to do"
+    after = contents(out)
+    for name in ("comparison.json", "report.html", "report.md", "plots/scores.png", "log.jsonl"):
+        assert after[name][0] == before[name][0]
+    with pytest.raises(UserError, match="seeds = 3 is not 2"):
+        ComparisonFolder.of(out, _plan_of(build_parser().parse_args([*words, "--seeds", "3"])))
+    (half / "model" / "model.safetensors").write_bytes(b"other")
+    assert main(words) == 2
+    assert "is not as this comparison left it" in capsys.readouterr().err
+
+
+def check_report(out: Path, printed: str):
+    """The numbers are those of the runs, and the verdict is theirs."""
+    results = json.loads((out / "comparison.json").read_text())
+    assert printed.splitlines()[0] == results["verdict"]
+    assert {c["name"] for c in results["candidates"]} == {"lstm", "transformer"}
+    for candidate in results["candidates"]:
+        assert [run["seed"] for run in candidate["runs"]] == [0, 1]
+        for run in candidate["runs"]:
+            measured = read_measurements(out / "runs" / run["name"] / "evaluation.json")
+            values = {m.name: m.value for m in measured}
+            assert run["bits_per_byte"] == pytest.approx(values["bits_per_byte"], rel=1e-9)
+            assert run["nats_per_token"] == pytest.approx(values["nats_per_token"], rel=1e-9)
+            assert run["steps"] == 10
+        mean = np.mean([run["bits_per_byte"] for run in candidate["runs"]])
+        assert candidate["bits_per_byte"]["value"] == pytest.approx(mean)
+    best, other = results["candidates"]
+    assert best["bits_per_byte"]["value"] <= other["bits_per_byte"]["value"]
+    assert results["verdict"].startswith(f"{best['name']} ")
+    page = (out / "report.html").read_text()
+    markdown = (out / "report.md").read_text()
+    for words in ("10 optimizer steps", f"{best['parameters'] / 1000:.1f}k", "Satterthwaite", "2 of 2"):
+        assert words in page
+        assert words in markdown
+    assert page.count("data:image/png;base64,") == 2
+    tokenizers = {(out / "runs" / name / "tokenizer" / "tokenizer.json").read_bytes() for name in
+                  ("lstm-seed0", "transformer-seed1")}  # fmt: skip
+    assert tokenizers == {(out / "tokenizer" / "tokenizer.json").read_bytes()}
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(text, tmp_path, capsys):
+    (tmp_path / "good.yaml").write_text("training: {learning_rate: 1e-3}")
+    (tmp_path / "bad.yaml").write_text("training: {learning_rate: 1e30, max_grad_norm: 1e30}")
+    recipes = f"{tmp_path / 'bad.yaml'},{tmp_path / 'good.yaml'}"
+    words = words_of(text, tmp_path / "out", "--recipes", recipes, "--steps", "6", "--seeds", "1")
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert "failed        bad-seed0: " in captured.err
+    assert captured.out.startswith("good is the only one that finished")
+    results = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [c["name"] for c in results["candidates"]] == ["good"]
+    assert "finite" in results["failed"]["bad-seed0"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "1 of 2 runs failed" in page
+    assert "finite" in page
+
+
+def test_a_refused_comparison_leaves_nothing(text, tmp_path, capsys):
+    words = words_of(text, tmp_path / "out", "--decoders", "lstm,transfomer", "--steps", "3")
+    assert main(words) == 2
+    assert "did you mean 'transformer'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").touch()
+    assert main(words_of(text, tmp_path / "full", "--decoders", "lstm,gru", "--steps", "3")) == 2
+    assert "already holds files" in capsys.readouterr().err
+
+
+def test_by_the_clock_a_half_run_begins_again_and_a_trained_one_is_only_measured(text, tmp_path):
+    recipe = load_recipe(None, [*SMALL, "training.minutes=0.02", "training.samples=0"])
+    recipe.corpus.sources = [str(text)]
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "recipe.yaml").write_text(yaml.safe_dump({"training": {"minutes": 5}}))
+    (path / "log.jsonl").write_text('{"event": "of before"}\n')
+    _train_here(recipe, path, True, lambda event, fields: None)
+    events = [event["event"] for event in RunFolder(path).read_log()]
+    assert "of before" not in events
+    assert events.count("trained") == 1
+    weights = (path / "model" / "model.safetensors").read_bytes()
+    measured = (path / "evaluation_blocks.npy").read_bytes()
+    (path / "evaluation.json").unlink()
+    _train_here(recipe, path, True, lambda event, fields: None)
+    assert (path / "model" / "model.safetensors").read_bytes() == weights
+    assert (path / "evaluation_blocks.npy").read_bytes() == measured
+    assert [event["event"] for event in RunFolder(path).read_log()].count("trained") == 1
+
+
+def records(path: Path) -> Path:
+    path.write_text("".join(f'{{"text": "The {n} houses had {n + 1} doors."}}\n' for n in range(200)))
+    return path
+
+
+def test_a_comparison_over_a_stream_and_a_file_of_it_that_was_edited(tmp_path, capsys):
+    source, out = records(tmp_path / "text.jsonl"), tmp_path / "out"
+    words = words_of(source, out, "--decoders", "gru,transformer", "--steps", "3", "--seeds", "1")
+    words += ["--set", "corpus.stream=true"]
+    assert main(words) == 0
+    results = json.loads((out / "comparison.json").read_text())
+    assert [run["steps"] for c in results["candidates"] for run in c["runs"]] == [3, 3]
+    tokenizers = {file.read_bytes() for file in out.glob("**/tokenizer/tokenizer.json")}
+    assert len(tokenizers) == 1
+    assert "unknown" not in (out / "report.md").read_text().split("## How to repeat it")[1]
+    shutil.rmtree(out / "runs" / "gru-seed0")
+    source.write_text(source.read_text().replace("The 150 houses", "The 150 horses"))
+    assert main(words) == 2
+    assert "the train text has changed since this comparison began (changed: " in capsys.readouterr().err
+    assert not (out / "runs" / "gru-seed0").exists()
+
+
+def test_a_comparison_of_recipes_with_a_tokenizer_each(tmp_path, capsys):
+    source, out = records(tmp_path / "text.jsonl"), tmp_path / "out"
+    for size in (270, 300):
+        (tmp_path / f"of{size}.yaml").write_text(f"tokenizer: {{vocab_size: {size}}}")
+    recipes = f"{tmp_path / 'of270.yaml'},{tmp_path / 'of300.yaml'}"
+    settings = [word for setting in SMALL if "vocab_size" not in setting for word in ("--set", setting)]
+    words = ["compare", str(source), "--recipes", recipes, "--own-tokenizers", "--steps", "3", *settings]
+    assert main([*words, "--seeds", "1", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.startswith("of")
+    for size in (270, 300):
+        files = [out / where / "tokenizer" / "tokenizer.json" for where in
+                 (f"tokenizers/of{size}", f"runs/of{size}-seed0")]  # fmt: skip
+        assert files[0].read_bytes() == files[1].read_bytes()
+        assert len(json.loads(files[0].read_text())["model"]["vocab"]) == size
+    assert "a tokenizer for each" in (out / "report.md").read_text()
+
+
+def test_a_comparison_that_starts_from_word_vectors(tmp_path):
+    source, out = records(tmp_path / "text.jsonl"), tmp_path / "out"
+    (tmp_path / "vectors.txt").write_text("The 0.1 0.2 0.3\nhouses 1 0 1\ndoors 0 1 1\nhad 1 1 0\n")
+    words = words_of(source, out, "--decoders", "gru,transformer", "--steps", "3", "--seeds", "1")
+    assert main([*words, "--set", f"vectors.path={tmp_path / 'vectors.txt'}"]) == 0
+    for name in ("gru-seed0", "transformer-seed0"):
+        assert json.loads((out / "runs" / name / "vectors.json").read_text())
+        assert json.loads((out / "runs" / name / "model" / "config.json").read_text())["embedding_size"] == 3

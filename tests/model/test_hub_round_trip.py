@@ -1,0 +1,204 @@
+"""Promise: what was saved is what anyone loads, with our package or without it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.models import STACKS, build_model
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import hf_genlm.model
+from hf_genlm.config.recipe import TokenizerRecipe
+from hf_genlm.model import GenLMConfig, GenLMForCausalLM, GenLMModel
+from hf_genlm.text.sources import Document
+from hf_genlm.text.tokenizer import train_tokenizer
+
+
+def test_weights_return_bit_equal(model, tokens, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(loaded) is GenLMForCausalLM
+    expected = model.state_dict()
+    assert expected.keys() == loaded.state_dict().keys()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert torch.equal(loaded(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits)
+    assert torch.equal(
+        AutoModel.from_pretrained(tmp_path).embed_tokens.weight, model.model.embed_tokens.weight
+    )
+
+
+def test_config_returns_equal(model, tmp_path):
+    model.config.save_pretrained(tmp_path)
+    loaded, expected = AutoConfig.from_pretrained(tmp_path).to_dict(), model.config.to_dict()
+    for written_at_save in ("transformers_version", "architectures", "auto_map", "_name_or_path"):
+        loaded.pop(written_at_save, None)
+        expected.pop(written_at_save, None)
+    assert loaded == expected
+    assert "layer_types" not in json.loads((tmp_path / "config.json").read_text())
+
+
+@pytest.mark.parametrize("stack", ["gru", "lstm", "elman", "gated_linear"])
+def test_missing_weights_are_initialised_and_present_ones_kept(stack, tmp_path):
+    """Half of a mixer's tensors missing: the rest keeps its values, the missing get new ones, nothing is
+    garbage."""
+    from safetensors.torch import load_file, save_file
+
+    model = build_model(stack)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    gone = [
+        name for name in weights if "layers.1" in name and ("rec_proj.weight" in name or "value_proj" in name)
+    ]
+    kept = {name: tensor for name, tensor in weights.items() if name not in gone}
+    assert gone
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = GenLMForCausalLM.from_pretrained(tmp_path)
+    for name, tensor in kept.items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    for name in gone:
+        fresh = loaded.state_dict()[name]
+        assert fresh.isfinite().all()
+        assert 0 < fresh.std() < 1
+        if "rec_proj" in name:
+            gate = fresh[:32].double()
+            torch.testing.assert_close(gate @ gate.T, torch.eye(32, dtype=torch.double), atol=1e-5, rtol=0)
+
+
+def test_new_models_start_as_documented():
+    model = GenLMForCausalLM(GenLMConfig(mixer_types=["lstm", "gru", "gated_linear", "full_attention"]))
+    lstm, gru, linear, _ = (layer.mixer for layer in model.model.layers)
+    for layer in model.model.layers:
+        for projection in (layer.mixer.out_proj, layer.mlp.down_proj):
+            assert projection.weight.std().item() == pytest.approx(0.1 * 0.02 / 8**0.5, rel=0.05)
+    assert torch.equal(lstm.in_proj.bias.view(4, -1).mean(1), torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    assert torch.equal(gru.in_proj.bias.view(3, -1).mean(1), torch.tensor([0.0, 1.0, 0.0]))
+    memory = 1 / (1 - torch.sigmoid(linear.forget_proj.bias.double())) - 1
+    torch.testing.assert_close(
+        memory[[0, -1]], torch.tensor([1.0, 128.0], dtype=torch.double), atol=1e-2, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_loads_and_runs(model, tokens, dtype, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = GenLMForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    assert loaded.dtype == dtype
+    logits = loaded(tokens, use_cache=False).logits
+    assert logits.dtype == dtype
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "overrides", [{}, {"embedding_size": 8}, {"tie_word_embeddings": False, "output_bias": True}]
+)
+def test_vocabulary_can_be_resized(overrides, tokens):
+    model = build_model(["gru", "full_attention"], **overrides)
+    before = model(tokens, use_cache=False).logits
+    model.resize_token_embeddings(70)
+    assert model.config.vocab_size == 70
+    grown = model(tokens, use_cache=False).logits
+    assert grown.shape[-1] == 70
+    torch.testing.assert_close(grown[..., :61], before)
+    model.resize_token_embeddings(61)
+    torch.testing.assert_close(model(tokens, use_cache=False).logits, before)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(model, tokens):
+    gradients = []
+    for checkpoint in (False, True):
+        if checkpoint:
+            model.activation_checkpointing_enable()
+        model.train()
+        loss = model(tokens, labels=tokens, use_cache=False).loss
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for with_it, without in zip(*gradients, strict=True):
+        torch.testing.assert_close(with_it, without, atol=1e-6, rtol=1e-5)
+
+
+WITHOUT_US = """
+import sys, pathlib
+sys.modules["hf_genlm"] = None  # as if it were not installed
+import torch
+import transformers
+for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    ids = torch.load(folder / "expected.pt", weights_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules"), type(model)
+    assert torch.equal(model(ids["tokens"], use_cache=False).logits, ids["logits"]), folder.name
+    text = model.generate(ids["tokens"], max_new_tokens=5, do_sample=False, num_beams=2)
+    assert torch.equal(text, ids["text"]), folder.name
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert type(config).__module__.startswith("transformers_modules"), type(config)
+    for auto, name in {"AutoModel": "GenLMModel",
+                       "AutoModelForSequenceClassification": "GenLMForSequenceClassification",
+                       "AutoModelForTokenClassification": "GenLMForTokenClassification"}.items():
+        other = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
+        assert type(other).__name__ == name, type(other)
+        assert torch.equal(other.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    table = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    assert type(model).__name__ in table.values()  # or Trainer would smooth labels unshifted
+    again = pathlib.Path(sys.argv[2]) / folder.name
+    model.save_pretrained(again)
+    for file in again.iterdir():
+        assert file.read_bytes() == (folder / file.name).read_bytes(), file
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer("a text").input_ids) == "a text"
+    print("loaded", folder.name)
+"""
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_two_saves_give_the_same_files(model, tmp_path):
+    """From new and from loaded models, whatever head they have and wherever they came from."""
+    model.save_pretrained(tmp_path / "first")
+    first = files_of(tmp_path / "first")
+    code = [path.name for path in Path(hf_genlm.model.__file__).parent.glob("*_genlm.py")]
+    assert sorted(first) == sorted(["config.json", "generation_config.json", "model.safetensors", *code])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    loaded.config.auto_map = {"AutoModel": "someone/elses--modeling_genlm.GenLMModel"}
+    loaded.save_pretrained(tmp_path / "second")
+    assert files_of(tmp_path / "second") == first
+    AutoModel.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "base")
+    base = files_of(tmp_path / "base")
+    assert {name: base[name] for name in base if name.endswith(".py")} == {
+        name: first[name] for name in first if name.endswith(".py")
+    }
+    auto_maps = [json.loads(files["config.json"])["auto_map"] for files in (first, base)]
+    assert auto_maps[0] == auto_maps[1]
+    heads = {"AutoModelForSequenceClassification", "AutoModelForTokenClassification"}
+    assert set(auto_maps[0]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} | heads
+
+
+def test_loads_by_remote_code_where_our_package_is_not_installed(tokens, tmp_path):
+    tokenizer = train_tokenizer([Document("a text", "here")], TokenizerRecipe(), 6)
+    for name in STACKS:
+        model, folder = build_model(name), tmp_path / "models" / name
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        expected = {
+            "tokens": tokens,
+            "logits": model(tokens, use_cache=False).logits.detach(),
+            "text": model.generate(tokens, max_new_tokens=5, do_sample=False, num_beams=2),
+        }
+        torch.save(expected, folder / "expected.pt")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_US, str(tmp_path / "models"), str(tmp_path / "again")],
+        capture_output=True, text=True, env=environment, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split().count("loaded") == len(STACKS)
+
+
+def test_our_package_wins_over_remote_code(tmp_path):
+    build_model(["gru"]).save_pretrained(tmp_path)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)) is GenLMForCausalLM
+    assert type(AutoModel.from_pretrained(tmp_path, trust_remote_code=True)) is GenLMModel

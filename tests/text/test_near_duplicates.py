@@ -1,0 +1,346 @@
+"""Promise: with `corpus.near_duplicates`, no two training documents are that similar, none is like one of the
+validation split, and none goes without a twin that stays."""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_genlm.config.recipe import CorpusRecipe, Recipe, load_recipe
+from hf_genlm.errors import UserError
+from hf_genlm.text import near_duplicates as module
+from hf_genlm.text.corpus import read_corpus
+from hf_genlm.text.near_duplicates import (
+    MOST_MISSED,
+    PERMUTATIONS,
+    bands_of,
+    find_near_duplicates,
+    similarity,
+    units_of,
+)
+from hf_genlm.text.store import Document, as_documents
+from hf_genlm.training.train import check
+
+pytest.importorskip("datasketch")
+WORDS = [f"word{i}" for i in range(2000)]
+
+
+def documents_of(texts):
+    return as_documents([Document(text, "here") for text in texts])
+
+
+def some_text(generator: random.Random, n: int = 120) -> str:
+    return " ".join(generator.choices(WORDS, k=n))
+
+
+def changed(text: str, n: int, generator: random.Random) -> str:
+    """With other words at `n` places."""
+    words = text.split()
+    for place in generator.sample(range(len(words)), n):
+        words[place] = "other" + str(generator.random())
+    return " ".join(words)
+
+
+def by_sets(one: str, other: str) -> float:
+    """The definition, on sets of the shingles themselves."""
+    sets = []
+    for text in (one, other):
+        units = units_of(text)
+        runs = {tuple(units[i : i + 5]) for i in range(len(units) - 4)}
+        sets.append(runs or ({tuple(units)} if units else set()))
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1]) if all(sets) else 0.0
+
+
+def greedily(train, validation, threshold: float) -> list[bool]:
+    """Every pair compared: who stays."""
+    stay = list(validation)
+    kept = []
+    for text in train:
+        kept.append(all(by_sets(text, other) < threshold for other in stay))
+        if kept[-1]:
+            stay.append(text)
+    return kept
+
+
+few_words = st.lists(st.sampled_from("abcd"), max_size=12)
+
+
+@given(few_words, few_words)
+def test_similarity_is_its_definition(one, other):
+    one, other = " ".join(one), " ".join(other)
+    assert similarity(one, other) == by_sets(one, other)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("threshold", [0.5, 0.8, 1.0])
+def test_the_same_documents_stay_as_when_all_pairs_are_compared(seed, threshold):
+    generator = random.Random(seed)
+    texts = [some_text(generator) for _ in range(20)]
+    texts += [
+        changed(generator.choice(texts), generator.choice([0, 1, 2, 4, 8, 16]), generator) for _ in range(60)
+    ]
+    generator.shuffle(texts)
+    train, validation = texts[10:], texts[:10]
+    found = find_near_duplicates(documents_of(train), documents_of(validation), threshold)
+    wanted = greedily(train, validation, threshold)
+    assert found.kept.tolist() == wanted
+    assert 0 < found.to_json()["removed"] == wanted.count(False)
+    again = find_near_duplicates(documents_of(train), documents_of(validation), threshold)
+    assert again.to_json() == found.to_json()
+
+
+def test_the_first_of_a_cluster_stays_and_validation_comes_first():
+    generator = random.Random(1)
+    one, held, alone = (some_text(generator) for _ in range(3))
+    train = [
+        one,
+        changed(one, 1, generator),
+        alone,
+        changed(held, 1, generator),
+        changed(one, 1, generator),
+        one,
+    ]
+    found = find_near_duplicates(documents_of(train), documents_of([held, held]), 0.8)
+    assert found.kept.tolist() == [True, False, True, False, False, False]
+    assert found.to_json() == {
+        "removed": 4, "of_validation": 1, "clusters": 2, "threshold": 0.8, "shingle": 5
+    }  # fmt: skip
+
+
+def test_a_chain_is_not_one_cluster():
+    """What is like something that went, and unlike all that stays, stays."""
+    words = [f"w{i}" for i in range(130)]
+    chain = [" ".join(words[start : start + 100]) for start in (0, 6, 12)]
+    assert similarity(*chain[:2]) > 0.8 > similarity(chain[0], chain[2])
+    found = find_near_duplicates(documents_of(chain), documents_of([]), 0.8)
+    assert found.kept.tolist() == [True, False, True]
+
+
+def test_bands_miss_no_more_than_they_say():
+    for threshold in np.linspace(0.05, 1, 40):
+        bands, rows = bands_of(threshold)
+        assert bands * rows <= PERMUTATIONS
+        assert (1 - threshold**rows) ** bands <= MOST_MISSED or rows == 1
+    assert bands_of(0.8) == (25, 5)
+
+
+def test_candidates_alone_take_nothing_out(monkeypatch):
+    """The signatures may say what they like: the documents themselves decide."""
+    monkeypatch.setattr(module, "bands_of", lambda threshold: (PERMUTATIONS, 1))
+    monkeypatch.setattr(module, "_MARGIN", 1000)
+    generator = random.Random(2)
+    text = some_text(generator, 60)
+    train = [text, changed(text, 6, generator), changed(text, 12, generator)]
+    assert 0.2 < similarity(train[0], train[1]) < 0.8
+    compared = Counter()
+    exact = module._InOrder.similarity
+
+    def counted(self, i, j):
+        compared["pairs"] += 1
+        return exact(self, i, j)
+
+    monkeypatch.setattr(module._InOrder, "similarity", counted)
+    found = find_near_duplicates(documents_of(train), documents_of([]), 0.8)
+    assert found.kept.all()
+    assert compared["pairs"] == 3
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "alike"),
+    [
+        ("人人生而自由\uff0c在尊严和权利上一律平等。", "人人生而自由,在尊严和权利上一律平等\uff01", True),
+        ("人人生而自由\uff0c在尊严和权利上一律平等。", "今天天气很好\uff0c我们一起去公园散步吧", False),
+        ("มนุษย์ทั้งหลายเกิดมามีอิสระ", "มนุษย์ทั้งหลาย เกิดมามีอิสระ ", True),
+        ("มนุษย์ทั้งหลายเกิดมามีอิสระ", "เสมอภาคกันในเกียรติศักดิ์", False),
+        ("One two, three (four) FIVE six.", "one two three four five six", True),
+        ("सभी मनुष्यों को गौरव और अधिकारों के मामले में", "सभी मनुष्यों को गौरव और अधिकारों के मामले में।", True),
+        ("short text", "Short text!", True),
+        ("short text", "other text", False),
+        ("... !!!", "... !!!", False),
+        ("", "", False),
+    ],
+)  # fmt: skip
+def test_texts_of_other_scripts_and_short_ones(one, other, alike):
+    assert (similarity(one, other) == 1) == alike
+    found = find_near_duplicates(documents_of([one or " ", other or " "]), documents_of([]), 0.9)
+    assert found.kept.tolist() == [True, not alike]
+
+
+def test_a_character_is_a_unit_where_words_are_not_parted():
+    assert units_of("Ça va, 人生abc ไทย!") == ["ça", "va", "人", "生", "abc", "ไ", "ท", "ย"]
+
+
+def test_parts_do_not_matter():
+    generator = random.Random(4)
+    letters = [*"ab ,.人ไéÀΣİ\n", "x" * 1000, " " * 600]
+    for _ in range(1000):
+        text = "".join(generator.choices(letters, k=generator.randrange(40)))
+        cuts = sorted(generator.randrange(len(text) + 1) for _ in range(generator.randrange(5)))
+        parts = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        whole, by_parts = ([h for run in module._shingles(each) for h in run] for each in ([text], parts))
+        assert whole == by_parts
+        assert len(whole) == max(len(units_of(text)) - 4, min(1, len(units_of(text))))
+
+
+def test_long_documents_are_compared_by_classes(monkeypatch):
+    generator = random.Random(3)
+    text = some_text(generator, 3000)
+    other = changed(text, 60, generator)
+    documents = module._InOrder(documents_of([text]), documents_of([other]))
+    whole = documents.similarity(0, 1)
+    monkeypatch.setattr(module, "_AT_ONCE", 1000)
+    sizes, unique = [], module._unique
+
+    def noted(parts):
+        found = unique(parts)
+        sizes.append(len(found))
+        return found
+
+    monkeypatch.setattr(module, "_unique", noted)
+    assert documents.similarity(0, 1) == whole == by_sets(text, other)
+    assert max(sizes) < 400, "of some 3,000 shingles"
+
+
+# the corpus
+
+
+def write_texts(folder: Path) -> tuple[list[str], list[str]]:
+    generator = random.Random(5)
+    texts = [some_text(generator, 60) for _ in range(40)]
+    copies = [changed(text, 1, generator) for text in texts[:15]]
+    lines = (json.dumps({"text": text}) + "\n" for text in texts + copies)
+    (folder / "a.jsonl").write_text("".join(lines), encoding="utf-8")
+    return texts, copies
+
+
+def test_a_corpus_without_near_duplicates(tmp_path):
+    texts, copies = write_texts(tmp_path)
+    plain = read_corpus(CorpusRecipe(sources=[str(tmp_path)], validation_fraction=0.2))
+    told = []
+    corpus = read_corpus(
+        CorpusRecipe(sources=[str(tmp_path)], validation_fraction=0.2, near_duplicates=0.7),
+        lambda done, total: told.append((done, total)),
+    )
+    assert corpus.report["validation"] == plain.report["validation"], "what is measured is the same text"
+    report = corpus.report["near_duplicates"]
+    assert report["threshold"] == 0.7
+    assert report["of_validation"] > 0
+    assert len(corpus.train) + len(corpus.validation) + report["removed"] == len(texts) + len(copies)
+    train, validation = ([d.text for d in split] for split in (corpus.train, corpus.validation))
+    assert max(by_sets(one, other) for one in train for other in validation) < 0.7
+    assert max(by_sets(one, other) for i, one in enumerate(train) for other in train[:i]) < 0.7
+    assert corpus.report["train"]["documents"] == len(train)
+    assert told == [(0, 55)]
+    json.dumps(corpus.report)
+
+
+def test_scrubbing_comes_first(tmp_path):
+    """Documents that differ in what is replaced alone are copies, exact ones of a validation document too."""
+    lines = [json.dumps({"text": f"a letter to nobody{i}@example.org"}) + "\n" for i in range(30)]
+    (tmp_path / "a.jsonl").write_text(
+        "".join(lines) + json.dumps({"text": "all other words stay as they are"})
+    )
+    (tmp_path / "held.txt").write_text("something else that is not like it")
+    recipe = CorpusRecipe(sources=[str(tmp_path / "a.jsonl")], validation=[str(tmp_path / "held.txt")])
+    recipe.scrub, recipe.near_duplicates = ["email"], 0.9
+    report = read_corpus(recipe).report
+    assert report["train"]["documents"] == 2
+    assert (report["near_duplicates"]["removed"], report["near_duplicates"]["clusters"]) == (29, 1)
+    (tmp_path / "held.txt").write_text("a letter to <EMAIL>")
+    report = read_corpus(recipe).report
+    assert (report["duplicates_removed"], report["near_duplicates"]["removed"]) == (30, 0)
+
+
+def test_languages_are_counted_after_it(tmp_path):
+    texts, _ = write_texts(tmp_path)
+    generator = random.Random(6)
+    (tmp_path / "b.jsonl").write_text(
+        "".join(json.dumps({"text": text + f" {i}"}) + "\n" for i, text in enumerate(texts[:5]))
+        + "".join(json.dumps({"text": some_text(generator, 60)}) + "\n" for _ in range(25))
+    )
+    recipe = CorpusRecipe(near_duplicates=0.7, validation_fraction=0.1)
+    recipe.languages = {"eng": [str(tmp_path / "a.jsonl")], "deu": [str(tmp_path / "b.jsonl")]}
+    report = read_corpus(recipe).report
+    of_each = [report["languages"][code]["train"]["documents"] for code in ("eng", "deu")]
+    assert sum(of_each) == report["train"]["documents"]
+    n_held = sum(report["languages"][code]["validation"]["documents"] for code in ("eng", "deu"))
+    assert sum(of_each) + n_held + report["near_duplicates"]["removed"] == 85
+
+
+def test_nothing_left_is_said(tmp_path):
+    (tmp_path / "a.txt").write_text("one two three four five six seven eight nine ten")
+    (tmp_path / "held.txt").write_text("One two three four five six seven eight nine ten.")
+    recipe = CorpusRecipe(sources=[str(tmp_path / "a.txt")], validation=[str(tmp_path / "held.txt")])
+    assert len(read_corpus(recipe).train) == 1
+    recipe.near_duplicates = 0.9
+    with pytest.raises(UserError, match="no training text is left"):
+        read_corpus(recipe)
+
+
+def test_a_stream_is_refused_by_name():
+    recipe = Recipe(corpus=CorpusRecipe(sources=["x"], stream=True, near_duplicates=0.8))
+    recipe.training.steps = 1
+    from hf_genlm.text.streaming import check_stream
+
+    with pytest.raises(UserError, match=r"corpus\.near_duplicates = 0\.8 .* --stream"):
+        check_stream(recipe.corpus)
+
+
+def test_a_missing_library_names_its_extra(monkeypatch):
+    recipe = Recipe(corpus=CorpusRecipe(near_duplicates=0.8))
+    recipe.training.steps = 1
+    check(recipe)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"datasketch: pip install 'hf_genlm\[privacy\]'"):
+        check(recipe)
+
+
+@pytest.mark.parametrize("value", ["0", "1.1", "-0.5", "nan"])
+def test_a_threshold_is_a_share(value):
+    with pytest.raises(UserError, match=r"corpus\.near_duplicates"):
+        load_recipe(None, [f"corpus.near_duplicates={value}"])
+
+
+# a run
+
+
+def test_the_command_the_card_and_resuming(tmp_path, capsys):
+    from hf_genlm.cli.main import main
+    from hf_genlm.run_folder import RunFolder, read_json
+
+    write_texts(tmp_path)
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.writelines(
+            json.dumps({"text": f"{some_text(random.Random(i), 60)} me{i}@example.org"}) + "\n"
+            for i in range(9)
+        )
+    out = tmp_path / "run"
+    shape = ["model.hidden_size=16", "model.num_hidden_layers=1", "tokenizer.vocab_size=300",
+             "training.samples=0", "training.row_length=32", "training.batch_size=4"]  # fmt: skip
+    command = ["train", str(tmp_path / "a.jsonl"), "--steps", "2", "--out", str(out)]
+    for setting in shape:
+        command += ["--set", setting]
+    assert main([*command, "--scrub", "--near-duplicates", "0.7"]) == 0
+    report = read_json(RunFolder(out).corpus)
+    assert report["scrubbed"]["types"]["email"] == 9
+    removed = report["near_duplicates"]["removed"]
+    assert removed > 0
+    said = capsys.readouterr().err
+    assert f"note          {removed} training documents left out that are near-duplicates\n" in said
+    assert "note          replaced by placeholders: 9 email\n" in said
+    card = (RunFolder(out).model / "README.md").read_text(encoding="utf-8")
+    assert "`email` 9" in card
+    assert f"Near-duplicates removed: {report['near_duplicates']['removed']}, of" in card
+    for option, name in (
+        (["--near-duplicates", "0.9"], "near_duplicates"),
+        (["--set", "corpus.scrub=ip"], "scrub"),
+    ):
+        capsys.readouterr()
+        assert main(["train", "--resume", "--out", str(out), *option]) == 2
+        assert f"corpus.{name}" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(out), "--scrub", "--near-duplicates", "0.7"]) == 0

@@ -1,0 +1,195 @@
+"""Promise: the size of a decoder follows from the time and from what this machine was seen to do in it."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.models import build_model
+from support.runs import SMALL
+
+from hf_genlm.config.recipe import Recipe, load_recipe
+from hf_genlm.model import DECODERS
+from hf_genlm.training import plan
+from hf_genlm.training.budget import SIZES, resolve
+from hf_genlm.training.callbacks import ThreadsCallback
+from hf_genlm.training.plan import LADDER, is_open, measure_step, plan_size
+from hf_genlm.training.train import train
+
+VOCAB = 2048
+
+
+class Machine:
+    """Steps take the time of their multiplications at `rate` a second, and longer from a width on."""
+
+    def __init__(self, rate: float, slow_from: int = 10**9, corpus_tokens: int = 10**12):
+        self.rate, self.slow_from = rate, slow_from
+        self.corpus_tokens = corpus_tokens
+        self.measured: list[int] = []
+
+    def build(self, recipe: Recipe) -> Recipe:
+        return recipe
+
+    def step_s(self, resolved: Recipe, training) -> tuple[float, int]:
+        width, layers = resolved.model.hidden_size, resolved.model.num_hidden_layers
+        self.measured.append(width)
+        weights = width * (VOCAB + 12 * width * layers)
+        rate = self.rate / 50 if width >= self.slow_from else self.rate
+        return plan.tokens_of_a_step(training) * weights / rate, 1
+
+    def plan(self, seconds: float, monkeypatch) -> plan.Plan:
+        monkeypatch.setattr(plan, "measure_step", self.step_s)
+        return plan_size(Recipe(), seconds, VOCAB, self.corpus_tokens, self.build)
+
+
+@pytest.mark.parametrize("rate", [2e8, 2e10, 2e12])
+def test_more_time_never_makes_a_smaller_decoder(rate, monkeypatch):
+    sizes = [
+        LADDER.index(Machine(rate).plan(seconds, monkeypatch).shape) for seconds in (1, 3, 10, 60, 600, 36000)
+    ]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
+
+
+@pytest.mark.parametrize("seconds", [2.0, 20.0, 200.0, 2000.0])
+def test_it_is_the_largest_that_sees_enough_tokens_for_each_weight(seconds, monkeypatch):
+    machine = Machine(2e10)
+    found = machine.plan(seconds, monkeypatch)
+    assert found.tokens >= plan.TOKENS_PER_WEIGHT * found.weights
+    above = LADDER[LADDER.index(found.shape) + 1]
+    weights = above.hidden_size * (VOCAB + 12 * above.hidden_size * above.num_hidden_layers)
+    assert seconds * machine.rate / weights < plan.TOKENS_PER_WEIGHT * weights
+    assert len(machine.measured) <= 4
+
+
+def test_a_decoder_that_proves_slow_is_not_taken(monkeypatch):
+    fast = Machine(2e10).plan(200.0, monkeypatch)
+    found = Machine(2e10, slow_from=fast.shape.hidden_size).plan(200.0, monkeypatch)
+    assert found.shape.hidden_size < fast.shape.hidden_size
+    assert found.tokens >= plan.TOKENS_PER_WEIGHT * found.weights
+
+
+def test_a_small_text_gets_a_small_decoder_however_long_it_may_take(monkeypatch):
+    free = Machine(2e10).plan(600.0, monkeypatch)
+    bound = Machine(2e10, corpus_tokens=200_000).plan(600.0, monkeypatch)
+    assert bound.weights < free.weights
+    assert bound.tokens == Recipe().training.most_passes * 200_000 >= plan.TOKENS_PER_WEIGHT * bound.weights
+
+
+def test_too_little_time_for_any_takes_the_smallest(monkeypatch):
+    assert Machine(1e3).plan(1.0, monkeypatch).shape == LADDER[0]
+
+
+def test_ladder_climbs_and_every_decoder_stands_on_every_rung():
+    costs = [
+        shape.hidden_size * (VOCAB + 12 * shape.hidden_size * shape.num_hidden_layers) for shape in LADDER
+    ]
+    assert costs == sorted(set(costs))
+    for decoder in DECODERS:
+        for shape in LADDER:
+            recipe = resolve(load_recipe(None, [f"model.decoder={decoder}"]), shape)
+            assert recipe.model.hidden_size == shape.hidden_size
+            assert recipe.training.row_length == shape.row_length
+
+
+def test_a_hybrid_is_deep_enough_to_be_one(monkeypatch):
+    monkeypatch.setattr(plan, "measure_step", Machine(1e3).step_s)
+    recipe = load_recipe(None, ["model.decoder=hybrid"])
+    found = plan_size(recipe, 1.0, VOCAB, 10**9, lambda resolved: resolved)
+    assert found.shape.num_hidden_layers == len(DECODERS["hybrid"])
+
+
+@pytest.mark.parametrize(
+    ("assignments", "expected"),
+    [
+        ([], True),
+        (["training.minutes=1", "model.decoder=lstm"], True),
+        (["training.row_length=32"], True),
+        (["training.steps=9"], False),
+        (["training.tokens=9"], False),
+        (["model.size=tiny"], False),
+        (["model.hidden_size=64"], False),
+        (["model.mixers=gru"], False),
+    ],
+    ids=str,
+)
+def test_a_size_that_is_stated_is_not_planned(assignments, expected):
+    assert is_open(load_recipe(None, assignments)) is expected
+
+
+def test_a_size_without_time_is_the_named_one():
+    recipe = resolve(load_recipe(None, ["training.steps=10"]))
+    assert recipe.model.hidden_size == SIZES["tiny"].hidden_size
+
+
+def test_a_measured_step_is_a_step_of_training():
+    model = build_model(["gru", "full_attention"]).train()
+    before = [parameter.clone() for parameter in model.parameters()]
+    recipe = resolve(load_recipe(None, [*SMALL, "training.accumulation=2"])).training
+    seconds, threads = measure_step(model, recipe)
+    assert seconds > 0
+    assert 1 <= threads <= torch.get_num_threads()
+    changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert all(changed)
+
+
+def test_a_core_that_something_else_takes_leaves_one_thread(monkeypatch):
+    now, threads, heard = [0.0], [2], []
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: threads.__setitem__(0, n))
+    run = SimpleNamespace(log=lambda event, **fields: heard.append((event, fields)))
+    callback = ThreadsCallback(run, step_s=0.1)
+    took = [0.1, 0.9, 0.9, 0.9, 0.9, 0.1, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9]
+    for step, seconds in enumerate(took, start=1):
+        callback.on_step_begin(None, None, None)
+        now[0] += seconds
+        callback.on_step_end(None, SimpleNamespace(global_step=step), None)
+        now[0] += 5.0  # a validation between the steps
+    assert threads == [1]
+    assert heard == [("threads", {"step": 11, "threads": 1})]
+
+
+def test_a_run_plans_says_so_and_repeats(text_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "LADDER", LADDER[:2])
+    settings = [f"corpus.sources={text_folder}", "tokenizer.vocab_size=400", "training.samples=1"]
+    run = train(load_recipe(None, [*settings, "training.minutes=0.03"]), tmp_path / "run")
+    log = {event["event"]: event for event in run.read_log()}
+    planned = log["planned"]
+    written = load_recipe(run.recipe)
+    assert written.model.hidden_size == planned["hidden_size"] in (32, 48)
+    assert written.training.row_length == planned["row_length"]
+    tokenizer = json.loads((run.model / "tokenizer_config.json").read_text())
+    assert tokenizer["model_max_length"] == planned["row_length"]
+    assert planned["seconds"] < 1.8
+    assert log["trained"]["seconds"] > 0
+    # by steps, the resolved recipe gives the same model again
+    steps = log["trained"]["steps"]
+    first, second = (
+        train(load_recipe(run.recipe, [f"training.steps={steps}"]), tmp_path / name) for name in "ab"
+    )
+    assert load_recipe(first.recipe).model == written.model
+    assert (first.model / "model.safetensors").read_bytes() == (
+        second.model / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("stated", [None, 1])
+def test_threads_are_as_stated_and_given_back(text_folder, tmp_path, stated, monkeypatch):
+    monkeypatch.setattr(plan, "LADDER", LADDER[:1])
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        settings = [
+            f"corpus.sources={text_folder}",
+            "tokenizer.vocab_size=400",
+            "training.minutes=0.01",
+            "training.samples=0",
+            f"training.threads={'null' if stated is None else stated}",
+        ]
+        run = train(load_recipe(None, settings), tmp_path / "run")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    taken = load_recipe(run.recipe).training.threads
+    assert taken == stated or (stated is None and taken in (1, 2))
