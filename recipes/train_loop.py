@@ -41,14 +41,17 @@ def main(recipe_file: str, out: str) -> None:
     processes.from_first(lambda: RunFolder.create(out).path)
     corpus = prepare_corpus(run, recipe)
     rows = PackedRows(
-        corpus.train, recipe.training.row_length, corpus.tokenizer.eos_token_id, corpus.tokenizer.pad_token_id
+        corpus.train,
+        recipe.training.max_seq_length,
+        corpus.tokenizer.eos_token_id,
+        corpus.tokenizer.pad_token_id,
     )
     settle_decay(recipe, recipe.training.steps, corpus.train.n_tokens)
     config = build_config(recipe, mixer_types_of(recipe))
     adopt_vocabulary(config, corpus.tokenizer)
     set_seed(recipe.training.seed)
     model = GenLMForCausalLM(config)
-    if recipe.training.start == "pairs":
+    if recipe.training.init == "bigrams":
         start_from_pairs(model, rows.first_tokens(MOST_TOKENS), keep_embedding=False)  # alike in each process
     set_seed(recipe.training.seed)
     uses_bfloat16 = {"auto": computes_bfloat16(), "bfloat16": True}.get(recipe.training.dtype, False)
@@ -76,10 +79,10 @@ def train(
 
     def share(step: int) -> float:
         progress = (step + 0.5) / training.steps
-        return trapezoid(progress, training.warmup_fraction, training.decay_fraction)
+        return trapezoid(progress, training.warmup_ratio, training.decay_ratio)
 
     schedule = LambdaLR(optimizer.optimizer, share)  # prepared, it would count those of each process
-    terms = {"label_smoothing": training.label_smoothing, "z_loss": training.z_loss}
+    terms = {"label_smoothing": training.label_smoothing_factor, "z_loss": training.z_loss}
     steps = steps_of(accelerator, rows, recipe)
     for step, batches in zip(range(1, training.steps + 1), steps, strict=False):
         targets = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
@@ -107,7 +110,7 @@ def steps_of(accelerator: Accelerator, rows: PackedRows, recipe: Recipe) -> Iter
     order = processes.SharedOrder(len(rows), training.batch_size, training.seed, lambda: epoch)
     loader = DataLoader(
         processes.RowsAndBlank(rows),
-        batch_size=processes.rows_of_each(training.batch_size, training.accumulation),
+        batch_size=processes.rows_of_each(training.batch_size, training.gradient_accumulation_steps),
         sampler=order,
         collate_fn=collate,
     )
@@ -116,7 +119,7 @@ def steps_of(accelerator: Accelerator, rows: PackedRows, recipe: Recipe) -> Iter
         batches = []
         for batch in loader:
             batches.append(batch)
-            if len(batches) == training.accumulation:
+            if len(batches) == training.gradient_accumulation_steps:
                 yield batches
                 batches = []
         if batches:

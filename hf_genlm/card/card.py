@@ -157,7 +157,7 @@ def _context_of(recipe: Recipe) -> int | None:
     """Tokens that a measured prediction looked back on at most; None: to the start of its document."""
     if recipe.evaluation.carry_state:
         return None
-    return recipe.evaluation.context or recipe.training.row_length
+    return recipe.evaluation.context_length or recipe.training.max_seq_length
 
 
 def _render(facts: dict[str, Any]) -> str:

@@ -38,14 +38,19 @@ def settings_of(recipe: Recipe) -> list[tuple[str, str]]:
     """The choices of the recipe that a reader looks for first, by name; the open ones left out."""
     training = recipe.training
     rows = None
-    if training.batch_size and training.row_length:
-        step = f"{training.batch_size * training.accumulation:,} rows of {training.row_length:,} tokens"
-        rows = f"{step}, in {training.accumulation} passes" if training.accumulation > 1 else step
+    if training.batch_size and training.max_seq_length:
+        n_rows = training.batch_size * training.gradient_accumulation_steps
+        step = f"{n_rows:,} rows of {training.max_seq_length:,} tokens"
+        rows = (
+            f"{step}, in {training.gradient_accumulation_steps} passes"
+            if training.gradient_accumulation_steps > 1
+            else step
+        )
     rate = None
     if training.learning_rate is not None:
         rate = (
-            f"{training.learning_rate:g} at its peak, after {100 * training.warmup_fraction:g} % of the run; "
-            f"falls to zero over the last {100 * training.decay_fraction:g} %"
+            f"{training.learning_rate:g} at its peak, after {100 * training.warmup_ratio:g} % of the run; "
+            f"falls to zero over the last {100 * training.decay_ratio:g} %"
         )
     stated = {
         "optimizer": training.optimizer,

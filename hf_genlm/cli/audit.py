@@ -120,8 +120,8 @@ def _load(name: str, recipe: Recipe, is_run: bool) -> "Audited":
 
     model, tokenizer = load(name)
     limit = getattr(model.config, "max_position_embeddings", None) or _MOST_CONTEXT
-    trained = recipe.training.row_length if is_run else None
-    context = recipe.evaluation.context or trained or min(limit, _MOST_CONTEXT)
+    trained = recipe.training.max_seq_length if is_run else None
+    context = recipe.evaluation.context_length or trained or min(limit, _MOST_CONTEXT)
     return Audited(model, tokenizer, context, recipe.evaluation.batch_size)
 
 

@@ -249,9 +249,9 @@ class Display:
     def _threads(self, step: int, threads: int) -> None:
         self.say(f"threads       {threads} from step {step} on: something else keeps a core busy")
 
-    def _model(self, parameters: int, rows: int | None, row_length: int) -> None:
+    def _model(self, parameters: int, rows: int | None, max_seq_length: int) -> None:
         counted = "" if rows is None else f"{rows:,} "
-        self.say(f"model         {parameters:,} parameters; {counted}rows of {row_length} tokens")
+        self.say(f"model         {parameters:,} parameters; {counted}rows of {max_seq_length} tokens")
 
     def _step(
         self, step: int, loss: float, tokens_per_s: int, left_s: float, progress: float, **_: Any

@@ -120,7 +120,7 @@ def _subject(name: str, recipe: Recipe) -> "Subject":
     if start_id is None:
         raise UserError("this tokenizer has neither a bos nor an eos token: a first token cannot be scored")
     limit = getattr(model.config, "max_position_embeddings", None) or 1024
-    return Subject(model, tokenizer, start_id, recipe.evaluation.context or limit)
+    return Subject(model, tokenizer, start_id, recipe.evaluation.context_length or limit)
 
 
 def _tokenize(material: "Material", subject: "Subject", display: Display) -> None:

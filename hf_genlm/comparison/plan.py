@@ -30,7 +30,7 @@ _OWN = {
     "training.seed": "--seeds",
 }
 # nothing is written while the clock runs, unless it is asked for
-_FIRST = ("training.samples=0",)
+_FIRST = ("training.num_samples=0",)
 _PARAMETERS = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([KMB])", flags=re.IGNORECASE | re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,80}")
 
@@ -209,8 +209,8 @@ def recipes_of(
     found: dict[str, Recipe] = {}
     for path in paths:
         recipe = load_recipe(path, assignments)
-        if recipe.training.samples == Recipe().training.samples:
-            recipe.training.samples = 0
+        if recipe.training.num_samples == Recipe().training.num_samples:
+            recipe.training.num_samples = 0
         _set_text(recipe, sources, validation)
         _add(found, Path(path).stem, recipe)
     return found

@@ -26,7 +26,7 @@ from hf_genlm.training.tokenized import prepare_corpus
 from hf_genlm.training.train import check
 from hf_genlm.training.word_vectors import adopt_dimension
 
-_SHAPE = ("model.hidden_size", "model.num_hidden_layers", "training.row_length", "training.batch_size")
+_SHAPE = ("model.hidden_size", "model.num_hidden_layers", "training.max_seq_length", "training.batch_size")
 _COARSE_STEP, _FINE_STEP = 16, 4  # of a width
 _FAR = 0.1  # of a parameter count that was asked for
 

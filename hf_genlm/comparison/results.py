@@ -209,7 +209,7 @@ def _candidate(
         parameters=prepared["parameters"],
         hidden_size=prepared["hidden_size"],
         layers=prepared["layers"],
-        context=None if recipe.evaluation.carry_state else recipe.evaluation.context,
+        context=None if recipe.evaluation.carry_state else recipe.evaluation.context_length,
         training_flops=prepared["training_flops_per_token"] * float(np.mean([run.tokens for run in runs])),
     )
 

@@ -77,7 +77,7 @@ class ModelRecipe:
     position_type: str = "rotary"
     sliding_window: int | None = None
     tie_word_embeddings: bool | None = None  # the head is the embedding; None: where that was made narrow
-    output_bias: bool | None = None  # None: follows from `training.start`
+    output_bias: bool | None = None  # None: follows from `training.init`
     final_logit_softcapping: float | None = None  # bound of the logits; None: unbounded
     dropout: float = 0.0
 
@@ -89,7 +89,7 @@ class VectorsRecipe:
     path: str | None = None  # GloVe, word2vec or fastText, as text or binary, gzipped or not
     damaged: str = "stop"  # skip: leave out bad lines and words, and count them
     frozen: bool = False  # tokens that have a vector keep it; drawn ones and the projection learn
-    release_step: int | None = None  # with `frozen`: the optimizer step after which all learn
+    unfreeze_step: int | None = None  # with `frozen`: the optimizer step after which all learn
 
 
 @dataclass
@@ -99,42 +99,44 @@ class TrainingRecipe:
     minutes: float | None = None  # wall-clock of the training phase: steps and what runs between them
     steps: int | None = None  # optimizer steps
     tokens: int | None = None  # training tokens seen, repeats counted
-    most_passes: float = 8.0  # over the text, of a run by the clock: beyond, it is learned by heart
+    max_epochs: float = 8.0  # over the text, of a run by the clock: beyond, it is learned by heart
     seed: int = 0
-    row_length: int | None = None  # tokens in one packed row; None: follows from `size`
+    max_seq_length: int | None = None  # tokens in one packed row; None: follows from `size`
     batch_size: int | None = None  # rows in one forward pass, over all processes; None: follows from `size`
-    accumulation: int = 1  # forward passes in one optimizer step
+    gradient_accumulation_steps: int = 1  # forward passes in one optimizer step
     carry_state: bool = False  # rows in order; recurrent layers go on from where the row before ended
-    start: str | None = None  # pairs: with what pairs of tokens say; random; None: pairs, unless tied
+    init: str | None = None  # bigrams: from the bigram counts of the text; random; None: bigrams, unless tied
     optimizer: str = "adamw"  # or muon, sgd
     learning_rate: float | None = None  # peak; None: follows from the width
-    embedding_rate: float | None = (
-        None  # of embedding and head, in parts of `learning_rate`; None: by `start`
+    embedding_lr_ratio: float | None = (
+        None  # of embedding and head, in parts of `learning_rate`; None: by `init`
     )
-    matrix_rate: float = 5.5  # under muon: learning rate of the layers' matrices, in parts of `learning_rate`
+    matrix_lr_ratio: float = (
+        5.5  # under muon: learning rate of the layers' matrices, in parts of `learning_rate`
+    )
     weight_decay: float | None = None  # of the layers' matrices; None: by the passes over the text
-    embedding_decay: float = 1.0  # of embedding and head, in parts of `weight_decay`
-    bigram_decay: float = 3.0  # of the table of pairs, in parts of `weight_decay`
-    beta1: float = 0.9
-    beta2: float = 0.95
+    embedding_decay_ratio: float = 1.0  # of embedding and head, in parts of `weight_decay`
+    bigram_decay_ratio: float = 3.0  # of the table of pairs, in parts of `weight_decay`
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
     max_grad_norm: float = 1.0
-    label_smoothing: float = 0.0  # share of the target that is spread over the vocabulary
+    label_smoothing_factor: float = 0.0  # share of the target that is spread over the vocabulary
     z_loss: float = 0.0  # weight of the squared log of the normaliser
-    warmup_fraction: float = 0.02  # of the run
-    decay_fraction: float = 0.5  # of the run, linear to zero at its end
-    threads: int | None = (
+    warmup_ratio: float = 0.02  # of the run
+    decay_ratio: float = 0.5  # of the run, linear to zero at its end
+    num_threads: int | None = (
         None  # of torch in each process on a CPU; None: measured before a run by the clock, else torch's own
     )
-    compile: str | None = None  # backend of torch.compile for the steps, as inductor; None: no compiler
-    dtype: str = "auto"  # auto: bfloat16 autocast where the device computes it natively, else float32
-    validations: int | None = None  # on a part of the validation split; None: 4 in half a minute or more
-    samples: int = 2  # texts written at each of them, and at the end
-    checkpoint_minutes: float = 1.0  # of training between two checkpoints, a saving's time 50 times at least
-    checkpoint_steps: int | None = (
-        None  # optimizer steps between two checkpoints instead; 0: none are written
+    torch_compile_backend: str | None = (
+        None  # backend of torch.compile for the steps, as inductor; None: no compiler
     )
-    checkpoints_kept: int = 2  # until the run is done
-    checkpoint_words: list[str] = field(
+    dtype: str = "auto"  # auto: bfloat16 autocast where the device computes it natively, else float32
+    num_validations: int | None = None  # on a part of the validation split; None: 4 in half a minute or more
+    num_samples: int = 2  # texts written at each of them, and at the end
+    save_minutes: float = 1.0  # of training between two checkpoints, a saving's time 50 times at least
+    save_steps: int | None = None  # optimizer steps between two checkpoints instead; 0: none are written
+    save_total_limit: int = 2  # until the run is done
+    milestone_words: list[str] = field(
         default_factory=list
     )  # after so many words of text (500K, 1M) the model is kept in milestones/; babylm: 1M, 2M ... 1000M
     report_to: list[str] = field(default_factory=list)  # tensorboard, trackio: hear what log.jsonl does
@@ -144,7 +146,7 @@ class TrainingRecipe:
 class EvaluationRecipe:
     """The exact pass at the end."""
 
-    context: int | None = None  # tokens a prediction may look back on; None: the row length
+    context_length: int | None = None  # tokens a prediction may look back on; None: the row length
     stride: int | None = (
         None  # tokens by which the context slides over a long document; None: half the context
     )

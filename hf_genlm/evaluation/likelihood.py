@@ -159,10 +159,10 @@ def make_windows(
 
 def _check(context: int, stride: int, batch_size: int, max_tokens: int | None) -> None:
     if context < 2:
-        raise UserError(f"evaluation.context = {context}: a window needs at least 2 tokens")
+        raise UserError(f"evaluation.context_length = {context}: a window needs at least 2 tokens")
     if not 1 <= stride <= context:
         raise UserError(
-            f"evaluation.stride = {stride}: must lie in 1..{context}, which is evaluation.context"
+            f"evaluation.stride = {stride}: must lie in 1..{context}, which is evaluation.context_length"
         )
     if batch_size < 1:
         raise UserError(f"evaluation.batch_size = {batch_size}: must be at least 1")

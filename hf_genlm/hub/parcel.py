@@ -52,7 +52,7 @@ class Parcel:
         found = [] if folder is None or not folder.is_dir() else sorted(folder.glob("chck_*"), key=_age_of)
         if not found:
             raise UserError(
-                f"--branches: {str(self.folder)!r} is of no run with milestones/; training.checkpoint_words "
+                f"--branches: {str(self.folder)!r} is of no run with milestones/; training.milestone_words "
                 "makes them"
             )
         return [Parcel(path, self.run) for path in found]

@@ -84,7 +84,7 @@ def train_on_task(run: TaskRun, on_progress: Callable[[float, str], None] | None
     task, generator = TASKS[run.task], np.random.default_rng(run.seed)
     model = new_model(run)
     recipe = TrainingRecipe(
-        learning_rate=run.learning_rate, embedding_rate=1.0, weight_decay=0.0, optimizer="muon"
+        learning_rate=run.learning_rate, embedding_lr_ratio=1.0, weight_decay=0.0, optimizer="muon"
     )
     optimizer = OptimizerFactory()(model, recipe)
     peaks = [group["lr"] for group in optimizer.param_groups]

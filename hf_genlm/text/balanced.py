@@ -90,7 +90,7 @@ class BalancedRows:
         documents: TokenizedDocuments,
         counts: Mapping[str, int],
         repeats: Mapping[str, float],
-        row_length: int,
+        max_seq_length: int,
         eos_id: int,
         pad_id: int,
     ):
@@ -98,16 +98,16 @@ class BalancedRows:
         Raises:
             UserError: a language has less text than a row.
         """
-        self.row_length = row_length
+        self.max_seq_length = max_seq_length
         self.parts: dict[str, PackedRows] = {}
         for code, span in spans(counts).items():
             of_language = documents[span]
-            if of_language.n_tokens + len(of_language) + 1 < row_length:
+            if of_language.n_tokens + len(of_language) + 1 < max_seq_length:
                 raise UserError(
-                    f"training.row_length = {row_length}: the text of {code!r} has less than one row, "
-                    f"{of_language.n_tokens} tokens; give more of it, or a smaller row_length"
+                    f"training.max_seq_length = {max_seq_length}: the text of {code!r} has less than one "
+                    f"row, {of_language.n_tokens} tokens; give more of it, or a smaller max_seq_length"
                 )
-            self.parts[code] = PackedRows(of_language, row_length, eos_id, pad_id)
+            self.parts[code] = PackedRows(of_language, max_seq_length, eos_id, pad_id)
         self._n_rows = np.array([len(part) for part in self.parts.values()])
         self._stops = np.cumsum(self._n_rows)
         wanted = self._n_rows * np.array([repeats[code] for code in self.parts])
@@ -135,7 +135,7 @@ class BalancedRows:
         index_B = np.array([chosen[index] for index in indices], dtype=np.int64)
         language_B = np.searchsorted(self._stops, index_B, side="right")
         row_B = index_B - (self._stops - self._n_rows)[language_B]
-        names, shape = ("input_ids", "position_ids", "labels"), (len(index_B), self.row_length)
+        names, shape = ("input_ids", "position_ids", "labels"), (len(index_B), self.max_seq_length)
         batch = {name: np.empty(shape, dtype=np.int64) for name in names}
         for number, part in enumerate(self.parts.values()):
             here = np.flatnonzero(language_B == number)

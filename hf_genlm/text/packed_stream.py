@@ -60,7 +60,7 @@ class _Mark:
 
 
 class PackedStream(IterableDataset):
-    """Rows of `row_length` tokens over the stream `eos d1 eos d2 ...`, without end; see `PackedRows`.
+    """Rows of `max_seq_length` tokens over the stream `eos d1 eos d2 ...`, without end; see `PackedRows`.
 
     A pass ends with a padded row, as there, and another one follows; a mixture of several lanes has no end.
     Rows are shuffled in blocks of `shuffle_buffer` of them, none over the end of a pass; 0: not shuffled.
@@ -79,19 +79,19 @@ class PackedStream(IterableDataset):
         self,
         documents: DocumentStream,
         tokenizer: "PreTrainedTokenizerFast",
-        row_length: int,
+        max_seq_length: int,
         shuffle_buffer: int = 0,
         seed: int = 0,
         note: Callable[[str], None] = lambda message: None,
     ):
         """`note(message)` is told what goes otherwise than it should."""
         self.documents = documents
-        self.row_length, self.shuffle_buffer, self.seed = row_length, shuffle_buffer, seed
+        self.max_seq_length, self.shuffle_buffer, self.seed = max_seq_length, shuffle_buffer, seed
         self.eos_id, self.pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         self._note = note
         self._encoder = Encoder(tokenizer.backend_tokenizer, _ENDLESS)
         self._decided_by = {  # what a state cannot change
-            "row_length": row_length,
+            "max_seq_length": max_seq_length,
             "shuffle_buffer": shuffle_buffer,
             "seed": seed,
             "tokenizer": hashlib.sha256(self._encoder.state.encode()).hexdigest(),
@@ -203,8 +203,8 @@ class PackedStream(IterableDataset):
                 rows, tail = self._cut(np.array(place.tail, np.int32), self._encoded(taken, pool), ends_pass)
                 if ends_pass and place.row == 0 and (rows[0] == _PADDING).any():
                     raise UserError(
-                        f"training.row_length = {self.row_length}: all the text has less than one row; "
-                        "give more, or a smaller row_length"
+                        f"training.max_seq_length = {self.max_seq_length}: all the text has less than one "
+                        "row; give more, or a smaller max_seq_length"
                     )
                 yield _Rows(place, rows, ends_pass, walk.passes)
                 place = _Place(
@@ -234,14 +234,14 @@ class PackedStream(IterableDataset):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Rows (n, T) of the tokens `tail` and `parts`, and what is left of them for the next."""
         tokens = np.concatenate([tail, *parts]).astype(np.int32)
-        width = self.row_length - 1
+        width = self.max_seq_length - 1
         n_rows = (len(tokens) - 1) // width
         left = tokens[n_rows * width :]
         if ends_pass and len(left) > 1:
-            tokens = np.append(tokens, np.full(self.row_length - len(left), _PADDING, np.int32))
+            tokens = np.append(tokens, np.full(self.max_seq_length - len(left), _PADDING, np.int32))
             n_rows += 1
         starts = np.arange(n_rows)[:, None] * width
-        rows = tokens[starts + np.arange(self.row_length)]
+        rows = tokens[starts + np.arange(self.max_seq_length)]
         return rows, np.array([self.eos_id], np.int32) if ends_pass else left
 
 

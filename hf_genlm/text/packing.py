@@ -25,11 +25,11 @@ def position_ids_of(rows: np.ndarray, eos_id: int, first: int = 0) -> np.ndarray
 
 
 class PackedRows:
-    """Rows of `row_length` tokens over the stream `eos d1 eos d2 ... eos dn eos`, a map-style dataset.
+    """Rows of `max_seq_length` tokens over the stream `eos d1 eos d2 ... eos dn eos`, a map-style dataset.
 
-    Row i is stream[i * (T - 1) : i * (T - 1) + T] with T = row_length: neighbours share the one token that
-    the second only reads, so every token but the first of the stream is a label exactly once (models shift
-    the labels inside). The last row is filled up with `pad_id`, labelled -100.
+    Row i is stream[i * (T - 1) : i * (T - 1) + T] with T = max_seq_length: neighbours share the one token
+    that the second only reads, so every token but the first of the stream is a label exactly once (models
+    shift the labels inside). The last row is filled up with `pad_id`, labelled -100.
 
     An item holds `input_ids`, `position_ids` and `labels`, each (T,) int64. No attention mask: with none,
     transformers finds the documents of a row by their positions. With `goes_on`, for models that carry a
@@ -42,7 +42,7 @@ class PackedRows:
     def __init__(
         self,
         documents: TokenizedDocuments,
-        row_length: int,
+        max_seq_length: int,
         eos_id: int,
         pad_id: int,
         goes_on: bool = False,
@@ -51,12 +51,12 @@ class PackedRows:
         Raises:
             UserError: the stream is shorter than one row, or a row shorter than two tokens.
         """
-        if row_length < 2:
+        if max_seq_length < 2:
             raise UserError(
-                f"training.row_length = {row_length}: a row needs at least 2 tokens, one to read and one to "
-                "predict"
+                f"training.max_seq_length = {max_seq_length}: a row needs at least 2 tokens, one to "
+                "read and one to predict"
             )
-        self.row_length = row_length
+        self.max_seq_length = max_seq_length
         self.eos_id = eos_id
         self.pad_id = pad_id
         self.goes_on = goes_on
@@ -65,11 +65,11 @@ class PackedRows:
         # where the end-of-text tokens stand in the stream (n + 1,)
         self._eos_at = documents.offsets + np.arange(len(documents) + 1)
         self._length = documents.n_tokens + len(documents) + 1
-        if self._length < row_length:
+        if self._length < max_seq_length:
             raise UserError(
-                f"training.row_length = {row_length}: the text has only {self._length} tokens, less "
+                f"training.max_seq_length = {max_seq_length}: the text has only {self._length} tokens, less "
                 "than one row; "
-                f"give more text, or --set training.row_length={max(2, self._length // 4)}"
+                f"give more text, or --set training.max_seq_length={max(2, self._length // 4)}"
             )
 
     @property
@@ -80,7 +80,7 @@ class PackedRows:
     @property
     def n_rows(self) -> int:
         """Rows of one epoch."""
-        return -(-self.n_targets // (self.row_length - 1))
+        return -(-self.n_targets // (self.max_seq_length - 1))
 
     def __len__(self) -> int:
         return self.n_rows
@@ -91,9 +91,9 @@ class PackedRows:
     def __getitems__(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         """A whole batch: each value (B, T) int64."""
         chosen = range(len(self))
-        starts_B = np.array([chosen[index] for index in indices], dtype=np.int64) * (self.row_length - 1)
+        starts_B = np.array([chosen[index] for index in indices], dtype=np.int64) * (self.max_seq_length - 1)
         input_ids_BT, n_tokens_B = self._stream_at(starts_B)
-        is_padding_BT = np.arange(self.row_length) >= n_tokens_B[:, None]
+        is_padding_BT = np.arange(self.max_seq_length) >= n_tokens_B[:, None]
         input_ids_BT[is_padding_BT] = self.pad_id
         return {
             "input_ids": input_ids_BT,
@@ -103,7 +103,7 @@ class PackedRows:
 
     def first_tokens(self, count: int) -> np.ndarray:
         """The beginning of the stream, at most `count` tokens, its very last one left out."""
-        width = self.row_length - 1
+        width = self.max_seq_length - 1
         n_rows = min(len(self), -(-count // width))
         parts = [
             self._stream_at(np.arange(row, min(row + _ROWS_AT_ONCE, n_rows), dtype=np.int64) * width)[0]
@@ -114,13 +114,13 @@ class PackedRows:
 
     def _stream_at(self, starts_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The stream from each start on, (B, T) int64, and how many of these tokens it has, (B,)."""
-        stops_B = np.minimum(starts_B + self.row_length, self._length)
+        stops_B = np.minimum(starts_B + self.max_seq_length, self._length)
         # the end-of-text tokens of each row, as one list over all rows
         first_B = np.searchsorted(self._eos_at, starts_B)
         n_eos_B = np.searchsorted(self._eos_at, stops_B) - first_B
         row_N = np.repeat(np.arange(len(starts_B)), n_eos_B)
         nth_N = np.arange(len(row_N)) - np.repeat(np.cumsum(n_eos_B) - n_eos_B, n_eos_B)
-        is_eos_BT = np.zeros((len(starts_B), self.row_length), dtype=bool)
+        is_eos_BT = np.zeros((len(starts_B), self.max_seq_length), dtype=bool)
         is_eos_BT[row_N, self._eos_at[first_B[row_N] + nth_N] - starts_B[row_N]] = True
         # all tokens before this one that are of documents
         index_BT = (starts_B - first_B)[:, None] + np.cumsum(~is_eos_BT, axis=1) - 1

@@ -21,18 +21,18 @@ class Shape:
 
     hidden_size: int
     num_hidden_layers: int
-    row_length: int
+    max_seq_length: int
     batch_size: int
 
 
 SIZES = {
-    "tiny": Shape(hidden_size=192, num_hidden_layers=3, row_length=128, batch_size=16),
-    "small": Shape(hidden_size=384, num_hidden_layers=6, row_length=256, batch_size=32),
-    "base": Shape(hidden_size=768, num_hidden_layers=12, row_length=512, batch_size=32),
+    "tiny": Shape(hidden_size=192, num_hidden_layers=3, max_seq_length=128, batch_size=16),
+    "small": Shape(hidden_size=384, num_hidden_layers=6, max_seq_length=256, batch_size=32),
+    "base": Shape(hidden_size=768, num_hidden_layers=12, max_seq_length=512, batch_size=32),
 }
 _BIGRAM_SIZE = 16_384  # a gated linear recurrence gains by the pairs, a cell does not (recipes/README.md)
 _RECURRENT_CONTEXT = 256  # tokens
-STARTS = ("pairs", "random")
+INITS = ("bigrams", "random")
 DEFAULT_MINUTES = 3.0
 # AdamW's best peak for a width of 256, measured (recipes/README.md); it falls with the root of the width
 _LEARNING_RATE_AT_256 = 3e-3
@@ -171,14 +171,14 @@ def resolve(recipe: Recipe, shape: Shape | None = None) -> Recipe:
         prefer_private(resolved)
     if model.mixers is not None:
         _adopt_mixers(model, model.mixers)
-    sizes = (model.hidden_size, model.num_hidden_layers, training.row_length, training.batch_size)
+    sizes = (model.hidden_size, model.num_hidden_layers, training.max_seq_length, training.batch_size)
     if model.size is not None or (shape is None and None in sizes):
         model.size = model.size or "tiny"
         shape = _shape_of(model.size)
     if shape is not None:
         model.hidden_size = model.hidden_size or shape.hidden_size
         model.num_hidden_layers = model.num_hidden_layers or shape.num_hidden_layers
-        training.row_length = training.row_length or shape.row_length
+        training.max_seq_length = training.max_seq_length or shape.max_seq_length
         training.batch_size = training.batch_size or shape.batch_size
     is_narrow = model.embedding_size is not None  # the person wants few parameters
     mixers = model.mixers or mixers_of(model.decoder, model.num_hidden_layers)
@@ -187,31 +187,31 @@ def resolve(recipe: Recipe, shape: Shape | None = None) -> Recipe:
     if model.tie_word_embeddings is None:
         # vectors of words are a poor head (recipes/README.md)
         model.tie_word_embeddings = is_narrow and recipe.vectors.path is None
-    if training.start is None:
-        training.start = "random" if model.tie_word_embeddings else "pairs"
-    if training.embedding_rate is None:
-        training.embedding_rate = 1.0 if training.start == "pairs" else 2.0
+    if training.init is None:
+        training.init = "random" if model.tie_word_embeddings else "bigrams"
+    if training.embedding_lr_ratio is None:
+        training.embedding_lr_ratio = 1.0 if training.init == "bigrams" else 2.0
     if model.output_bias is None:
-        model.output_bias = training.start == "pairs"
+        model.output_bias = training.init == "bigrams"
     if training.learning_rate is None:
         training.learning_rate = float(f"{_LEARNING_RATE_AT_256 * (256 / model.hidden_size) ** 0.5:.2g}")
     is_recurrent = all(mixer in RECURRENT_MIXERS for mixer in mixers)
     _settle_carrying(resolved, mixers)
-    if resolved.evaluation.context is None:
+    if resolved.evaluation.context_length is None:
         # a state goes on beyond the rows it was trained on, attention does not
         least = _RECURRENT_CONTEXT if is_recurrent else 0
-        resolved.evaluation.context = max(training.row_length, least)
-    resolved.evaluation.stride = resolved.evaluation.stride or max(1, resolved.evaluation.context // 2)
-    if resolved.evaluation.stride > resolved.evaluation.context:
+        resolved.evaluation.context_length = max(training.max_seq_length, least)
+    resolved.evaluation.stride = resolved.evaluation.stride or max(1, resolved.evaluation.context_length // 2)
+    if resolved.evaluation.stride > resolved.evaluation.context_length:
         raise UserError(
             f"evaluation.stride = {resolved.evaluation.stride}: it must lie in 1.."
-            f"{resolved.evaluation.context}, which is evaluation.context"
+            f"{resolved.evaluation.context_length}, which is evaluation.context_length"
         )
-    if training.start not in STARTS:
-        raise UserError(f"unknown training.start {training.start!r}{did_you_mean(training.start, STARTS)}")
-    if training.start == "pairs" and model.tie_word_embeddings:
+    if training.init not in INITS:
+        raise UserError(f"unknown training.init {training.init!r}{did_you_mean(training.init, INITS)}")
+    if training.init == "bigrams" and model.tie_word_embeddings:
         raise UserError(
-            "training.start = 'pairs' fits the head to the text, and model.tie_word_embeddings makes it the "
+            "training.init = 'bigrams' fits the head to the text, and model.tie_word_embeddings makes it the "
             "embedding: set one of them otherwise"
         )
     return resolved
@@ -273,4 +273,4 @@ def _shape_of(size: str) -> Shape:
 
 def _rows_of(width: int) -> tuple[int, int]:
     nearest = min(SIZES.values(), key=lambda shape: abs(math.log(shape.hidden_size / width)))
-    return nearest.row_length, nearest.batch_size
+    return nearest.max_seq_length, nearest.batch_size

@@ -175,14 +175,14 @@ class LogCallback(TrainerCallback):
 
 
 class HoldRowsCallback(TrainerCallback):
-    """Keeps the rows `held` (V,) of the embedding as they are, to the end or through step `release_step`.
+    """Keeps the rows `held` (V,) of the embedding as they are, to the end or through step `unfreeze_step`.
 
     Their gradients are made zero as they arrive, so that neither the clipping nor the optimizer sees them,
     and what decay takes is put back after each step. Nothing of it stays on the model.
     """
 
-    def __init__(self, held: torch.Tensor, release_step: int | None = None):
-        self.held, self.release_step = held, release_step
+    def __init__(self, held: torch.Tensor, unfreeze_step: int | None = None):
+        self.held, self.unfreeze_step = held, unfreeze_step
         self._hook: RemovableHandle | None = None
         self._values: torch.Tensor | None = None  # of the held rows, while they are held
 
@@ -207,7 +207,7 @@ class HoldRowsCallback(TrainerCallback):
         self._release()
 
     def _is_over(self, step: int) -> bool:
-        return self.release_step is not None and step >= self.release_step
+        return self.unfreeze_step is not None and step >= self.unfreeze_step
 
     def _release(self):
         if self._hook is not None:

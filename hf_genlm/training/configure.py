@@ -22,10 +22,10 @@ from hf_genlm.training.word_vectors import adopt_dimension
 # what may be said anew when a run is resumed: it decides nothing about the model
 _FREE = {
     "corpus.cache",
-    "training.checkpoint_minutes",
-    "training.checkpoint_steps",
-    "training.checkpoints_kept",
-    "training.checkpoint_words",
+    "training.save_minutes",
+    "training.save_steps",
+    "training.save_total_limit",
+    "training.milestone_words",
     "training.report_to",
 }
 _ENDS = {"training.minutes", "training.steps", "training.tokens"}
@@ -47,7 +47,7 @@ def build_config(recipe: Recipe, mixer_types: list[str]) -> GenLMConfig:
         return GenLMConfig(
             **given,
             mixer_types=mixer_types,
-            max_position_embeddings=recipe.training.row_length,
+            max_position_embeddings=recipe.training.max_seq_length,
             embedding_projection=True if recipe.vectors.path is not None else None,
             initializer_range=round(recipe.model.hidden_size**-0.5, 4),
         )
@@ -81,8 +81,8 @@ def adopt_model(recipe: Recipe) -> Recipe:
     adopted.model.mixers = list(config.mixer_types)
     adopted.model.bigram_size = config.bigram_size or 0
     adopted.tokenizer.path = source_of(source)
-    adopted.training.start = "random"
-    adopted.training.row_length = recipe.training.row_length or config.max_position_embeddings
+    adopted.training.init = "random"
+    adopted.training.max_seq_length = recipe.training.max_seq_length or config.max_position_embeddings
     return adopted
 
 
@@ -169,26 +169,26 @@ def plan_recipe(
     if shape is None:
         step_s, threads = measure_step(build(recipe), recipe.training)
     if device.type == "cpu":
-        recipe.training.threads = threads
+        recipe.training.num_threads = threads
         torch.set_num_threads(threads)
-    if given.training.threads is None:
+    if given.training.num_threads is None:
         budget.step_s = step_s  # a number of threads that was stated is kept to
     seconds = time.monotonic() - began
     budget.seconds = max(step_s, budget.seconds - seconds)
     n_steps = int(budget.seconds / step_s)
     if corpus_tokens is not None:
         budget.steps = max(
-            1, math.ceil(recipe.training.most_passes * corpus_tokens / tokens_of_a_step(recipe.training))
+            1, math.ceil(recipe.training.max_epochs * corpus_tokens / tokens_of_a_step(recipe.training))
         )
     n_steps = min(budget.steps, int(budget.seconds / step_s))
     if n_steps == budget.steps and recipe.privacy.epsilon is None:  # of a private run more is counted out
-        run.log("note", message=_ends_early(n_steps * step_s, recipe.training.most_passes))
+        run.log("note", message=_ends_early(n_steps * step_s, recipe.training.max_epochs))
     passes = settle_decay(recipe, n_steps, corpus_tokens)
     run.log(
         "planned",
         hidden_size=recipe.model.hidden_size,
         num_hidden_layers=recipe.model.num_hidden_layers,
-        row_length=recipe.training.row_length,
+        max_seq_length=recipe.training.max_seq_length,
         batch_size=recipe.training.batch_size,
         threads=threads,
         step_s=round(step_s, 5),
@@ -200,10 +200,10 @@ def plan_recipe(
     return recipe
 
 
-def _ends_early(seconds: float, most_passes: float) -> str:
+def _ends_early(seconds: float, max_epochs: float) -> str:
     return (
         f"this run ends early, after about {max(1, seconds):.0f} s: a text so small would be learned by "
-        f"heart, and is read {most_passes:g} times at most (training.most_passes)"
+        f"heart, and is read {max_epochs:g} times at most (training.max_epochs)"
     )
 
 

@@ -71,10 +71,14 @@ class Job:
         training = self.recipe.training
         if isinstance(self.rows, DocumentWindows):
             return Pace(
-                self.rows.n_rows, training.batch_size * training.accumulation, max(1, self.rows.n_targets)
+                self.rows.n_rows,
+                training.batch_size * training.gradient_accumulation_steps,
+                max(1, self.rows.n_targets),
             )
         n_rows = self.rows.n_rows if self.lanes is None else len(self.lanes.order)
-        return Pace(n_rows, training.batch_size * training.accumulation, training.row_length - 1)
+        return Pace(
+            n_rows, training.batch_size * training.gradient_accumulation_steps, training.max_seq_length - 1
+        )
 
 
 def fit(
@@ -165,7 +169,7 @@ def _callbacks(
     run: RunFolder, job: Job, look: Callable[[GenLMForCausalLM, int], None]
 ) -> list[TrainerCallback]:
     training, budget = job.recipe.training, job.budget
-    release = job.recipe.vectors.release_step
+    release = job.recipe.vectors.unfreeze_step
     watching = [ThreadsCallback(run, budget.step_s)] if budget.step_s is not None else []
     holding = [HoldRowsCallback(job.held, release)] if job.held is not None else []
     streaming = [StreamCallback(job.rows, job.pace.rows_per_step)] if job.recipe.corpus.stream else []
@@ -184,14 +188,14 @@ def _word_callbacks(
 ) -> list[TrainerCallback]:
     if job.words is None:
         return []
-    words = read_milestones(job.recipe.training.checkpoint_words)
+    words = read_milestones(job.recipe.training.milestone_words)
     return [WordsCallback(run, job.budget, job.pace, job.words, words, keep, is_second_try)]
 
 
 def _checkpoint_callback(job: Job, was_stopped: Callable[[], bool]) -> CheckpointCallback:
     """The last of all: what it lets Trainer write is to hold what the others did."""
     training = job.recipe.training
-    every_s, every_steps = 60 * training.checkpoint_minutes, training.checkpoint_steps
+    every_s, every_steps = 60 * training.save_minutes, training.save_steps
     return CheckpointCallback(job.budget, every_s, every_steps, was_stopped)
 
 
@@ -220,9 +224,9 @@ def _look(run: RunFolder, model: GenLMForCausalLM, job: Job, step: int) -> None:
 
 def _sample(run: RunFolder, model: GenLMForCausalLM, job: Job, step: int) -> None:
     training = job.recipe.training
-    if training.samples == 0:
+    if training.num_samples == 0:
         return
-    texts = write_samples(model, job.corpus.tokenizer, training.samples, _SAMPLE_TOKENS, training.seed)
+    texts = write_samples(model, job.corpus.tokenizer, training.num_samples, _SAMPLE_TOKENS, training.seed)
     reached = _reached(job, step)
     for text in texts:
         run.log("sample", step=step, **reached, prompt="", text=text)
@@ -241,8 +245,8 @@ def _reached(job: Job, step: int) -> dict[str, float]:
 
 def _validations(training: TrainingRecipe, budget: Budget) -> int:
     """How many there are: a run of seconds has no time for them."""
-    if training.validations is not None:
-        return training.validations
+    if training.num_validations is not None:
+        return training.num_validations
     is_short = budget.seconds is not None and budget.seconds < _SHORT_S
     return 0 if is_short else _VALIDATIONS
 
@@ -262,7 +266,7 @@ def likelihood_of(
         model,
         corpus.validation,
         start_id=corpus.tokenizer.bos_token_id,
-        context=recipe.evaluation.context,
+        context=recipe.evaluation.context_length,
         stride=recipe.evaluation.stride,
         batch_size=recipe.evaluation.batch_size,
         carry_state=recipe.evaluation.carry_state,

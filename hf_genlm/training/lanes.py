@@ -40,7 +40,7 @@ class LaneOrder(Sampler[int]):
             raise UserError(
                 f"training.carry_state = true: {n_rows} rows of text are less than two for each of the "
                 f"{n_lanes} of a step; give more text, a smaller training.batch_size or a smaller "
-                "training.row_length"
+                "training.max_seq_length"
             )
 
     def __len__(self) -> int:
@@ -106,7 +106,8 @@ class Lanes(TrainerCallback):
             if len(every) != self.order.n_lanes:
                 raise UserError(
                     f"{str(path)!r} has the states of {len(every)} rows a step, and this run takes "
-                    f"{self.order.n_lanes}: keep training.batch_size times training.accumulation"
+                    f"{self.order.n_lanes}: keep training.batch_size times "
+                    "training.gradient_accumulation_steps"
                 )
             layer, slot = map(int, name.split("."))
             mine = every.unflatten(0, of_mine)[:, self.args.process_index]

@@ -38,7 +38,7 @@ class WordRate:
 
 
 def read_milestones(stated: Sequence[str]) -> list[int]:
-    """`training.checkpoint_words` as numbers of words, ascending.
+    """`training.milestone_words` as numbers of words, ascending.
 
     Raises:
         UserError: a word that is neither a number nor a schedule.
@@ -52,7 +52,7 @@ def read_milestones(stated: Sequence[str]) -> list[int]:
             found.update(SCHEDULES[word])
         else:
             near = did_you_mean(word, SCHEDULES)
-            raise UserError(f"training.checkpoint_words: {word!r} is no number such as 500K or 1M{near}")
+            raise UserError(f"training.milestone_words: {word!r} is no number such as 500K or 1M{near}")
     return sorted(found)
 
 

@@ -19,17 +19,17 @@ from hf_genlm.training.muon import Muon
 def adamw(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101); biases and norms do not decay."""
     matrices, tables, pairs, rest = split_by_role(model)
-    decay, rate_of_tables = recipe.weight_decay, recipe.learning_rate * recipe.embedding_rate
+    decay, rate_of_tables = recipe.weight_decay, recipe.learning_rate * recipe.embedding_lr_ratio
     groups: list[dict] = [
         {"params": matrices, "weight_decay": decay},
-        {"params": tables, "weight_decay": decay * recipe.embedding_decay, "lr": rate_of_tables},
-        {"params": pairs, "weight_decay": decay * recipe.bigram_decay, "lr": rate_of_tables},
+        {"params": tables, "weight_decay": decay * recipe.embedding_decay_ratio, "lr": rate_of_tables},
+        {"params": pairs, "weight_decay": decay * recipe.bigram_decay_ratio, "lr": rate_of_tables},
         {"params": rest, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=recipe.learning_rate,
-        betas=(recipe.beta1, recipe.beta2),
+        betas=(recipe.adam_beta1, recipe.adam_beta2),
         fused=True,
     )
 
@@ -37,14 +37,14 @@ def adamw(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
 def muon(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
     """Muon for the matrices of the layers, gate by gate; AdamW for embeddings, head, biases and norms."""
     matrices, tables, pairs, rest = split_by_role(model)
-    decay, rate_of_tables = recipe.weight_decay, recipe.learning_rate * recipe.embedding_rate
-    others = {"method": "adamw", "betas": (recipe.beta1, recipe.beta2), "lr": rate_of_tables}
-    ours = {"method": "muon", "lr": recipe.learning_rate * recipe.matrix_rate, "weight_decay": decay}
+    decay, rate_of_tables = recipe.weight_decay, recipe.learning_rate * recipe.embedding_lr_ratio
+    others = {"method": "adamw", "betas": (recipe.adam_beta1, recipe.adam_beta2), "lr": rate_of_tables}
+    ours = {"method": "muon", "lr": recipe.learning_rate * recipe.matrix_lr_ratio, "weight_decay": decay}
     groups: list[dict] = [
         # first: the log shows the rate of the first group as the learning rate
         {**others, "params": rest, "lr": recipe.learning_rate},
-        {**others, "params": tables, "weight_decay": decay * recipe.embedding_decay},
-        {**others, "params": pairs, "weight_decay": decay * recipe.bigram_decay},
+        {**others, "params": tables, "weight_decay": decay * recipe.embedding_decay_ratio},
+        {**others, "params": pairs, "weight_decay": decay * recipe.bigram_decay_ratio},
     ]
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     stacked = {id(linear.weight): getattr(linear, "n_matrices", 1) for linear in linears}
@@ -61,7 +61,7 @@ def sgd(model: nn.Module, recipe: TrainingRecipe) -> torch.optim.Optimizer:
         {"params": [*decayed, *tables, *pairs], "weight_decay": recipe.weight_decay},
         {"params": rest, "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.beta1)
+    return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.adam_beta1)
 
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, TrainingRecipe], torch.optim.Optimizer]] = {

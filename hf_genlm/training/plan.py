@@ -8,7 +8,7 @@ steps on random tokens.
 
 A text that is read again and again is learned by heart, and what is held out is predicted worse and worse.
 Weight decay puts that off (`decay_for` in budget.py) and does not end it: a run by the clock ends after
-`training.most_passes`, and a small text gets a small decoder however long it may take.
+`training.max_epochs`, and a small text gets a small decoder however long it may take.
 """
 
 import sys
@@ -25,19 +25,19 @@ from hf_genlm.training.optimizer import OptimizerFactory
 from hf_genlm.training.processes import rows_of_each
 
 LADDER = (
-    Shape(hidden_size=32, num_hidden_layers=1, row_length=64, batch_size=16),
-    Shape(hidden_size=48, num_hidden_layers=1, row_length=64, batch_size=16),
-    Shape(hidden_size=64, num_hidden_layers=1, row_length=64, batch_size=16),
-    Shape(hidden_size=96, num_hidden_layers=1, row_length=64, batch_size=16),
-    Shape(hidden_size=128, num_hidden_layers=1, row_length=64, batch_size=16),
-    Shape(hidden_size=192, num_hidden_layers=1, row_length=64, batch_size=16),
-    Shape(hidden_size=192, num_hidden_layers=2, row_length=128, batch_size=16),
-    Shape(hidden_size=256, num_hidden_layers=2, row_length=128, batch_size=16),
-    Shape(hidden_size=256, num_hidden_layers=4, row_length=128, batch_size=16),
-    Shape(hidden_size=384, num_hidden_layers=4, row_length=256, batch_size=16),
-    Shape(hidden_size=384, num_hidden_layers=6, row_length=256, batch_size=32),
-    Shape(hidden_size=512, num_hidden_layers=8, row_length=256, batch_size=32),
-    Shape(hidden_size=768, num_hidden_layers=12, row_length=512, batch_size=32),
+    Shape(hidden_size=32, num_hidden_layers=1, max_seq_length=64, batch_size=16),
+    Shape(hidden_size=48, num_hidden_layers=1, max_seq_length=64, batch_size=16),
+    Shape(hidden_size=64, num_hidden_layers=1, max_seq_length=64, batch_size=16),
+    Shape(hidden_size=96, num_hidden_layers=1, max_seq_length=64, batch_size=16),
+    Shape(hidden_size=128, num_hidden_layers=1, max_seq_length=64, batch_size=16),
+    Shape(hidden_size=192, num_hidden_layers=1, max_seq_length=64, batch_size=16),
+    Shape(hidden_size=192, num_hidden_layers=2, max_seq_length=128, batch_size=16),
+    Shape(hidden_size=256, num_hidden_layers=2, max_seq_length=128, batch_size=16),
+    Shape(hidden_size=256, num_hidden_layers=4, max_seq_length=128, batch_size=16),
+    Shape(hidden_size=384, num_hidden_layers=4, max_seq_length=256, batch_size=16),
+    Shape(hidden_size=384, num_hidden_layers=6, max_seq_length=256, batch_size=32),
+    Shape(hidden_size=512, num_hidden_layers=8, max_seq_length=256, batch_size=32),
+    Shape(hidden_size=768, num_hidden_layers=12, max_seq_length=512, batch_size=32),
 )
 TOKENS_PER_WEIGHT = 3.0
 
@@ -78,7 +78,7 @@ def plan_size(
     # a hybrid is one from the depth on at which every mixer of it has a layer
     least = len(DECODERS.get(recipe.model.decoder, ()))
     ladder = [replace(shape, num_hidden_layers=max(least, shape.num_hidden_layers)) for shape in LADDER]
-    at_most = sys.maxsize if corpus_tokens is None else int(recipe.training.most_passes * corpus_tokens)
+    at_most = sys.maxsize if corpus_tokens is None else int(recipe.training.max_epochs * corpus_tokens)
     measured: dict[int, Plan] = {}
     rung = 0
     while rung not in measured:
@@ -105,12 +105,12 @@ def measure_step(model: GenLMForCausalLM, recipe: TrainingRecipe) -> tuple[float
     update on rows of random tokens, those of one process. The threads that torch has are left as they were.
     """
     optimizer = OptimizerFactory()(model, replace(recipe, weight_decay=0.0))  # it may not be chosen yet
-    shape = (rows_of_each(recipe.batch_size), recipe.row_length)
+    shape = (rows_of_each(recipe.batch_size), recipe.max_seq_length)
     tokens = torch.randint(0, model.config.vocab_size, shape, device=model.device)
 
     def step() -> float:
         start = time.perf_counter()
-        for _ in range(recipe.accumulation):
+        for _ in range(recipe.gradient_accumulation_steps):
             loss = model(tokens, labels=tokens, use_cache=False, skip_logits=True).loss
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
@@ -120,7 +120,7 @@ def measure_step(model: GenLMForCausalLM, recipe: TrainingRecipe) -> tuple[float
         return time.perf_counter() - start
 
     available = torch.get_num_threads()
-    if model.device.type != "cpu" or available == 1 or recipe.threads is not None:
+    if model.device.type != "cpu" or available == 1 or recipe.num_threads is not None:
         step()  # the first is slower
         return min(step(), step()), available
     try:
@@ -138,7 +138,7 @@ def measure_step(model: GenLMForCausalLM, recipe: TrainingRecipe) -> tuple[float
 
 def tokens_of_a_step(recipe: TrainingRecipe) -> int:
     """Tokens that are predicted in one optimizer step."""
-    return recipe.batch_size * recipe.accumulation * (recipe.row_length - 1)
+    return recipe.batch_size * recipe.gradient_accumulation_steps * (recipe.max_seq_length - 1)
 
 
 def _weights(shape: Shape, vocab_size: int) -> int:

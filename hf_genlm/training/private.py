@@ -31,7 +31,7 @@ def prefer_private(recipe: Recipe) -> None:
     model, training = recipe.model, recipe.training
     recipe.corpus.split_by_hash = True
     model.bigram_size = model.bigram_size or 0
-    training.start = training.start or "random"
+    training.init = training.init or "random"
     if training.weight_decay is None:
         training.weight_decay = _WEIGHT_DECAY
 
@@ -44,10 +44,10 @@ def check_private(recipe: Recipe) -> None:
     """
     training, corpus = recipe.training, recipe.corpus
     refused = {
-        "training.start=pairs": (
-            training.start == "pairs",
+        "training.init=bigrams": (
+            training.init == "bigrams",
             "the counts of its pairs of tokens go into the model",
-            "--set training.start=random",
+            "--set training.init=random",
         ),
         "vectors.path": (
             recipe.vectors.path is not None,
@@ -70,20 +70,20 @@ def check_private(recipe: Recipe) -> None:
             "a state passes from document to document",
             "--set training.carry_state=false",
         ),
-        "training.compile": (
-            training.compile is not None,
+        "training.torch_compile_backend": (
+            training.torch_compile_backend is not None,
             "the gradients of single documents are not seen in what it makes",
-            "--set training.compile=null",
+            "--set training.torch_compile_backend=null",
         ),
-        "training.checkpoint_words": (
-            bool(training.checkpoint_words),
+        "training.milestone_words": (
+            bool(training.milestone_words),
             "the words that were read are drawn, not counted",
             "leave it out",
         ),
         "--processes": (
             processes.count() > 1,
             "documents are drawn by one process",
-            "--processes 1, and training.accumulation for a larger batch",
+            "--processes 1, and training.gradient_accumulation_steps for a larger batch",
         ),
     }
     for name, (is_so, reason, remedy) in refused.items():
@@ -107,13 +107,15 @@ def tokens_to_plan_by(recipe: Recipe, corpus: "TokenizedCorpus | StreamedCorpus"
     document would decide alone, those of full rows, one for each document."""
     if recipe.privacy.epsilon is None:
         return corpus.n_tokens
-    assert recipe.training.row_length is not None
-    return len(cast("TokenizedCorpus", corpus).train) * recipe.training.row_length
+    assert recipe.training.max_seq_length is not None
+    return len(cast("TokenizedCorpus", corpus).train) * recipe.training.max_seq_length
 
 
 def steps_of(recipe: Recipe) -> TrainingRecipe:
     """What Trainer is told: a batch of it is one step, and documents alone are clipped."""
-    return dataclasses.replace(recipe.training, batch_size=1, accumulation=1, max_grad_norm=0.0)
+    return dataclasses.replace(
+        recipe.training, batch_size=1, gradient_accumulation_steps=1, max_grad_norm=0.0
+    )
 
 
 def begin_private(
@@ -130,7 +132,7 @@ def begin_private(
     if budget.seconds is not None:
         _count_steps(run, recipe, corpus, budget)
     run.tell("progress", task="choosing the noise", done=0, total=None)
-    n_drawn = recipe.training.batch_size * recipe.training.accumulation
+    n_drawn = recipe.training.batch_size * recipe.training.gradient_accumulation_steps
     guarantee = guarantee_of(recipe.privacy, len(corpus.train), n_drawn, budget.steps)
     run.log("guarantee", **dataclasses.asdict(guarantee))
     return PrivateState(guarantee, os.urandom(KEY_BYTES))
@@ -148,7 +150,12 @@ def _count_steps(run: RunFolder, recipe: Recipe, corpus: "TokenizedCorpus", budg
     assert budget.seconds is not None
     budget.seconds = max(budget.step_s, budget.seconds - (time.monotonic() - began))
     budget.steps = max(1, min(budget.steps, int(budget.seconds / budget.step_s)))
-    times = budget.steps * recipe.training.batch_size * recipe.training.accumulation / len(corpus.train)
+    times = (
+        budget.steps
+        * recipe.training.batch_size
+        * recipe.training.gradient_accumulation_steps
+        / len(corpus.train)
+    )
     message = (
         f"with noise, a step takes {1000 * budget.step_s:.0f} ms: counted out are {budget.steps:,} steps, "
         f"which draw each document {times:.2g} times on average"

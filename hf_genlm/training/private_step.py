@@ -178,7 +178,11 @@ def document_losses(
     outputs = model(rows["input_ids"], position_ids=rows["position_ids"], use_cache=False)
     logits_BVT = outputs.logits[:, :-1].float().mT
     losses_BT = F.cross_entropy(
-        logits_BVT, labels_BT, ignore_index=IGNORED, reduction="none", label_smoothing=recipe.label_smoothing
+        logits_BVT,
+        labels_BT,
+        ignore_index=IGNORED,
+        reduction="none",
+        label_smoothing=recipe.label_smoothing_factor,
     )
     is_label_BT = labels_BT != IGNORED
     if recipe.z_loss:
@@ -196,9 +200,11 @@ def measure_private_step(model: GenLMForCausalLM, recipe: Recipe) -> float:
     """Seconds of a step on windows of random tokens that are all full."""
     training = recipe.training
     optimizer = OptimizerFactory()(model, training)
-    n_drawn = training.batch_size * training.accumulation
-    tokens = torch.randint(0, model.config.vocab_size, (n_drawn, training.row_length), device=model.device)
-    positions = torch.arange(training.row_length, device=model.device).expand_as(tokens)
+    n_drawn = training.batch_size * training.gradient_accumulation_steps
+    tokens = torch.randint(
+        0, model.config.vocab_size, (n_drawn, training.max_seq_length), device=model.device
+    )
+    positions = torch.arange(training.max_seq_length, device=model.device).expand_as(tokens)
     inputs = {"input_ids": tokens, "position_ids": positions, "labels": tokens}
     rate, clip_norm = 1.0, recipe.privacy.clip_norm
     guarantee = Guarantee(1.0, 0.5, rate, 1.0, clip_norm, n_drawn, 1, recipe.privacy.secure_noise)

@@ -171,7 +171,7 @@ def rows_of_each(batch_size: int, accumulation: int = 1) -> int:
         passes = next(a for a in range(1, accumulation + 1) if rows % (a * n) == 0)
         remedy += (
             f", or for the same steps --set training.batch_size={rows // passes} and --set "
-            f"training.accumulation={passes}"
+            f"training.gradient_accumulation_steps={passes}"
         )
     raise UserError(
         f"training.batch_size = {batch_size} is over all processes, and {n} of them cannot share it evenly: "

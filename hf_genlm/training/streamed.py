@@ -55,7 +55,7 @@ class StreamedCorpus:
         return PackedStream(
             self.stream,
             self.tokenizer,
-            row_length=training.row_length,
+            max_seq_length=training.max_seq_length,
             shuffle_buffer=self.shuffle_buffer,
             seed=training.seed,
             note=lambda message: self.run.log("note", message=message),
@@ -117,7 +117,7 @@ def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> StreamedCorpus:
     )
     words = count_words(text) if recipe.vectors.path is not None else {}
     n_words = found.validation.count_words()
-    rate = _rate_of(text, tokenizer) if recipe.training.checkpoint_words else None
+    rate = _rate_of(text, tokenizer) if recipe.training.milestone_words else None
     return StreamedCorpus(
         tokenizer, stream, validation, words, recipe.corpus.shuffle_buffer, run, n_words, rate
     )

@@ -61,20 +61,20 @@ class TokenizedCorpus:
     def windows(self, training: TrainingRecipe) -> DocumentWindows:
         """What a resolved recipe of a private run trains on."""
         special = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        return DocumentWindows(self.train, training.row_length, *special)
+        return DocumentWindows(self.train, training.max_seq_length, *special)
 
     def rows(self, training: TrainingRecipe) -> PackedRows | BalancedRows:
         """What a resolved recipe trains on."""
-        row_length = training.row_length
+        max_seq_length = training.max_seq_length
         ids = {"eos_id": self.tokenizer.eos_token_id, "pad_id": self.tokenizer.pad_token_id}
         repeats = repeats_of(self.languages)
         if repeats is None:
-            return PackedRows(self.train, row_length, **ids, goes_on=training.carry_state)
-        return BalancedRows(self.train, documents_of(self.languages, "train"), repeats, row_length, **ids)
+            return PackedRows(self.train, max_seq_length, **ids, goes_on=training.carry_state)
+        return BalancedRows(self.train, documents_of(self.languages, "train"), repeats, max_seq_length, **ids)
 
     def word_rate(self, rows: PackedRows | BalancedRows) -> WordRate:
         """Words a token, of the whole training text."""
-        return WordRate(self.train_words, rows.n_rows * (rows.row_length - 1))
+        return WordRate(self.train_words, rows.n_rows * (rows.max_seq_length - 1))
 
     def known_ids(self, rows: PackedRows | BalancedRows) -> np.ndarray:
         """(n,): all of the training text that is at hand as ids."""
@@ -159,7 +159,7 @@ def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> TokenizedCorpus:
     sha256 = text["sha256"] if documents is corpus.train else count_text(documents)["sha256"]
     tokenizer = tokenizer_of(run, recipe, documents, n_bytes, is_again, cache, sha256)
     words = count_words(corpus.train) if recipe.vectors.path is not None else {}
-    if recipe.training.checkpoint_words:
+    if recipe.training.milestone_words:
         run.tell("progress", task="counting words", done=0, total=None)
         corpus.report["train"]["words"] = corpus.train.total_words()
     train, validation = _encode_splits(run, tokenizer, corpus, cache, note)

@@ -86,7 +86,7 @@ def train(
     `listener(event, fields)` hears every logged event, and `progress` {task, done, total} within a stage.
 
     With `corpus.stream`, how much text there is remains unknown: the size and the decay of the weights are
-    chosen as for one pass at most, and `training.most_passes` ends nothing; what ends is read again.
+    chosen as for one pass at most, and `training.max_epochs` ends nothing; what ends is read again.
 
     In a process group every process calls this; the first one alone writes and measures, and the others
     return when it has the model.
@@ -182,9 +182,9 @@ def check(recipe: Recipe) -> None:
     adopt_dimension(recipe)
     build_config(recipe, mixer_types_of(recipe))
     check_optimizer(recipe.training.optimizer)
-    check_compiler(recipe.training.compile)
+    check_compiler(recipe.training.torch_compile_backend)
     check_trackers(recipe.training.report_to)
-    read_milestones(recipe.training.checkpoint_words)
+    read_milestones(recipe.training.milestone_words)
     if recipe.corpus.stream and recipe.training.carry_state:
         raise UserError(
             "training.carry_state = true needs all rows at hand, and --stream has none of them: leave one out"
@@ -201,7 +201,7 @@ def check(recipe: Recipe) -> None:
     _check_sharding(recipe)
     if recipe.privacy.epsilon is not None:
         check_private(recipe)
-    processes.rows_of_each(recipe.training.batch_size, recipe.training.accumulation)
+    processes.rows_of_each(recipe.training.batch_size, recipe.training.gradient_accumulation_steps)
     budget_of(recipe.training, tokens_of_a_step(recipe.training))
 
 
@@ -228,7 +228,7 @@ def _prepare(run: RunFolder, given: Recipe) -> Job:
     adopt_dimension(recipe)
     base = None if given.model.init_from is None else hub_id_of(given.model.init_from)
     run.log("started", decoder=recipe.model.decoder, mixers=mixer_types_of(recipe), base_model=base)
-    processes.share_threads(recipe.training.threads)
+    processes.share_threads(recipe.training.num_threads)
     corpus = _read(run, recipe)
     budget = budget_of(recipe.training, tokens_of_a_step(recipe.training))
     n_tokens = tokens_to_plan_by(recipe, corpus)
@@ -241,7 +241,7 @@ def _prepare(run: RunFolder, given: Recipe) -> Job:
         recipe, budget = processes.from_first(plan)
     else:
         settle_decay(recipe, budget.steps, n_tokens)
-    corpus.tokenizer.model_max_length = recipe.training.row_length
+    corpus.tokenizer.model_max_length = recipe.training.max_seq_length
     private = None if recipe.privacy.epsilon is None else begin_private(run, recipe, corpus, budget)
     job = _job_of(run, recipe, corpus, budget, private)
     if processes.is_first():
@@ -263,7 +263,7 @@ def _job_of(
     budget: Budget,
     private: PrivateState | None = None,
 ) -> Job:
-    processes.share_threads(recipe.training.threads)
+    processes.share_threads(recipe.training.num_threads)
     training = recipe.training
     rows: Rows
     if recipe.privacy.epsilon is not None:
@@ -274,7 +274,7 @@ def _job_of(
     arguments = training_arguments_of(run, training, budget)
     lanes = Lanes(arguments, rows.n_rows) if recipe.training.carry_state else None
     words = None
-    if recipe.training.checkpoint_words:
+    if recipe.training.milestone_words:
         words = processes.from_first(lambda: corpus.word_rate(rows))
     return Job(rows, corpus, recipe, budget, arguments, lanes, words, private=private)
 
@@ -288,8 +288,8 @@ def _build(run: RunFolder, job: Job, is_new: bool = True) -> GenLMForCausalLM:
     model = GenLMForCausalLM(config)
     job.held = processes.from_first(lambda: _start(run, model, job, is_new))
     processes.share_weights(model)
-    n_rows, row_length = job.rows.n_rows, recipe.training.row_length
-    run.log("model", parameters=model.num_parameters(), rows=n_rows, row_length=row_length)
+    n_rows, max_seq_length = job.rows.n_rows, recipe.training.max_seq_length
+    run.log("model", parameters=model.num_parameters(), rows=n_rows, max_seq_length=max_seq_length)
     return model
 
 
@@ -303,11 +303,11 @@ def _start(run: RunFolder, model: GenLMForCausalLM, job: Job, is_new: bool) -> t
         ids = corpus.known_ids(job.rows)
         found = start_from_vectors(run, model, corpus.tokenizer, corpus.words, ids, recipe)
         held = torch.from_numpy(found) if recipe.vectors.frozen else None
-    if recipe.training.start == "pairs" and is_new:
+    if recipe.training.init == "bigrams" and is_new:
         assert not isinstance(job.rows, DocumentWindows), "nothing starts from statistics of a private text"
         tokens = job.rows.first_tokens(MOST_TOKENS)
         learned = start_from_pairs(model, tokens, keep_embedding=recipe.vectors.path is not None)
-        run.log("pairs", tokens=learned.n_tokens, distinct=learned.n_pairs)
+        run.log("bigrams", tokens=learned.n_tokens, distinct=learned.n_pairs)
     return held
 
 
@@ -399,7 +399,7 @@ def evaluate_run(
         corpus.languages,
         recipe,
         start_id=corpus.tokenizer.bos_token_id,
-        context=recipe.evaluation.context or recipe.training.row_length,
+        context=recipe.evaluation.context_length or recipe.training.max_seq_length,
         on_progress=on_progress,
     )
     write_measurements(run.evaluation, found)

@@ -113,7 +113,7 @@ class BudgetTrainer(Trainer):
     def _targets_of_a_step(self) -> float:
         """Of all processes, where no row is short."""
         recipe = self.recipe
-        return float(recipe.batch_size * recipe.accumulation * (recipe.row_length - 1))
+        return float(recipe.batch_size * recipe.gradient_accumulation_steps * (recipe.max_seq_length - 1))
 
     def is_stopped(self) -> bool:
         """Whether one process was asked to stop; all of them must ask together, after a step."""
@@ -169,7 +169,7 @@ class BudgetTrainer(Trainer):
         def finish() -> str | None:
             with full_disk_as(failures.append):
                 if not failures:
-                    seal(folder, progress, keep=self.recipe.checkpoints_kept)
+                    seal(folder, progress, keep=self.recipe.save_total_limit)
             return failures[0] if failures else None
 
         if not all_of(not failures):
@@ -197,7 +197,7 @@ class BudgetTrainer(Trainer):
     ) -> LambdaLR:
         def share(step: int) -> float:
             progress = self.budget.progress(step + 0.5)
-            return trapezoid(progress, self.recipe.warmup_fraction, self.recipe.decay_fraction)
+            return trapezoid(progress, self.recipe.warmup_ratio, self.recipe.decay_ratio)
 
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
         return self.lr_scheduler
@@ -206,7 +206,7 @@ class BudgetTrainer(Trainer):
         """The loss without logits, which nothing here reads, and with the recipe's own terms."""
         if self.lanes is not None and model.training:
             inputs = self.lanes.going_on(inputs)
-        terms = {"label_smoothing": self.recipe.label_smoothing, "z_loss": self.recipe.z_loss}
+        terms = {"label_smoothing": self.recipe.label_smoothing_factor, "z_loss": self.recipe.z_loss}
         return super().compute_loss(model, {**inputs, "skip_logits": True, **terms}, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -226,13 +226,13 @@ def training_arguments_of(run: RunFolder, training: TrainingRecipe, budget: Budg
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
         max_steps=budget.steps,
-        per_device_train_batch_size=rows_of_each(training.batch_size, training.accumulation),
-        gradient_accumulation_steps=training.accumulation,
+        per_device_train_batch_size=rows_of_each(training.batch_size, training.gradient_accumulation_steps),
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
         max_grad_norm=training.max_grad_norm,
         seed=training.seed,
         bf16=use_bf16,
-        torch_compile_backend=training.compile,
+        torch_compile_backend=training.torch_compile_backend,
         logging_strategy="no",
         logging_nan_inf_filter=False,
         save_strategy="no",
@@ -261,7 +261,7 @@ def check_compiler(backend: str | None) -> None:
     """
     if backend is not None and backend not in torch.compiler.list_backends(exclude_tags=()):
         known = torch.compiler.list_backends()
-        raise UserError(f"unknown training.compile {backend!r}{did_you_mean(backend, known)}")
+        raise UserError(f"unknown training.torch_compile_backend {backend!r}{did_you_mean(backend, known)}")
 
 
 def computes_bfloat16() -> bool:

@@ -51,13 +51,15 @@ def adopt_dimension(recipe: Recipe) -> None:
         raise UserError(
             f"unknown vectors.damaged {vectors.damaged!r}{did_you_mean(vectors.damaged, DAMAGED)}"
         )
-    if vectors.release_step is not None and not vectors.frozen:
+    if vectors.unfreeze_step is not None and not vectors.frozen:
         raise UserError(
-            f"vectors.release_step = {vectors.release_step} releases frozen rows, and none are frozen: "
+            f"vectors.unfreeze_step = {vectors.unfreeze_step} releases frozen rows, and none are frozen: "
             "add --set vectors.frozen=true, or leave it out"
         )
-    if vectors.release_step is not None and vectors.release_step < 1:
-        raise UserError(f"vectors.release_step = {vectors.release_step}: it is an optimizer step, at least 1")
+    if vectors.unfreeze_step is not None and vectors.unfreeze_step < 1:
+        raise UserError(
+            f"vectors.unfreeze_step = {vectors.unfreeze_step}: it is an optimizer step, at least 1"
+        )
     if vectors.path is None:
         if vectors.frozen:
             raise UserError("vectors.frozen holds word vectors, and none are given: add --vectors FILE")
@@ -185,7 +187,7 @@ def start_from_vectors(
     with torch.no_grad():
         weight.copy_(torch.from_numpy(table))
     report = coverage(read, kind, ids, Path(recipe.vectors.path).name)
-    report |= {"frozen": recipe.vectors.frozen, "release_step": recipe.vectors.release_step}
+    report |= {"frozen": recipe.vectors.frozen, "unfreeze_step": recipe.vectors.unfreeze_step}
     write_json(run.vectors, report)
     run.log("vectors", **report)
     return kind != DRAWN

@@ -36,16 +36,16 @@ def main() -> None:
     print("| decoder | row, tokens | state | bits per byte, carried | by windows | time, carried / windows |")
     print("|---|---|---|---|---|---|", flush=True)
     ways = itertools.product(options.decoders.split(","), options.rows.split(","), ("none", "carried"))
-    for decoder, row_length, state in ways:
-        runs = [_run(options, decoder, row_length, state, seed) for seed in range(options.seeds)]
+    for decoder, max_seq_length, state in ways:
+        runs = [_run(options, decoder, max_seq_length, state, seed) for seed in range(options.seeds)]
         carried, windows, ratio = (statistics.mean(values) for values in zip(*runs, strict=True))
         of_each = " ".join(f"{run[0]:.4f}" for run in runs)
         bits = f"{carried:.4f} ({of_each}) | {windows:.4f}"
-        print(f"| `{decoder}` | {row_length} | {state} | {bits} | {ratio:.2f} |", flush=True)
+        print(f"| `{decoder}` | {max_seq_length} | {state} | {bits} | {ratio:.2f} |", flush=True)
 
 
 def _run(
-    options: argparse.Namespace, decoder: str, row_length: str, state: str, seed: int
+    options: argparse.Namespace, decoder: str, max_seq_length: str, state: str, seed: int
 ) -> tuple[float, float, float]:
     """Bits per byte by carried states and by windows, and the first one's time in parts of the second's."""
     from transformers import AutoTokenizer
@@ -58,14 +58,14 @@ def _run(
     from hf_genlm.training.train import train
 
     settings = ["model.hidden_size=96", "model.num_hidden_layers=1", "training.batch_size=16",
-                f"model.decoder={decoder}", f"training.row_length={row_length}",
+                f"model.decoder={decoder}", f"training.max_seq_length={max_seq_length}",
                 f"training.carry_state={str(state == 'carried').lower()}", f"training.seed={seed}",
-                f"training.steps={options.steps}", "training.validations=0", "training.samples=0",
+                f"training.steps={options.steps}", "training.num_validations=0", "training.num_samples=0",
                 *options.set]  # fmt: skip
     recipe = load_recipe(None, settings)
     recipe.corpus.sources = options.sources
     recipe.corpus.validation = [options.validation] if options.validation else []
-    run = train(recipe, options.out / f"{decoder}-{row_length}-{state}-{seed}")
+    run = train(recipe, options.out / f"{decoder}-{max_seq_length}-{state}-{seed}")
     model = GenLMForCausalLM.from_pretrained(run.model)
     tokenizer = AutoTokenizer.from_pretrained(run.model)
     documents = encode_documents(tokenizer, read_corpus(recipe.corpus).validation)

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 ROW_LENGTH = 256
-TRAIN_OPTIONS = ["--steps", "2", "--set", "training.validations=0", "--set", "training.samples=0"]
+TRAIN_OPTIONS = ["--steps", "2", "--set", "training.num_validations=0", "--set", "training.num_samples=0"]
 
 
 def main() -> None:

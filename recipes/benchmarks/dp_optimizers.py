@@ -20,12 +20,12 @@ SETTINGS = (
     "tokenizer.vocab_size=512",
     "model.mixers=gated_linear",
     "model.hidden_size=64",
-    "training.start=random",
-    "training.row_length=64",
+    "training.init=random",
+    "training.max_seq_length=64",
     "training.batch_size=64",
-    "training.accumulation=4",
-    "training.validations=0",
-    "training.samples=0",
+    "training.gradient_accumulation_steps=4",
+    "training.num_validations=0",
+    "training.num_samples=0",
 )
 
 

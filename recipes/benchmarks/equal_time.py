@@ -19,12 +19,12 @@ ROUNDS = 15
 # what differs is then the way alone: no start from pairs, no table of pairs, one context for all
 PLAIN = [
     "training.weight_decay=0.1",
-    "training.embedding_decay=0",
-    "training.bigram_decay=0",
+    "training.embedding_decay_ratio=0",
+    "training.bigram_decay_ratio=0",
     "model.tie_word_embeddings=true",
-    "training.start=random",
+    "training.init=random",
     "model.bigram_size=0",
-    "evaluation.context=128",
+    "evaluation.context_length=128",
 ]
 Ways = dict[str, list[str]]  # name of a way: its recipe, as section.key=value
 
@@ -91,7 +91,7 @@ def _train(options: argparse.Namespace, folder: Path, settings: list[str]) -> di
     run = RunFolder(folder)
     if not run.evaluation.is_file():
         shutil.rmtree(folder, ignore_errors=True)
-        recipe = load_recipe(None, [*settings, "training.validations=0", "training.samples=0"])
+        recipe = load_recipe(None, [*settings, "training.num_validations=0", "training.num_samples=0"])
         recipe.corpus.sources = options.sources
         recipe.corpus.validation = [options.validation] if options.validation else []
         train(recipe, folder)
@@ -118,7 +118,7 @@ def measure_pace(ways: Ways, vocab_size: int) -> dict[str, float]:
         config.vocab_size = vocab_size
         model = GenLMForCausalLM(config)
         optimizer = OptimizerFactory()(model, recipe.training)
-        tokens = torch.randint(0, vocab_size, (recipe.training.batch_size, recipe.training.row_length))
+        tokens = torch.randint(0, vocab_size, (recipe.training.batch_size, recipe.training.max_seq_length))
 
         def step(model=model, optimizer=optimizer, tokens=tokens) -> float:
             start = time.perf_counter()

@@ -27,13 +27,13 @@ SHAPE = [
     "model.hidden_size=128",
     "model.num_hidden_layers=1",
     "model.bigram_size=4096",
-    "training.row_length=64",
+    "training.max_seq_length=64",
 ]
 REST = [
     "training.batch_size=16",
-    "training.validations=0",
-    "training.samples=0",
-    "training.checkpoint_steps=0",
+    "training.num_validations=0",
+    "training.num_samples=0",
+    "training.save_steps=0",
 ]
 STEPS, VOCABULARY, MORE_TOKENS = 150, 1024, 200
 TUNING_MINUTES, TUNING_STEPS = 0.15, 60
@@ -121,7 +121,7 @@ def extend(folder: Path) -> None:
                 for seed in SEEDS:  # in turns: what else the machine does meets both
                     for name, start in (("base", str(base.path)), ("extended", extended)):
                         tuned = [*REST, f"model.init_from={start}", f"training.seed={seed}", ends,
-                                 "training.most_passes=1000", *sources(out, [code])]  # fmt: skip
+                                 "training.max_epochs=1000", *sources(out, [code])]  # fmt: skip
                         run = train(load_recipe(None, tuned), out / f"{name}-{ends}-{seed}")
                         (trained,) = [event for event in run.read_log() if event["event"] == "trained"]
                         bits = bits_of(run)["bits_per_byte"]

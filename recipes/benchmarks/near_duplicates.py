@@ -24,8 +24,8 @@ CHANGED = 40  # one word of so many is another in a copy
 PREFIX = CONTINUATION = 32  # tokens
 THRESHOLD = 0.6
 SETTINGS = ["model.hidden_size=96", "model.num_hidden_layers=2", "model.decoder=transformer",
-            "training.samples=0", "tokenizer.vocab_size=1024", "training.row_length=128",
-            "training.batch_size=8", "training.validations=0", "training.checkpoint_steps=0"]  # fmt: skip
+            "training.num_samples=0", "tokenizer.vocab_size=1024", "training.max_seq_length=128",
+            "training.batch_size=8", "training.num_validations=0", "training.save_steps=0"]  # fmt: skip
 
 
 def main() -> None:

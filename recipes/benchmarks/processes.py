@@ -88,7 +88,7 @@ def step_of(decoder: str, shape: str, n: int) -> Callable[[], None]:
     model = GenLMForCausalLM(
         GenLMConfig(vocab_size=VOCABULARY, hidden_size=width, mixer_types=mixers_of(decoder, layers))
     )
-    recipe = TrainingRecipe(learning_rate=1e-4, embedding_rate=1.0, weight_decay=0.1)
+    recipe = TrainingRecipe(learning_rate=1e-4, embedding_lr_ratio=1.0, weight_decay=0.1)
     optimizer = OptimizerFactory()(model, recipe)
     message = StepMessage(model)
     ids = torch.randint(0, VOCABULARY, (rows, tokens)).chunk(n)[processes.index() % n]

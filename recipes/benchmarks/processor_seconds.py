@@ -5,7 +5,7 @@
 
 A way is its recipe, as section.key=value. It trains for as many steps as fit into the time at its pace, which
 is the lower quartile of its steps' processor time: what else runs makes some steps slower, not those. The
-time of `training.start=pairs` is part of it; a plain loop takes the place of Trainer. With `--passes` it
+time of `training.init=bigrams` is part of it; a plain loop takes the place of Trainer. With `--passes` it
 trains for so many passes over the text instead, whatever they take. A decay that a way leaves open follows
 from a measurement of its steps before it trains.
 """
@@ -68,7 +68,7 @@ def run(corpus: Corpus, settings: list[str], options: argparse.Namespace, seed: 
     config = build_config(recipe, mixer_types_of(recipe))
     adopt_vocabulary(config, tokenizer)
     documents = encode_documents(tokenizer, corpus.train)
-    rows = PackedRows(documents, training.row_length, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    rows = PackedRows(documents, training.max_seq_length, tokenizer.eos_token_id, tokenizer.pad_token_id)
     n_steps = None
     if options.passes is not None:
         n_steps = max(1, int(options.passes * len(rows) / training.batch_size))
@@ -78,7 +78,7 @@ def run(corpus: Corpus, settings: list[str], options: argparse.Namespace, seed: 
     torch.manual_seed(seed)
     model = GenLMForCausalLM(config)
     began = time.process_time()
-    if training.start == "pairs":
+    if training.init == "bigrams":
         start_from_pairs(model, rows.first_tokens(MOST_TOKENS), keep_embedding=False)
     spent = time.process_time() - began
     steps, pace = train(model, rows, recipe, options.seconds - spent, n_steps)
@@ -86,7 +86,7 @@ def run(corpus: Corpus, settings: list[str], options: argparse.Namespace, seed: 
         model.eval(),
         encode_documents(tokenizer, corpus.validation),
         start_id=tokenizer.bos_token_id,
-        context=recipe.evaluation.context,
+        context=recipe.evaluation.context_length,
         stride=recipe.evaluation.stride,
         batch_size=32,
     )
@@ -112,7 +112,7 @@ def train(
         progress = progress_of(times, pace, seconds, n_steps)
         if n_steps is not None:
             progress += 0.5 / n_steps  # the middle of the step, as BudgetTrainer has it
-        share = trapezoid(progress, training.warmup_fraction, training.decay_fraction)
+        share = trapezoid(progress, training.warmup_ratio, training.decay_ratio)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * share
         began = time.process_time()

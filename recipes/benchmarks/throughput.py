@@ -46,7 +46,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="models whose name holds one of these words, by commas")
-    parser.add_argument("--compile", metavar="BACKEND", help="ours by torch.compile too, as training.compile")
+    parser.add_argument(
+        "--compile", metavar="BACKEND", help="ours by torch.compile too, as training.torch_compile_backend"
+    )
     options = parser.parse_args()
     models = {
         name: build(options)

@@ -15,7 +15,7 @@ def ways_of(options) -> Ways:
     untied = "model.tie_word_embeddings=false"
     vectors = f"vectors.path={options.vectors}"
     dimension = f"model.embedding_size={peek_dimension(options.vectors)}"
-    release = f"vectors.release_step={max(1, options.steps // 4)}"
+    release = f"vectors.unfreeze_step={max(1, options.steps // 4)}"
     ways = {
         "no vectors, r = d": [],
         "no vectors, tied": [dimension],

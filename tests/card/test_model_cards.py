@@ -89,7 +89,7 @@ def test_a_recipe_says_what_it_measured_and_nothing_for_want_of_it(recipe):
         assert first.split()[2] in card.read_text(encoding="utf-8")
     stated = load_recipe(recipe)
     assert stated.card.name == recipe.stem
-    ends = stated.training.tokens, stated.training.threads, stated.model.hidden_size
+    ends = stated.training.tokens, stated.training.num_threads, stated.model.hidden_size
     assert ends == (1_000_000, 1, 128)  # they compare by it, and repeat
 
 

@@ -93,7 +93,7 @@ MISTAKES = {
     "invalid UTF-8": (lambda p: [write(p / "a.txt", b"caf\xe9 " * 9)], "corpus.encoding=latin-1"),
     "text shorter than a row": (
         lambda p: [write(p / "a.txt", b"A short text.\nIn two lines.\n")],
-        "training.row_length",
+        "training.max_seq_length",
     ),
     "unknown decoder": (lambda p: [write(p / "a.txt", PROSE), "--decoder", "lstmm"], "did you mean 'lstm'"),
     "unknown recipe key": (

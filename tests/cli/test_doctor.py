@@ -146,7 +146,9 @@ def test_visible_pairs(window):
 
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_the_described_model_is_the_one_that_train_makes(decoder):
-    recipe = load_recipe(None, [f"model.decoder={decoder}", "model.hidden_size=64", "training.row_length=32"])
+    recipe = load_recipe(
+        None, [f"model.decoder={decoder}", "model.hidden_size=64", "training.max_seq_length=32"]
+    )
     cost = doctor.describe_model(recipe)
     config = build_config(resolve(recipe), mixer_types_of(resolve(recipe)))
     config.vocab_size = 4096

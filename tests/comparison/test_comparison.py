@@ -35,11 +35,11 @@ from hf_genlm.run_folder import RunFolder
 from hf_genlm.training.train import train
 
 SMALL = (
-    "training.checkpoint_steps=1",
-    "training.threads=1",
-    "training.row_length=16",
+    "training.save_steps=1",
+    "training.num_threads=1",
+    "training.max_seq_length=16",
     "training.batch_size=4",
-    "training.validations=2",
+    "training.num_validations=2",
     "tokenizer.vocab_size=300",
     "model.hidden_size=32",
     "model.num_hidden_layers=1",
@@ -79,7 +79,7 @@ def test_candidates_are_the_product_of_decoders_and_sizes():
             "model.decoder": decoder,
             "model.size": size,
             "training.tokens": 1_000_000,
-            "training.samples": 0,
+            "training.num_samples": 0,
         }
     recipe = plan.recipe("gru-small", {"model.hidden_size": 64}, seed=1)
     assert (recipe.model.decoder, recipe.model.hidden_size, recipe.training.seed) == ("gru", 64, 1)
@@ -93,14 +93,14 @@ def test_seeds_are_interleaved_and_each_round_begins_with_another_candidate():
 
 def test_recipes_keep_what_they_say_but_for_what_ends_them(tmp_path):
     (tmp_path / "slow.yaml").write_text("training: {learning_rate: 1e-4, steps: 7, seed: 5}\n")
-    (tmp_path / "fast.yaml").write_text("training: {learning_rate: 1e-2, samples: 1}\n")
+    (tmp_path / "fast.yaml").write_text("training: {learning_rate: 1e-2, num_samples: 1}\n")
     paths = [str(tmp_path / name) for name in ("slow.yaml", "fast.yaml")]
     plan = make_plan(recipes_of(paths, ["model.dropout=0.1"], [], []), "minutes", "0.5")
     assert plan.candidates == {
         "slow": {"model.dropout": 0.1, "training.minutes": 0.5, "training.learning_rate": 1e-4,
-                 "training.samples": 0},
+                 "training.num_samples": 0},
         "fast": {"model.dropout": 0.1, "training.minutes": 0.5, "training.learning_rate": 1e-2,
-                 "training.samples": 1},
+                 "training.num_samples": 1},
     }  # fmt: skip
 
 
@@ -466,7 +466,7 @@ def test_a_refused_comparison_leaves_nothing(text, tmp_path, capsys):
 
 
 def test_by_the_clock_a_half_run_begins_again_and_a_trained_one_is_only_measured(text, tmp_path):
-    recipe = load_recipe(None, [*SMALL, "training.minutes=0.02", "training.samples=0"])
+    recipe = load_recipe(None, [*SMALL, "training.minutes=0.02", "training.num_samples=0"])
     recipe.corpus.sources = [str(text)]
     path = tmp_path / "run"
     path.mkdir()

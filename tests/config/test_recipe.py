@@ -49,7 +49,7 @@ def test_round_trip(tmp_path):
         ("training: {steps: 100000000000000000000}", "expected a whole number"),
         ("training: {minutes: 1:30}", "expected a number"),
         ("training: {steps: 0}", "training.steps = 0: it must be at least 1"),
-        ("training: {beta2: 1}", "from 0 to less than 1"),
+        ("training: {adam_beta2: 1}", "from 0 to less than 1"),
         ("model: {hidden_size: -3}", "from 1 to 1,048,576"),
         ("training: {steps: 3}\ntraining: {seed: 1}", "'training' stands twice"),
         ("corpus: {sources: [null]}", "expected words"),

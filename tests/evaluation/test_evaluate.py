@@ -190,7 +190,7 @@ class TestTheSameAsLmEval:
             "--tasks": "rolling,blimp_all",
             "--include-path": str(data),
         }
-        windows = ["--set", f"evaluation.stride={CONTEXT}", "--set", f"evaluation.context={CONTEXT}"]
+        windows = ["--set", f"evaluation.stride={CONTEXT}", "--set", f"evaluation.context_length={CONTEXT}"]
         options = [word for option in options.items() for word in option] + windows
         assert main(["evaluate", str(folder), str(data / "texts.jsonl"), "--json", *options]) == 0
         found = measured(capsys)
@@ -265,7 +265,7 @@ class TestSuite:
         assert lines[0].endswith("n = 6 (pairs)")
 
     def test_a_run_has_its_text_for_range_and_samples(self, trained, capsys):
-        words = ["--suite", "range,extrapolation,samples", "--set", "evaluation.context=64", "--json"]
+        words = ["--suite", "range,extrapolation,samples", "--set", "evaluation.context_length=64", "--json"]
         assert main(["evaluate", str(trained.path), *words]) == 0
         found = {(m["name"], m["split"]): m for m in json.loads(capsys.readouterr().out)["measurements"]}
         assert 0 < found["nats_per_token/1-64", "validation"]["value"] < 8

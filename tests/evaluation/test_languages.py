@@ -287,7 +287,7 @@ def test_what_does_not_go_with_balancing_is_refused_before_anything_is_read(tmp_
 
 @pytest.mark.slow
 def test_two_processes_balance_as_one(folder, tmp_path, monkeypatch):
-    settings = [*SMALL, "corpus.temperature=1000", "training.steps=60", "training.validations=1"]
+    settings = [*SMALL, "corpus.temperature=1000", "training.steps=60", "training.num_validations=1"]
     settings.append("corpus.languages=" + ",".join(f"{code}={folder}/{code}.txt" for code in LINES))
     jobs = [{"name": "balanced", "assignments": settings, "sharded": False}]
     compare_with_one(jobs, tmp_path, monkeypatch)

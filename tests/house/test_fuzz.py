@@ -168,11 +168,11 @@ NEAR = {
     bool: st.sampled_from(["true", "false"]),
     int: st.sampled_from(["1", "2", "4", "8", "64", "300", "1e2"]),
     float: st.sampled_from(["0.5", "1", "0.01", "1e-3", "0"]),
-    str: st.sampled_from(["gru", "tiny", "rotary", "pairs", "adamw", "auto", "text", "é"]),
+    str: st.sampled_from(["gru", "tiny", "rotary", "bigrams", "adamw", "auto", "text", "é"]),
 }
 WORDS = st.sampled_from(["no", "true", "null", "1e-3", "1e400", "010", "1:30", ".nan", ".inf", "30M", "tiny",
                          "gru,lstm", "[a, b]", "{a: b}", "'", '"x', "*", "&a", "!!int 3", "a # b", "٣", "1_0",
-                         "lstm", "rotary", "pairs", "muon", "", "~", "<<", "\x00", "\ud800"])  # fmt: skip
+                         "lstm", "rotary", "bigrams", "muon", "", "~", "<<", "\x00", "\ud800"])  # fmt: skip
 
 
 def values_near(name: str):

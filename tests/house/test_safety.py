@@ -364,7 +364,7 @@ def echoing_hub(monkeypatch):
 def test_the_token_is_in_no_file_and_no_output(echoing_hub, tmp_path, capfd, caplog):
     write(tmp_path / "data.txt", "".join(f"line {i} of some text\n" for i in range(400)))
     small = [word for assignment in SMALL[1:-2] for word in ("--set", assignment)]
-    options = [*small, "--steps", "2", "--set", "training.validations=0"]
+    options = [*small, "--steps", "2", "--set", "training.num_validations=0"]
     assert main(["train", str(tmp_path / "data.txt"), "--out", str(tmp_path / "run"), *options]) == 0
     assert main(["train", "owner/poems", "--out", str(tmp_path / "no"), *options]) == 2
     assert any(TOKEN in header for header in echoing_hub)  # it was sent, and came back in the answer

@@ -52,12 +52,12 @@ SMALL = [
     "model.hidden_size=64",
     "model.num_hidden_layers=2",
     "model.bigram_size=0",
-    "training.row_length=64",
+    "training.max_seq_length=64",
     "training.batch_size=16",
-    "training.validations=0",
-    "training.samples=0",
+    "training.num_validations=0",
+    "training.num_samples=0",
     "training.learning_rate=0.01",
-    "training.start=random",
+    "training.init=random",
     "corpus.validation_fraction=0.4",
 ]
 SETTINGS = [word for assignment in SMALL for word in ("--set", assignment)]

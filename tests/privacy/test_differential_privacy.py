@@ -39,13 +39,13 @@ KEY = bytes(range(32))
 SETTINGS = (
     "privacy.epsilon=8",
     "training.steps=6",
-    "training.checkpoint_steps=2",
-    "training.threads=1",
-    "training.row_length=16",
+    "training.save_steps=2",
+    "training.num_threads=1",
+    "training.max_seq_length=16",
     "training.batch_size=4",
-    "training.accumulation=2",
-    "training.samples=0",
-    "training.validations=1",
+    "training.gradient_accumulation_steps=2",
+    "training.num_samples=0",
+    "training.num_validations=1",
     "model.hidden_size=16",
     "model.mixers=gated_linear,gru",
     "model.dropout=0.1",
@@ -60,12 +60,12 @@ def guarantee(**changes) -> Guarantee:
     return Guarantee(**{**fields, **changes})
 
 
-def windows_of(lengths, row_length: int = 6) -> DocumentWindows:
+def windows_of(lengths, max_seq_length: int = 6) -> DocumentWindows:
     """Documents of the ids 10, 11, 12, ..."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.arange(10, 10 + offsets[-1], dtype=np.uint16)
     return DocumentWindows(
-        TokenizedDocuments(ids, offsets, np.array(lengths)), row_length, eos_id=1, pad_id=0
+        TokenizedDocuments(ids, offsets, np.array(lengths)), max_seq_length, eos_id=1, pad_id=0
     )
 
 
@@ -213,7 +213,7 @@ def test_one_document_more_moves_the_sum_by_the_clip_norm_at_most():
     state = PrivateState(guarantee(clip_norm=0.1, sampling_rate=1.0), KEY)
     sums = []
     for n_documents in (5, 6):
-        steps = DrawnSteps(windows_of([9, 3, 7, 8, 4, 9][:n_documents], row_length=8), state)
+        steps = DrawnSteps(windows_of([9, 3, 7, 8, 4, 9][:n_documents], max_seq_length=8), state)
         private_gradient(model, steps[0], state, 0, TrainingRecipe(), 3)
         sums.append(torch.cat([parameter.grad.flatten() * 4 for parameter in model.parameters()]))
     assert (sums[1] - sums[0]).norm() == pytest.approx(0.1, rel=1e-3)
@@ -311,7 +311,7 @@ def test_a_loss_that_is_no_number_ends_a_private_run(text, tokenizer, tmp_path, 
 
 def test_a_run_by_the_clock_counts_its_steps_out_beforehand(text, tokenizer, tmp_path, capsys):
     """By the command line, with noise of the cryptographic generator."""
-    settings = [*SETTINGS[2:], tokenizer, "training.validations=0", "privacy.secure_noise=true"]
+    settings = [*SETTINGS[2:], tokenizer, "training.num_validations=0", "privacy.secure_noise=true"]
     words = ["train", str(text), "--minutes", "0.05", "--epsilon", "8", "--out", str(tmp_path / "run")]
     assert main([*words, *(word for setting in settings for word in ("--set", setting))]) == 0
     run = RunFolder(tmp_path / "run")
@@ -327,7 +327,7 @@ def test_a_run_by_the_clock_counts_its_steps_out_beforehand(text, tokenizer, tmp
 
 
 def test_a_run_is_planned_by_the_number_of_its_documents_not_by_their_lengths():
-    private = resolve(load_recipe(None, ["privacy.epsilon=3", "training.row_length=16"]))
+    private = resolve(load_recipe(None, ["privacy.epsilon=3", "training.max_seq_length=16"]))
     corpus = SimpleNamespace(train=range(2000), n_tokens=10**9)
     assert tokens_to_plan_by(private, corpus) == 16 * 2000
     private.privacy.epsilon = None
@@ -365,14 +365,14 @@ def test_the_vocabulary_is_not_learned_from_the_private_text(text, tmp_path, mon
 @pytest.mark.parametrize(
     "setting",
     [
-        "training.start=pairs",
+        "training.init=bigrams",
         "vectors.path=words.txt",
         "corpus.stream=true",
         "corpus.near_duplicates=0.8",
         "corpus.temperature=2",
         "training.carry_state=true",
-        "training.compile=inductor",
-        "training.checkpoint_words=1K",
+        "training.torch_compile_backend=inductor",
+        "training.milestone_words=1K",
     ],
 )
 def test_what_goes_around_the_guarantee_is_refused_by_name(setting):
@@ -409,7 +409,7 @@ def test_a_split_by_hash_that_leaves_a_side_empty_says_what_to_do():
 def test_the_default_recipe_of_a_private_run_passes_and_starts_at_random():
     check(load_recipe(None, ["privacy.epsilon=3"]))
     resolved = resolve(load_recipe(None, ["privacy.epsilon=3"]))
-    assert (resolved.training.start, resolved.model.bigram_size) == ("random", 0)
+    assert (resolved.training.init, resolved.model.bigram_size) == ("random", 0)
 
 
 def test_trainer_gets_batches_of_any_size(tokenizer):

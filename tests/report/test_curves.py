@@ -273,7 +273,7 @@ def tracked(text_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "tracked"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(callbacks, "_LOG_EVERY_S", 0.0)
-        more = ("training.validations=2", "training.samples=2", "training.report_to=tensorboard")
+        more = ("training.num_validations=2", "training.num_samples=2", "training.report_to=tensorboard")
         settings = [word for setting in more for word in ("--set", setting)]
         assert main(["train", str(text_folder), "--out", str(out), *ARGUMENTS, *settings]) == 0
     return RunFolder.open(out)
@@ -342,7 +342,7 @@ def test_a_run_that_was_stopped_has_its_picture_too(text_folder, tmp_path, capsy
 
     monkeypatch.setattr(RunFolder, "log", log_and_stop)
     out = tmp_path / "run"
-    every = ["--set", "training.checkpoint_steps=5"]
+    every = ["--set", "training.save_steps=5"]
     assert main(["train", str(text_folder), "--out", str(out), *ARGUMENTS, *every]) == 0
     assert capsys.readouterr().err.splitlines()[-2].startswith("stopped after step")
     assert (out / "plots/curves.png").is_file()
@@ -372,9 +372,9 @@ def test_a_resumed_run_hides_what_it_went_back_behind(text_folder, tmp_path, eve
             *SMALL,
             f"corpus.sources={text_folder}",
             "training.steps=12",
-            "training.validations=0",
-            "training.samples=0",
-            "training.checkpoint_steps=5",
+            "training.num_validations=0",
+            "training.num_samples=0",
+            "training.save_steps=5",
             "training.report_to=tensorboard",
         ],
     )
@@ -445,7 +445,7 @@ def test_a_signal_closes_the_trackers(text_folder, tmp_path, every_step, monkeyp
     monkeypatch.setattr(trackers.TensorBoard, "close", lambda self: closed.append(self._writer.close()))
     recipe = load_recipe(
         None,
-        [*SMALL, f"corpus.sources={text_folder}", "training.report_to=tensorboard", "training.samples=0"],
+        [*SMALL, f"corpus.sources={text_folder}", "training.report_to=tensorboard", "training.num_samples=0"],
     )
 
     def stop(event, fields):

@@ -40,7 +40,7 @@ def make_run(path: Path, *, files=None, samples="", recipe=None, corpus=None, na
     run = RunFolder.create(path / name)
     recipe = recipe or Recipe()
     recipe.model.mixers = ["lstm", "full_attention"]
-    recipe.training.row_length, recipe.training.batch_size = 64, 16
+    recipe.training.max_seq_length, recipe.training.batch_size = 64, 16
     run.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
     write_json(run.environment, {**describe_environment(), "device": "cpu"})
     report = {

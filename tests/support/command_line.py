@@ -21,6 +21,6 @@ def last_line(capsys) -> str:
 def trained(text_folder, tmp_path_factory):
     """A run folder made by the command."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    options = ["--decoder", "gru", *SMALL_OPTIONS, "--set", "training.samples=2"]
+    options = ["--decoder", "gru", *SMALL_OPTIONS, "--set", "training.num_samples=2"]
     assert main(["train", str(text_folder), "--out", str(out), *options]) == 0
     return RunFolder.open(out)

@@ -24,12 +24,12 @@ from hf_genlm.training.train import train
 
 SETTINGS = (
     "training.steps=20",
-    "training.checkpoint_steps=1",  # most of the time is spent in writing them
-    "training.threads=1",
-    "training.row_length=16",
+    "training.save_steps=1",  # most of the time is spent in writing them
+    "training.num_threads=1",
+    "training.max_seq_length=16",
     "training.batch_size=4",
-    "training.validations=0",
-    "training.samples=0",
+    "training.num_validations=0",
+    "training.num_samples=0",
     "tokenizer.vocab_size=300",
     "model.hidden_size=32",
     "model.num_hidden_layers=2",

@@ -22,12 +22,12 @@ SMALL = [
     "model.hidden_size=16",
     "model.num_hidden_layers=1",
     "model.bigram_size=0",
-    "training.row_length=16",
+    "training.max_seq_length=16",
     "training.batch_size=8",
     "training.steps=24",
-    "training.checkpoint_steps=5",
-    "training.validations=0",
-    "training.samples=0",
+    "training.save_steps=5",
+    "training.num_validations=0",
+    "training.num_samples=0",
     "corpus.validation_fraction=0.2",
 ]
 

@@ -65,7 +65,7 @@ def compare_with_one(jobs, folder, monkeypatch) -> None:
     for job in jobs:
         several_run = RunFolder.open(folder / job["name"])
         # by one thread, as each of the two: by more, sums round otherwise, and 50 steps make much of it
-        assignments = [*job["assignments"], "training.threads=1"]
+        assignments = [*job["assignments"], "training.num_threads=1"]
         one = train(load_recipe(None, assignments), folder / (job["name"] + "-one"))
         curves = losses(several_run), losses(one)
         assert len(curves[0]) == len(curves[1]) == load_recipe(one.recipe).training.steps
@@ -90,7 +90,7 @@ def compare_weights(folder, other) -> None:
         torch.testing.assert_close(mine[name], weight, atol=2e-3, rtol=0.0)
 
 
-SHORT = ["training.steps=8", "training.validations=1"]
+SHORT = ["training.steps=8", "training.num_validations=1"]
 
 
 def command(text, folder, *more: str) -> list[str]:

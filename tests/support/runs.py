@@ -12,11 +12,11 @@ SMALL = [
     "model.hidden_size=32",
     "model.num_hidden_layers=2",
     "model.num_attention_heads=2",
-    "training.row_length=32",
+    "training.max_seq_length=32",
     "training.batch_size=8",
-    "training.samples=0",
+    "training.num_samples=0",
     "training.steps=30",
-    "training.validations=1",
+    "training.num_validations=1",
 ]
 
 

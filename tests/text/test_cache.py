@@ -46,7 +46,7 @@ def prepare(tmp_path, source: Path, *assignments: str):
     """(ids of both splits, notes in the log, corpus.json) of a run up to its training."""
     out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
     run = RunFolder.create(out)
-    recipe = load_recipe(None, ["training.row_length=16", *assignments])
+    recipe = load_recipe(None, ["training.max_seq_length=16", *assignments])
     recipe.corpus.sources = [str(source)]
     corpus = prepare_corpus(run, recipe)
     notes = [event["message"] for event in run.read_log() if event["event"] == "note"]

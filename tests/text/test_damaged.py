@@ -183,8 +183,8 @@ def test_a_run_says_what_it_left_out(tmp_path, capsys):
     write(tmp_path / "data/a.jsonl", "\n".join(lines))
     write(tmp_path / "data/b.txt.gz", b"no gzip")
     small = [word for assignment in SMALL[1:-2] for word in ("--set", assignment)]
-    command = ["train", str(tmp_path / "data"), *small, "--steps", "2", "--set", "training.samples=0",
-               "--set", "training.validations=0"]  # fmt: skip
+    command = ["train", str(tmp_path / "data"), *small, "--steps", "2", "--set", "training.num_samples=0",
+               "--set", "training.num_validations=0"]  # fmt: skip
     assert main([*command, "--out", str(tmp_path / "stopped")]) == 2
     assert "line 4" in capsys.readouterr().err
     assert not (tmp_path / "stopped").exists()

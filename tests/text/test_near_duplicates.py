@@ -321,7 +321,7 @@ def test_the_command_the_card_and_resuming(tmp_path, capsys):
         )
     out = tmp_path / "run"
     shape = ["model.hidden_size=16", "model.num_hidden_layers=1", "tokenizer.vocab_size=300",
-             "training.samples=0", "training.row_length=32", "training.batch_size=4"]  # fmt: skip
+             "training.num_samples=0", "training.max_seq_length=32", "training.batch_size=4"]  # fmt: skip
     command = ["train", str(tmp_path / "a.jsonl"), "--steps", "2", "--out", str(out)]
     for setting in shape:
         command += ["--set", setting]

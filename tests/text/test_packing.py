@@ -40,22 +40,22 @@ def naive_positions(row: list[int]) -> list[int]:
 
 @settings(max_examples=100, deadline=None)
 @given(DOCUMENTS, st.integers(2, 9), st.integers(1, 60))
-def test_first_tokens_are_the_beginning_of_the_stream(documents, row_length, count):
+def test_first_tokens_are_the_beginning_of_the_stream(documents, max_seq_length, count):
     stream = stream_of(documents)
-    if len(stream) >= row_length:
-        rows = PackedRows(tokenized(documents), row_length, EOS, PAD)
+    if len(stream) >= max_seq_length:
+        rows = PackedRows(tokenized(documents), max_seq_length, EOS, PAD)
         assert rows.first_tokens(count).tolist() == stream[:-1][:count]
 
 
 @settings(max_examples=200, deadline=None)
 @given(DOCUMENTS, st.integers(2, 40))
-def test_every_token_but_the_first_is_a_target_once(documents, row_length):
+def test_every_token_but_the_first_is_a_target_once(documents, max_seq_length):
     stream = stream_of(documents)
-    if len(stream) < row_length:
-        with pytest.raises(UserError, match="row_length"):
-            PackedRows(tokenized(documents), row_length, EOS, PAD)
+    if len(stream) < max_seq_length:
+        with pytest.raises(UserError, match="max_seq_length"):
+            PackedRows(tokenized(documents), max_seq_length, EOS, PAD)
         return
-    rows = PackedRows(tokenized(documents), row_length, EOS, PAD)
+    rows = PackedRows(tokenized(documents), max_seq_length, EOS, PAD)
     inputs, targets = [], []
     for row in (rows[i] for i in range(len(rows))):
         # as a causal model shifts: position t predicts label t + 1
@@ -70,14 +70,14 @@ def test_every_token_but_the_first_is_a_target_once(documents, row_length):
 
 @settings(max_examples=200, deadline=None)
 @given(DOCUMENTS, st.integers(2, 40))
-def test_rows(documents, row_length):
-    if len(stream_of(documents)) < row_length:
+def test_rows(documents, max_seq_length):
+    if len(stream_of(documents)) < max_seq_length:
         return
-    rows = PackedRows(tokenized(documents), row_length, EOS, PAD)
+    rows = PackedRows(tokenized(documents), max_seq_length, EOS, PAD)
     for i in range(len(rows)):
         row = rows[i]
         assert {key: (value.shape, value.dtype) for key, value in row.items()} == {
-            key: ((row_length,), np.dtype(np.int64)) for key in ("input_ids", "position_ids", "labels")
+            key: ((max_seq_length,), np.dtype(np.int64)) for key in ("input_ids", "position_ids", "labels")
         }
         assert row["position_ids"].tolist() == naive_positions(row["input_ids"].tolist())
         is_pad = row["input_ids"] == PAD
@@ -90,17 +90,17 @@ def test_rows(documents, row_length):
 
 @settings(max_examples=200, deadline=None)
 @given(DOCUMENTS, st.integers(2, 40), st.data())
-def test_a_batch_is_its_rows_in_the_stream(documents, row_length, data):
+def test_a_batch_is_its_rows_in_the_stream(documents, max_seq_length, data):
     stream = stream_of(documents)
-    if len(stream) < row_length:
+    if len(stream) < max_seq_length:
         return
-    rows = PackedRows(tokenized(documents), row_length, EOS, PAD)
+    rows = PackedRows(tokenized(documents), max_seq_length, EOS, PAD)
     chosen = data.draw(st.lists(st.integers(-len(rows), len(rows) - 1), min_size=1, max_size=9))
     batch = collate(rows.__getitems__(chosen))
     for k, index in enumerate(chosen):
-        start = (index % len(rows)) * (row_length - 1)
-        row = stream[start : start + row_length]
-        n_padding = row_length - len(row)
+        start = (index % len(rows)) * (max_seq_length - 1)
+        row = stream[start : start + max_seq_length]
+        n_padding = max_seq_length - len(row)
         assert batch["input_ids"][k].tolist() == row + [PAD] * n_padding
         assert batch["labels"][k].tolist() == row + [IGNORED] * n_padding
         assert batch["position_ids"][k].tolist() == naive_positions(row + [PAD] * n_padding)
@@ -131,7 +131,7 @@ def test_large_ids_survive():
 
 def test_text_shorter_than_a_row():
     with pytest.raises(
-        UserError, match=r"training.row_length = 64: .*only 5 tokens.*--set training.row_length="
+        UserError, match=r"training.max_seq_length = 64: .*only 5 tokens.*--set training.max_seq_length="
     ) as e:
         PackedRows(tokenized([[5, 6, 7]]), 64, EOS, PAD)
     assert "\n" not in str(e.value)

@@ -51,20 +51,20 @@ def assert_same_rows(rows, others) -> None:
             assert np.array_equal(row[name], other[name])
 
 
-def rows_in_memory(recipe, tokenizer, row_length) -> PackedRows:
+def rows_in_memory(recipe, tokenizer, max_seq_length) -> PackedRows:
     documents, _ = read_documents(recipe.sources, recipe)
     encoded = encode_documents(tokenizer, documents)
-    return PackedRows(encoded, row_length, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return PackedRows(encoded, max_seq_length, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
-@pytest.mark.parametrize("row_length", [2, 33, 257])
-def test_rows_are_those_of_a_text_in_memory(row_length, folder, tokenizer):
+@pytest.mark.parametrize("max_seq_length", [2, 33, 257])
+def test_rows_are_those_of_a_text_in_memory(max_seq_length, folder, tokenizer):
     """Two passes, the padded row at the end of each."""
     recipe = CorpusRecipe(sources=[str(folder / "a.jsonl"), str(folder)])  # the first is met twice
-    if row_length == 2:
+    if max_seq_length == 2:
         recipe.sources = [str(folder / name) for name in ("a.jsonl", "d.parquet", "e.md")]
-    rows = rows_in_memory(recipe, tokenizer, row_length)
-    stream = PackedStream(open_stream(recipe), tokenizer, row_length)
+    rows = rows_in_memory(recipe, tokenizer, max_seq_length)
+    stream = PackedStream(open_stream(recipe), tokenizer, max_seq_length)
     expected = [rows[i] for i in range(len(rows))]
     assert_same_rows(taken(stream, 2 * len(rows)), expected * 2)
     assert stream.first_tokens(10**9).tolist() == rows.first_tokens(10**9).tolist()
@@ -352,7 +352,7 @@ def test_streams_without_text(tmp_path, tokenizer):
     one = CorpusRecipe(sources=[str(tmp_path / "b.txt")])
     with pytest.raises(UserError, match=r"nothing can be held out .*--validation FILE"):
         read_stream(one)
-    with pytest.raises(UserError, match=r"training.row_length = 500: all the text has less than one row"):
+    with pytest.raises(UserError, match=r"training.max_seq_length = 500: all the text has less than one row"):
         taken(PackedStream(open_stream(one), tokenizer, 500), 1)
 
 

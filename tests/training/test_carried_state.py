@@ -241,7 +241,7 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-RECIPE = TrainingRecipe(learning_rate=0.01, embedding_rate=1.0, weight_decay=0.1, carry_state=True)
+RECIPE = TrainingRecipe(learning_rate=0.01, embedding_lr_ratio=1.0, weight_decay=0.1, carry_state=True)
 STEPS = 12  # the rows make 4 steps of an epoch for 4 lanes
 LANES = 4
 
@@ -274,7 +274,7 @@ def by_a_plain_loop(model) -> torch.Tensor:
     for order.epoch in range(3):
         carried = CarriedState()
         for chosen in np.array(list(order)).reshape(-1, LANES):
-            share = trapezoid((step + 0.5) / STEPS, RECIPE.warmup_fraction, RECIPE.decay_fraction)
+            share = trapezoid((step + 0.5) / STEPS, RECIPE.warmup_ratio, RECIPE.decay_ratio)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * share
             batch = batch_of(rows, chosen)
@@ -398,8 +398,9 @@ def test_a_run_carries_from_recipe_to_card(tmp_path):
     for name, topic in sorted(topics.items())[:20]:
         (text / f"{name}.txt").write_text(topic, encoding="utf-8")
     settings = ["tokenizer.vocab_size=400", "model.hidden_size=32", "model.num_hidden_layers=1",
-                "model.decoder=lstm", "training.row_length=16", "training.batch_size=4",
-                "training.accumulation=2", "training.steps=8", "training.validations=1", "training.samples=0",
+                "model.decoder=lstm", "training.max_seq_length=16", "training.batch_size=4",
+                "training.gradient_accumulation_steps=2", "training.steps=8",
+                "training.num_validations=1", "training.num_samples=0",
                 "training.carry_state=true", f"corpus.sources={text}"]  # fmt: skip
     run = train(load_recipe(None, settings), tmp_path / "run")
     values = {m.name: m.value for m in read_measurements(run.evaluation)}

@@ -28,7 +28,7 @@ MILLION = 10**6
 
 
 def recipe_of(text: Path, *assignments: str) -> Recipe:
-    plain = ["training.steps=20", "training.validations=0", "training.samples=0"]
+    plain = ["training.steps=20", "training.num_validations=0", "training.num_samples=0"]
     return load_recipe(None, [*SMALL, f"corpus.sources={text}", *plain, *assignments])
 
 
@@ -58,7 +58,7 @@ def test_words_are_counted_across_the_parts_of_a_long_document(monkeypatch):
 @pytest.fixture(scope="module")
 def kept(text_folder, tmp_path_factory):
     """A run of twenty steps that kept its model three times."""
-    recipe = recipe_of(text_folder, "training.checkpoint_words=[500, 1000, 1200, 500M]")
+    recipe = recipe_of(text_folder, "training.milestone_words=[500, 1000, 1200, 500M]")
     return train(recipe, tmp_path_factory.mktemp("runs") / "kept")
 
 
@@ -88,7 +88,7 @@ def test_each_has_the_weights_of_its_step_in_a_run_without_any(kept, text_folder
             file = tmp_path / "plain/checkpoints" / f"checkpoint-{fields['step']}" / "model.safetensors"
             weights[fields["step"]] = load_file(file)
 
-    plain = train(recipe_of(text_folder, "training.checkpoint_steps=1"), tmp_path / "plain", take)
+    plain = train(recipe_of(text_folder, "training.save_steps=1"), tmp_path / "plain", take)
     assert not plain.milestones.exists()
     assert (plain.model / "model.safetensors").read_bytes() == (kept.model / "model.safetensors").read_bytes()
     for words, step in steps.items():
@@ -125,9 +125,7 @@ def test_each_loads_as_a_branch_of_a_repository(kept, tmp_path):
 
 
 def test_a_run_that_is_gone_on_with_writes_none_twice(kept, text_folder, tmp_path):
-    recipe = recipe_of(
-        text_folder, "training.checkpoint_words=[500, 1000, 1200]", "training.checkpoint_steps=5"
-    )
+    recipe = recipe_of(text_folder, "training.milestone_words=[500, 1000, 1200]", "training.save_steps=5")
     steps = due_steps(kept, [500, 1000, 1200])
 
     def fail(event, fields):
@@ -203,7 +201,7 @@ def test_a_full_disk_leaves_one_out_and_training_goes_on(text_folder, tmp_path, 
         save(self, folder, *args, **kwargs)
 
     monkeypatch.setattr(GenLMForCausalLM, "save_pretrained", full)
-    run = train(recipe_of(text_folder, "training.checkpoint_words=[500, 1000]"), tmp_path / "run")
+    run = train(recipe_of(text_folder, "training.milestone_words=[500, 1000]"), tmp_path / "run")
     assert [path.name for path in run.milestones.iterdir()] == ["chck_1K"]
     notes = [event["message"] for event in run.read_log() if event["event"] == "note"]
     assert any("chck_500 was not written: No space" in note for note in notes)
@@ -211,7 +209,7 @@ def test_a_full_disk_leaves_one_out_and_training_goes_on(text_folder, tmp_path, 
 
 def test_a_stream_counts_the_words_of_its_beginning(text_folder, tmp_path):
     recipe = recipe_of(
-        text_folder, "training.checkpoint_words=1000", "corpus.stream=true", "training.samples=0"
+        text_folder, "training.milestone_words=1000", "corpus.stream=true", "training.num_samples=0"
     )
     run = train(recipe, tmp_path / "run")
     (event,) = (event for event in run.read_log() if event["event"] == "milestone")
@@ -227,7 +225,7 @@ def test_a_stream_counts_the_words_of_its_beginning(text_folder, tmp_path):
         texts.append("".join(parts))
     words = sum(len(text.split()) for text in texts)
     tokens = sum(len(tokenizer(text, add_special_tokens=False).input_ids) + 1 for text in texts)
-    per_step = recipe.training.batch_size * (recipe.training.row_length - 1)
+    per_step = recipe.training.batch_size * (recipe.training.max_seq_length - 1)
     assert event["step"] == next(s for s in range(1, 99) if s * per_step * words >= 1000 * tokens)
 
 
@@ -237,17 +235,21 @@ def test_the_recipe_of_the_challenge_runs(text_folder, tmp_path):
     small = [
         "model.hidden_size=64",
         "model.num_hidden_layers=1",
-        "training.row_length=32",
+        "training.max_seq_length=32",
         "training.batch_size=8",
     ]
-    small += ["training.checkpoint_words=[babylm, 1000]", "training.validations=1", "training.samples=1"]
+    small += [
+        "training.milestone_words=[babylm, 1000]",
+        "training.num_validations=1",
+        "training.num_samples=1",
+    ]
     settings = [part for assignment in small for part in ("--set", assignment)]
     assert (
         main(["train", str(text_folder), "--recipe", recipe, "--steps", "20", "--out", str(out), *settings])
         == 0
     )
     resolved = load_recipe(out / "recipe.yaml")
-    assert (resolved.training.most_passes, resolved.training.minutes, resolved.training.steps) == (
+    assert (resolved.training.max_epochs, resolved.training.minutes, resolved.training.steps) == (
         10,
         None,
         20,

@@ -17,7 +17,7 @@ from hf_genlm.training.optimizer import OptimizerFactory, split_by_role
 from hf_genlm.training.train import train
 
 CELLS = [name for name, mixer in MIXERS.items() if getattr(mixer, "n_gates", 1) > 1]
-RATES = {"learning_rate": 1e-2, "embedding_rate": 2.0, "weight_decay": 0.1}
+RATES = {"learning_rate": 1e-2, "embedding_lr_ratio": 2.0, "weight_decay": 0.1}
 
 
 def muon_of(model: nn.Module, **settings) -> Muon:
@@ -59,7 +59,7 @@ def naive_muon(weight, gradients, rate, decay, n_matrices) -> None:
 @pytest.mark.parametrize("stack", STACKS)
 def test_steps_are_those_of_the_naive_twin(stack):
     model, twin = build_model(stack).double(), build_model(stack).double()
-    optimizer = muon_of(model, matrix_rate=30)
+    optimizer = muon_of(model, matrix_lr_ratio=30)
     matrices, tables, pairs, rest = split_by_role(twin)
     names = {id(p): name for name, p in twin.named_parameters()}
     generator = torch.Generator().manual_seed(3)
@@ -183,7 +183,7 @@ def test_saved_state_goes_on_bit_for_bit(tokens):
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     second.load_state_dict(first.state_dict())
-    resumed = muon_of(second, learning_rate=1.0, matrix_rate=1.0)
+    resumed = muon_of(second, learning_rate=1.0, matrix_lr_ratio=1.0)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert before + take_steps(second, resumed, tokens, 3) == curve
     for a, b in zip(straight.parameters(), second.parameters(), strict=True):
@@ -279,9 +279,9 @@ def test_a_recipe_trains_with_it_and_accumulation_changes_nothing(tmp_path, monk
     for batch, accumulation in ((8, 1), (4, 2)):
         settings = [
             "tokenizer.vocab_size=400", "model.hidden_size=32", "model.num_hidden_layers=2",
-            "training.row_length=32", "training.steps=12", "training.validations=0",
-            "training.optimizer=muon", "training.start=random", f"corpus.sources={tmp_path / 'text.txt'}",
-            f"training.batch_size={batch}", f"training.accumulation={accumulation}",
+            "training.max_seq_length=32", "training.steps=12", "training.num_validations=0",
+            "training.optimizer=muon", "training.init=random", f"corpus.sources={tmp_path / 'text.txt'}",
+            f"training.batch_size={batch}", f"training.gradient_accumulation_steps={accumulation}",
         ]  # fmt: skip
         run = train(load_recipe(None, settings), tmp_path / str(batch))
         steps = [event for event in run.read_log() if event["event"] == "step"]

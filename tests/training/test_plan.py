@@ -73,7 +73,7 @@ def test_a_small_text_gets_a_small_decoder_however_long_it_may_take(monkeypatch)
     free = Machine(2e10).plan(600.0, monkeypatch)
     bound = Machine(2e10, corpus_tokens=200_000).plan(600.0, monkeypatch)
     assert bound.weights < free.weights
-    assert bound.tokens == Recipe().training.most_passes * 200_000 >= plan.TOKENS_PER_WEIGHT * bound.weights
+    assert bound.tokens == Recipe().training.max_epochs * 200_000 >= plan.TOKENS_PER_WEIGHT * bound.weights
 
 
 def test_too_little_time_for_any_takes_the_smallest(monkeypatch):
@@ -89,7 +89,7 @@ def test_ladder_climbs_and_every_decoder_stands_on_every_rung():
         for shape in LADDER:
             recipe = resolve(load_recipe(None, [f"model.decoder={decoder}"]), shape)
             assert recipe.model.hidden_size == shape.hidden_size
-            assert recipe.training.row_length == shape.row_length
+            assert recipe.training.max_seq_length == shape.max_seq_length
 
 
 def test_a_hybrid_is_deep_enough_to_be_one(monkeypatch):
@@ -104,7 +104,7 @@ def test_a_hybrid_is_deep_enough_to_be_one(monkeypatch):
     [
         ([], True),
         (["training.minutes=1", "model.decoder=lstm"], True),
-        (["training.row_length=32"], True),
+        (["training.max_seq_length=32"], True),
         (["training.steps=9"], False),
         (["training.tokens=9"], False),
         (["model.size=tiny"], False),
@@ -125,7 +125,7 @@ def test_a_size_without_time_is_the_named_one():
 def test_a_measured_step_is_a_step_of_training():
     model = build_model(["gru", "full_attention"]).train()
     before = [parameter.clone() for parameter in model.parameters()]
-    recipe = resolve(load_recipe(None, [*SMALL, "training.accumulation=2"])).training
+    recipe = resolve(load_recipe(None, [*SMALL, "training.gradient_accumulation_steps=2"])).training
     seconds, threads = measure_step(model, recipe)
     assert seconds > 0
     assert 1 <= threads <= torch.get_num_threads()
@@ -152,15 +152,15 @@ def test_a_core_that_something_else_takes_leaves_one_thread(monkeypatch):
 
 def test_a_run_plans_says_so_and_repeats(text_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "LADDER", LADDER[:2])
-    settings = [f"corpus.sources={text_folder}", "tokenizer.vocab_size=400", "training.samples=1"]
+    settings = [f"corpus.sources={text_folder}", "tokenizer.vocab_size=400", "training.num_samples=1"]
     run = train(load_recipe(None, [*settings, "training.minutes=0.03"]), tmp_path / "run")
     log = {event["event"]: event for event in run.read_log()}
     planned = log["planned"]
     written = load_recipe(run.recipe)
     assert written.model.hidden_size == planned["hidden_size"] in (32, 48)
-    assert written.training.row_length == planned["row_length"]
+    assert written.training.max_seq_length == planned["max_seq_length"]
     tokenizer = json.loads((run.model / "tokenizer_config.json").read_text())
-    assert tokenizer["model_max_length"] == planned["row_length"]
+    assert tokenizer["model_max_length"] == planned["max_seq_length"]
     assert planned["seconds"] < 1.8
     assert log["trained"]["seconds"] > 0
     # by steps, the resolved recipe gives the same model again
@@ -184,12 +184,12 @@ def test_threads_are_as_stated_and_given_back(text_folder, tmp_path, stated, mon
             f"corpus.sources={text_folder}",
             "tokenizer.vocab_size=400",
             "training.minutes=0.01",
-            "training.samples=0",
-            f"training.threads={'null' if stated is None else stated}",
+            "training.num_samples=0",
+            f"training.num_threads={'null' if stated is None else stated}",
         ]
         run = train(load_recipe(None, settings), tmp_path / "run")
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    taken = load_recipe(run.recipe).training.threads
+    taken = load_recipe(run.recipe).training.num_threads
     assert taken == stated or (stated is None and taken in (1, 2))

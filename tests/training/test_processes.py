@@ -97,7 +97,7 @@ def test_a_batch_is_shared_evenly_or_refused(monkeypatch):
     assert processes.rows_of_each(16) == 4
     with pytest.raises(UserError, match=r"batch_size = 10 .*--processes 2, or --set training\.batch_size=8$"):
         processes.rows_of_each(10)
-    message = r"--set training\.batch_size=12 and --set training\.accumulation=1"
+    message = r"--set training\.batch_size=12 and --set training\.gradient_accumulation_steps=1"
     with pytest.raises(UserError, match=message):
         processes.rows_of_each(2, accumulation=6)
 
@@ -106,7 +106,7 @@ def test_a_batch_is_shared_evenly_or_refused(monkeypatch):
 def rows() -> PackedRows:
     ids = np.arange(2, 200, dtype=np.uint16)
     documents = TokenizedDocuments(ids, np.array([0, 100, 198]), np.array([100, 98]))
-    return PackedRows(documents, row_length=16, eos_id=1, pad_id=0)
+    return PackedRows(documents, max_seq_length=16, eos_id=1, pad_id=0)
 
 
 def test_processes_read_the_rows_that_one_would_and_none_twice(rows):
@@ -153,7 +153,7 @@ def jobs_of(text, decoders, more, sharded):
             "name": f"{'fsdp' if sharded else 'ddp'}-{decoder}",
             "sharded": sharded,
             "assignments": [
-                *SMALL, f"corpus.sources={text}", f"model.decoder={decoder}", "training.samples=1",
+                *SMALL, f"corpus.sources={text}", f"model.decoder={decoder}", "training.num_samples=1",
                 *more.get(decoder, []), *more.get("all", []),
             ],
         }
@@ -166,9 +166,9 @@ def five_documents(tmp_path_factory):
     return write_documents(5, tmp_path_factory.mktemp("five"))
 
 
-TOLD = ["training.report_to=tensorboard", "training.checkpoint_words=100,300"]
+TOLD = ["training.report_to=tensorboard", "training.milestone_words=100,300"]
 # an epoch of 72 rows ends within the run, with a part of a batch, a row that is filled up, and fewer passes
-LAST_ROWS = ["training.row_length=128", "training.batch_size=8", "training.accumulation=2"]
+LAST_ROWS = ["training.max_seq_length=128", "training.batch_size=8", "training.gradient_accumulation_steps=2"]
 MORE = {
     "gated_linear": [*LAST_ROWS, "corpus.cache=false"],
     "lstm": ["model.embedding_size=16", "model.tie_word_embeddings=true", "model.output_bias=true"],
@@ -182,7 +182,7 @@ def test_two_processes_train_what_one_trains(text_folder, five_documents, tmp_pa
     short = [*SHORT, *TOLD]
     more = {**MORE, "all": short}
     jobs = jobs_of(five_documents, ["gated_linear"], more, sharded=False)
-    streamed = ["corpus.stream=true", "corpus.shuffle_buffer=64", "training.accumulation=2"]
+    streamed = ["corpus.stream=true", "corpus.shuffle_buffer=64", "training.gradient_accumulation_steps=2"]
     jobs += jobs_of(five_documents, ["lstm"], {"all": [*short, *streamed]}, sharded=False)
     jobs += jobs_of(five_documents, ["gated_linear", "lstm"], more, sharded=True)
     named = f"corpus.languages=eng={text_folder}/[a-b]*.txt,deu={text_folder}/[!a-b]*.txt"
@@ -210,7 +210,9 @@ def loop_of_ones_own():
     return module
 
 
-@pytest.mark.parametrize("more", [[], [*LAST_ROWS, "training.label_smoothing=0.1", "model.dropout=0.1"]])
+@pytest.mark.parametrize(
+    "more", [[], [*LAST_ROWS, "training.label_smoothing_factor=0.1", "model.dropout=0.1"]]
+)
 def test_the_loop_of_ones_own_has_the_same_losses(five_documents, tmp_path, monkeypatch, more):
     monkeypatch.setattr("hf_genlm.training.callbacks._LOG_EVERY_S", 0.0)
     assignments = [
@@ -218,9 +220,9 @@ def test_the_loop_of_ones_own_has_the_same_losses(five_documents, tmp_path, monk
         f"corpus.sources={five_documents}",
         *more,
         "training.steps=8",
-        "training.samples=0",
+        "training.num_samples=0",
     ]
-    run = train(load_recipe(None, [*assignments, "training.validations=0"]), tmp_path / "run")
+    run = train(load_recipe(None, [*assignments, "training.num_validations=0"]), tmp_path / "run")
     loop_of_ones_own().main(str(run.recipe), str(tmp_path / "loop"))
     loop = RunFolder.open(tmp_path / "loop")
     assert losses(loop) == losses(run)

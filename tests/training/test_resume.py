@@ -29,7 +29,7 @@ from hf_genlm.training.trainer import BudgetTrainer
 
 
 def recipe_of(text: Path, *settings: str):
-    recipe = load_recipe(None, (*killing.SETTINGS, "training.checkpoint_steps=5", *settings))
+    recipe = load_recipe(None, (*killing.SETTINGS, "training.save_steps=5", *settings))
     recipe.corpus.sources = [str(text)]
     return recipe
 
@@ -81,7 +81,7 @@ def test_the_command_line_exits_with_0_and_says_how_to_go_on(
     monkeypatch.setattr(BudgetTrainer, "_save_checkpoint", interrupted)
     settings = [part for setting in killing.SETTINGS for part in ("--set", setting)]
     out = str(tmp_path / "a run")
-    every = ["--set", "training.checkpoint_steps=5"]
+    every = ["--set", "training.save_steps=5"]
     assert main(["train", str(text), "--out", out, *settings, *every]) == 0
     said = capsys.readouterr().err.splitlines()
     assert said[-2:] == ["stopped after step 11; to go on:", f"hf-genlm train --resume --out '{out}'"]
@@ -194,7 +194,7 @@ def test_a_run_by_the_clock_goes_on_with_the_time_that_was_left(text, tmp_path, 
     """By a clock of our own, which a busy machine does not move."""
     now = itertools.count(0.0, 0.01)
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
-    settings = ("training.minutes=0.1", "training.steps=null", "training.most_passes=10000")
+    settings = ("training.minutes=0.1", "training.steps=null", "training.max_epochs=10000")
 
     def hear(event, fields):
         if event == "step" and fields["progress"] > 0.4:
@@ -314,7 +314,7 @@ def test_a_model_that_found_no_room_is_saved_by_resuming(text, tmp_path, monkeyp
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX")
 def test_several_processes_stop_together_and_go_on_to_the_same_weights(text, tmp_path):
-    settings = [*killing.SETTINGS, "training.checkpoint_steps=20", "training.steps=400"]
+    settings = [*killing.SETTINGS, "training.save_steps=20", "training.steps=400"]
     command = [sys.executable, "-m", "hf_genlm", "train", "--processes", "2"]
     begin = [*command, str(text), *(part for setting in settings for part in ("--set", setting))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path]), "ACCELERATE_USE_CPU": "true"}

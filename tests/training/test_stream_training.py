@@ -51,7 +51,7 @@ def test_a_streamed_run_has_the_losses_of_one_in_memory(sources, tmp_path, every
         return arguments
 
     monkeypatch.setattr(train_module, "training_arguments_of", in_order)
-    settings = ["training.weight_decay=0.1", "training.accumulation=2"]
+    settings = ["training.weight_decay=0.1", "training.gradient_accumulation_steps=2"]
     runs = [
         train(recipe_of(sources, *settings, *streamed), tmp_path / name)
         for name, streamed in (
@@ -176,7 +176,7 @@ def test_the_command_line_streams(sources, tmp_path, capsys):
 
 def test_a_run_over_a_mixture(sources, tmp_path):
     """A whole run over two sources of which each begins again by itself."""
-    recipe = recipe_of(sources, "corpus.stream=true", "training.steps=4", "training.validations=0")
+    recipe = recipe_of(sources, "corpus.stream=true", "training.steps=4", "training.num_validations=0")
     recipe.corpus.sources.append(str(sources / "held.jsonl"))
     recipe.corpus.weights = [1.0, 1.0]
     recipe.corpus.validation = []
@@ -217,7 +217,7 @@ def stopped_stream(folder):
     """The file that a run in `folder` streams, which ended at its checkpoint of step 5, and its recipe."""
     path = folder / "train.jsonl"
     write_jsonl(path, range(100), 60)
-    recipe = recipe_of(folder, "corpus.stream=true", "training.checkpoint_steps=5")
+    recipe = recipe_of(folder, "corpus.stream=true", "training.save_steps=5")
     recipe.corpus.validation = []
     with pytest.raises(Stopped):
         train(recipe, folder / "run", ends_at_step_5)

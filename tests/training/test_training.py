@@ -34,7 +34,7 @@ from hf_genlm.training.trainer import BudgetTrainer
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_every_decoder_trains_and_is_measured(decoder, text_folder, tmp_path, every_step):
     heard = []
-    recipe = small_recipe(text_folder, f"model.decoder={decoder}", "training.samples=2")
+    recipe = small_recipe(text_folder, f"model.decoder={decoder}", "training.num_samples=2")
     run = train(recipe, tmp_path / "run", lambda event, fields: heard.append(event))
     curve = losses(run)
     assert len(curve) == 30
@@ -78,7 +78,7 @@ def test_accumulation_gives_the_same_losses(text_folder, tmp_path, every_step):
             text_folder,
             "training.steps=20",
             f"training.batch_size={batch}",
-            f"training.accumulation={accumulation}",
+            f"training.gradient_accumulation_steps={accumulation}",
         )
         curves[accumulation] = losses(train(recipe, tmp_path / str(accumulation)))
     assert len(curves[1]) == 20
@@ -116,10 +116,10 @@ def test_a_tokenizer_of_ones_own_is_used(text_folder, tmp_path):
 
 
 def test_samples_and_validations_do_not_change_training(text_folder, tmp_path, every_step):
-    recipe = small_recipe(text_folder, "training.steps=8", "model.dropout=0.1", "training.samples=2")
+    recipe = small_recipe(text_folder, "training.steps=8", "model.dropout=0.1", "training.num_samples=2")
     with_them = train(recipe, tmp_path / "a")
-    recipe.training.validations = 0
-    recipe.training.samples = 1
+    recipe.training.num_validations = 0
+    recipe.training.num_samples = 1
     assert losses(train(recipe, tmp_path / "b")) == losses(with_them)
 
 
@@ -127,7 +127,7 @@ def test_minutes_end_the_run_with_the_rate_at_zero(text_folder, tmp_path, every_
     """By a clock of our own, which a busy machine does not move."""
     now = itertools.count(0.0, 0.01)
     monkeypatch.setattr(budget_module.time, "monotonic", lambda: next(now))
-    recipe = small_recipe(text_folder, "training.minutes=0.05", "training.most_passes=1000")
+    recipe = small_recipe(text_folder, "training.minutes=0.05", "training.max_epochs=1000")
     recipe.training.steps = None
     run = train(recipe, tmp_path / "run")
     steps = [event for event in run.read_log() if event["event"] == "step"]
@@ -139,11 +139,11 @@ def test_minutes_end_the_run_with_the_rate_at_zero(text_folder, tmp_path, every_
 
 
 def test_a_small_text_ends_a_run_by_the_clock_and_that_is_told(text_folder, tmp_path):
-    recipe = small_recipe(text_folder, "training.minutes=5", "training.most_passes=0.2")
+    recipe = small_recipe(text_folder, "training.minutes=5", "training.max_epochs=0.2")
     recipe.training.steps = None
     events = train(recipe, tmp_path / "run").read_log()
     (note,) = [event["message"] for event in events if "ends early" in event.get("message", "")]
-    assert note.endswith("is read 0.2 times at most (training.most_passes)")
+    assert note.endswith("is read 0.2 times at most (training.max_epochs)")
     (trained,) = [event for event in events if event["event"] == "trained"]
     assert trained["seconds"] < 60
 
@@ -262,7 +262,7 @@ def test_plain_trainer_fine_tunes_a_saved_model(text_folder, tmp_path):
         (["model.mixers=lstm,full_atention"], "did you mean 'full_attention'"),
         (["model.decoder=transformer", "model.num_attention_heads=5"], "multiple of num_attention_heads"),
         (["training.optimizer=adam"], "did you mean 'adamw'"),
-        (["training.row_length=100000000"], "row_length"),
+        (["training.max_seq_length=100000000"], "max_seq_length"),
         (["tokenizer.vocab_size=30000"], "vocab"),
         (["model.size=tinny"], "did you mean 'tiny'"),
         (["training.dtype=float15"], "dtype"),
@@ -298,8 +298,12 @@ def test_recipe_fields_cover_each_other():
 
 def test_the_loss_of_training_is_that_of_the_plain_path(text_folder, tmp_path, every_step, monkeypatch):
     """Without logits, which are never made, and with every term."""
-    terms = ("training.z_loss=0.001", "training.label_smoothing=0.1", "model.final_logit_softcapping=20")
-    recipe = small_recipe(text_folder, "training.steps=6", "training.validations=0", *terms)
+    terms = (
+        "training.z_loss=0.001",
+        "training.label_smoothing_factor=0.1",
+        "model.final_logit_softcapping=20",
+    )
+    recipe = small_recipe(text_folder, "training.steps=6", "training.num_validations=0", *terms)
     without = losses(train(recipe, tmp_path / "a"))
     monkeypatch.setattr(
         BudgetTrainer,
@@ -309,7 +313,7 @@ def test_the_loss_of_training_is_that_of_the_plain_path(text_folder, tmp_path, e
         ),
     )
     assert losses(train(recipe, tmp_path / "b")) == pytest.approx(without, abs=1e-5)
-    recipe.training.label_smoothing = recipe.training.z_loss = 0.0
+    recipe.training.label_smoothing_factor = recipe.training.z_loss = 0.0
     monkeypatch.undo()
     assert losses(train(recipe, tmp_path / "c"))[0] != pytest.approx(without[0], abs=1e-3)
 
@@ -331,7 +335,7 @@ def test_smaller_models_train(economy, text_folder, tmp_path, every_step):
 
 
 @pytest.mark.parametrize(
-    "setting", ["training.label_smoothing=1", "training.z_loss=-1", "model.shared_layers=3"]
+    "setting", ["training.label_smoothing_factor=1", "training.z_loss=-1", "model.shared_layers=3"]
 )
 def test_terms_outside_their_range_are_refused(setting, text_folder, tmp_path):
     with pytest.raises(UserError, match=setting.split("=")[0].split(".")[1]):
@@ -342,7 +346,11 @@ def test_terms_outside_their_range_are_refused(setting, text_folder, tmp_path):
 def test_each_role_has_its_rate_and_its_decay():
     model = build_model("bigram", tie_word_embeddings=False)
     recipe = TrainingRecipe(
-        learning_rate=1e-3, embedding_rate=3.0, weight_decay=0.5, embedding_decay=2.0, bigram_decay=4.0
+        learning_rate=1e-3,
+        embedding_lr_ratio=3.0,
+        weight_decay=0.5,
+        embedding_decay_ratio=2.0,
+        bigram_decay_ratio=4.0,
     )
     optimizer = OptimizerFactory()(model, recipe)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -369,7 +377,7 @@ def test_decay_comes_in_with_the_passes():
 
 @pytest.mark.parametrize("stated", [[], ["training.weight_decay=0.2"]])
 def test_a_run_of_many_passes_decays_more_unless_it_is_stated(stated, text_folder, tmp_path):
-    large = ("training.row_length=256", "training.batch_size=32")
+    large = ("training.max_seq_length=256", "training.batch_size=32")
     recipe = small_recipe(text_folder, "training.steps=1", *large, *stated)
     one = train(recipe, tmp_path / "one")
     tokens = next(event["train_tokens"] for event in one.read_log() if event["event"] == "tokenized")
@@ -385,7 +393,7 @@ def test_a_recipe_trains_compiled(text_folder, tmp_path):
     short = ("training.steps=3", "model.num_hidden_layers=1")
     runs = [
         train(small_recipe(text_folder, *short, *more), tmp_path / f"run-{len(more)}")
-        for more in ([], ["training.compile=aot_eager"])
+        for more in ([], ["training.torch_compile_backend=aot_eager"])
     ]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     plain, compiled = [load_file(run.model / "model.safetensors") for run in runs]
@@ -395,5 +403,7 @@ def test_a_recipe_trains_compiled(text_folder, tmp_path):
 
 
 def test_an_unknown_compiler_is_refused(text_folder, tmp_path):
-    with pytest.raises(UserError, match=r"training\.compile 'inductr'; did you mean 'inductor'"):
-        train(small_recipe(text_folder, "training.compile=inductr"), tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"training\.torch_compile_backend 'inductr'; did you mean 'inductor'"
+    ):
+        train(small_recipe(text_folder, "training.torch_compile_backend=inductr"), tmp_path / "run")

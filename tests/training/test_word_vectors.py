@@ -298,7 +298,7 @@ def test_frozen_rows_are_bit_equal_after_training(tied, text_folder, vector_file
         f"vectors.path={vector_file}",
         "vectors.frozen=true",
         f"model.tie_word_embeddings={tied}",
-        "training.accumulation=2",
+        "training.gradient_accumulation_steps=2",
         "training.steps=8",
     )
     run = train(recipe, tmp_path / "run")
@@ -318,7 +318,7 @@ def test_rows_are_released_after_the_step(release, moved, text_folder, vector_fi
         text_folder,
         f"vectors.path={vector_file}",
         "vectors.frozen=true",
-        f"vectors.release_step={release}",
+        f"vectors.unfreeze_step={release}",
         "training.steps=3",
     )
     run = train(recipe, tmp_path / "run")
@@ -334,11 +334,11 @@ def test_rows_are_released_after_the_step(release, moved, text_folder, vector_fi
     [
         (["--vectors", "nowhere.txt"], "'nowhere.txt' is no file: name one"),
         (["--vectors", "FILE", "--set", "model.embedding_size=7"], "embedding_size = 7, .* have 6 numbers"),
-        (["--vectors", "FILE", "--set", "vectors.release_step=9"], "--set vectors.frozen=true"),
+        (["--vectors", "FILE", "--set", "vectors.unfreeze_step=9"], "--set vectors.frozen=true"),
         (["--set", "vectors.frozen=true"], "add --vectors FILE"),
         (["--set", "vectors.frozen=1"], "true or false"),
         (
-            ["--vectors", "FILE", "--set", "vectors.frozen=true", "--set", "vectors.release_step=0"],
+            ["--vectors", "FILE", "--set", "vectors.frozen=true", "--set", "vectors.unfreeze_step=0"],
             "at least 1",
         ),
         (["--vectors", "FILE", "--set", "vectors.damaged=skipp"], "did you mean 'skip'"),

@@ -93,7 +93,7 @@ def guarantee_of(privacy: PrivacyRecipe, n_documents: int, batch_size: int, step
     if batch_size > n_documents:
         raise UserError(
             f"a step draws {batch_size} documents, and the training text has {n_documents}: lower "
-            "training.batch_size or training.accumulation"
+            "training.batch_size or training.gradient_accumulation_steps"
         )
     rate = batch_size / n_documents
     noise = noise_multiplier_of(epsilon, delta, rate, steps)

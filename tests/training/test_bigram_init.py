@@ -149,18 +149,18 @@ def test_a_tied_head_is_refused(stream):
 @pytest.mark.parametrize(
     ("assignments", "tied", "start", "bias"),
     [
-        ([], False, "pairs", True),
+        ([], False, "bigrams", True),
         (["model.embedding_size=8"], True, "random", False),
         (["model.tie_word_embeddings=true"], True, "random", False),
-        (["training.start=random"], False, "random", False),
-        (["model.embedding_size=8", "model.tie_word_embeddings=false"], False, "pairs", True),
-        (["model.output_bias=false"], False, "pairs", False),
+        (["training.init=random"], False, "random", False),
+        (["model.embedding_size=8", "model.tie_word_embeddings=false"], False, "bigrams", True),
+        (["model.output_bias=false"], False, "bigrams", False),
     ],
     ids=str,
 )
 def test_what_follows_from_what_was_said(text_folder, assignments, tied, start, bias):
     recipe = resolve(small_recipe(text_folder, *assignments))
-    assert (recipe.model.tie_word_embeddings, recipe.training.start, recipe.model.output_bias) == (
+    assert (recipe.model.tie_word_embeddings, recipe.training.init, recipe.model.output_bias) == (
         tied,
         start,
         bias,
@@ -170,8 +170,8 @@ def test_what_follows_from_what_was_said(text_folder, assignments, tied, start, 
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
-        (["training.start=pair"], "did you mean 'pairs'"),
-        (["training.start=pairs", "model.tie_word_embeddings=true"], "fits the head to the text"),
+        (["training.init=pair"], "did you mean 'pairs'"),
+        (["training.init=bigrams", "model.tie_word_embeddings=true"], "fits the head to the text"),
     ],
 )
 def test_contradictions_are_named(text_folder, assignments, message):
@@ -181,12 +181,10 @@ def test_contradictions_are_named(text_folder, assignments, message):
 
 def test_a_run_starts_below_its_random_twin(text_folder, tmp_path):
     first = {}
-    for start in ("pairs", "random"):
-        run = train(
-            small_recipe(text_folder, f"training.start={start}", "training.steps=2"), tmp_path / start
-        )
+    for start in ("bigrams", "random"):
+        run = train(small_recipe(text_folder, f"training.init={start}", "training.steps=2"), tmp_path / start)
         log = run.read_log()
         first[start] = next(event["loss"] for event in log if event["event"] == "step")
-        assert any(event["event"] == "pairs" for event in log) == (start == "pairs")
+        assert any(event["event"] == "bigrams" for event in log) == (start == "bigrams")
     assert first["random"] > math.log(400) - 0.5
-    assert first["pairs"] < first["random"] - 1.0
+    assert first["bigrams"] < first["random"] - 1.0
