@@ -50,7 +50,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _is_command_line() -> bool:
-    """Whether Python was started to run our command: its --help must not wait seconds for torch."""
+    """True if Python was started to run our command: its --help must not wait seconds for torch."""
     started = sys.orig_argv[1:]
     is_script = any(argument.rsplit("/", 1)[-1].startswith("hf-genlm") for argument in sys.argv[:1])
     return is_script or ("-m" in started and started[started.index("-m") + 1 :][:1] == ["hf_genlm"])

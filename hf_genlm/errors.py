@@ -5,7 +5,12 @@ import os
 import re
 from collections.abc import Iterable
 
-from hf_genlm.token_forms import HUB
+# regular expressions of access tokens and keys: hidden in messages, scrubbed from text, refused in a push
+HUB = r"(?<!\w)hf_[A-Za-z0-9]{20,}"
+GITHUB_FINE_GRAINED = r"(?<!\w)github_pat_[A-Za-z0-9_]{22,}"
+GOOGLE = r"(?<!\w)AIza[A-Za-z0-9_-]{35}"
+BEGIN_OF_PRIVATE_KEY = r"-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----"
+END_OF_PRIVATE_KEY = BEGIN_OF_PRIVATE_KEY.replace("BEGIN", "END")
 
 # an access token of the Hub; a login in front of the host of an address
 _SECRETS = (re.compile(HUB), re.compile(r"(?<=://)[^/\s@'\"]+(?=@)"))

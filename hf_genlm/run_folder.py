@@ -153,7 +153,7 @@ class RunFolder:
         return events
 
     def has_stopped(self) -> bool:
-        """Whether the last that was heard of it is that a signal ended it, with a checkpoint."""
+        """True if the last that was heard of it is that a signal ended it, with a checkpoint."""
         events = self.read_log() if self.log_file.is_file() else []
         return bool(events) and events[-1]["event"] == "stopped"
 

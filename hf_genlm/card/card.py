@@ -62,7 +62,7 @@ def write_card(run: RunFolder, repo_id: str | None = None, force: bool = False) 
 
 
 def is_by_hand(path: Path) -> bool:
-    """Whether a person wrote or changed the card at `path`; not, where there is none."""
+    """True if a person wrote or changed the card at `path`; not, where there is none."""
     if not path.is_file():
         return False
     text = path.read_text(encoding="utf-8", errors="replace")

@@ -69,7 +69,7 @@ def language_names() -> dict[str, str]:
 
 
 def is_language(code: str) -> bool:
-    """Whether the Hub takes `code` (no script, no region) for a language."""
+    """True if the Hub takes `code` (no script, no region) for a language."""
     if code in _NO_NATURAL_LANGUAGES:
         return True
     is_listed = len(language_names()) > len(_NO_NATURAL_LANGUAGES)

@@ -19,7 +19,7 @@ _COLUMNS = {
 
 
 def is_of_language(measurement: Measurement, codes: Mapping[str, Any]) -> bool:
-    """Whether it is of one of the languages alone."""
+    """True if it is of one of the languages alone."""
     return measurement.name.partition("/")[2] in codes
 
 

@@ -19,12 +19,12 @@ _FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process as one of several."""
+    """True if a launcher started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def is_first() -> bool:
-    """Whether this process is the one of the run that prints."""
+    """True if this process is the one of the run that prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _nobody_reads() -> bool:
-    """Whether the reader of what is printed has ended; then nothing more is written to it."""
+    """True if the reader of what is printed has ended; then nothing more is written to it."""
     try:
         print(flush=True)
     except BrokenPipeError:

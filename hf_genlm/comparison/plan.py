@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def is_by_clock(self) -> bool:
-        """Whether the time ends each run."""
+        """True if the time ends each run."""
         return self.until == "minutes"
 
     @property

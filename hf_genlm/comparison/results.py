@@ -66,7 +66,7 @@ class Difference:
 
     @property
     def is_told(self) -> bool:
-        """Whether it can be told from the best."""
+        """True if it can be told from the best."""
         return self.p_value is not None and self.p_value < SIGNIFICANT
 
 

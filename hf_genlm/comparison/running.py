@@ -156,7 +156,7 @@ def _train_here(recipe: Recipe, path: Path, is_by_clock: bool, listener: Listene
 
 
 def _is_kept(folder: ComparisonFolder, run: Run) -> bool:
-    """Whether the run is finished.
+    """True if the run is finished.
 
     Raises:
         UserError: it was, and is not as it was.

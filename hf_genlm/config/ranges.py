@@ -15,7 +15,7 @@ class Range(NamedTuple):
     is_open_above: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether `value` lies in it; not a number does not."""
+        """True if `value` lies in it; not a number does not."""
         above = self.least < value if self.is_open_below else self.least <= value
         below = value < self.most if self.is_open_above else value <= self.most
         return above and below

@@ -181,7 +181,7 @@ class _Rows:
         return token
 
     def all_ended(self, token: torch.Tensor) -> bool:
-        """Whether every row has ended with its last token, (B, 1)."""
+        """True if every row has ended with its last token, (B, 1)."""
         if self._ends:
             for row, last in enumerate(token[:, 0].tolist()):
                 self._ended[row] |= last in self._ends

@@ -13,9 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_genlm.errors import UserError, did_you_mean, without_secrets
+from hf_genlm.errors import (
+    BEGIN_OF_PRIVATE_KEY,
+    GITHUB_FINE_GRAINED,
+    GOOGLE,
+    UserError,
+    did_you_mean,
+    without_secrets,
+)
 from hf_genlm.run_folder import read_json
-from hf_genlm.token_forms import BEGIN_OF_PRIVATE_KEY, GITHUB_FINE_GRAINED, GOOGLE
 
 # what loads a model and its tokenizer
 LOADED = (
@@ -196,7 +202,7 @@ def _kind_of(path: Path, name: str) -> str | None:
 
 
 def is_listed(name: str) -> bool:
-    """Whether a model folder has a file of this path."""
+    """True if a model folder has a file of this path."""
     return any(name.count("/") == p.count("/") and fnmatch.fnmatchcase(name, p) for p in LISTED)
 
 

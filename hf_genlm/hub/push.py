@@ -231,7 +231,7 @@ class Hub:
 
 
 def is_same(content: Content, there: "RepoFile | None") -> bool:
-    """Whether a file of the repository has this content, by size and hash."""
+    """True if a file of the repository has this content, by size and hash."""
     if there is None or there.size != size_of(content):
         return False
     if there.lfs is not None:

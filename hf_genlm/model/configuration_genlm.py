@@ -181,7 +181,7 @@ class GenLMConfig(PreTrainedConfig):
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether states of one size hold all that passes from token to token, in a text of any length."""
+        """True if states of one size hold all that passes from token to token, in a text of any length."""
         are_recurrent = all(mixer in RECURRENT_MIXERS for mixer in self.mixer_types)
         return are_recurrent and self.position_type != "learned"
 
@@ -192,14 +192,14 @@ class GenLMConfig(PreTrainedConfig):
 
     @property
     def has_embedding_projection(self) -> bool:
-        """Whether the word embedding is E W + b."""
+        """True if the word embedding is E W + b."""
         if self.embedding_projection is not None:
             return self.embedding_projection
         return self.embedding_width != self.hidden_size
 
     @property
     def has_rotary_positions(self) -> bool:
-        """Whether any layer turns its queries and keys."""
+        """True if any layer turns its queries and keys."""
         return self.position_type == "rotary" and any(mixer in ATTENTION_MIXERS for mixer in self.mixer_types)
 
     @property

@@ -45,7 +45,7 @@ class TimeLayout:
 
     @property
     def is_plain(self) -> bool:
-        """Whether every row is one document without padding."""
+        """True if every row is one document without padding."""
         return self.valid is None and self.document is None
 
     @cached_property

@@ -275,7 +275,7 @@ class GatedLinearRecurrence(RecurrentMixer):
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether its weight says all: no adapter, quantiser, hook or offloading stands before it."""
+    """True if its weight says all: no adapter, quantiser, hook or offloading stands before it."""
     return (
         type(module) is nn.Linear
         and type(module.weight) in (nn.Parameter, torch.Tensor)  # a quantiser may put its own tensor there

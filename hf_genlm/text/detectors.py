@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 
 from hf_genlm.config.recipe import CorpusRecipe
-from hf_genlm.token_forms import (
+from hf_genlm.errors import (
     BEGIN_OF_PRIVATE_KEY,
     END_OF_PRIVATE_KEY,
     GITHUB_FINE_GRAINED,
@@ -178,7 +178,7 @@ def cards(text: str, recipe: CorpusRecipe) -> Iterator[Span]:
 
 
 def is_card(digits: str) -> bool:
-    """Whether an issuer gives out such numbers, and the check digit is right (Luhn, ISO/IEC 7812-1)."""
+    """True if an issuer gives out such numbers, and the check digit is right (Luhn, ISO/IEC 7812-1)."""
     is_issued = any(
         first <= digits[: len(first)] <= last and len(digits) in lengths for first, last, lengths in _ISSUERS
     )

@@ -224,7 +224,7 @@ def n_cores() -> int:
 
 
 def cuts_are_exact(backend: Tokenizer) -> bool:
-    """Whether a text may be encoded in the pieces of `pieces_of`: only with the pre-tokenizer that is trained
+    """True if a text may be encoded in the pieces of `pieces_of`: only with the pre-tokenizer that is trained
     here.
 
     Then two places are always borders of pre-tokens. Before a visible character that follows a line end: no

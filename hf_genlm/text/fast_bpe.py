@@ -57,7 +57,7 @@ class FastBPE:
         self._learn(np.arange(128))
 
     def can_encode(self, text: str) -> bool:
-        """Whether the ids of `text` are sure to be those of the saved tokenizer."""
+        """True if the ids of `text` are sure to be those of the saved tokenizer."""
         if len(text) > MAX_PIECE or _BORDER in text:
             return False
         if text.isascii() and not self._ascii_differs:

@@ -79,7 +79,7 @@ def changed_text(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, str]
 
 
 def _is_same(before: dict[str, Any] | None, now: dict[str, Any]) -> bool:
-    """Whether what both reports know of a file is the same."""
+    """True if what both reports know of a file is the same."""
     if before is None:
         return False
     known = [name for name in ("bytes", "sha256", "samples_sha256") if name in before and name in now]

@@ -231,7 +231,7 @@ def _in_folder(word: str, folder: Path) -> Located:
 
 
 def _leads_out(path: Path, folder: str) -> bool:
-    """Whether a path inside `folder` is a link to a file elsewhere."""
+    """True if a path inside `folder` is a link to a file elsewhere."""
     return path.is_symlink() and os.path.commonpath([folder, os.path.realpath(path)]) != folder
 
 

@@ -106,7 +106,7 @@ def _checked(name: str, layout: Layout) -> Layout:
 
 
 def _is_binary(rest: bytes, dimension: int) -> bool:
-    """Whether bytes that no line of numbers has follow the first word after a header."""
+    """True if bytes that no line of numbers has follow the first word after a header."""
     _, _, behind = rest[: _MAX_WORD_BYTES + max(512, 4 * dimension)].partition(b" ")
     behind = behind[: max(512, 4 * dimension)]
     numbers = behind.partition(b"\n")[0]

@@ -93,7 +93,7 @@ class Budget:
         return min(1.0, max(by_clock, step / self.steps))
 
     def is_spent(self, step: int) -> bool:
-        """Whether another step would overshoot by more than half of itself."""
+        """True if another step would overshoot by more than half of itself."""
         if self.seconds is None or step >= self.steps:
             return step >= self.steps
         return self.elapsed_s + self._last_step_s / 2 >= self.seconds

@@ -69,6 +69,6 @@ class StepMessage:
 
 
 def fits_one_message(model: torch.nn.Module) -> bool:
-    """Whether the processes send from the memory of whole models on CPUs."""
+    """True if the processes send from the memory of whole models on CPUs."""
     is_on_cpu = all(weight.device.type == "cpu" for weight in model.parameters())
     return processes.count() > 1 and is_on_cpu and not processes.is_sharded()

@@ -54,7 +54,7 @@ class Plan:
 
 
 def is_open(recipe: Recipe) -> bool:
-    """Whether a recipe leaves the size of the decoder to its time."""
+    """True if a recipe leaves the size of the decoder to its time."""
     model, training = recipe.model, recipe.training
     given = (model.size, model.hidden_size, model.num_hidden_layers, model.mixers)
     return training.steps is None and training.tokens is None and all(value is None for value in given)

@@ -73,12 +73,12 @@ def index() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the one that writes and measures."""
+    """True if this is the one that writes and measures."""
     return index() == 0
 
 
 def is_sharded() -> bool:
-    """Whether each process holds only a part of the model or of what its optimizer remembers."""
+    """True if each process holds only a part of the model or of what its optimizer remembers."""
     launched_with = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
     return any(os.environ.get(name, "false").lower() == "true" for name in launched_with)
 
@@ -127,7 +127,7 @@ def together(act: Callable[[], T]) -> T:
 
 
 def all_of(holds: bool) -> bool:
-    """Whether `holds` is true in each process."""
+    """True if `holds` is true in each process."""
     if count() == 1:
         return holds
     message = torch.tensor(float(holds), device=_device_of_messages())

@@ -116,7 +116,7 @@ class BudgetTrainer(Trainer):
         return float(recipe.batch_size * recipe.gradient_accumulation_steps * (recipe.max_seq_length - 1))
 
     def is_stopped(self) -> bool:
-        """Whether one process was asked to stop; all of them must ask together, after a step."""
+        """True if one process was asked to stop; all of them must ask together, after a step."""
         return not all_of(not self._was_stopped()) if self._message is None else self._is_stopped
 
     def whole_model(self) -> GenLMForCausalLM | None:
@@ -265,5 +265,5 @@ def check_compiler(backend: str | None) -> None:
 
 
 def computes_bfloat16() -> bool:
-    """Whether the device multiplies bfloat16 natively; emulated on a CPU it can be 100 times slower."""
+    """True if the device multiplies bfloat16 natively; emulated on a CPU it can be 100 times slower."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

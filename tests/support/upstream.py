@@ -105,7 +105,7 @@ def load(module: str) -> types.ModuleType:
 
 
 def may_skip(reason: str) -> bool:
-    """Whether `reason` is one of SKIPS."""
+    """True if `reason` is one of SKIPS."""
     return any(re.search(pattern, reason) for pattern in SKIPS)
 
 

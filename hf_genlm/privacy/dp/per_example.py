@@ -30,7 +30,7 @@ class Outer(NamedTuple):
 
     @property
     def is_lookup(self) -> bool:
-        """Whether `left` tells rows of a table."""
+        """True if `left` tells rows of a table."""
         return not self.left.is_floating_point()
 
 

@@ -44,7 +44,7 @@ class LanguageModel:
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether all that it remembers is a state of one size, after any number of tokens."""
+        """True if all that it remembers is a state of one size, after any number of tokens."""
         return bool(getattr(self.module.config, "is_recurrent", False))
 
     @property

@@ -40,7 +40,7 @@ class Prompt:
 
     @property
     def is_cut(self) -> bool:
-        """Whether its beginning is not read."""
+        """True if its beginning is not read."""
         return len(self.ids) < self.n_tokens
 
 
