@@ -30,11 +30,11 @@ SIZES = {
     "small": Shape(hidden_size=384, num_hidden_layers=6, max_seq_length=256, batch_size=32),
     "base": Shape(hidden_size=768, num_hidden_layers=12, max_seq_length=512, batch_size=32),
 }
-_BIGRAM_SIZE = 16_384  # a gated linear recurrence gains by the pairs, a cell does not (recipes/README.md)
+_BIGRAM_SIZE = 16_384  # a gated linear recurrence gains by the pairs, a cell does not (recipes/LOG.md)
 _RECURRENT_CONTEXT = 256  # tokens
 INITS = ("bigrams", "random")
 DEFAULT_MINUTES = 3.0
-# AdamW's best peak for a width of 256, measured (recipes/README.md); it falls with the root of the width
+# AdamW's best peak for a width of 256, measured (recipes/LOG.md); it falls with the root of the width
 _LEARNING_RATE_AT_256 = 3e-3
 _LEAST_DECAY, _MOST_DECAY = 0.1, 6.0
 _MEMORY_PASSES = 0.63  # that AdamW's memory of a weight holds, once decay is in full
@@ -138,7 +138,7 @@ def trapezoid(progress: float, warmup: float, decay: float) -> float:
 
 
 def decay_for(passes: float, steps_of_a_pass: float, learning_rate: float) -> float:
-    """The weight decay that keeps a text from being learned by heart (measured: recipes/README.md).
+    """The weight decay that keeps a text from being learned by heart (measured: recipes/LOG.md).
 
     AdamW forgets what a weight was with a time constant of 1 / (learning rate x decay) steps, which is best
     stated in passes over the text (Wang and Aitchison, 2024, arXiv:2405.13698). A text that is read once or
@@ -185,7 +185,7 @@ def resolve(recipe: Recipe, shape: Shape | None = None) -> Recipe:
     if model.bigram_size is None:
         model.bigram_size = _BIGRAM_SIZE if mixers[0] == "gated_linear" and not is_narrow else 0
     if model.tie_word_embeddings is None:
-        # vectors of words are a poor head (recipes/README.md)
+        # vectors of words are a poor head (recipes/LOG.md)
         model.tie_word_embeddings = is_narrow and recipe.vectors.path is None
     if training.init is None:
         training.init = "random" if model.tie_word_embeddings else "bigrams"

@@ -30,7 +30,7 @@ class Muon(torch.optim.Optimizer):
 
     A group of "muon" holds matrices, each of which may be `n_matrices` stacked by rows, such as the gates of
     a cell: they are made orthogonal one by one, in so many `iterations`. Its momentum is Nesterov's and its
-    weight decay decoupled. Three iterations instead of five: see recipes/README.md.
+    weight decay decoupled. Three iterations instead of five: see recipes/LOG.md.
 
     Under DistributedDataParallel every process makes the same step from the averaged gradients. A matrix of
     which a process holds only a part (FSDP, ZeRO) is refused.
@@ -152,7 +152,7 @@ def step_scale(rows: int, columns: int) -> float:
     """What an orthogonal matrix is multiplied by, as in Jordan et al.: every entry of the step then has the
     root mean square 1 / sqrt(columns), and the best rate changes little with the width.
 
-    Measured against 0.2 sqrt(max(rows, columns)) (Liu et al., 2025, arXiv:2502.16982) in recipes/README.md.
+    Measured against 0.2 sqrt(max(rows, columns)) (Liu et al., 2025, arXiv:2502.16982) in recipes/LOG.md.
     """
     return max(1.0, rows / columns) ** 0.5
 

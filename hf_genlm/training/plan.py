@@ -3,7 +3,7 @@ not guessed.
 
 A decoder that is too large sees too few tokens before the time is up, one that is too small has nothing left
 to learn. The best of those tried saw one to ten tokens for each weight that it multiplies by (the log in
-recipes/README.md), so the plan is the largest rung of a ladder that will see three, by the pace of a few
+recipes/LOG.md), so the plan is the largest rung of a ladder that will see three, by the pace of a few
 steps on random tokens.
 
 A text that is read again and again is learned by heart, and what is held out is predicted worse and worse.
