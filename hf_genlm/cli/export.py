@@ -12,7 +12,7 @@ def run(options: argparse.Namespace) -> None:
     out = Path(options.out)
     with Display() as display:
         display.show("loading torch and transformers")
-        from hf_genlm.export.targets import check_new, export_model, target_of
+        from hf_genlm.exporting.targets import check_new, export_model, target_of
 
         target_of(options.to, options.dtype)
         check_new(out)

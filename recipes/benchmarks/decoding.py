@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_genlm.decoding import FastGenerator
 from hf_genlm.decoding.step import SLOTS_AT_ONCE, StepState
-from hf_genlm.export.gguf_file import write_converted
+from hf_genlm.exporting.gguf_file import write_converted
 from hf_genlm.model import GenLMConfig, GenLMForCausalLM
 
 SHAPE = {"vocab_size": 4096, "hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 8192}

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "card": {*BASE, "loading", "model", "evaluation.measurement", "report"},
     "hub": SHOWING,
     "space": SHOWING | {"hub"},
-    "export": {*MEASURING, "report"},
+    "exporting": {*MEASURING, "report"},
     "doctor": MEASURING | {"training", "card", "report", "serving"},
     "serving": {"errors", "model"},
     "comparison": MEASURING | {"training", "doctor", "card", "report"},

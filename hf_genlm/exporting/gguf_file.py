@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_genlm.export.layouts import LAYOUTS, Layout, convert, misfits_of
-from hf_genlm.export.misfits import Misfit
+from hf_genlm.exporting.layouts import LAYOUTS, Layout, convert, misfits_of
+from hf_genlm.exporting.misfits import Misfit
 from hf_genlm.model import GenLMConfig, GenLMForCausalLM
 from hf_genlm.text.tokenizer import PATTERNS, pre_tokenizer
 

@@ -11,11 +11,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_genlm.errors import UserError, did_you_mean
-from hf_genlm.export import gguf_file, onnx_step
-from hf_genlm.export.layouts import LAYOUTS, convert, misfits_of
-from hf_genlm.export.misfits import Misfit, refuse
-from hf_genlm.export.onnx_runner import OnnxRunner
-from hf_genlm.export.page import write_page
+from hf_genlm.exporting import gguf_file, onnx_step
+from hf_genlm.exporting.layouts import LAYOUTS, convert, misfits_of
+from hf_genlm.exporting.misfits import Misfit, refuse
+from hf_genlm.exporting.onnx_runner import OnnxRunner
+from hf_genlm.exporting.page import write_page
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.run_folder import flush
 

@@ -12,7 +12,7 @@ from hf_genlm.model import GenLMConfig
 from hf_genlm.run_folder import describe_environment, write_text
 
 if TYPE_CHECKING:
-    from hf_genlm.export.targets import Comparison
+    from hf_genlm.exporting.targets import Comparison
 
 CARD_OF_MODEL = "model_card.md"
 _KEPT = ("license", "language", "datasets", "model_name")  # of what the model's card says of it
@@ -35,7 +35,7 @@ def write_page(
     if card is not None and card.is_file():
         shutil.copyfile(card, folder / CARD_OF_MODEL)
         facts = facts_of(card)
-    template = resources.files("hf_genlm.export").joinpath("page_template.md").read_text(encoding="utf-8")
+    template = resources.files("hf_genlm.exporting").joinpath("page_template.md").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     metadata = {
         **facts,

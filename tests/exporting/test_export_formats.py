@@ -17,9 +17,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import TokenizerRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.export import layouts, onnx_step, targets
-from hf_genlm.export.onnx_runner import OnnxRunner
-from hf_genlm.export.targets import EXPORTS, TEXTS, export_model
+from hf_genlm.exporting import layouts, onnx_step, targets
+from hf_genlm.exporting.onnx_runner import OnnxRunner
+from hf_genlm.exporting.targets import EXPORTS, TEXTS, export_model
 from hf_genlm.text.store import Document
 from hf_genlm.text.tokenizer import PATTERNS, train_tokenizer
 

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from hf_genlm.export.misfits import Misfit
+from hf_genlm.exporting.misfits import Misfit
 from hf_genlm.model import GenLMConfig, GenLMForCausalLM
 from hf_genlm.model.configuration_genlm import ATTENTION_MIXERS
 from hf_genlm.model.mlp_genlm import GenLMLowRankLinear

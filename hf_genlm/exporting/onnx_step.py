@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_genlm.decoding.step import MOVING_ROTATIONS, SLOTS_AT_ONCE, DecodeStep, StepState, slots_of
-from hf_genlm.export.misfits import Misfit
+from hf_genlm.exporting.misfits import Misfit
 from hf_genlm.model import GenLMConfig, GenLMForCausalLM
 from hf_genlm.run_folder import write_json
 
