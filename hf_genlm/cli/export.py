@@ -1,24 +1,24 @@
-"""`hf-genlm export`: a trained model for transformers alone, llama.cpp or onnxruntime."""
+"""`hf-genlm export`: write a trained model for transformers alone, llama.cpp or onnxruntime."""
 
 import argparse
 from pathlib import Path
 
 from hf_genlm.cli.display import Display
-from hf_genlm.loading import load, source_of
 
 
 def run(options: argparse.Namespace) -> None:
-    source = source_of(options.model)  # before the wait for torch
-    out = Path(options.out)
     with Display() as display:
         display.show("loading torch and transformers")
-        from hf_genlm.exporting.targets import check_new, export_model, target_of
+        from hf_genlm.exporting import export
 
-        target_of(options.to, options.dtype)
-        check_new(out)
-        model, tokenizer = load(options.model)
-        display.show(f"writing and comparing ({options.to})")
-        found = export_model(model, tokenizer, options.to, out, options.dtype, Path(source) / "README.md")
+        found = export(
+            options.model,
+            to=options.to,
+            output_dir=options.out,
+            dtype=options.dtype,
+            listener=display.hear,
+        )
+    out = Path(options.out)
     for file in sorted(out.iterdir()):
         print(f"{file.stat().st_size:>14,} bytes  {file}")
     print(
