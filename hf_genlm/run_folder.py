@@ -178,6 +178,15 @@ class FollowedRun(RunFolder):
         """Left to the one that made it."""
 
 
+def require_new_folder(out: Path) -> None:
+    """
+    Raises:
+        UserError: the folder `out`, which a verb is to make, holds something already.
+    """
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out {str(out)!r} already holds files: name a new folder, or remove it")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write aside, flush to disk, rename: a reader sees the old file or the whole new one."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -15,9 +15,8 @@ from tokenizers import Tokenizer
 
 from hf_genlm.memory import give_back_memory
 from hf_genlm.text.cache import ArrayFile, ArrayWriter, Cache, key_of
-from hf_genlm.text.fast_bpe import FastBPE, fast_bpe_of
+from hf_genlm.text.fast_bpe import GROUPED_PATTERN, FastBPE, fast_bpe_of, pre_tokenizer
 from hf_genlm.text.store import Document, Documents, as_documents
-from hf_genlm.text.tokenizer import GROUPED_PATTERN, pre_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -1,7 +1,8 @@
-"""A second engine for the tokenizers that are trained here: tiktoken's, with the very ids of the saved one.
+"""Pre-tokenization patterns, and a second, faster encoder for our tokenizers: tiktoken, with the same ids.
 
-It is taken only where the ids are proved to be the same, by what the tokenizer's own JSON says (`ranks_of`)
-and by which characters the two regex engines take for letters, digits and spaces (`differing_characters`).
+tiktoken encodes a text only where its ids are proved equal to those of the saved tokenizer: by the merges in
+the tokenizer's JSON (`ranks_of`), and by the characters that both regex engines classify alike
+(`differing_characters`).
 """
 
 import itertools
@@ -14,6 +15,36 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 if TYPE_CHECKING:
     import tiktoken
+
+# What a token may not cross. After cl100k of tiktoken, with these changes: marks belong to their letters
+# (Indic scripts); a space may precede digits; line ends go with the punctuation before and the indentation
+# after them, but for the last space, which goes with the word. On CPython's library, 4,096 tokens: 3.71 bytes
+# a token, cl100k's pattern 3.44, GPT-2's 3.46.
+_INDENT = r"(?:[ \t]+(?=[ \t]\S))?"
+_WORDS = (
+    r"'(?i:[sdmt]|ll|ve|re)",
+    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",
+    r" ?\p{N}{1,3}",
+)
+_REST = (
+    rf" ?[^\s\p{{L}}\p{{M}}\p{{N}}]+(?:[\r\n]+{_INDENT})?",
+    rf"\s*[\r\n]+{_INDENT}",
+    r"\s+(?!\S)",
+    r"\s+",
+)
+PATTERN = "|".join((*_WORDS, *_REST))
+# recipe word -> what a token may not cross. Those of GPT-2 and Qwen3.5 are for models that llama.cpp is to
+# run, which knows them by name; of CPython's library, 4,096 tokens: 9 % more tokens than by our own.
+PATTERNS = {
+    "own": PATTERN,
+    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "qwen35": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}
+# the own one, but tiktoken's engine is a quarter faster when what looks at nothing ahead stands in one group
+GROUPED_PATTERN = "|".join((f"(?:{'|'.join(_WORDS)})", *_REST))
 
 # Documents are joined by this word, which is encoded as a token of its own, and parted again at that token.
 # A text that holds it is left to the other engine.
@@ -34,6 +65,12 @@ _CLASSES = (
 )
 _SAME, _DIFFERS = 1, 2
 _N_CODE_POINTS = 0x110000
+
+
+def pre_tokenizer(pattern: str = PATTERN) -> pre_tokenizers.PreTokenizer:
+    """What cuts a text into words for a tokenizer that is trained here."""
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 class FastBPE:

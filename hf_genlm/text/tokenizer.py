@@ -1,4 +1,4 @@
-"""Byte-level BPE: training a vocabulary, and loading one.
+"""Byte-level BPE tokenizers: train one, or load one.
 
 Any Unicode text comes back unchanged from its ids: there is no normalizer and no unknown token.
 """
@@ -6,17 +6,24 @@ Any Unicode text comes back unchanged from its ids: there is no normalizer and n
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from hf_genlm.config.recipe import TokenizerRecipe
+from hf_genlm.config.recipe import CorpusRecipe, TokenizerRecipe
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.memory import give_back_memory
+from hf_genlm.run_folder import Listener, require_new_folder
+from hf_genlm.text.balanced import balanced_text
 from hf_genlm.text.cache import ArrayWriter, Cache, key_of
+from hf_genlm.text.corpus import Sources, notes_on, read_documents, with_sources
+from hf_genlm.text.encoding import encode_documents
+from hf_genlm.text.fast_bpe import PATTERNS, pre_tokenizer
+from hf_genlm.text.languages import check_languages
 from hf_genlm.text.store import Document, Documents, as_documents
 
 if TYPE_CHECKING:
@@ -33,37 +40,78 @@ MIN_VOCAB_SIZE = 258  # 256 bytes and the two special tokens
 MAX_CHOSEN_VOCAB_SIZE = 32768
 _MIN_CHOSEN_VOCAB_SIZE = 512
 
-# What a token may not cross. After cl100k of tiktoken, with these changes: marks belong to their letters
-# (Indic scripts); a space may precede digits; line ends go with the punctuation before and the indentation
-# after them, but for the last space, which goes with the word. On CPython's library, 4,096 tokens: 3.71 bytes
-# a token, cl100k's pattern 3.44, GPT-2's 3.46.
-_INDENT = r"(?:[ \t]+(?=[ \t]\S))?"
-_WORDS = (
-    r"'(?i:[sdmt]|ll|ve|re)",
-    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",
-    r" ?\p{N}{1,3}",
-)
-_REST = (
-    rf" ?[^\s\p{{L}}\p{{M}}\p{{N}}]+(?:[\r\n]+{_INDENT})?",
-    rf"\s*[\r\n]+{_INDENT}",
-    r"\s+(?!\S)",
-    r"\s+",
-)
-PATTERN = "|".join((*_WORDS, *_REST))
-# recipe word -> what a token may not cross. Those of GPT-2 and Qwen3.5 are for models that llama.cpp is to
-# run, which knows them by name; of CPython's library, 4,096 tokens: 9 % more tokens than by our own.
-PATTERNS = {
-    "own": PATTERN,
-    "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "qwen35": (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
-}
-# the own one, but tiktoken's engine is a quarter faster when what looks at nothing ahead stands in one group
-GROUPED_PATTERN = "|".join((f"(?:{'|'.join(_WORDS)})", *_REST))
-
 _SAMPLE_PIECE = 8192  # characters, when only a part of the text trains the merges
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedTokenizer:
+    """A tokenizer that `train_tokenizer_on` saved to the folder `path`, and the text that it was trained on.
+
+    `report` describes the text as `read_documents` does; `n_tokens` is the length of the text in tokens.
+    """
+
+    path: Path
+    tokenizer: "PreTrainedTokenizerFast"
+    documents: Documents
+    report: dict[str, Any]
+    n_tokens: int
+
+    @property
+    def n_bytes(self) -> int:
+        """UTF-8 bytes of the text."""
+        return self.report["bytes"]
+
+    @property
+    def languages(self) -> dict[str, dict[str, Any]]:
+        """Counts and balance of each language by its code; empty for text without languages."""
+        return self.report.get("languages", {})
+
+
+def train_tokenizer_on(
+    sources: Sources,
+    *,
+    out: str | Path,
+    tokenizer: TokenizerRecipe | None = None,
+    corpus: CorpusRecipe | None = None,
+    listener: Listener | None = None,
+) -> TrainedTokenizer:
+    """Train a tokenizer on all text of `sources`, none of it held out, and save it.
+
+    Args:
+        sources: files, folders, globs or Hub data sets, or a mapping from language code to such a list.
+        out: the folder to write; it must not exist or must be empty.
+        tokenizer: vocabulary size, pattern and limits; the defaults if None.
+        corpus: how the sources are read and the languages balanced; the defaults if None.
+        listener: receives the events `note` and `progress`.
+
+    Raises:
+        UserError: a source cannot be used, `out` holds files or cannot be written, or the text cannot fill
+            the vocabulary.
+    """
+    tell = listener or (lambda event, fields: None)
+    out = Path(out)
+    if not sources:
+        raise UserError("there is no text: name a SOURCE, or several by language with --source CODE=SOURCE")
+    require_new_folder(out)
+    corpus = with_sources(corpus or CorpusRecipe(), sources)
+    check_languages(corpus)
+    tell("progress", {"task": "reading", "done": 0, "total": None})
+    documents, report = read_documents(sources, corpus)
+    for message in notes_on(report):
+        tell("note", {"message": message})
+    tell("progress", {"task": "training the tokenizer", "done": 0, "total": None})
+    text = balanced_text(documents, report.get("languages", {}))
+    trained = train_tokenizer(text, tokenizer or TokenizerRecipe(), report["bytes"])
+    try:
+        trained.save_pretrained(out)
+    except OSError as error:
+        raise UserError(f"--out {str(out)!r} cannot be written ({error.strerror})") from error
+    n_tokens = encode_documents(
+        trained,
+        documents,
+        lambda done, total: tell("progress", {"task": "encoding", "done": done, "total": total}),
+    ).n_tokens
+    return TrainedTokenizer(out, trained, documents, report, n_tokens)
 
 
 def choose_vocab_size(n_bytes: int) -> int:
@@ -224,12 +272,6 @@ def _key_of(vocab_size: int, recipe: TokenizerRecipe, sha256: str) -> str:
         rules=[PATTERNS[recipe.pattern], END_OF_TEXT, PAD, _SAMPLE_PIECE],
         library=tokenizers.__version__,
     )
-
-
-def pre_tokenizer(pattern: str = PATTERN) -> pre_tokenizers.PreTokenizer:
-    """What cuts a text into words for a tokenizer that is trained here."""
-    split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _wrap(backend: Tokenizer) -> "PreTrainedTokenizerFast":

@@ -13,8 +13,15 @@ from hf_genlm.config.recipe import CorpusRecipe, TokenizerRecipe
 from hf_genlm.text import encoding, fast_bpe
 from hf_genlm.text.corpus import Document, read_documents
 from hf_genlm.text.encoding import Encoder, encode_documents
-from hf_genlm.text.fast_bpe import MAX_PIECE, FastBPE, differing_characters, fast_bpe_of, ranks_of
-from hf_genlm.text.tokenizer import END_OF_TEXT, GROUPED_PATTERN, PAD, _wrap, train_tokenizer
+from hf_genlm.text.fast_bpe import (
+    GROUPED_PATTERN,
+    MAX_PIECE,
+    FastBPE,
+    differing_characters,
+    fast_bpe_of,
+    ranks_of,
+)
+from hf_genlm.text.tokenizer import END_OF_TEXT, PAD, _wrap, train_tokenizer
 
 TEXTS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"])),
