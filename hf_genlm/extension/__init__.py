@@ -21,7 +21,7 @@ from hf_genlm.text.languages import check_languages
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ExtendedModel", "extend", "extend_bpe", "extend_model"]
+__all__ = ["ExtendedModel", "extend", "extend_bpe", "extend_model", "extension_card"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def extend(
     tokenizer.save_pretrained(out)
     (out / "tokenizer.json").write_text(json.dumps(extension.state, ensure_ascii=False), encoding="utf-8")
     extended: Any = load(str(out))[1]
-    card = _card(out.name, Path(model).name, hub_id_of(model), len(extended), n_new_tokens)
+    card = extension_card(out.name, Path(model).name, hub_id_of(model), len(extended), n_new_tokens)
     (out / "README.md").write_text(card, encoding="utf-8")
     n_bytes = int(documents.n_bytes.sum())
     n_after = encode_documents(extended, documents).n_tokens
@@ -119,7 +119,7 @@ def extend_model(model: "PreTrainedModel", pieces: Mapping[int, Sequence[int]]) 
             table[new_id] = table[torch.tensor(old_ids)].mean(0)
 
 
-def _card(name: str, base: str, base_id: str | None, n_tokens: int, n_new_tokens: int) -> str:
+def extension_card(name: str, base: str, base_id: str | None, n_tokens: int, n_new_tokens: int) -> str:
     """Model card of an extended model before any further training; `base_id` is None for a base model that
     is not on the Hub."""
     from huggingface_hub import ModelCardData

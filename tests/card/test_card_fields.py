@@ -18,7 +18,7 @@ from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import write_measurements
-from hf_genlm.extension.card import extension_card
+from hf_genlm.extension import extension_card
 from hf_genlm.loading import hub_id_of
 
 CARD_FIELDS = [
