@@ -2,8 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -135,6 +134,7 @@ class Display:
         self.task = self.bar.add_task("", total=None, facts="")
         self._line_s = 0.0
         self._renderers: dict[str, Callable[..., None]] = {
+            "stage": self._stage,
             "progress": self._progress,
             "note": self._note,
             "corpus": self._corpus,
@@ -168,13 +168,6 @@ class Display:
         """Name the stage that begins."""
         self.bar.update(self.task, description=description, total=None, completed=0, facts="")
 
-    @contextmanager
-    def set_aside(self) -> Iterator[None]:
-        """No bar of ours, while a library shows its own."""
-        self.bar.stop()
-        yield
-        self.bar.start()
-
     def say(self, line: str) -> None:
         """A line that stays."""
         self.console.print(line, markup=False, soft_wrap=True)
@@ -188,6 +181,14 @@ class Display:
         """The listener that `train` wants; events without a row in the table are not shown."""
         if event in self._renderers:
             self._renderers[event](**fields)
+
+    def _stage(self, name: str, has_own_bar: bool = False) -> None:
+        """Show the stage that begins; no bar of ours while a library shows its own."""
+        if has_own_bar:
+            self.bar.stop()
+        else:
+            self.bar.start()
+            self.show(name)
 
     def _progress(self, task: str, done: int, total: int | None) -> None:
         self.bar.update(self.task, description=task, completed=done, total=total, facts="")

@@ -9,10 +9,10 @@ from hf_genlm.cli.recipes import recipe_of
 
 def run(options: argparse.Namespace) -> None:
     recipe = recipe_of(options, VOCABULARY_FIELD | LANGUAGE_FIELDS)
+    from hf_genlm.evaluation.languages import tokenization_of
     from hf_genlm.evaluation.measurement import write_measurements
     from hf_genlm.text.languages import check_languages
     from hf_genlm.text.tokenizer import train_tokenizer_on
-    from hf_genlm.training.languages import tokenization_of
 
     corpus = recipe.corpus
     check_languages(corpus)

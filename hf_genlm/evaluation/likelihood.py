@@ -119,7 +119,7 @@ def measure_likelihood(
 
 def document_nats(
     model: Any,
-    token_ids: Sequence[Sequence[int]],
+    token_ids: Sequence[Sequence[int] | np.ndarray],
     *,
     start_id: int,
     context: int,
@@ -155,6 +155,18 @@ def make_windows(
             windows.append(Window(document, start, first, stop))
             start, first = start + step, stop
     return windows
+
+
+def start_id_of(tokenizer: Any) -> int:
+    """Id of the token before a document: bos if the tokenizer has one, otherwise eos.
+
+    Raises:
+        UserError: the tokenizer has neither.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise UserError("the tokenizer has neither a bos nor an eos token: a text needs one as its first input")
 
 
 def _check(context: int, stride: int, batch_size: int, max_tokens: int | None) -> None:

@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from hf_genlm.decoding import FastGenerator
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.figure import Figure, mean_figure
-from hf_genlm.evaluation.likelihood import evaluation_mode
+from hf_genlm.evaluation.likelihood import evaluation_mode, start_id_of
 from hf_genlm.evaluation.mauve import check_mauve, last_hidden_states, mauve_of_features
 from hf_genlm.evaluation.measurement import Measurement
 from hf_genlm.evaluation.ngrams import distinct_n, repetition, self_bleu
@@ -192,20 +192,6 @@ def reference_pieces(tokenizer: Any, texts: Sequence[str], count: int, max_token
             pieces.append(text[begin : min(end, begin + max_tokens * _CHARACTERS)])
     cut = [ids[:max_tokens] for ids in _encode(tokenizer, pieces)]
     return [text for text in tokenizer.batch_decode(cut) if text.strip()][:count]
-
-
-def start_id_of(tokenizer: Any) -> int:
-    """The token before a text: the beginning of a text where there is one, else the end of one.
-
-    Raises:
-        UserError: the tokenizer has neither.
-    """
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise UserError(
-        "this tokenizer has neither a bos nor an eos token: nothing can be generated from the start"
-    )
 
 
 def _overlap(

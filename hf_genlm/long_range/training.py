@@ -133,7 +133,8 @@ def new_model(run: TaskRun) -> GenLMForCausalLM:
             f"a {run.decoder} of width {run.hidden_size} and {run.num_hidden_layers} layers: {reason}"
         ) from error
     model = GenLMForCausalLM(config)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").train()
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.train()
 
 
 def draw_size(sizes: tuple[int, ...], progress: float, generator: np.random.Generator) -> int:

@@ -10,7 +10,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from hf_genlm.config.recipe import Recipe, TrainingRecipe
 from hf_genlm.errors import Stopped
-from hf_genlm.evaluation.by_language import documents_of
+from hf_genlm.evaluation.languages import documents_of
 from hf_genlm.evaluation.likelihood import Window, measure_likelihood
 from hf_genlm.evaluation.measurement import Measurement
 from hf_genlm.memory import keeping_memory

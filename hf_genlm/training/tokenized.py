@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_genlm.config.recipe import Recipe, TrainingRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.evaluation.by_language import documents_of
+from hf_genlm.evaluation.languages import documents_of, tokenization_of
 from hf_genlm.evaluation.measurement import write_measurements
 from hf_genlm.run_folder import RunFolder, read_json, write_json
 from hf_genlm.text.balanced import BalancedRows, balanced_text, repeats_of
@@ -25,7 +25,6 @@ from hf_genlm.text.store import Documents
 from hf_genlm.text.tokenizer import load_tokenizer, train_tokenizer
 from hf_genlm.text.windows import DocumentWindows
 from hf_genlm.training import processes
-from hf_genlm.training.languages import tokenization_of
 from hf_genlm.training.milestones import WordRate
 from hf_genlm.training.private import public_text
 from hf_genlm.training.word_vectors import count_words

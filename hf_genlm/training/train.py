@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.errors import NoSource, UserError
 from hf_genlm.evaluation.blocks import BlockSums
+from hf_genlm.evaluation.languages import measure_languages
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.loading import hub_id_of
 from hf_genlm.model import GenLMForCausalLM
@@ -46,7 +47,6 @@ from hf_genlm.training.configure import (
 )
 from hf_genlm.training.fit import Job, Rows, fit, likelihood_of
 from hf_genlm.training.lanes import Lanes
-from hf_genlm.training.languages import measure_languages
 from hf_genlm.training.milestones import read_milestones
 from hf_genlm.training.optimizer import check_optimizer
 from hf_genlm.training.plan import tokens_of_a_step

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import TokenizerRecipe
+from hf_genlm.evaluation.evaluate import SUITES, Material
 from hf_genlm.evaluation.likelihood import document_nats, make_windows, measure_likelihood
 from hf_genlm.evaluation.measurement import read_measurements
-from hf_genlm.evaluation.suite import EVALUATIONS, Material
 from hf_genlm.text.store import Document
 from hf_genlm.text.tokenizer import train_tokenizer
 
@@ -250,7 +250,7 @@ def test_windows_beside_each_other_are_lm_evals():
 class TestSuite:
     def test_rows_need_what_material_has(self):
         fields = {field.name for field in dataclasses.fields(Material)}
-        for row in EVALUATIONS.values():
+        for row in SUITES.values():
             assert set(row.needs) <= fields
 
     def test_one_is_enough_for_a_model_without_text(self, folder, data, capsys):
@@ -298,11 +298,11 @@ class TestSuite:
         ("options", "words"),
         [
             (["--suite", "likelyhood"], "did you mean 'likelihood'?"),
-            (["--suite", "likelihood,"], "there is no evaluation ''"),
+            (["--suite", "likelihood,"], "there is no suite ''"),
             (["--suite", "minimal_pairs"], "needs --pairs"),
             (["--suite", "lm_eval"], "needs --tasks"),
             (["--suite", "likelihood", "--pairs", "x"], "--pairs is for --suite minimal_pairs"),
-            (["x.txt", "--suite", "minimal_pairs", "--pairs", "x"], "SOURCE is for text"),
+            (["x.txt", "--suite", "minimal_pairs", "--pairs", "x"], "a SOURCE of text was given"),
             (["--pairs", "nowhere"], "no pairs at 'nowhere'"),
             (["--suite", "likelihood"], "name the SOURCE"),
         ],

@@ -19,7 +19,7 @@ from hf_genlm.cli.main import main
 from hf_genlm.cli.recipes import recipe_of
 from hf_genlm.config.recipe import CorpusRecipe, load_recipe
 from hf_genlm.errors import Stopped, UserError
-from hf_genlm.evaluation.by_language import measure_parallel, over_languages
+from hf_genlm.evaluation.languages import measure_parallel, over_languages
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.evaluation.measurement import Measurement, read_measurements
 from hf_genlm.evaluation.tokenization import SCRIPTS, measure_tokenization, scripts_of

@@ -439,7 +439,7 @@ class TestStandardError:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"context": 1}, "context = 1"),
+        ({"context": 1}, "context_length = 1"),
         ({"stride": 0}, "stride = 0"),
         ({"stride": CONTEXT + 1}, "stride = 13"),
         ({"batch_size": 0}, "batch_size = 0"),

@@ -71,7 +71,7 @@ class BitsPerByte(evaluate.Metric):
             return as_results({"bits_per_byte": bits_per_byte([-sum(text) for text in predictions], n_bytes)})
         if model_id is None:
             raise ValueError("name the model to score the texts with by model_id")
-        from hf_genlm.evaluation.texts import score_texts
+        from hf_genlm.evaluation.evaluate import score_texts
 
         measurements = score_texts(predictions, model_id, context=context, batch_size=batch_size)
         return as_results({m.name: Figure(m.value, m.n, m.stderr) for m in measurements})

@@ -1,20 +1,28 @@
-"""Numbers of each language of a text, and over its languages.
+"""Measurements by language: likelihood of each language, parallel sentences, tokenization.
 
-Bits per byte say how well one language is predicted by one model or another. They do not compare languages:
-UTF-8 takes one byte for a Latin letter and three for a Devanagari one. Bits per character part with the
-encoding, and only bits for the same content, sentences that translate each other, compare languages as such
-(Cotterell et al., 2018, Are all languages equally hard to language-model?).
+Bits per byte compare models on one language. They do not compare languages: UTF-8 takes one byte for a Latin
+letter and three for a Devanagari one. Bits per character are independent of the encoding, and only bits for
+the same content (sentences that are translations of each other) compare languages as such (Cotterell et al.,
+2018, Are all languages equally hard to language-model?).
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_genlm.config.recipe import CorpusRecipe, Recipe
 from hf_genlm.evaluation.likelihood import document_nats
 from hf_genlm.evaluation.measurement import Measurement, ratio_stderr
+from hf_genlm.evaluation.tokenization import measure_tokenization
+from hf_genlm.text.encoding import encode_documents
+from hf_genlm.text.languages import read_parallel, reference_of, spans
+from hf_genlm.text.store import Document, Documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Languages = Mapping[str, Mapping[str, Any]]  # by code: what corpus.json says
 
@@ -67,7 +75,7 @@ def over_languages(
 
 def measure_parallel(
     model: Any,
-    sentences: Mapping[str, Sequence[Sequence[int]]],
+    sentences: Mapping[str, Sequence[Sequence[int] | np.ndarray]],
     reference: str,
     *,
     start_id: int,
@@ -114,6 +122,61 @@ def measure_parallel(
         for code, of in bits.items()
         if code != reference
     ]
+    return found
+
+
+def tokenization_of(
+    tokenizer: "PreTrainedTokenizerFast",
+    documents: Documents,
+    languages: Languages,
+    recipe: CorpusRecipe,
+    split: str = "validation",
+) -> list[Measurement]:
+    """`measure_tokenization` on documents that stand language by language, and on `corpus.parallel`.
+
+    Raises:
+        UserError: a parallel text that cannot be used.
+    """
+    texts = {
+        code: (document.text for document in documents[span])
+        for code, span in spans(documents_of(languages, split)).items()
+    }
+    parallel = read_parallel(recipe)
+    reference = reference_of(parallel) if parallel else None
+    return measure_tokenization(tokenizer, texts, parallel, reference, split=split)
+
+
+def measure_languages(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerFast",
+    measured: Sequence[Measurement],
+    languages: Languages,
+    recipe: Recipe,
+    *,
+    start_id: int,
+    context: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Measurement]:
+    """`over_languages` of what was `measured`, and `measure_parallel` on `corpus.parallel`, if there is any.
+
+    Raises:
+        UserError: a parallel text that cannot be used.
+    """
+    found = over_languages(measured, languages) if languages else []
+    if recipe.corpus.parallel:
+        sentences = {
+            code: [ids for ids, _ in encode_documents(tokenizer, [Document(line, code) for line in lines])]
+            for code, lines in read_parallel(recipe.corpus).items()
+        }
+        found += measure_parallel(
+            model,
+            sentences,
+            reference_of(sentences),
+            start_id=start_id,
+            context=context,
+            batch_size=recipe.evaluation.batch_size,
+            on_progress=on_progress,
+        )
     return found
 
 

@@ -1,0 +1,358 @@
+"""Evaluate a causal language model by one or several suites.
+
+`evaluate` is the service behind `hf-genlm evaluate`; `SUITES` is the table of what it can measure.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from hf_genlm.config.recipe import EvaluationRecipe, Recipe, load_recipe, set_field
+from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.evaluation.measurement import Measurement, update_measurements
+from hf_genlm.loading import load
+from hf_genlm.run_folder import Listener, RunFolder, read_json
+
+if TYPE_CHECKING:
+    from hf_genlm.evaluation.languages import Languages
+
+Progress = Callable[[int, int], None]
+DEFAULT_CONTEXT = 1024  # tokens, for a model whose config states no maximum
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A causal language model under evaluation, and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    start_id: int  # id of the token before a document
+    context: int  # maximum number of input tokens
+
+
+@dataclass
+class Material:
+    """Data that a subject is evaluated on. The `needs` of each suite name the fields that it reads."""
+
+    settings: EvaluationRecipe
+    split: str = "given"  # split of the documents
+    texts: Any = None  # documents as they were read, `text.store.Documents`
+    documents: Sequence[tuple[np.ndarray, int]] = ()  # token ids (T,) and bytes of the original text
+    n_words: np.ndarray | None = None  # per document
+    languages: "Languages" = field(default_factory=dict)  # their documents stand in this order
+    training: Any = None  # training text of a run, as `texts`; None if it is not available
+    pairs: list[Any] = field(default_factory=list)  # of minimal_pairs.Pair
+    pairs_split: str = "pairs"
+    tasks: Sequence[str] = ()  # names of lm-eval tasks
+    include_path: str | Path | None = None  # folder with more task files
+
+
+class Suite(NamedTuple):
+    """One row of `SUITES`.
+
+    `needs` names fields of `Material`: "documents" stands for `texts` and `n_words` too and is required;
+    "training" is the training text of a run and stays None for other models.
+    """
+
+    needs: tuple[str, ...]
+    measure: Callable[[Subject, Material, Progress], list[Measurement]]
+    has_own_bar: bool = False  # a library shows its own progress bar
+
+
+def evaluate(
+    model: str | Path | RunFolder,
+    sources: str | Sequence[str] | None = None,
+    *,
+    texts: Iterable[str] | None = None,
+    suites: Sequence[str] | None = None,
+    pairs: str | Path | None = None,
+    tasks: Sequence[str] | None = None,
+    include_path: str | Path | None = None,
+    recipe: str | Path | None = None,
+    assignments: Sequence[str] = (),
+    listener: Listener | None = None,
+) -> list[Measurement]:
+    """Evaluate a causal language model.
+
+    The measurements of a run on its own validation split, with its own settings, are merged into its
+    evaluation.json: those with the same name and split are replaced.
+
+    Args:
+        model: a run folder, a model folder or a Hub id.
+        sources: files, folders or Hub data sets to measure on. Default: the validation split of the run.
+        texts: documents in memory, instead of `sources`.
+        suites: names in `SUITES`. Default: the suites that read `pairs` and `tasks` if these are given, and
+            "likelihood" if there are `sources` or `texts`, or no other suite.
+        pairs: a .jsonl file of minimal pairs in BLiMP's format, or a folder of such files.
+        tasks: names of lm-eval tasks; `*` matches any text.
+        include_path: a folder of lm-eval task files beside its own.
+        recipe: a YAML recipe for a model that is not a run; its sections `evaluation` and `corpus` are read.
+        assignments: `section.key=value` that override the recipe.
+        listener: receives the events "stage", "progress" and "note".
+
+    Raises:
+        UserError: an unknown suite, missing or superfluous data, or text or a model that cannot be used.
+    """
+    sources = [sources] if isinstance(sources, str) else list(sources or ())
+    if sources and texts is not None:
+        raise UserError("sources and texts were both given: give one of them")
+    name_or_path = str(model.path if isinstance(model, RunFolder) else model)
+    has_text = bool(sources) or texts is not None
+    names = _select_suites(suites, has_text, {"pairs": pairs, "tasks": tasks})
+    needs = {need for name in names for need in SUITES[name].needs}
+    run = RunFolder.open(name_or_path) if (Path(name_or_path) / "recipe.yaml").is_file() else None
+    if "documents" in needs and run is None and not has_text:
+        raise UserError(f"{name_or_path!r} is not a run folder: name the SOURCE to measure it on")
+    settings = load_recipe(run.recipe if run else recipe, assignments)
+    tell: Listener = listener or (lambda event, fields: None)
+    tell("stage", {"name": "loading torch and transformers"})
+    material = Material(settings.evaluation)
+    if "pairs" in needs:
+        from hf_genlm.evaluation.minimal_pairs import read_pairs
+
+        assert pairs is not None
+        material.pairs = read_pairs(pairs)
+        material.pairs_split = Path(pairs).resolve().stem
+    if "tasks" in needs:
+        material.tasks, material.include_path = list(tasks or ()), include_path
+    if needs & {"documents", "training"}:
+        _read_text(material, sources, texts, run, settings, tell)
+    subject = load_subject(name_or_path, settings.evaluation.context_length)
+    if "documents" in needs:
+        from hf_genlm.text.encoding import encode_documents
+
+        material.documents = encode_documents(
+            subject.tokenizer, material.texts, _progress_of("encoding", tell)
+        )
+        tell("stage", {"name": "counting words"})
+        material.n_words = material.texts.count_words()
+    measurements = []
+    for name in names:
+        tell("stage", {"name": name, "has_own_bar": SUITES[name].has_own_bar})
+        measurements += SUITES[name].measure(subject, material, _progress_of(name, tell))
+    if "likelihood" in names:
+        from hf_genlm.evaluation.languages import measure_languages
+
+        measurements += measure_languages(
+            subject.model,
+            subject.tokenizer,
+            measurements,
+            material.languages,
+            settings,
+            start_id=subject.start_id,
+            context=subject.context,
+        )
+    if run and not has_text and not assignments:
+        update_measurements(run.evaluation, measurements)
+    return measurements
+
+
+def score_texts(
+    texts: Sequence[str], model: str, *, context: int | None = None, batch_size: int = 32
+) -> list[Measurement]:
+    """Measure the likelihood of `texts` (one document each) by the model that `loading.load` finds.
+
+    Args:
+        context: maximum number of input tokens. Default: the `max_position_embeddings` of the model.
+
+    Raises:
+        UserError: the model cannot be loaded or has no start token, or there is no text.
+    """
+    from hf_genlm.evaluation.likelihood import measure_likelihood
+
+    subject = load_subject(model, context)
+    ids = (
+        subject.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    )
+    documents = [
+        (np.array(tokens, dtype=np.int64), len(text.encode("utf-8")))
+        for tokens, text in zip(ids, texts, strict=True)
+    ]
+    return measure_likelihood(
+        subject.model,
+        documents,
+        start_id=subject.start_id,
+        context=subject.context,
+        batch_size=batch_size,
+        split="given",
+    )
+
+
+def load_subject(name: str, context: int | None = None) -> Subject:
+    """Load a model and its tokenizer for evaluation.
+
+    Args:
+        name: as `loading.load` takes it.
+        context: maximum number of input tokens. Default: the `max_position_embeddings` of the model.
+
+    Raises:
+        UserError: the model cannot be loaded, or its tokenizer has no start token.
+    """
+    model, tokenizer = load(name)
+    from hf_genlm.evaluation.likelihood import start_id_of
+
+    limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    return Subject(model, tokenizer, start_id_of(tokenizer), context or limit)
+
+
+def _select_suites(suites: Sequence[str] | None, has_text: bool, given: dict[str, Any]) -> list[str]:
+    """Names of the suites to run, each once; `given` has the values of `pairs` and `tasks`."""
+    if suites is not None:
+        names = list(dict.fromkeys(suites))
+    else:
+        names = [name for name, row in SUITES.items() if any(given.get(need) for need in row.needs)]
+        if has_text or not names:
+            names.insert(0, "likelihood")
+    for name in names:
+        if name not in SUITES:
+            raise UserError(f"there is no suite {name!r}{did_you_mean(name, SUITES)}")
+    needs = {need for name in names for need in SUITES[name].needs}
+    chosen = ",".join(names)
+    if has_text and not needs & {"documents", "training"}:
+        raise UserError(f"a SOURCE of text was given, which --suite {chosen} does not read: leave it out")
+    for option, value in given.items():
+        name = next(name for name, row in SUITES.items() if option in row.needs)
+        if option in needs and value is None:
+            raise UserError(f"--suite {name} needs --{option}")
+        if option not in needs and value is not None:
+            raise UserError(f"--{option} is for --suite {name}, which is not in --suite {chosen}")
+    return names
+
+
+def _read_text(
+    material: Material,
+    sources: Sequence[str],
+    texts: Iterable[str] | None,
+    run: RunFolder | None,
+    recipe: Recipe,
+    tell: Listener,
+) -> None:
+    """Fill `material` with the texts or sources that were given, or with both splits of the run."""
+    from hf_genlm.text.corpus import Corpus, notes_on, read_corpus, read_documents
+    from hf_genlm.text.held_out import read_stream
+    from hf_genlm.text.store import Document, as_documents
+
+    if texts is not None:
+        material.texts = as_documents([Document(text, "given") for text in texts])
+        return
+    if sources:
+        set_field(recipe, "corpus.sources", list(sources))  # names what may not be in it
+        material.texts, report = read_documents(list(sources), recipe.corpus)
+    elif run:
+        corpus: Any = (read_stream if recipe.corpus.stream else read_corpus)(recipe.corpus)
+        material.split, material.texts, report = "validation", corpus.validation, corpus.report
+        material.training = corpus.train if isinstance(corpus, Corpus) else None
+        material.languages = report.get("languages", {})
+        if read_json(run.corpus)["validation"]["sha256"] != report["validation"]["sha256"]:
+            raise UserError(
+                f"the sources of {str(run.path)!r} have changed since it was trained: "
+                "name the text to measure on"
+            )
+    else:
+        return
+    for message in notes_on(report):
+        tell("note", {"message": message})
+
+
+def _progress_of(task: str, tell: Listener) -> Progress:
+    return lambda done, total: tell("progress", {"task": task, "done": done, "total": total})
+
+
+def _likelihood(subject: Subject, material: Material, on_progress: Progress) -> list[Measurement]:
+    from hf_genlm.evaluation.languages import documents_of
+    from hf_genlm.evaluation.likelihood import measure_likelihood
+
+    return measure_likelihood(
+        subject.model,
+        material.documents,
+        start_id=subject.start_id,
+        context=subject.context,
+        stride=material.settings.stride,
+        batch_size=material.settings.batch_size,
+        carry_state=bool(material.settings.carry_state),
+        n_words=material.n_words,
+        parts=documents_of(material.languages),
+        split=material.split,
+        on_progress=on_progress,
+    )
+
+
+def _minimal_pairs(subject: Subject, material: Material, on_progress: Progress) -> list[Measurement]:
+    from hf_genlm.evaluation.minimal_pairs import measure_minimal_pairs
+
+    return measure_minimal_pairs(
+        subject.model,
+        subject.tokenizer,
+        material.pairs,
+        start_id=subject.start_id,
+        context=subject.context,
+        split=material.pairs_split,
+        on_progress=on_progress,
+    )
+
+
+def _lm_eval(subject: Subject, material: Material, on_progress: Progress) -> list[Measurement]:
+    from hf_genlm.evaluation.harness import measure_tasks
+
+    return measure_tasks(
+        subject.model,
+        subject.tokenizer,
+        material.tasks,
+        start_id=subject.start_id,
+        context=subject.context,
+        include_path=material.include_path,
+        batch_size=material.settings.batch_size,
+    )
+
+
+def _range(subject: Subject, material: Material, on_progress: Progress) -> list[Measurement]:
+    from hf_genlm.evaluation.long_range import measure_range
+
+    return measure_range(
+        subject.model,
+        material.documents,
+        subject.start_id,
+        subject.context,
+        batch_size=material.settings.batch_size,
+        split=material.split,
+        on_progress=on_progress,
+    )
+
+
+def _extrapolation(subject: Subject, material: Material, on_progress: Progress) -> list[Measurement]:
+    from hf_genlm.evaluation.long_range import measure_extrapolation
+
+    return measure_extrapolation(
+        subject.model,
+        material.documents,
+        subject.start_id,
+        trained_length=subject.context,
+        split=material.split,
+        on_progress=on_progress,
+    )
+
+
+def _samples(subject: Subject, material: Material, on_progress: Progress) -> list[Measurement]:
+    from hf_genlm.evaluation.samples import measure_samples
+
+    held_out = None if material.texts is None else [document.text for document in material.texts]
+    return measure_samples(
+        subject.model,
+        subject.tokenizer,
+        training_texts=material.training,
+        reference_texts=held_out,
+        on_progress=on_progress,
+    )
+
+
+SUITES: dict[str, Suite] = {
+    "likelihood": Suite(("documents",), _likelihood),
+    "minimal_pairs": Suite(("pairs",), _minimal_pairs),
+    "range": Suite(("documents",), _range),
+    "extrapolation": Suite(("documents",), _extrapolation),
+    "samples": Suite(("training",), _samples),
+    "lm_eval": Suite(("tasks",), _lm_eval, has_own_bar=True),
+}
