@@ -134,9 +134,9 @@ class Display:
         self.task = self.bar.add_task("", total=None, facts="")
         self._line_s = 0.0
         self._renderers: dict[str, Callable[..., None]] = {
-            "stage": self._stage,
             "progress": self._progress,
             "note": self._note,
+            "external_bar": self._external_bar,
             "corpus": self._corpus,
             "languages": self._languages,
             "tokenized": self._tokenized,
@@ -182,13 +182,12 @@ class Display:
         if event in self._renderers:
             self._renderers[event](**fields)
 
-    def _stage(self, name: str, has_own_bar: bool = False) -> None:
-        """Show the stage that begins; no bar of ours while a library shows its own."""
-        if has_own_bar:
+    def _external_bar(self, is_active: bool) -> None:
+        """Hide our bar while a library shows its own."""
+        if is_active:
             self.bar.stop()
         else:
             self.bar.start()
-            self.show(name)
 
     def _progress(self, task: str, done: int, total: int | None) -> None:
         self.bar.update(self.task, description=task, completed=done, total=total, facts="")

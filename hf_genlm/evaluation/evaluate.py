@@ -19,7 +19,7 @@ from hf_genlm.run_folder import Listener, RunFolder, read_json
 if TYPE_CHECKING:
     from hf_genlm.evaluation.languages import Languages
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int | None], None]  # (done, total)
 DEFAULT_CONTEXT = 1024  # tokens, for a model whose config states no maximum
 
 
@@ -91,7 +91,7 @@ def evaluate(
         include_path: a folder of lm-eval task files beside its own.
         recipe: a YAML recipe for a model that is not a run; its sections `evaluation` and `corpus` are read.
         assignments: `section.key=value` that override the recipe.
-        listener: receives the events "stage", "progress" and "note".
+        listener: receives the events "progress", "note" and "external_bar" (lm-eval shows its own bar).
 
     Raises:
         UserError: an unknown suite, missing or superfluous data, or text or a model that cannot be used.
@@ -108,7 +108,7 @@ def evaluate(
         raise UserError(f"{name_or_path!r} is not a run folder: name the SOURCE to measure it on")
     settings = load_recipe(run.recipe if run else recipe, assignments)
     tell: Listener = listener or (lambda event, fields: None)
-    tell("stage", {"name": "loading torch and transformers"})
+    _progress_of("loading torch and transformers", tell)(0, None)
     material = Material(settings.evaluation)
     if "pairs" in needs:
         from hf_genlm.evaluation.minimal_pairs import read_pairs
@@ -127,12 +127,17 @@ def evaluate(
         material.documents = encode_documents(
             subject.tokenizer, material.texts, _progress_of("encoding", tell)
         )
-        tell("stage", {"name": "counting words"})
+        _progress_of("counting words", tell)(0, None)
         material.n_words = material.texts.count_words()
     measurements = []
     for name in names:
-        tell("stage", {"name": name, "has_own_bar": SUITES[name].has_own_bar})
-        measurements += SUITES[name].measure(subject, material, _progress_of(name, tell))
+        on_progress = _progress_of(name, tell)
+        on_progress(0, None)
+        if SUITES[name].has_own_bar:
+            tell("external_bar", {"is_active": True})
+        measurements += SUITES[name].measure(subject, material, on_progress)
+        if SUITES[name].has_own_bar:
+            tell("external_bar", {"is_active": False})
     if "likelihood" in names:
         from hf_genlm.evaluation.languages import measure_languages
 

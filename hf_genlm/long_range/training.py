@@ -133,7 +133,8 @@ def new_model(run: TaskRun) -> GenLMForCausalLM:
             f"a {run.decoder} of width {run.hidden_size} and {run.num_hidden_layers} layers: {reason}"
         ) from error
     model = GenLMForCausalLM(config)
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps it without its type
     return model.train()
 
 
