@@ -1,40 +1,70 @@
-"""hf_genlm: from a folder of text to your own small generative language model.
+"""From a folder of text to your own small generative language model.
 
-`import hf_genlm` registers the model with transformers, so that `AutoModelForCausalLM.from_pretrained`
-loads it:
+Train on files, folders, Hub datasets, strings or a `datasets.Dataset`, and look at the result:
 
     import hf_genlm
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    model = AutoModelForCausalLM.from_pretrained("my-model/model")
+    run = hf_genlm.train("texts/", decoder="lstm", minutes=10, output_dir="lstm-10")
+    run.metrics["bits_per_byte"]          # value, unit, count, standard error, 95 % interval
+    model, tokenizer = run.load_model(), run.load_tokenizer()
+    print(hf_genlm.generate(run, "Once upon a time"))
+
+The verbs of the command line are functions of the same names: `train`, `tokenizer`, `extend`, `evaluate`,
+`audit`, `compare`, `generate`, `export`, `push` and `plot`. `write_card`, `write_space`, `measure_range` and
+`list_runs` do the work of the verbs `card`, `space`, `range` and `runs`. `hf-genlm settings` lists every
+field of a recipe.
+
+A trained model is an ordinary transformers model. `import hf_genlm`, in any order with transformers,
+registers it:
+
+    import hf_genlm
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained("lstm-10/model")
+
+Registration needs the model classes, and these need torch: so `import hf_genlm` takes as long as `import
+torch` and `import transformers` together. The command line answers `--help` in a fraction of that time.
+Therefore torch is not imported while Python imports this package only to reach the module `hf_genlm.cli` or
+`hf_genlm.__main__`; the import system's frames on the stack name the module that was asked for. The name of
+the program and its arguments play no part.
 """
 
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_genlm.api import Run, generate, train
     from hf_genlm.config.recipe import Recipe, load_recipe
+    from hf_genlm.errors import Stopped, UserError
+    from hf_genlm.evaluation.measurement import Measurement
     from hf_genlm.evaluation.metrics import metric_path
     from hf_genlm.hub.trainer_callback import PushWithCode
+    from hf_genlm.loading import load
     from hf_genlm.model import GenLMConfig, GenLMForCausalLM, GenLMModel
-    from hf_genlm.training.train import train
 
 __version__ = "0.1.0"
 _HOMES = {
-    "GenLMConfig": "hf_genlm.model",
-    "GenLMForCausalLM": "hf_genlm.model",
-    "GenLMModel": "hf_genlm.model",
-    "PushWithCode": "hf_genlm.hub.trainer_callback",
-    "Recipe": "hf_genlm.config.recipe",
-    "load_recipe": "hf_genlm.config.recipe",
-    "metric_path": "hf_genlm.evaluation.metrics",
-    "train": "hf_genlm.training.train",
+    "hf_genlm.api": ("Run", "generate", "train"),
+    "hf_genlm.config.recipe": ("Recipe", "load_recipe"),
+    "hf_genlm.errors": ("Stopped", "UserError"),
+    "hf_genlm.evaluation.measurement": ("Measurement",),
+    "hf_genlm.evaluation.metrics": ("metric_path",),
+    "hf_genlm.hub.trainer_callback": ("PushWithCode",),
+    "hf_genlm.loading": ("load",),
+    "hf_genlm.model": ("GenLMConfig", "GenLMForCausalLM", "GenLMModel"),
 }
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "GenLMConfig",
     "GenLMForCausalLM",
     "GenLMModel",
+    "Measurement",
     "PushWithCode",
     "Recipe",
+    "Run",
+    "Stopped",
+    "UserError",
+    "generate",
+    "load",
     "load_recipe",
     "metric_path",
     "train",
@@ -42,19 +72,27 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def _is_command_line() -> bool:
-    """True if Python was started to run our command: its --help must not wait seconds for torch."""
-    started = sys.orig_argv[1:]
-    is_script = any(argument.rsplit("/", 1)[-1].startswith("hf-genlm") for argument in sys.argv[:1])
-    return is_script or ("-m" in started and started[started.index("-m") + 1 :][:1] == ["hf_genlm"])
+    value = globals()[name] = getattr(import_module(_HOME_OF[name]), name)
+    return value
 
 
-if not _is_command_line():
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__} - {"import_module", "sys", "Any", "TYPE_CHECKING"})
+
+
+def _is_imported_for_command_line() -> bool:
+    """Return True if the import in progress asked for a module of the command line."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_globals.get("__name__") in ("importlib._bootstrap", "_frozen_importlib", "runpy"):
+            name = str(frame.f_locals.get("name") or frame.f_locals.get("mod_name"))
+            if name == "hf_genlm.__main__" or name.startswith("hf_genlm.cli"):
+                return True
+    return False
+
+
+if not _is_imported_for_command_line():
     import hf_genlm.model  # noqa: F401  registers the Auto classes

@@ -1,5 +1,6 @@
-"""Any causal language model by its name, without executing what lies beside it."""
+"""Load a causal language model of a run folder, a model folder or the Hub without executing its code."""
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +11,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load(name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Model and tokenizer of a run folder, a model folder or a Hub id; no code from there is executed."""
+def load(name: "str | os.PathLike[str]") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load model and tokenizer of a run folder, a model folder or a Hub id.
+
+    The model is in eval mode, and on the GPU if there is one.
+
+    Only safetensors weights are read, and no code that lies beside them is executed.
+
+    Raises:
+        UserError: there is no model, its weights are not safetensors, or it cannot be loaded.
+    """
     source = source_of(name)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,43 +32,47 @@ def load(name: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # a damaged folder raises anything, from KeyError to the Rust libraries' own
         reason = without_secrets(" ".join(str(error).split()))[:500] or type(error).__name__
-        raise UserError(f"cannot load {name!r}: {reason}") from error
+        raise UserError(f"cannot load {os.fspath(name)!r}: {reason}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
-def source_of(name: str) -> str:
-    """The model folder of a run, or the model folder or Hub id itself."""
+def source_of(name: "str | os.PathLike[str]") -> str:
+    """Resolve a run folder, a model folder or a Hub id to what `from_pretrained` takes.
+
+    Raises:
+        UserError: there is no model at `name`, or its weights are not safetensors.
+    """
+    name = os.fspath(name)
     path = Path(name)
     source = str(path / "model") if (path / "model" / "config.json").is_file() else name
     if path.exists() and not (Path(source) / "config.json").is_file():
         if (path / "recipe.yaml").is_file():
             raise UserError(
-                f"the run in {name!r} has no model yet: go on with hf-genlm train --resume --out "
+                f"the run in {name!r} has no model yet: resume it with hf-genlm train --resume --out "
                 f"{shlex.quote(name)}, or name one of its milestones/"
             )
         raise UserError(f"{name!r} holds no model: neither it nor its model/ has a config.json")
     if path.exists() and not any(Path(source).glob("*.safetensors")):
         raise UserError(
-            f"{name!r} has no weights in model.safetensors, and no others are read, since a pickle can run "
-            "code: load the model where you trust it, and save_pretrained it again"
+            f"{name!r} has no weights in model.safetensors, and other formats can execute code: load the "
+            "model where you trust it and save it again with save_pretrained"
         )
     if not path.exists() and name.count("/") != 1:
         raise UserError(f"no model at {name!r}: name a run folder, a model folder or a Hub id")
     return source
 
 
-def hub_id_of(name: str) -> str | None:
-    """The Hub id of a model; of one on this disk, that of the model it was made of, if the card there says
-    so."""
+def hub_id_of(name: "str | os.PathLike[str]") -> str | None:
+    """Return the Hub id of a model; for a local model, the `base_model` of its card, or None without one."""
     if not Path(name).exists():
-        return name
+        return os.fspath(name)
     from huggingface_hub import metadata_load
     from yaml import YAMLError
 
     card = Path(source_of(name)) / "README.md"
     try:
         stated = (metadata_load(card) or {}).get("base_model") if card.is_file() else None
-    except (YAMLError, ValueError, AttributeError):  # a card is anyone's text
+    except (YAMLError, ValueError, AttributeError):  # a card may hold any text
         return None
     if isinstance(stated, list):
         stated = stated[0] if stated else None

@@ -23,7 +23,8 @@ from typing import Any
 from hf_genlm.errors import UserError
 
 Listener = Callable[[str, dict[str, Any]], None]
-_BEGINNING = {".lock", "log.jsonl", "recipe.yaml.part"}  # all that a run killed in its first moment leaves
+# all that a run killed in its first moment leaves; the two .jsonl hold texts that were given in Python
+_BEGINNING = {".lock", "log.jsonl", "recipe.yaml.part", "sources.jsonl", "validation.jsonl"}
 
 
 class RunFolder:

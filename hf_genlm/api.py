@@ -1,0 +1,464 @@
+"""Functions for Python users: one for each verb of the command line, and the run that `train` returns.
+
+Importing this module is quick: torch and transformers are imported by the functions that need them.
+"""
+
+import base64
+import contextlib
+import copy
+import dataclasses
+import functools
+import html
+import inspect
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hf_genlm.config.recipe import ENDS, Recipe, load_recipe, set_field
+from hf_genlm.errors import Stopped, UserError, did_you_mean
+from hf_genlm.loading import load
+from hf_genlm.run_folder import Listener, RunFolder
+from hf_genlm.text.in_memory import Texts, source_words, write_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hf_genlm.evaluation.measurement import Measurement
+    from hf_genlm.report.curves import Curves
+
+Model = Any  # a run, a run folder, a model folder, a Hub id, or a pair (model, tokenizer)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+# keyword of `train` and option of the command line -> the recipe field that it sets
+SHORTCUTS = {
+    "decoder": "model.decoder",
+    "mixers": "model.mixers",
+    "size": "model.size",
+    "vectors": "vectors.path",
+    "vocab_size": "tokenizer.vocab_size",
+    "init_from": "model.init_from",
+    "minutes": "training.minutes",
+    "steps": "training.steps",
+    "tokens": "training.tokens",
+    "seed": "training.seed",
+    "stream": "corpus.stream",
+    "languages": "corpus.languages",
+    "parallel": "corpus.parallel",
+    "canaries": "privacy.canaries",
+    "scrub": "corpus.scrub",
+    "near_duplicates": "corpus.near_duplicates",
+    "epsilon": "privacy.epsilon",
+    "delta": "privacy.delta",
+}
+_SECTIONS = [field.name for field in dataclasses.fields(Recipe)]
+_BAR = "{desc}{percentage:3.0f}%|{bar}|{postfix}"
+# words of other libraries, and what they are called here
+_SYNONYMS = {"out": "output_dir", "output": "output_dir", "from_": "init_from", "model": "decoder"}
+
+
+class UnknownKeyword(UserError, TypeError):
+    """A function of this package was called with a keyword that it does not have."""
+
+
+def _with_known_keywords(function: _Function) -> _Function:
+    """Raise `UnknownKeyword`, with the nearest name, where Python would raise a bare TypeError."""
+    parameters = inspect.signature(function).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+    @functools.wraps(function)
+    def call(*args: Any, **keywords: Any) -> Any:
+        for name in () if takes_any else keywords.keys() - parameters.keys():
+            raise _unknown(name, function.__name__, [*parameters])
+        return function(*args, **keywords)
+
+    return call  # type: ignore[return-value]
+
+
+def _unknown(name: str, function: str, known: Iterable[str]) -> UnknownKeyword:
+    known = list(known)
+    fields = [f"{s}.{key}" for s in _SECTIONS for key in vars(getattr(Recipe(), s)) if key == name]
+    if _SYNONYMS.get(name) in known:
+        hint = f"; write {_SYNONYMS[name]}=..."
+    elif fields and "recipe" in known:
+        section = fields[0].partition(".")[0]
+        hint = f"; it is a recipe field: write {section}=dict({name}=...)"
+    else:
+        hint = did_you_mean(name, known)
+    return UnknownKeyword(f"{function}() has no keyword {name!r}{hint}")
+
+
+def recipe_of(
+    recipe: Recipe | str | os.PathLike[str] | None = None,
+    assignments: Iterable[str] = (),
+    stated: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Combine a recipe (object, YAML file or the defaults), assignments and stated fields, in this order.
+
+    A stated end of the run (`training.minutes`, `training.steps` or `training.tokens`) replaces the end that
+    the recipe states. The given object is not changed.
+
+    Args:
+        assignments: words `section.key=value`, as of `--set`.
+        stated: value by `section.key`; a value of None states nothing.
+
+    Raises:
+        UserError: unknown section or key, or a value of another type or out of range.
+    """
+    stated = {name: value for name, value in (stated or {}).items() if value is not None}
+    assignments = list(assignments)
+    if isinstance(recipe, Recipe):
+        combined = copy.deepcopy(recipe)
+        for assignment in assignments:
+            name, _, value = assignment.partition("=")
+            set_field(combined, name.strip(), value.strip())
+    else:
+        combined = load_recipe(None if recipe is None else Path(recipe), assignments)
+    is_end_assigned = any(assignment.partition("=")[0].strip() in ENDS for assignment in assignments)
+    if not is_end_assigned and any(name in ENDS for name in stated):
+        for name in ENDS:
+            set_field(combined, name, None)
+    for name, value in stated.items():
+        set_field(combined, name, value)
+    return combined
+
+
+@_with_known_keywords
+def train(
+    texts: Texts = None,
+    *,
+    output_dir: str | os.PathLike[str] | None = None,
+    recipe: Recipe | str | os.PathLike[str] | None = None,
+    decoder: str | None = None,
+    size: str | None = None,
+    minutes: float | None = None,
+    steps: int | None = None,
+    tokens: int | None = None,
+    validation: Texts = None,
+    init_from: "str | os.PathLike[str] | Run | None" = None,
+    resume: bool = False,
+    progress: bool = True,
+    listener: Listener | None = None,
+    **fields: Any,
+) -> "Run":
+    """Train a tokenizer and a model, measure the model on held-out text, and write all of it to a run folder.
+
+    The run folder holds the model (`model/`, loaded by `from_pretrained`), its tokenizer, the complete
+    recipe, the measurements, the log, the curves and the model card. Ctrl-C saves a checkpoint, draws the
+    curves so far and raises `Stopped`; the same call with `resume=True` continues.
+
+    Args:
+        texts: a path, a glob or a Hub dataset id; a list of these; a list of strings, each one a document; or
+            a `datasets.Dataset`. None: the library source that every CPython brings. Strings and datasets are
+            written to `sources.jsonl` in the run folder, so that a run can be resumed and evaluated again
+            without them.
+        output_dir: the run folder to make. Default: `runs/DECODER-DATE`.
+        recipe: a `Recipe` or the path of a YAML file. What the keywords say replaces what it says.
+        decoder: gated_linear (default), gru, lstm, elman, transformer, sliding or hybrid.
+        size: tiny, small, base or a number of parameters such as "30M". Default: the size that `minutes` can
+            train.
+        minutes: time of training; 3 by default. Give `minutes`, `steps` or `tokens`.
+        steps: number of optimizer steps.
+        tokens: number of tokens to train on.
+        validation: held-out text, in any form of `texts`. Default: a part of `texts`.
+        init_from: a run or model folder to continue training from.
+        resume: continue the run in `output_dir` from its last checkpoint.
+        progress: show a progress bar, in a notebook as a widget and in a script on stderr.
+        listener: called as listener(event, fields) with every logged event and with the progress of each
+            stage.
+        **fields: a short name (mixers, vectors, vocab_size, seed, stream, languages, parallel, canaries,
+            scrub, near_duplicates, epsilon, delta), or a section of the recipe with its fields, such as
+            training=dict(learning_rate=1e-3). `hf-genlm settings` lists all fields.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        UserError: a keyword, value, text or folder that cannot be used. A new `output_dir` is then removed.
+        Stopped: Ctrl-C or SIGTERM ended the training.
+
+    Example:
+        run = train(texts, minutes=1, output_dir="mine", training=dict(batch_size=8))
+    """
+    shortcuts = {
+        "decoder": decoder,
+        "size": size,
+        "minutes": minutes,
+        "steps": steps,
+        "tokens": tokens,
+        "init_from": None if init_from is None else os.fspath(init_from),
+    }
+    stated = _stated_fields(shortcuts, fields)
+    combined = recipe_of(recipe, stated=stated)
+    if resume and output_dir is None:
+        raise UserError("resume=True continues a run: name its folder by output_dir")
+    if output_dir is None:
+        name = "mixed" if combined.model.mixers else combined.model.decoder
+        output_dir = f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with _progress_bar(progress, listener) as hear:
+        return run_training(combined, output_dir, resume, hear, texts=texts, validation=validation)
+
+
+def run_training(
+    recipe: Recipe,
+    output_dir: str | os.PathLike[str],
+    resume: bool = False,
+    listener: Listener | None = None,
+    *,
+    texts: Texts = None,
+    validation: Texts = None,
+) -> "Run":
+    """Train by a complete `recipe`; then draw the curves and write the model card.
+
+    The command line and `train` both call this. Raises as `train` does. In a group of processes every process
+    calls it; only the first one writes.
+    """
+    from hf_genlm.card.card import write_card
+    from hf_genlm.card.hub_rules import check_card
+
+    check_card(recipe.card)
+    from hf_genlm.report.plots import write_curves
+    from hf_genlm.training import processes
+    from hf_genlm.training.train import train as train_run
+
+    folder, files = Path(output_dir), {}
+    for name, given in (("sources", texts), ("validation", validation)):
+        words = source_words(given)
+        if words is None:
+            files[f"{name}.jsonl"] = given
+            words = [os.fspath(folder / f"{name}.jsonl")]
+        if words:
+            set_field(recipe, f"corpus.{name}", words)
+    is_first = int(os.environ.get("RANK", "0")) == 0  # the processes of a group have not met yet
+    is_new = bool(files) and is_first and not resume
+    if is_new:
+        RunFolder.create(folder)
+    try:
+        if is_first:
+            for name, given in files.items():
+                write_texts(given, folder / name, recipe.corpus.text_column, resume)
+        run = train_run(recipe, folder, listener, resume)
+    except UserError:
+        if is_new and folder.is_dir() and not RunFolder(folder).recipe.exists():
+            shutil.rmtree(folder)  # nothing but the texts is in it
+        raise
+    except Stopped:
+        if processes.is_first():
+            write_curves(RunFolder(folder))
+        raise
+    if processes.is_first():
+        if listener is not None:
+            listener("progress", {"task": "drawing", "done": 0, "total": None})
+        write_curves(run)
+        write_card(run)
+    return Run(run.path)
+
+
+@_with_known_keywords
+def generate(
+    model: Model,
+    prompt: str = "",
+    *,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int | None = None,
+    compile: bool = False,
+    int8: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """Continue a prompt with a trained model.
+
+    Args:
+        model: a run, a run folder, a model folder, a Hub id, or a pair (model, tokenizer) as `load` returns
+            it.
+        prompt: empty: the start of a document.
+        temperature: 0 takes the most probable token each time.
+        top_p: sample from the most probable tokens that together have this probability.
+        seed: of the sampling; None: other text at each call.
+        compile: generate with a compiled program, which is kept on disk for models of this shape.
+        int8: round the weights to 8 bits, on a CPU.
+        on_text: called with each piece of the text as soon as it is generated.
+
+    Returns:
+        The prompt and its continuation.
+
+    Raises:
+        UserError: the model cannot be loaded, or cannot be compiled or rounded.
+    """
+    loaded, tokenizer = model if isinstance(model, tuple) else load(model)
+    import torch
+    from transformers import TextStreamer
+
+    from hf_genlm.decoding import FastGenerator
+
+    pieces: list[str] = []
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            pieces.append(text)
+            if on_text is not None:
+                on_text(text)
+
+    fast = FastGenerator(loaded, program="compiled" if compile else None, int8=int8)
+    if seed is not None:
+        torch.manual_seed(seed)
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    inputs = torch.tensor([start + ids], device=loaded.device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    fast.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=max_new_tokens,
+        streamer=Streamer(tokenizer, skip_special_tokens=True),
+        **(sampling if temperature > 0 else {"do_sample": False}),
+    )
+    return "".join(pieces)
+
+
+class Run:
+    """A run folder that `train` has written, finished or not: its numbers, model, curves, samples and card.
+
+    A `Run` stands wherever a function takes a model or a folder.
+    """
+
+    def __init__(self, path: "str | os.PathLike[str]"):
+        """Open the run folder at `path`.
+
+        Raises:
+            UserError: there is no run folder.
+        """
+        self.folder = RunFolder.open(Path(path))
+        self.path = self.folder.path
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    def __repr__(self) -> str:
+        bits = self.metrics.get("bits_per_byte")
+        return f"Run({os.fspath(self.path)!r}{'' if bits is None else f', {bits.value:.4f} bits per byte'})"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The complete recipe, with every size, rate and length that was chosen for this run."""
+        return load_recipe(self.folder.recipe)
+
+    @property
+    def metrics(self) -> "dict[str, Measurement]":
+        """Measurements by name, such as "bits_per_byte"; the validation text comes before other text."""
+        from hf_genlm.evaluation.measurement import read_measurements
+
+        if not self.folder.evaluation.is_file():
+            return {}
+        measured = read_measurements(self.folder.evaluation)
+        return {m.name: m for m in sorted(measured, key=lambda m: m.split == "validation")}
+
+    def load_model(self) -> "PreTrainedModel":
+        """Load the model in eval mode, on the GPU if there is one."""
+        return load(self.path)[0]
+
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """Load the tokenizer."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder.tokenizer)
+
+    def curves(self) -> "Curves":
+        """Read loss, bits per byte, learning rate, gradient norm and speed over the steps from the log."""
+        from hf_genlm.report.curves import read_curves
+
+        return read_curves(self.folder, self.path.name)
+
+    @property
+    def samples(self) -> list[str]:
+        """The texts that the finished model generated."""
+        from hf_genlm.report.markdown import fenced_blocks
+
+        if not self.folder.samples.is_file():
+            return []
+        return fenced_blocks(self.folder.samples.read_text(encoding="utf-8"))
+
+    @property
+    def card(self) -> str:
+        """The model card, as Markdown."""
+        card = self.folder.model / "README.md"
+        return card.read_text(encoding="utf-8") if card.is_file() else ""
+
+    def _repr_html_(self) -> str:
+        """Show the measurements and the curves in a notebook."""
+        rows = []
+        for m in self.metrics.values():
+            interval = "" if m.interval is None else "{:.4f} to {:.4f}".format(*m.interval)
+            error = "" if m.stderr is None else f"± {m.stderr:.4f}"
+            cells = (m.name, f"{m.value:.4f}", error, interval, m.unit, f"{m.n:,}")
+            rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
+        head = "".join(
+            f"<th>{name}</th>" for name in ("", "value", "standard error", "95 % interval", "unit", "n")
+        )
+        table = f"<tr>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows)
+        picture = self.path / "plots" / "curves.png"
+        image = ""
+        if picture.is_file():
+            content = base64.b64encode(picture.read_bytes()).decode("ascii")
+            image = f'<img alt="training curves" src="data:image/png;base64,{content}">'
+        name = html.escape(os.fspath(self.path))
+        return f"<b>{name}</b><table>{table if rows else ''}</table>{image}"
+
+
+def _stated_fields(shortcuts: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Value by recipe field, from the keywords of `train`: short names and sections.
+
+    Raises:
+        UserError: a keyword is neither, or a section is not a mapping.
+    """
+    stated = {SHORTCUTS[name]: value for name, value in shortcuts.items()}
+    for name, value in fields.items():
+        if name in SHORTCUTS:
+            stated[SHORTCUTS[name]] = "all" if name == "scrub" and value is True else value
+        elif name in _SECTIONS:
+            if not isinstance(value, Mapping):
+                raise UserError(f"{name}={value!r}: give the fields of this section, as {name}=dict(...)")
+            stated |= {f"{name}.{key}": item for key, item in value.items()}
+        else:
+            own = [
+                p.name for p in inspect.signature(train).parameters.values() if p.kind is not p.VAR_KEYWORD
+            ]
+            raise _unknown(name, "train", [*own, *SHORTCUTS, *_SECTIONS])
+    return stated
+
+
+@contextlib.contextmanager
+def _progress_bar(is_shown: bool, listener: Listener | None) -> Iterator[Listener]:
+    """Give a listener that shows one bar (a widget in a notebook) and passes every event on to `listener`."""
+    from tqdm.auto import tqdm
+    from transformers.utils import logging
+
+    bar = tqdm(total=1.0, disable=not is_shown, leave=False, bar_format=_BAR)
+
+    def hear(event: str, fields: dict[str, Any]) -> None:
+        if event == "progress":
+            bar.total = fields["total"]
+            bar.n = fields["done"] if fields["total"] else 0
+            bar.set_postfix_str("", refresh=False)
+            bar.set_description(fields["task"])
+        elif event == "step":
+            bar.total, bar.n = 1.0, fields["progress"]
+            bar.set_description("training", refresh=False)
+            bar.set_postfix_str(f"step {fields['step']}, loss {fields['loss']:.3f}")
+        elif event == "note" and is_shown:
+            bar.write(fields["message"], file=sys.stderr)
+        if listener is not None:
+            listener(event, fields)
+
+    has_other_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # of weights that are loaded and saved in between
+    try:
+        with bar:
+            yield hear
+    finally:
+        if has_other_bars:
+            logging.enable_progress_bar()
