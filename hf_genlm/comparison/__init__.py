@@ -1,1 +1,144 @@
-"""Several recipes trained side by side on one text, with what is equal said and the rest shown."""
+"""Compare decoders, sizes or recipes on one text at equal time or cost.
+
+`compare` is the service behind `hf-genlm compare`. The process that calls it does not load torch: every run
+is trained in a process of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_genlm.comparison.plan import (
+    DEFAULT_MINUTES,
+    Plan,
+    decoders_and_sizes,
+    make_plan,
+    recipes_of,
+)
+from hf_genlm.comparison.running import ComparisonFolder, run_all
+from hf_genlm.errors import UserError
+from hf_genlm.run_folder import Listener
+
+if TYPE_CHECKING:
+    from hf_genlm.comparison.results import Results
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Results of a comparison and the files that report them."""
+
+    results: "Results"
+    folder: Path
+    html: Path
+    markdown: Path
+
+    @property
+    def verdict(self) -> str:
+        """The answer in one sentence."""
+        from hf_genlm.comparison.results import verdict
+
+        return verdict(self.results)
+
+
+def compare(
+    sources: str | Sequence[str] = (),
+    *,
+    out: str | Path,
+    decoders: Sequence[str] = (),
+    sizes: Sequence[str] = (),
+    recipes: Sequence[str | Path] = (),
+    minutes: float | str | None = None,
+    steps: int | str | None = None,
+    tokens: float | str | None = None,
+    flops: float | str | None = None,
+    parameters: str | None = None,
+    seeds: int = 3,
+    validation: Sequence[str] = (),
+    own_tokenizers: bool = False,
+    assignments: Sequence[str] = (),
+    listener: Listener | None = None,
+) -> Comparison:
+    """Train every candidate with several seeds, and report which is best and how sure that is.
+
+    The same call continues an interrupted comparison in `out`; finished runs are kept.
+
+    Args:
+        sources: as in training. Default: the standard library's source text.
+        out: folder for the runs and the report.
+        decoders, sizes: the candidates are the product of both.
+        recipes: YAML recipes as candidates, instead of `decoders` and `sizes`.
+        minutes, steps, tokens, flops: budget of each run; at most one. Default: 3 minutes.
+        parameters: target parameter count of all candidates, such as "3M".
+        seeds: runs of each candidate.
+        validation: files to hold out instead of a part of the sources.
+        own_tokenizers: train a tokenizer for each recipe instead of one for all.
+        assignments: `section.key=value` for all candidates.
+        listener: receives the events of the preparation and of every run.
+
+    Raises:
+        UserError: candidates, budget or text that cannot be compared, or `out` began with other settings.
+        KeyboardInterrupt: Ctrl-C or SIGTERM.
+    """
+    plan = plan_of(
+        [sources] if isinstance(sources, str) else sources,
+        decoders=decoders,
+        sizes=sizes,
+        recipes=recipes,
+        budgets={"minutes": minutes, "steps": steps, "tokens": tokens, "flops": flops},
+        parameters=parameters,
+        seeds=seeds,
+        validation=validation,
+        own_tokenizers=own_tokenizers,
+        assignments=assignments,
+    )
+    folder = ComparisonFolder.of(out, plan, listener)
+    folder.tell("progress", task="loading torch and transformers", done=0, total=None)
+    failed = run_all(folder, plan)
+    folder.tell("progress", task="writing the report", done=0, total=None)
+    from hf_genlm.comparison.report import write_comparison
+    from hf_genlm.comparison.results import read_results
+
+    results = read_results(folder, plan, failed)
+    html, markdown = write_comparison(folder, plan, results)
+    return Comparison(results, folder.path, html, markdown)
+
+
+def plan_of(
+    sources: Sequence[str] = (),
+    *,
+    decoders: Sequence[str] = (),
+    sizes: Sequence[str] = (),
+    recipes: Sequence[str | Path] = (),
+    budgets: dict[str, float | str | None],
+    parameters: str | None = None,
+    seeds: int = 3,
+    validation: Sequence[str] = (),
+    own_tokenizers: bool = False,
+    assignments: Sequence[str] = (),
+) -> Plan:
+    """Build the plan of a comparison. Arguments are those of `compare`; `budgets` has one by name.
+
+    Raises:
+        UserError: candidates or a budget that cannot be compared.
+    """
+    stated = {name: amount for name, amount in budgets.items() if amount is not None}
+    if len(stated) > 1:
+        raise UserError(f"{' and '.join('--' + name for name in stated)} all end a run: give one of them")
+    if recipes and (decoders or sizes):
+        raise UserError("--recipes are candidates by themselves: leave --decoders and --sizes out")
+    if not (recipes or decoders or sizes):
+        raise UserError("nothing to compare: name the candidates by --decoders, --sizes or --recipes")
+    if recipes:
+        candidates = recipes_of([str(path) for path in recipes], assignments, sources, validation)
+    else:
+        candidates = decoders_and_sizes(decoders, sizes, assignments, sources, validation)
+    ((until, amount),) = (stated or {"minutes": DEFAULT_MINUTES}).items()
+    return make_plan(
+        candidates,
+        until,
+        amount,
+        parameters=parameters,
+        seeds=seeds,
+        one_tokenizer=not own_tokenizers,
+    )

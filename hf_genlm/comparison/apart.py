@@ -117,6 +117,8 @@ def _serve(pipe: Connection, messages: str, function: Callable[..., Any], argume
     """In the new process."""
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C of the terminal is for the parent alone
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]  # a run trains on one GPU
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(messages, "ab") as file:
         for number in (1, 2):

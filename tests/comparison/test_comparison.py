@@ -17,13 +17,12 @@ import yaml
 from scipy import stats
 from support import killing
 
-from hf_genlm.cli.arguments import build_parser
-from hf_genlm.cli.compare import _plan_of
 from hf_genlm.cli.main import main
+from hf_genlm.comparison import compare, plan_of
 from hf_genlm.comparison.apart import Crashed, run_apart
 from hf_genlm.comparison.plan import Plan, decoders_and_sizes, make_plan, recipes_of
 from hf_genlm.comparison.prepare import prepare
-from hf_genlm.comparison.running import ComparisonFolder, _train_here
+from hf_genlm.comparison.running import _train_here
 from hf_genlm.comparison.statistics import Estimate, difference_in_bits, holm, mean_bits
 from hf_genlm.config.recipe import load_recipe
 from hf_genlm.doctor import describe_model
@@ -47,14 +46,10 @@ SMALL = (
 BITS = math.log(2)
 
 
-def plan_of(
+def small_plan(
     decoders=("lstm", "transformer"), until="steps", amount=4, settings=SMALL, text=(), **kwargs
 ) -> Plan:
     return make_plan(decoders_and_sizes(decoders, [], settings, text, []), until, amount, **kwargs)
-
-
-def parsed(*words: str) -> Plan:
-    return _plan_of(build_parser().parse_args(["compare", *words, "--out", "unused"]))
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +63,8 @@ def text(tmp_path_factory) -> Path:
 
 
 def test_candidates_are_the_product_of_decoders_and_sizes():
-    plan = parsed(
-        "x.txt", "--decoders", "lstm,gru", "--sizes", "tiny,small", "--seeds", "2", "--tokens", "1e6"
+    plan = plan_of(
+        ["x.txt"], decoders=["lstm", "gru"], sizes=["tiny", "small"], seeds=2, budgets={"tokens": 1e6}
     )
     assert list(plan.candidates) == ["lstm-tiny", "lstm-small", "gru-tiny", "gru-small"]
     for name, fields in plan.candidates.items():
@@ -86,7 +81,7 @@ def test_candidates_are_the_product_of_decoders_and_sizes():
 
 
 def test_seeds_are_interleaved_and_each_round_begins_with_another_candidate():
-    names = [run.name for run in plan_of(("lstm", "gru", "elman")).runs()]
+    names = [run.name for run in small_plan(("lstm", "gru", "elman")).runs()]
     rounds = (("lstm", "gru", "elman"), ("gru", "elman", "lstm"), ("elman", "lstm", "gru"))
     assert names == [f"{decoder}-seed{seed}" for seed, order in enumerate(rounds) for decoder in order]
 
@@ -105,28 +100,28 @@ def test_recipes_keep_what_they_say_but_for_what_ends_them(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("stated", "message"),
     [
-        (["--minutes", "1"], "nothing to compare: name the candidates"),
-        (["--decoders", "lstm"], "needs two candidates, and there is 1"),
-        (["--decoders", "lstm,lstm"], "'lstm' stands twice"),
-        (["--decoders", "lstm,../x"], "'../x' cannot name a folder"),
-        (["--decoders", "lstm,gru", "--steps", "5", "--minutes", "1"], "--minutes and --steps all end a run"),
-        (["--decoders", "lstm,gru", "--minutes", "0"], "training.minutes = 0"),
-        (["--decoders", "lstm,gru", "--flops", "many"], "--flops many: it must be a number above 0"),
-        (["--decoders", "lstm,gru", "--set", "training.seed=3"], "training.seed is set by --seeds"),
-        (["--decoders", "lstm,gru", "--set", "model.decoder=gru"], "model.decoder is set by the candidates"),
-        (["--decoders", "lstm,gru", "--set", "model.mixers=gru"], "overrules --decoders"),
-        (["--sizes", "tiny,small", "--parameters", "3M"], "--parameters chooses the width"),
-        (["--decoders", "lstm,gru", "--parameters", "tiny"], "write a count such as 300K"),
-        (["--recipes", "a.yaml", "--sizes", "tiny"], "leave --decoders and --sizes out"),
-        (["--decoders", "lstm,gru", "--set", "training.stepps=3"], "did you mean 'steps'"),
+        ({"decoders": []}, "nothing to compare: name the candidates"),
+        ({"decoders": ["lstm"]}, "needs two candidates, and there is 1"),
+        ({"decoders": ["lstm", "lstm"]}, "'lstm' stands twice"),
+        ({"decoders": ["lstm", "../x"]}, "'../x' cannot name a folder"),
+        ({"budgets": {"minutes": 1, "steps": 5}}, "--minutes and --steps all end a run"),
+        ({"budgets": {"minutes": 0}}, "training.minutes = 0"),
+        ({"budgets": {"flops": "many"}}, "--flops many: it must be a number above 0"),
+        ({"assignments": ["training.seed=3"]}, "training.seed is set by --seeds"),
+        ({"assignments": ["model.decoder=gru"]}, "model.decoder is set by the candidates"),
+        ({"assignments": ["model.mixers=gru"]}, "overrules --decoders"),
+        ({"decoders": [], "sizes": ["tiny", "small"], "parameters": "3M"}, "--parameters chooses the width"),
+        ({"parameters": "tiny"}, "write a count such as 300K"),
+        ({"decoders": [], "recipes": ["a.yaml"], "sizes": ["tiny"]}, "leave --decoders and --sizes out"),
+        ({"assignments": ["training.stepps=3"]}, "did you mean 'steps'"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(words, said):
+def test_what_cannot_be_compared_is_refused(stated, message):
     with pytest.raises(UserError) as refused:
-        parsed(*words)
-    assert said in str(refused.value)
+        plan_of(**{"decoders": ["lstm", "gru"], "budgets": {"minutes": 1}, **stated})
+    assert message in str(refused.value)
 
 
 @pytest.mark.parametrize("section", ["corpus: {split_seed: 3}", "tokenizer: {vocab_size: 500}"])
@@ -141,16 +136,16 @@ def test_recipes_of_several_texts_or_tokenizers_are_refused(section, tmp_path):
 
 
 def test_a_plan_comes_back_from_its_file_and_names_what_differs(tmp_path):
-    plan = plan_of(parameters=None)
+    plan = small_plan(parameters=None)
     (tmp_path / "compare.yaml").write_text(plan.to_yaml())
     begun = Plan.read(tmp_path / "compare.yaml")
     assert begun == plan
     for other, said in (
-        (plan_of(amount=5), "steps = 5.0 is not 4.0"),
-        (plan_of(seeds=4), "seeds = 4 is not 3"),
-        (plan_of(("lstm", "gru")), "candidates = 'lstm, gru' is not 'lstm, transformer'"),
-        (plan_of(settings=(*SMALL, "model.dropout=0.5")), "lstm: model.dropout = 0.5 is not None"),
-        (plan_of(until="minutes"), "steps = None is not 4.0"),
+        (small_plan(amount=5), "steps = 5.0 is not 4.0"),
+        (small_plan(seeds=4), "seeds = 4 is not 3"),
+        (small_plan(("lstm", "gru")), "candidates = 'lstm, gru' is not 'lstm, transformer'"),
+        (small_plan(settings=(*SMALL, "model.dropout=0.5")), "lstm: model.dropout = 0.5 is not None"),
+        (small_plan(until="minutes"), "steps = None is not 4.0"),
     ):
         with pytest.raises(UserError, match="name another --out") as refused:
             other.check_same(begun, tmp_path)
@@ -163,7 +158,7 @@ def test_a_plan_comes_back_from_its_file_and_names_what_differs(tmp_path):
 def test_equal_parameters_and_equal_flops(text, tmp_path):
     settings = ("tokenizer.vocab_size=300", "model.bigram_size=0")
     decoders = ("elman", "lstm", "gated_linear", "transformer", "hybrid")
-    plan = plan_of(decoders, "flops", 1e11, settings, [str(text)], parameters="300K")
+    plan = small_plan(decoders, "flops", 1e11, settings, [str(text)], parameters="300K")
     settled = prepare(plan, tmp_path)
     assert list(settled) == list(decoders)
     counts = {name: found["parameters"] for name, found in settled.items()}
@@ -190,13 +185,13 @@ def test_equal_parameters_and_equal_flops(text, tmp_path):
 def test_what_cannot_be_made_equal_is_refused(kwargs, said, text, tmp_path):
     settings = ("tokenizer.vocab_size=300",)
     with pytest.raises(UserError) as refused:
-        prepare(plan_of(**{"settings": settings, "text": [str(text)], **kwargs}), tmp_path)
+        prepare(small_plan(**{"settings": settings, "text": [str(text)], **kwargs}), tmp_path)
     assert said in str(refused.value)
 
 
 def test_the_size_of_a_run_by_the_clock_is_planned_once_for_all_seeds(text, tmp_path):
     settings = ("tokenizer.vocab_size=300", "training.batch_size=4")
-    settled = prepare(plan_of(("lstm", "hybrid"), "minutes", 0.02, settings, [str(text)]), tmp_path)
+    settled = prepare(small_plan(("lstm", "hybrid"), "minutes", 0.02, settings, [str(text)]), tmp_path)
     for found in settled.values():
         assert found["fields"]["training.batch_size"] == 4
         assert found["fields"]["model.hidden_size"] == found["hidden_size"] >= 32
@@ -402,7 +397,7 @@ def test_a_comparison_that_was_ended_goes_on(number, text, tmp_path, capsys):
     for name in ("comparison.json", "report.html", "report.md", "plots/scores.png", "log.jsonl"):
         assert after[name][0] == before[name][0]
     with pytest.raises(UserError, match="seeds = 3 is not 2"):
-        ComparisonFolder.of(out, _plan_of(build_parser().parse_args([*words, "--seeds", "3"])))
+        compare(str(text), out=out, decoders=["lstm", "transformer"], seeds=3, steps=10, assignments=SMALL)
     (half / "model" / "model.safetensors").write_bytes(b"other")
     assert main(words) == 2
     assert "is not as this comparison left it" in capsys.readouterr().err
