@@ -1,35 +1,37 @@
-"""Several processes of one command on this machine: started, watched, and ended together.
+"""Run the command in several processes on this machine, by torch's elastic launcher.
 
-A launcher of one's own (`accelerate launch -m hf_genlm train`, `torchrun -m hf_genlm train`) does as well,
-and over several machines: recipes/accelerate/.
+`accelerate launch -m hf_genlm train` and `torchrun -m hf_genlm train` do the same, also over several
+machines: recipes/accelerate/.
 """
 
 import logging
 import os
 import signal
 import sys
-import uuid
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from hf_genlm.errors import UserError
 
-_INPUT_IS_WRONG = 2
-_LAST_WISH_S = 50  # for a checkpoint, between a signal and SIGKILL
-_FORWARDED = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
+_USER_ERROR = 2  # exit code
+_SHUTDOWN_S = 50  # between a signal and SIGKILL: time for a last checkpoint
+_FORWARDED_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT" if os.name == "posix" else "SIGTERM,SIGINT"
+_LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # network interface, by sys.platform
 
 
 def is_launched() -> bool:
-    """True if a launcher started this process as one of several."""
+    """Return True if a launcher started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def is_first() -> bool:
-    """True if this process is the one of the run that prints."""
+    """Return True in the main process, the only one that prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def complain(message: str) -> None:
-    """One line on stderr, once, whatever the number of processes."""
+    """Print one line on stderr, in the main process only."""
     if is_first():
         sys.stderr.write(f"hf-genlm: {message}\n")
 
@@ -47,26 +49,28 @@ def check_processes(processes: int | None) -> None:
 
 
 def use_one_gpu() -> None:
-    """Hide all GPUs but the first from this process, which must not have loaded torch's GPU part yet."""
+    """Hide all GPUs but the first from this process, which must not have initialized CUDA yet."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
 
 
 def launch(command: Sequence[str], processes: int) -> tuple[int, str | None]:
-    """Run Python with the `command` of its arguments in so many processes, one on each GPU where there are
-    any.
+    """Run `python *command` in `processes` processes, one per GPU on a machine with GPUs.
 
-    One that fails ends all others. Signals are passed on.
+    A process that fails ends the others; signals are forwarded to all. Launcher and processes find each other
+    through files in a private temporary folder and communicate over the loopback interface: nothing listens
+    for connections from other machines.
 
     Returns:
-        the exit code, and what to tell the person where no process has told it yet.
+        exit code, and a message for the user if no process has printed one.
 
     Raises:
         UserError: more processes than GPUs.
-        KeyboardInterrupt: Ctrl-C, after all have ended.
+        KeyboardInterrupt: Ctrl-C, after all processes have ended.
     """
     import torch
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from accelerate.utils import patch_environment
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -74,26 +78,37 @@ def launch(command: Sequence[str], processes: int) -> tuple[int, str | None]:
     n_gpus = 0 if uses_cpu else torch.cuda.device_count()
     if 0 < n_gpus < processes:
         raise UserError(
-            f"--processes {processes}: this machine has {n_gpus} GPUs, and each process needs one of its "
-            f"own; --processes {n_gpus}, or ACCELERATE_USE_CPU=true for processes on the CPU"
+            f"--processes {processes}: this machine has {n_gpus} GPUs, and each process needs its own; give "
+            f"--processes {n_gpus}, or ACCELERATE_USE_CPU=true for processes on the CPU"
         )
-    logging.disable(logging.ERROR)  # torch logs in a dozen lines what is said in one below
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # any free port
-        local_addr="localhost",
-        max_restarts=0,
-        shutdown_timeout=_LAST_WISH_S,
-        signals_to_handle=_FORWARDED if os.name == "posix" else "SIGTERM,SIGINT",
-    )
+    logging.disable(logging.ERROR)  # torch logs a dozen lines for what the message below says
     try:
-        elastic_launch(config, sys.executable)(*command)
+        with tempfile.TemporaryDirectory(prefix="hf-genlm-") as folder:
+            environment = {
+                "HF_GENLM_STORE": Path(folder, "processes").as_uri(),  # read by training.processes
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # or the launcher serves one on all addresses
+            }
+            if sys.platform in _LOOPBACK:
+                for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                    environment[name] = os.environ.get(name, _LOOPBACK[sys.platform])
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=processes,
+                run_id="hf-genlm",
+                rdzv_backend="c10d",
+                rdzv_endpoint=str(Path(folder, "launcher")),
+                rdzv_configs={"store_type": "file"},
+                logs_specs=DefaultLogsSpecs(log_dir=str(Path(folder, "logs"))),
+                local_addr="localhost",
+                max_restarts=0,
+                shutdown_timeout=_SHUTDOWN_S,
+                signals_to_handle=_FORWARDED_SIGNALS,
+            )
+            with patch_environment(**environment):
+                elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:
-        return _outcome({rank: failure.exitcode for rank, failure in error.failures.items()})
+        return describe_failure({rank: failure.exitcode for rank, failure in error.failures.items()})
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from error
@@ -103,12 +118,15 @@ def launch(command: Sequence[str], processes: int) -> tuple[int, str | None]:
     return 0, None
 
 
-def _outcome(codes: dict[int, int]) -> tuple[int, str | None]:
-    """Exit code and message of the `codes` that the failed processes ended with, by their number."""
-    if _INPUT_IS_WRONG in codes.values():
-        return _INPUT_IS_WRONG, None
-    # the launcher has ended the others by SIGTERM, and one that was killed took some with it before
-    rank = min(codes, key=lambda rank: (codes[rank] == -signal.SIGTERM, codes[rank] >= 0, rank))
-    code = codes[rank]
+def describe_failure(exit_codes: dict[int, int]) -> tuple[int, str | None]:
+    """Return exit code and message for the exit codes of the failed processes, by rank; negative: a signal.
+
+    The launcher ends the remaining processes by SIGTERM, and a killed process makes others fail: neither is
+    the cause that the message names.
+    """
+    if _USER_ERROR in exit_codes.values():
+        return _USER_ERROR, None
+    rank = min(exit_codes, key=lambda r: (exit_codes[r] == -signal.SIGTERM, exit_codes[r] >= 0, r))
+    code = exit_codes[rank]
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
     return 1, f"process {rank} {how}, and the others were stopped"

@@ -55,7 +55,6 @@ class Budget:
     _last_step_s: float = field(default=0.0, repr=False)
     _last_time: float = field(default=0.0, repr=False)
     _agreed: float | None = field(default=None, repr=False)  # of several processes: what the clock says
-    _heard: float | None = field(default=None, repr=False)  # by a message that all of them have got
 
     def start(self) -> None:
         """Begin the clock, which no change of the time of day moves."""
@@ -67,12 +66,7 @@ class Budget:
         """Several processes read the clock of the first one, which stands still until they agree again: so
         they decide alike. All of them must call this together."""
         if count() > 1:
-            self._agreed = clock_of_first(time.monotonic()) if self._heard is None else self._heard
-            self._heard = None
-
-    def hear(self, now: float) -> None:
-        """All processes know that it is `now`: the next `agree` need not ask."""
-        self._heard = now
+            self._agreed = clock_of_first(time.monotonic())
 
     def note_step(self) -> None:
         """A step has ended."""

@@ -1,7 +1,7 @@
-"""The processes that train one model together: which of them this is, and what they tell each other.
+"""The processes that train one model together, by Accelerate and torch.distributed.
 
-The first process alone reads the corpus, plans, writes to the run folder and measures; the others take from
-it what they need. In a run of one process each function here does what it does for the first of several.
+The first process alone reads the corpus, plans, writes to the run folder and measures; the others receive
+what they need. Every function here also works in a run of one process. All collectives are Accelerate's.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from hf_genlm.text.encoding import n_cores
 from hf_genlm.text.packing import IGNORED
 
 T = TypeVar("T")
-# for what only the first one does, as reading a large corpus; a process that dies is noticed at once
-_PATIENCE = timedelta(hours=24)
-# of gloo, the CPU's; an error of NCCL may be the process's own, and is shown
-_DEATHS = ("closed by peer", "reset by peer", "Broken pipe")
+# of collectives: the others wait while the first process reads a large corpus; a dead one is noticed at once
+_TIMEOUT = timedelta(hours=24)
+# in gloo's errors, where another process has ended; an error of NCCL may be the process's own, and is shown
+_LOST_CONNECTION = ("closed by peer", "reset by peer", "Broken pipe")
 
 
 class LostProcess(Exception):
@@ -31,10 +31,13 @@ class LostProcess(Exception):
 
 
 def join() -> None:
-    """Make this process one of its group, where a launcher has started several.
+    """Join the process group, where a launcher has started several processes.
+
+    They find each other through the file HF_GENLM_STORE if `hf_genlm.cli.launch` started them, else through
+    MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        UserError: they cannot reach each other.
+        UserError: the processes cannot reach each other.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return
@@ -42,13 +45,17 @@ def join() -> None:
     from accelerate.utils import parse_flag_from_env
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None or accelerator.type == "mps":  # Apple's GPU is one, and has no collectives
+    if accelerator is None or accelerator.type == "mps":  # Apple's GPU has no collectives
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    os.environ.setdefault("OMP_NUM_THREADS", str(_share_of_cores()))
+    os.environ.setdefault("OMP_NUM_THREADS", str(_cores_per_process()))
+    options: dict[str, Any] = {"timeout": _TIMEOUT}
+    if "HF_GENLM_STORE" in os.environ:
+        options["init_method"] = os.environ["HF_GENLM_STORE"]
+        options |= {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
     try:
-        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
+        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **options)
     except RuntimeError as error:
-        if "connectFullMesh" not in str(error):  # gloo takes the address that the machine's name stands for
+        if "connectFullMesh" not in str(error):  # gloo listens at the address of the machine's host name
             raise
         raise UserError(
             "the processes of this run do not reach each other at the addresses of their machines' names: "
@@ -57,109 +64,114 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Undo `join`; the processes then end without waiting for each other."""
+    """Leave the process group; the processes then end without waiting for each other."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def count() -> int:
-    """How many there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def index() -> int:
-    """Which one this is, from 0."""
+    """Return the rank of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def is_first() -> bool:
-    """True if this is the one that writes and measures."""
+    """Return True in the process that writes and measures."""
     return index() == 0
 
 
 def is_sharded() -> bool:
-    """True if each process holds only a part of the model or of what its optimizer remembers."""
+    """Return True under FSDP and DeepSpeed: a process holds a part of the model or of the optimizer state."""
     launched_with = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
     return any(os.environ.get(name, "false").lower() == "true" for name in launched_with)
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make()` gives in the first process, in all of them; the others wait for it.
+    """Call `make` in the first process and return its value in every process.
 
     Raises:
-        UserError: in all of them, where `make` raised it.
-        LostProcess: in the others, where `make` failed otherwise.
+        UserError: in every process, where `make` raised it.
+        LostProcess: in the other processes, where `make` raised another error.
     """
     if count() == 1:
         return make()
+    from accelerate.utils import broadcast_object_list
+
     if not is_first():
-        outcome: list[Any] = [None]
-        _broadcast(outcome)
-        return _value_of(*outcome[0])
+        value, message, has_failed = broadcast_object_list([None, None, True])
+        if message is not None:
+            raise UserError(message)
+        if has_failed:
+            raise LostProcess("the first process has failed")
+        return value
     try:
         value = make()
     except Exception as error:
-        _broadcast([(None, str(error) if isinstance(error, UserError) else None, True)])
+        broadcast_object_list([None, str(error) if isinstance(error, UserError) else None, True])
         raise
-    _broadcast([(value, None, False)])
+    broadcast_object_list([value, None, False])
     return value
 
 
 def together(act: Callable[[], T]) -> T:
-    """`act()` in each process; none goes on before all are done.
+    """Call `act` in every process and wait for all of them.
 
     Raises:
-        UserError: in all of them, where one raised it.
+        UserError: in every process, where `act` raised it in one.
     """
-    value, message = None, None
+    from accelerate.utils import gather_object
+
+    value, messages = None, []
     try:
         value = act()
     except UserError as error:
-        message = str(error)
-    messages = [message]
-    if count() > 1:
-        messages = [None] * count()
-        dist.all_gather_object(messages, message)
-    for found in messages:
-        if found is not None:
-            raise UserError(found)
+        messages = [str(error)]
+    for message in gather_object(messages) if count() > 1 else messages:
+        raise UserError(message)
     return value
 
 
 def all_of(holds: bool) -> bool:
-    """True if `holds` is true in each process."""
+    """Return True if `holds` is true in every process."""
     if count() == 1:
         return holds
-    message = torch.tensor(float(holds), device=_device_of_messages())
-    dist.all_reduce(message, op=dist.ReduceOp.MIN)
-    return bool(message.item())
+    from accelerate import PartialState
+    from accelerate.utils import reduce
+
+    n_failing = reduce(torch.tensor(float(not holds), device=PartialState().device), "sum")
+    return not n_failing.item()
 
 
 def share_weights(model: torch.nn.Module) -> None:
-    """Give every process the parameters and buffers that the first one has."""
+    """Copy parameters and buffers of the first process to the others."""
     if count() == 1:
         return
-    device = _device_of_messages()
+    from accelerate import PartialState
+    from accelerate.utils import broadcast
+
     for tensor in (*model.parameters(), *model.buffers()):
-        message = tensor.detach().to(device)
-        dist.broadcast(message, src=0)
-        tensor.data.copy_(message)
+        tensor.data.copy_(broadcast(tensor.detach().to(PartialState().device)))
 
 
 def clock_of_first(now: float) -> float:
-    """`now` of the first process."""
+    """Return `now`, in seconds, of the first process."""
     if count() == 1:
         return now
-    message = torch.tensor(now, dtype=torch.float64, device=_device_of_messages())
-    dist.broadcast(message, src=0)
-    return message.item()
+    from accelerate import PartialState
+    from accelerate.utils import broadcast
+
+    return broadcast(torch.tensor(now, dtype=torch.float64, device=PartialState().device)).item()
 
 
 def rows_of_each(batch_size: int, accumulation: int = 1) -> int:
-    """Rows of one forward pass in each process, of `batch_size` in all of them.
+    """Return the rows of one forward pass in each process, for `batch_size` rows over all processes.
 
     Raises:
-        UserError: the processes do not share them evenly.
+        UserError: the number of processes does not divide `batch_size`.
     """
     n = count()
     if batch_size % n == 0:
@@ -174,36 +186,36 @@ def rows_of_each(batch_size: int, accumulation: int = 1) -> int:
             f"training.gradient_accumulation_steps={passes}"
         )
     raise UserError(
-        f"training.batch_size = {batch_size} is over all processes, and {n} of them cannot share it evenly: "
-        f"{remedy}"
+        f"training.batch_size = {batch_size} counts the rows over all processes, and {n} processes cannot "
+        f"share it evenly: {remedy}"
     )
 
 
 def draw_apart() -> None:
-    """Let each process draw its own random numbers from here on, those of dropout; the first one's stay."""
+    """Seed torch differently in every process, for dropout; the first process keeps its random state."""
     if index() > 0:
         torch.manual_seed(torch.initial_seed() + index())
 
 
 def share_threads(stated: int | None) -> None:
-    """Torch's threads in this process: `stated`, or else its share of the machine's cores."""
+    """Set torch's threads in this process: `stated`, or else an equal share of the machine's cores."""
     if stated is not None:
         torch.set_num_threads(stated)
     elif count() > 1:
-        torch.set_num_threads(_share_of_cores())
+        torch.set_num_threads(_cores_per_process())
 
 
 def shard_on_cpu() -> None:
-    """Let Accelerate shard a model on CPUs too, which it takes for the business of accelerators."""
+    """Let Accelerate apply FSDP on CPUs too, which it does only for the distributed type of accelerators."""
     from accelerate import DistributedType, PartialState
 
     state = PartialState()
     if is_sharded() and state.distributed_type == DistributedType.MULTI_CPU:
-        state.distributed_type = DistributedType.MULTI_GPU  # what it turns into FSDP
+        state.distributed_type = DistributedType.MULTI_GPU
 
 
 def load_whole() -> None:
-    """Let the models that are loaded from here on be whole, which transformers shards under ZeRO-3."""
+    """Load whole models from here on: under ZeRO-3, transformers shards what `from_pretrained` loads."""
     if is_sharded():
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -212,22 +224,17 @@ def load_whole() -> None:
 
 @contextlib.contextmanager
 def noticing_losses() -> Iterator[None]:
-    """Turns the errors of a message that another process can no longer send or receive into one.
-
-    Raises:
-        LostProcess: another process has ended.
-    """
+    """Raise LostProcess where a collective fails because another process has ended."""
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
-        if count() > 1 and any(word in str(error) for word in _DEATHS):
+        if count() > 1 and any(word in str(error) for word in _LOST_CONNECTION):
             raise LostProcess(f"process {index()} of {count()} has lost another one") from error
         raise
 
 
 class RowsAndBlank(Dataset):
-    """Rows that are read a batch at a time, and behind them one without labels, which adds nothing to a
-    loss."""
+    """`rows`, and one more row without labels, which adds nothing to a loss: it fills up the last step."""
 
     def __init__(self, rows: Any):
         self.rows = rows
@@ -236,7 +243,7 @@ class RowsAndBlank(Dataset):
         return len(self.rows) + 1
 
     def __getitems__(self, indices: Sequence[int]) -> Mapping[str, np.ndarray]:
-        """A whole batch: each value (B, T)."""
+        """Return a whole batch; each value is (B, T)."""
         n = len(self.rows)
         batch = self.rows.__getitems__([min(i, n - 1) for i in indices])
         batch["labels"][np.array(indices) == n] = IGNORED
@@ -244,10 +251,10 @@ class RowsAndBlank(Dataset):
 
 
 class SharedOrder(Sampler[int]):
-    """The order in which one process would read `n_rows`, filled up to whole steps by the blank one behind
-    them: each process then has as many batches as every other, and no row is read twice.
+    """The order of `n_rows` in which one process would read them, filled up to whole steps by the blank row.
 
-    `draw(seed, epoch)` gives it, where the rows have an order of their own; else it is a permutation.
+    Every process then has the same number of batches, and no row is read twice. `draw(seed, epoch)` gives the
+    order where the rows have their own; else it is the permutation of accelerate's SeedableRandomSampler.
     """
 
     def __init__(
@@ -270,31 +277,9 @@ class SharedOrder(Sampler[int]):
         yield from [self.n_rows] * (len(self) - self.n_rows)
 
     def _permutation(self, seed: int, epoch: int) -> np.ndarray:
-        # as accelerate's SeedableRandomSampler
         generator = torch.Generator().manual_seed(seed + epoch)
         return torch.randperm(self.n_rows, generator=generator).numpy()
 
 
-def _value_of(value: Any, message: str | None, has_failed: bool) -> Any:
-    if message is not None:
-        raise UserError(message)
-    if has_failed:
-        raise LostProcess("the first process has failed")
-    return value
-
-
-def _broadcast(objects: list[Any]) -> None:
-    dist.broadcast_object_list(objects, src=0, device=_device_of_messages())
-
-
-def _device_of_messages() -> torch.device:
-    """Where the backend sends from: the CPU, or the accelerator of this process."""
-    if "gloo" in dist.get_backend():
-        return torch.device("cpu")
-    accelerator = torch.accelerator.current_accelerator()
-    assert accelerator is not None
-    return torch.device(accelerator.type, torch.accelerator.current_device_index())
-
-
-def _share_of_cores() -> int:
+def _cores_per_process() -> int:
     return max(1, n_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", count())))

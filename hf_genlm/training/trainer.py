@@ -1,7 +1,6 @@
 """Trainer as a run uses it: its arguments, a rate that follows the budget, and what happens between steps."""
 
 import copy
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from hf_genlm.training.budget import Budget, trapezoid
 from hf_genlm.training.callbacks import Diverged
 from hf_genlm.training.checkpoints import Progress, clear_parts, full_disk_as, part_of, seal
 from hf_genlm.training.lanes import Lanes
-from hf_genlm.training.message import StepMessage, fits_one_message
 from hf_genlm.training.processes import (
     RowsAndBlank,
     SharedOrder,
@@ -56,12 +54,8 @@ class BudgetTrainer(Trainer):
         self.run, self.budget, self.recipe, self.lanes = run, budget, recipe, lanes
         self.rate_scale, self.is_rate_halved = rate_scale, is_rate_halved
         self.saved_step: int | None = None
-        self._was_stopped, self._is_stopped = was_stopped, False
-        self._n_targets = self._loss_sum = 0.0
+        self._was_stopped = was_stopped
         super().__init__(**kwargs)
-        self._message = StepMessage(self.model) if fits_one_message(self.model) else None
-        if self._message is not None:
-            self.args.average_tokens_across_devices = False  # the message does it
         if lanes is not None:
             self.add_callback(lanes)
 
@@ -82,42 +76,9 @@ class BudgetTrainer(Trainer):
         n_at_once = self.recipe.batch_size if is_shared else 1
         return SharedOrder(len(rows), n_at_once, self.args.seed, lambda: int(self.state.epoch or 0), draw)
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        n_targets = super()._get_num_items_in_batch(batch_samples, device)
-        if self._message is None:
-            return n_targets
-        self._n_targets, self._loss_sum = float(n_targets), 0.0
-        return torch.tensor(self._targets_of_a_step)  # until the message says how many they are
-
-    def training_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """As Trainer's; the last one of a step ends with the message of processes on CPUs."""
-        if self._message is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        with self.accelerator.no_sync(model):
-            self._loss_sum += super().training_step(model, inputs, num_items_in_batch).item()
-        if not self.accelerator.sync_gradients:
-            return torch.zeros(())
-        agreed = self._message.exchange(
-            self._loss_sum, self._targets_of_a_step, self._n_targets, time.monotonic(), self._was_stopped()
-        )
-        self.budget.hear(agreed.now)
-        self._is_stopped = agreed.is_stopped
-        return torch.tensor(agreed.loss)
-
-    @property
-    def _targets_of_a_step(self) -> float:
-        """Of all processes, where no row is short."""
-        recipe = self.recipe
-        return float(recipe.batch_size * recipe.gradient_accumulation_steps * (recipe.max_seq_length - 1))
-
     def is_stopped(self) -> bool:
         """True if one process was asked to stop; all of them must ask together, after a step."""
-        return not all_of(not self._was_stopped()) if self._message is None else self._is_stopped
+        return not all_of(not self._was_stopped())
 
     def whole_model(self) -> GenLMForCausalLM | None:
         """In the first process the model with all of its weights: itself, or where it is sharded a copy. All

@@ -2,9 +2,9 @@
 
     python recipes/benchmarks/processes.py [--rounds 9] [--steps 8]
 
-A step is forward, backward, clipping and AdamW of the same rows, in float32; that of two processes also has
-the message of a training: gradients, loss, the number of targets, and the time. While the one process
-has its turn the other waits, without a core.
+A step is forward, backward, clipping and AdamW of the same rows, in float32. Two processes also exchange what
+a training does in each step: gradients by DistributedDataParallel, the number of targets, the time and
+whether to stop. While the one process has its turn the other waits, without a core.
 """
 
 import argparse
@@ -76,11 +76,12 @@ def measure(rounds: int, steps: int) -> None:
 def step_of(decoder: str, shape: str, n: int) -> Callable[[], None]:
     """A training step by `n` processes of the rows of a shape."""
     import torch
+    from accelerate.utils import reduce
+    from torch.nn.parallel import DistributedDataParallel
 
     from hf_genlm.config.recipe import TrainingRecipe
     from hf_genlm.model import GenLMConfig, GenLMForCausalLM, mixers_of
     from hf_genlm.training import processes
-    from hf_genlm.training.message import StepMessage
     from hf_genlm.training.optimizer import OptimizerFactory
 
     width, layers, tokens, rows = SHAPES[shape]
@@ -90,19 +91,22 @@ def step_of(decoder: str, shape: str, n: int) -> Callable[[], None]:
     )
     recipe = TrainingRecipe(learning_rate=1e-4, embedding_lr_ratio=1.0, weight_decay=0.1)
     optimizer = OptimizerFactory()(model, recipe)
-    message = StepMessage(model)
+    network = DistributedDataParallel(model, broadcast_buffers=False) if n > 1 else model
     ids = torch.randint(0, VOCABULARY, (rows, tokens)).chunk(n)[processes.index() % n]
     n_targets = ids.shape[0] * (tokens - 1)
 
     def step() -> None:
-        over = torch.tensor(float(rows * (tokens - 1)))
-        loss = model(ids, labels=ids, use_cache=False, skip_logits=True, num_items_in_batch=over).loss
-        loss.backward()
+        targets = torch.tensor(float(n_targets))
         if n > 1:
-            message.exchange(loss.item(), over.item(), n_targets, time.monotonic(), is_stopped=False)
+            targets = reduce(targets, "sum")
+        loss = network(ids, labels=ids, use_cache=False, skip_logits=True, num_items_in_batch=targets).loss
+        (n * loss).backward()  # gradients are averaged over the processes
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if n > 1:
+            processes.clock_of_first(time.monotonic())
+            processes.all_of(True)
 
     return step
 

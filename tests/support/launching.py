@@ -52,7 +52,7 @@ def compare_with_one(jobs, folder, monkeypatch) -> None:
     monkeypatch.setattr("hf_genlm.training.callbacks._LOG_EVERY_S", 0.0)
     folder.mkdir(exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-    done = start([str(ROOT / "tests" / "several.py"), str(folder / "jobs.json")])
+    done = start([str(ROOT / "tests" / "support" / "several.py"), str(folder / "jobs.json")])
     out, err = done.communicate(timeout=TIMEOUT_S)
     assert out == "done\n(0, None)\n", err[-3000:]
     wanted = [TRAINED[job["sharded"]] for job in jobs]

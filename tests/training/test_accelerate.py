@@ -79,7 +79,7 @@ def test_two_launchers_train_what_one_process_trains(text_folder, tmp_path, monk
     far.mkdir()
     group = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
     group += ["--main_process_port", "29517"]
-    body = [str(ROOT / "tests" / "several.py"), str(tmp_path / "jobs.json")]
+    body = [str(ROOT / "tests" / "support" / "several.py"), str(tmp_path / "jobs.json")]
     machines = [
         launched(
             "cpu", *group, "--main_process_ip", "127.0.0.1", "--machine_rank", rank, *body, TMPDIR=str(far)
@@ -98,7 +98,7 @@ def run_by_deepspeed(stage: int, folder: Path, **job) -> int:
     """One process, which accelerate gives to DeepSpeed without a GPU too."""
     (folder / "jobs.json").write_text(json.dumps([{"sharded": False, **job}]), encoding="utf-8")
     more = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false"}
-    body = [str(ROOT / "tests" / "several.py"), str(folder / "jobs.json")]
+    body = [str(ROOT / "tests" / "support" / "several.py"), str(folder / "jobs.json")]
     run = launched(f"deepspeed_zero{stage}", "--num_processes", "1", *body, **more)
     run.communicate(timeout=TIMEOUT_S)
     return run.returncode

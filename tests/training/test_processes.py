@@ -21,7 +21,7 @@ from support.launching import (
 )
 from support.runs import SMALL, losses, write_documents
 
-from hf_genlm.cli.launch import _outcome, check_processes
+from hf_genlm.cli.launch import check_processes, describe_failure
 from hf_genlm.config.recipe import load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.run_folder import RunFolder
@@ -64,13 +64,34 @@ def test_one_that_fails_ends_all_and_the_exit_code_says_how():
     assert time.monotonic() - began < 60
 
 
+LISTENING = """
+import os, psutil
+from hf_genlm.training import processes
+processes.join()
+assert processes.from_first(lambda: processes.count()) == 2
+group = [psutil.Process(), psutil.Process().parent()]
+ports = [c.laddr for process in group for c in process.net_connections() if c.status == "LISTEN"]
+os.write(1, f"{sorted({port.ip for port in ports})}\n".encode())  # in one piece
+processes.leave()
+"""
+
+
+def test_processes_of_one_machine_listen_on_its_loopback_interface_only():
+    """Neither the launcher nor a process, on no other address: a store unpickles what is written to it."""
+    done = start(["-c", LISTENING])
+    out, err = done.communicate(timeout=TIMEOUT_S)
+    *addresses, outcome = out.splitlines()
+    assert outcome == "(0, None)", err
+    assert addresses == ["['127.0.0.1']"] * 2
+
+
 def test_who_took_the_others_along():
     """The launcher ends those that are left by SIGTERM; one that is killed takes some along by itself."""
     term, kill = -signal.SIGTERM, -signal.SIGKILL
-    assert _outcome({0: term, 1: 1, 2: kill})[1].startswith("process 2 was ended by SIGKILL")
-    assert _outcome({0: term, 1: 1})[1].startswith("process 1 failed with exit code 1")
-    assert _outcome({0: term})[1].startswith("process 0 was ended by SIGTERM")
-    assert _outcome({0: 2, 1: term}) == (2, None)
+    assert describe_failure({0: term, 1: 1, 2: kill})[1].startswith("process 2 was ended by SIGKILL")
+    assert describe_failure({0: term, 1: 1})[1].startswith("process 1 failed with exit code 1")
+    assert describe_failure({0: term})[1].startswith("process 0 was ended by SIGTERM")
+    assert describe_failure({0: 2, 1: term}) == (2, None)
 
 
 def test_a_launcher_of_ones_own_is_not_started_over(monkeypatch):
@@ -305,7 +326,7 @@ def test_what_the_first_process_cannot_use_ends_all_with_one_line(text_folder, t
     """An error that only the first can find, and one that all of them find."""
     for more, message in (
         (["--set", "tokenizer.path=/nowhere"], "/nowhere"),
-        (["--set", "training.batch_size=9"], "training.batch_size = 9 is over all processes"),
+        (["--set", "training.batch_size=9"], "training.batch_size = 9 counts the rows over all processes"),
     ):
         done = subprocess.run(
             [sys.executable, *command(text_folder, tmp_path / "run", *more)], env=environment(),
