@@ -64,7 +64,7 @@ def test_one_that_fails_ends_all_and_the_exit_code_says_how():
     assert time.monotonic() - began < 60
 
 
-LISTENING = """
+LISTENING = r"""
 import os, psutil
 from hf_genlm.training import processes
 processes.join()
