@@ -155,6 +155,7 @@ class Display:
             "kept": self._kept,
             "finished": self._finished,
             "failed": self._failed,
+            "measured": self._measured,
         }
 
     def __enter__(self) -> "Display":
@@ -296,6 +297,9 @@ class Display:
 
     def _failed(self, run: str, reason: str, **_: Any) -> None:
         self.say(f"failed        {run}: {reason}")
+
+    def _measured(self, place: str, run: str, accuracy: float, size: str, seconds: float) -> None:
+        self.say(f"{place:<12}  {run:<28} {accuracy:.2f} at {size}  ({seconds:.0f} s)")
 
     def _trained(self, steps: int, tokens: int, seconds: float, tokens_per_s: int, **_: Any) -> None:
         self.say(

@@ -13,7 +13,7 @@ from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.report import figures
 from hf_genlm.report.html import Block, Code, Heading, Picture, Table, Text, write_report
 
-HELD = 0.9  # the accuracy from which on a size counts as remembered
+SOLVED = 0.9  # the accuracy from which on a size counts as remembered
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def over_seeds(outcomes: Sequence[Outcome]) -> list[Measurement]:
 
     NAME_accuracy/DECODER/64_pairs and those by distance below it: n counts the questions to all seeds, the
     standard error is that over seeds (None for one). NAME_remembered/DECODER is the largest size up to which
-    that mean is at least HELD throughout, 0 where the least is not; n counts seeds.
+    that mean is at least SOLVED throughout, 0 where the least is not; n counts seeds.
     """
     found = []
     for task, decoder, group in _groups(outcomes):
@@ -72,7 +72,7 @@ def over_seeds(outcomes: Sequence[Outcome]) -> list[Measurement]:
         by_name = {m.name: m.value for m in means}
         remembered = 0
         for size in first.sizes:
-            if by_name[_name_of(first, size)] < HELD:
+            if by_name[_name_of(first, size)] < SOLVED:
                 break
             remembered = size
         found += means
@@ -91,21 +91,21 @@ def over_seeds(outcomes: Sequence[Outcome]) -> list[Measurement]:
 
 
 def sentence(outcomes: Sequence[Outcome], task: str, size: int) -> str:
-    """Which decoders reach HELD in `task` at `size`, and which do not, with their accuracies."""
+    """Which decoders reach SOLVED in `task` at `size`, and which do not, with their accuracies."""
     of_task = [outcome for outcome in outcomes if outcome.task == task]
     measured = {m.name: m for m in over_seeds(of_task)}
     able: list[str] = []
     unable: list[str] = []
     for _, decoder, (first, *_) in _groups(of_task):
         found = measured[_name_of(first, size)]
-        (able if found.value >= HELD else unable).append(f"{decoder} ({_shown(found)})")
+        (able if found.value >= SOLVED else unable).append(f"{decoder} ({_shown(found)})")
     first = of_task[0]
     chance = first.chance[first.sizes.index(size)]
     parts = []
     if able:
-        parts.append(f"{_listed(able)} {'reaches' if len(able) == 1 else 'reach'} an accuracy of {HELD}")
+        parts.append(f"{_listed(able)} {'reaches' if len(able) == 1 else 'reach'} an accuracy of {SOLVED}")
     if unable:
-        rest = "" if able else f" reach an accuracy of {HELD}"
+        rest = "" if able else f" reach an accuracy of {SOLVED}"
         parts.append(f"{_listed(unable)} {'does' if len(unable) == 1 else 'do'} not{rest}")
     return f"{task.capitalize()} of {size} {first.size_name}: {'; '.join(parts)}. Chance is {chance:.2f}."
 
@@ -140,7 +140,7 @@ def _task_blocks(outcomes: Sequence[Outcome]) -> list[Block]:
     ]
     best = frozenset(i for i, d in enumerate(remembered) if remembered[d] == first.sizes[-1])
     rows.append(["chance", *(f"{chance:.2f}" for chance in first.chance), ""])
-    head = ["decoder", *(f"{size} {first.size_name}" for size in first.sizes), f"holds at {HELD}"]
+    head = ["decoder", *(f"{size} {first.size_name}" for size in first.sizes), f"holds at {SOLVED}"]
     largest = _name_of(first, first.sizes[-1]).split("/")[-1]
     prefix = f"{first.task}_accuracy/{first.decoder}/{largest}/distance_"
     distances = [name.removeprefix(prefix) for name in measured if name.startswith(prefix)]
@@ -182,7 +182,7 @@ def _model_table(outcomes: Sequence[Outcome]) -> Table:
         rows,
         "Width, number of layers, optimizer, tokens a step and curriculum are the same for all; parameters "
         "and seconds of training are not. Of the rates, the next was tried where the one before did not "
-        f"reach {HELD} at the largest size with the first seed; the best of those tried is shown.",
+        f"reach {SOLVED} at the largest size with the first seed; the best of those tried is shown.",
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from hf_genlm.cli.main import main
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import Measurement, read_measurements
-from hf_genlm.long_range import training as task_training
+from hf_genlm.long_range import measure_range
 from hf_genlm.long_range.report import Outcome, over_seeds, sentence
 from hf_genlm.long_range.tasks import (
     IGNORED,
@@ -232,7 +232,7 @@ def test_sentences_follow_the_numbers():
 VERB = "range --decoders elman,hybrid --tasks recall,copy --pairs 2,4 --lengths 32 --width 16 --rates 0.003"
 
 
-def test_the_verb_writes_a_report_and_trains_nothing_twice(tmp_path, capsys, monkeypatch):
+def test_the_verb_writes_a_report_and_trains_nothing_twice(tmp_path, capsys):
     arguments = [*VERB.split(), "--seeds", "2", "--steps", "2", "--out", str(tmp_path)]
     assert main(arguments) == 0
     told = capsys.readouterr().out
@@ -249,37 +249,39 @@ def test_the_verb_writes_a_report_and_trains_nothing_twice(tmp_path, capsys, mon
         assert words.replace("_", "&#95;") in plain or words in plain
     assert (tmp_path / "plots/range.png").read_bytes().startswith(b"\x89PNG")
 
-    def refuse(*args, **kwargs):
-        raise AssertionError("trained again")
-
-    monkeypatch.setattr(task_training, "train_on_task", refuse)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()}
     assert main(arguments) == 0
     assert capsys.readouterr().out == told
-    (tmp_path / "runs/copy-hybrid-1-0.003.json").unlink()
-    with pytest.raises(AssertionError, match="trained again"):
-        main(arguments)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()} == before
     arguments[arguments.index("--steps") + 1] = "3"
     assert main(arguments) == 2
-    assert "was trained by other settings" in capsys.readouterr().err
+    assert "was trained with other settings" in capsys.readouterr().err
 
 
-def test_each_decoder_has_the_best_of_the_rates_that_were_needed(tmp_path, monkeypatch):
-    """elman: none is enough, the second is best; gru: the first is enough."""
+def test_other_seeds_use_the_best_learning_rate_of_the_first(tmp_path):
+    """elman: no rate solves the task, the second is best; gru: the first rate solves it."""
     accuracies = {("elman", 0.1): 0.1, ("elman", 0.2): 0.3, ("elman", 0.3): 0.2, ("gru", 0.1): 0.95}
     trained = []
 
-    def pretend(run, place, display):
+    def train(run, on_progress):
         trained.append((run.decoder, run.seed, run.learning_rate))
         made = outcome(run.decoder, run.seed, {4: accuracies[run.decoder, run.learning_rate]})
         return replace(made, learning_rate=run.learning_rate)
 
-    monkeypatch.setattr("hf_genlm.cli.range._train", pretend)
-    words = "range --decoders elman,gru --tasks recall --pairs 4 --seeds 2 --rates 0.1,0.2,0.3 --out"
-    assert main([*words.split(), str(tmp_path)]) == 0
+    options = {"decoders": ["elman", "gru"], "tasks": ["recall"], "pairs": [4], "seeds": 2}
+    rates = (0.1, 0.2, 0.3)
+    found = measure_range(tmp_path, **options, learning_rates=rates, train=train)
     first = [("elman", 0, 0.1), ("elman", 0, 0.2), ("elman", 0, 0.3), ("gru", 0, 0.1)]
     assert trained == [*first, ("elman", 1, 0.2), ("gru", 1, 0.1)]
+    assert [(o.decoder, o.learning_rate) for o in found.outcomes] == [("elman", 0.2), ("gru", 0.1)] * 2
     measured = {m.name: m.value for m in read_measurements(tmp_path / "range.json")}
     assert measured["recall_accuracy/elman/4_pairs"] == 0.3
+    trained.clear()
+    (tmp_path / "runs/recall-gru-1-0.1.json").unlink()
+    measure_range(tmp_path, **options, learning_rates=rates, train=train)
+    assert trained == [("gru", 1, 0.1)], "only what is missing is trained"
+    command = (tmp_path / "report.md").read_text()
+    assert "hf-genlm range --decoders elman,gru --tasks recall --pairs 4 --steps 400 --seeds 2" in command
 
 
 @pytest.mark.parametrize(
