@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_genlm.errors import UserError
+from hf_genlm.files import WriteError, append_file, is_private_name, refuse_links_out, remove_private
 
 Listener = Callable[[str, dict[str, Any]], None]
 # all that a run killed in its first moment leaves; the two .jsonl hold texts that were given in Python
-_BEGINNING = {".lock", "log.jsonl", "recipe.yaml.part", "sources.jsonl", "validation.jsonl"}
+_BEGINNING = {".lock", "log.jsonl", "sources.jsonl", "validation.jsonl"}
 
 
 class RunFolder:
@@ -68,7 +69,9 @@ class RunFolder:
         """
         run = cls(path, listener)
         try:
-            if run.path.is_dir() and any(path.name not in _BEGINNING for path in run.path.iterdir()):
+            if run.path.is_dir() and not all(
+                path.name in _BEGINNING or is_private_name(path) for path in run.path.iterdir()
+            ):
                 is_run, is_done = run.recipe.exists(), run.model.is_dir()
                 go_on = ", or go on with it by train --resume" if is_run and not is_done else ""
                 raise UserError(
@@ -78,7 +81,9 @@ class RunFolder:
             run.path.mkdir(parents=True, exist_ok=True)
             if not os.access(run.path, os.W_OK | os.X_OK):
                 raise PermissionError(13, "Permission denied")
-            run.log_file.touch()
+            refuse_links_out(run.path)
+            with append_file(run.log_file):
+                pass
         except OSError as error:
             raise UserError(
                 f"--out {str(path)!r} cannot be written ({error.strerror}): name a writable folder"
@@ -90,17 +95,18 @@ class RunFolder:
         """An existing run.
 
         Raises:
-            UserError: no run lies there.
+            UserError: there is no run, or a link leads out of it.
         """
         run = cls(path, listener)
         if not run.recipe.is_file():
             why = "it holds no recipe.yaml" if run.path.exists() else "it does not exist"
             raise UserError(f"{str(path)!r} is not a run folder: {why}; 'train --out' writes one")
+        refuse_links_out(run.path)
         return run
 
     def discard(self) -> None:
         """Remove the folder: for a run that ended before it began."""
-        shutil.rmtree(self.path)
+        shutil.rmtree(self.path.resolve())
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -119,6 +125,8 @@ class RunFolder:
                 f"another process is training in {str(self.path)!r}: wait for it, or name another --out"
             ) from error
         try:
+            for folder in (self.path, self.model, self.milestones):
+                remove_private(folder)
             yield
         finally:
             lock.release()
@@ -130,12 +138,12 @@ class RunFolder:
         """
         line = json.dumps({"event": event, "time": round(time.time(), 3), **fields}, ensure_ascii=False)
         try:
-            with self.log_file.open("a", encoding="utf-8") as file:
-                file.write(f"\n{line}\n" if self._is_log_cut else f"{line}\n")
+            with append_file(self.log_file) as file:
+                file.write((f"\n{line}\n" if self._is_log_cut else f"{line}\n").encode("utf-8", "replace"))
             self._is_log_cut = False
-        except OSError as error:
+        except WriteError as error:
             self._is_log_cut = True
-            self.tell("note", message=f"{self.log_file.name} was not written: {error.strerror}")
+            self.tell("note", message=f"{self.log_file.name} was not written: {error.reason}")
         self.tell(event, **fields)
         for follower in self.followers:
             follower(event, fields)
@@ -160,7 +168,7 @@ class RunFolder:
 
     def end_log_line(self) -> None:
         """Begin a new line, where a kill cut the last one off."""
-        with self.log_file.open("ab+") as file:
+        with append_file(self.log_file) as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 self._is_log_cut = file.read(1) != b"\n"
@@ -177,41 +185,6 @@ class FollowedRun(RunFolder):
 
     def tell(self, event: str, **fields: Any) -> None:
         """Left to the one that made it."""
-
-
-def require_new_folder(out: Path) -> None:
-    """
-    Raises:
-        UserError: the folder `out`, which a verb is to make, holds something already.
-    """
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out {str(out)!r} already holds files: name a new folder, or remove it")
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write aside, flush to disk, rename: a reader sees the old file or the whole new one."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """As `write_json`, for text."""
-    aside = path.with_name(path.name + ".part")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
-def flush(folder: Path) -> None:
-    """Put all files of `folder` and their names on the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_file() or os.name == "posix":  # Windows keeps the names by itself
-            number = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-            try:
-                os.fsync(number)
-            finally:
-                os.close(number)
 
 
 def read_json(path: Path) -> Any:

@@ -19,9 +19,10 @@ from transformers import set_seed
 
 from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.errors import UserError
+from hf_genlm.files import write_text
 from hf_genlm.memory import keeping_memory
 from hf_genlm.model import GenLMForCausalLM
-from hf_genlm.run_folder import RunFolder, write_text
+from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.packing import PackedRows, collate
 from hf_genlm.training import processes
 from hf_genlm.training.bigram_init import MOST_TOKENS, start_from_pairs

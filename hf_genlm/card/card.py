@@ -26,10 +26,11 @@ from hf_genlm.card.told import counted_layers, duration, settings_of, trained_ye
 from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements
+from hf_genlm.files import write_text
 from hf_genlm.report import markdown
 from hf_genlm.report.curves import curves_of, first_samples, in_words
 from hf_genlm.report.plots import PICTURE
-from hf_genlm.run_folder import RunFolder, read_json, write_text
+from hf_genlm.run_folder import RunFolder, read_json
 
 MAX_FILES_LISTED = 20
 N_SAMPLES = 2

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_genlm.errors import UserError
+from hf_genlm.files import append_file
 from hf_genlm.run_folder import Listener
 
 _PRELOADED = ["hf_genlm.training.train", "hf_genlm.card.card"]
@@ -88,7 +89,7 @@ def _stderr_to(path: Path) -> Iterator[None]:
     sys.stderr.flush()
     kept = os.dup(2)
     try:
-        with path.open("ab") as file:
+        with append_file(path) as file:
             os.dup2(file.fileno(), 2)
         yield
     finally:
@@ -120,7 +121,7 @@ def _serve(pipe: Connection, messages: str, function: Callable[..., Any], argume
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]  # a run trains on one GPU
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with open(messages, "ab") as file:
+    with append_file(messages) as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
 

@@ -23,7 +23,8 @@ from hf_genlm.comparison.plan import Plan, Run
 from hf_genlm.config.recipe import Recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements
-from hf_genlm.run_folder import Listener, RunFolder, read_json, write_json, write_text
+from hf_genlm.files import refuse_links_out, write_json, write_text
+from hf_genlm.run_folder import Listener, RunFolder, read_json
 from hf_genlm.text.identity import changed_text
 
 # what the numbers of a finished run are read from, and its weights
@@ -59,6 +60,7 @@ class ComparisonFolder(RunFolder):
         """
         folder = cls(path, listener)
         if folder.plan.is_file():
+            refuse_links_out(folder.path)
             plan.check_same(Plan.read(folder.plan), folder.path)
             return folder
         return cls.create(path, listener)  # type: ignore[return-value]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import platform
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import transformers
 
 from hf_genlm.decoding.step import DecodeStep, StepState
 from hf_genlm.errors import UserError
+from hf_genlm.files import atomic_path
 from hf_genlm.model import GenLMConfig
 from hf_genlm.text.cache import cache_folder
 
@@ -139,14 +139,12 @@ def _compile_to(file: Path, step: DecodeStep, inputs: Inputs) -> None:
             ),
             strict=False,
         )
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f"{file.stem}-{os.getpid()}.pt2")
-        torch._inductor.aoti_compile_and_package(
-            program,
-            package_path=str(part),
-            inductor_configs={"aot_inductor.package_constants_in_so": False},
-        )
-    os.replace(part, file)
+        with atomic_path(file) as part:
+            torch._inductor.aoti_compile_and_package(
+                program,
+                package_path=str(part),
+                inductor_configs={"aot_inductor.package_constants_in_so": False},
+            )
 
 
 def _grows(step: DecodeStep) -> list[bool]:

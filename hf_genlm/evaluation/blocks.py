@@ -5,7 +5,6 @@ its K: models of one vocabulary have exactly the same blocks, and those of other
 """
 
 import itertools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hf_genlm.errors import UserError
+from hf_genlm.files import atomic_file
 
 if TYPE_CHECKING:
     from hf_genlm.evaluation.likelihood import Document, Window
@@ -54,13 +54,9 @@ class BlockSums:
         np.add.at(self.table["nats"], self._first[documents] + blocks, nats)
 
     def save(self, path: Path) -> None:
-        """Write the table as .npy: aside, flushed to disk, renamed."""
-        aside = path.with_name(path.name + ".part")
-        with aside.open("wb") as file:
+        """Write the table as .npy."""
+        with atomic_file(path) as file:
             np.save(file, self.table, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> "BlockSums":

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hf_genlm.errors import UserError
+from hf_genlm.files import write_json
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,8 @@ class Measurement:
 
 
 def write_measurements(path: str | Path, measurements: Iterable[Measurement]) -> None:
-    """Write `{"measurements": [...]}`: aside, flushed to disk, renamed, so that no reader sees a half."""
-    path = Path(path)
-    content = {"measurements": [measurement.to_json() for measurement in measurements]}
-    aside = path.with_name(path.name + ".part")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    """Write `{"measurements": [...]}`."""
+    write_json(path, {"measurements": [measurement.to_json() for measurement in measurements]})
 
 
 def read_measurements(path: str | Path) -> list[Measurement]:

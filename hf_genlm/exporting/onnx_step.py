@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_genlm.decoding.step import MOVING_ROTATIONS, SLOTS_AT_ONCE, DecodeStep, StepState, slots_of
 from hf_genlm.exporting.misfits import Misfit
+from hf_genlm.files import write_json
 from hf_genlm.model import GenLMConfig, GenLMForCausalLM
-from hf_genlm.run_folder import write_json
 
 GRAPH, DESCRIPTION = "model.onnx", "model.json"
 _OPSET = 20

@@ -1,6 +1,5 @@
 """The README.md of an export: what it is, how to run it, and how near it is to its model."""
 
-import shutil
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from transformers import PreTrainedTokenizerBase
 
+from hf_genlm.files import copy_file, write_text
 from hf_genlm.model import GenLMConfig
-from hf_genlm.run_folder import describe_environment, write_text
+from hf_genlm.run_folder import describe_environment
 
 if TYPE_CHECKING:
     from hf_genlm.exporting.targets import Comparison
@@ -33,7 +33,7 @@ def write_page(
 
     facts = {}
     if card is not None and card.is_file():
-        shutil.copyfile(card, folder / CARD_OF_MODEL)
+        copy_file(card, folder / CARD_OF_MODEL)
         facts = facts_of(card)
     template = resources.files("hf_genlm.exporting").joinpath("page_template.md").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

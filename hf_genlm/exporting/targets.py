@@ -1,8 +1,6 @@
 """The formats that a model can be exported to, and the export: check, write aside, read back, rename."""
 
 import importlib.util
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +14,8 @@ from hf_genlm.exporting.layouts import LAYOUTS, convert, misfits_of
 from hf_genlm.exporting.misfits import Misfit, refuse
 from hf_genlm.exporting.onnx_runner import OnnxRunner
 from hf_genlm.exporting.page import write_page
+from hf_genlm.files import atomic_folder
 from hf_genlm.model import GenLMForCausalLM
-from hf_genlm.run_folder import flush
 
 # what every export is compared on: words, code, scripts, and what tokenizers cut in their own ways
 TEXTS = (
@@ -84,24 +82,12 @@ def export_model(
     model = model.cpu().float()
     refuse(word, target.misfits(model, tokenizer, dtype))
     check_new(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        raise UserError(f"--out {str(out)!r} cannot be written ({error.strerror})") from error
-    try:
+    with atomic_folder(out) as aside:
         target.write(model, tokenizer, aside, dtype)
         found = compare(model, tokenizer, target.read_back(aside, model, dtype))
         if dtype == "float32" and found.largest_difference > _MOST_DIFFERENCE:
             raise RuntimeError(f"the export's logits differ from the model's by {found.largest_difference:g}")
         write_page(aside, word, model.config, tokenizer, dtype, found, card)
-        aside.chmod(0o755)  # mkdtemp's is for its owner alone
-        flush(aside)
-        if out.is_dir():
-            out.rmdir()  # empty
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return found
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_genlm.errors import UserError
+from hf_genlm.files import refuse_links_out
 from hf_genlm.hub.manifest import Leaving, canary_texts, inspect
 from hf_genlm.hub.push import Content
 from hf_genlm.run_folder import RunFolder
@@ -29,6 +30,8 @@ class Parcel:
         given = Path(path)
         run = next((run for run in map(RunFolder, (given, given.parent)) if _is_of(given, run)), None)
         folder = given if run is None else run.model
+        if run is not None:
+            refuse_links_out(run.path)
         if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
             raise UserError(
                 f"{path!r} holds no whole model: neither it nor its model/ has config.json and weights in "

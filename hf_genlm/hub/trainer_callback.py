@@ -4,7 +4,6 @@ At a save, Trainer copies config and weights of the checkpoint to the folder tha
 lies on the Hub cannot be loaded until the last push. It also sends its arguments as a pickle.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
 import hf_genlm.model
+from hf_genlm.files import copy_file, write_text
 
 _IGNORED = ".gitignore"  # of a folder that is pushed, the Hub follows it
 
@@ -33,8 +33,8 @@ class PushWithCode(TrainerCallback):
 def _complete(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in Path(hf_genlm.model.__file__).parent.glob("*_genlm.py"):
-        shutil.copyfile(path, folder / path.name)
+        copy_file(path, folder / path.name)
     ignored = folder / _IGNORED
     rules = ignored.read_text(encoding="utf-8").splitlines() if ignored.is_file() else []
     if TRAINING_ARGS_NAME not in rules:
-        ignored.write_text("\n".join([*rules, TRAINING_ARGS_NAME]) + "\n", encoding="utf-8")
+        write_text(ignored, "\n".join([*rules, TRAINING_ARGS_NAME]) + "\n")

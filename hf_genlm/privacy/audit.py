@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 from hf_genlm.config.recipe import Recipe, load_recipe, set_field
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.evaluation.measurement import Measurement
+from hf_genlm.files import write_json
 from hf_genlm.loading import load
 from hf_genlm.privacy.attacks.exposure import measure_canaries
 from hf_genlm.privacy.attacks.extraction import measure_extraction
 from hf_genlm.privacy.attacks.membership import measure_membership
 from hf_genlm.privacy.subject import Audited, Evidence, Findings, Progress
-from hf_genlm.run_folder import Listener, RunFolder, read_json, write_json
+from hf_genlm.run_folder import Listener, RunFolder, read_json
 from hf_genlm.text.canaries import Canaries, plant
 from hf_genlm.text.corpus import Corpus, notes_on, read_corpus, read_documents
 from hf_genlm.text.encoding import encode_documents

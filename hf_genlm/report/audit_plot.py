@@ -4,12 +4,12 @@
 """
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_genlm.evaluation.measurement import Measurement
+from hf_genlm.files import copy_file
 from hf_genlm.report.figures import COLOURS, DASHES, MARKERS, line_style, new_figure, save_png
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def write_audit_picture(
         draw(one)
     path = save_png(figure, folder / AUDIT_PICTURE)
     if model is not None and model.is_dir():
-        (model / AUDIT_PICTURE).parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, model / AUDIT_PICTURE)
+        copy_file(path, model / AUDIT_PICTURE)
     return path
 
 

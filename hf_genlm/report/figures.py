@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_genlm.files import atomic_file
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -71,9 +73,7 @@ def plain(text: str) -> str:
 
 
 def save_png(figure: "Figure", path: Path) -> Path:
-    """Write `figure` aside and rename it; the same figure gives the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    figure.savefig(aside, format="png", metadata={"Software": None})
-    aside.replace(path)
+    """Write `figure` as PNG; the same figure gives the same bytes."""
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", metadata={"Software": None})
     return path

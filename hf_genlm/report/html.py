@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from hf_genlm.files import write_text
 from hf_genlm.report import markdown
-from hf_genlm.run_folder import write_text
 
 
 @dataclass(frozen=True)

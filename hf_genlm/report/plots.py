@@ -4,7 +4,6 @@
 run again, or several over one another.
 """
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_genlm.files import copy_file
 from hf_genlm.report.curves import Curves, column, read_curves, running_median, smoothed
 from hf_genlm.report.figures import COLOURS, MARKERS, new_mosaic, plain, save_png
 from hf_genlm.run_folder import RunFolder
@@ -100,9 +100,7 @@ def write_curves(run: RunFolder) -> Path | None:
         return None
     path = save_png(draw_curves([curves]), run.path / PICTURE)
     if run.model.is_dir() and not run.privacy.is_file():
-        copy = run.model / PICTURE
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
+        copy_file(path, run.model / PICTURE)
     return path
 
 

@@ -5,7 +5,6 @@ carried GenLM gets the code of this package, not what lies beside its weights, w
 """
 
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata, resources
@@ -15,9 +14,10 @@ from typing import Any
 from hf_genlm.config.recipe import load_recipe
 from hf_genlm.config.sections import CardRecipe
 from hf_genlm.errors import UserError, without_secrets
+from hf_genlm.files import atomic_folder, copy_file, write_json, write_text
 from hf_genlm.hub.manifest import LOADED
 from hf_genlm.loading import source_of
-from hf_genlm.run_folder import RunFolder, read_json, write_json, write_text
+from hf_genlm.run_folder import RunFolder, read_json
 
 MODEL_TYPE = "genlm"
 _PINNED = ("gradio", "torch", "transformers")  # at the versions that the folder was written with
@@ -81,24 +81,22 @@ def write_space(out: str | Path, models: Sequence[ShownModel], title: str | None
     requirements = "".join(f"{name}=={_version(name)}\n" for name in _PINNED)
     models = _told_apart(models)
     title = title or " and ".join(model.name for model in models)
-    try:
-        _copy_demo(out)
+    with atomic_folder(out) as folder:
+        _copy_demo(folder)
         for model in models:
             if model.repo_id is None and model.folder is not None:
-                _carry(model.folder, out / model.source, model.is_genlm)
-        write_json(out / "space.json", {"title": title, "models": [_entry(model) for model in models]})
-        write_text(out / "requirements.txt", requirements)
-        write_text(out / "README.md", _readme(title, models))
-    except OSError as error:
-        raise UserError(
-            f"--out {str(out)!r} cannot be written ({error.strerror}): name a writable folder"
-        ) from error
+                _carry(model.folder, folder / model.source, model.is_genlm)
+        write_json(folder / "space.json", {"title": title, "models": [_entry(model) for model in models]})
+        write_text(folder / "requirements.txt", requirements)
+        write_text(folder / "README.md", _readme(title, models))
     return sorted(path for path in out.rglob("*") if path.is_file())
 
 
 def _copy_demo(out: Path) -> None:
     with resources.as_file(resources.files("hf_genlm.space").joinpath("files")) as folder:
-        shutil.copytree(folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                copy_file(path, out / path.relative_to(folder))
 
 
 def _carry(folder: Path, to: Path, is_genlm: bool) -> None:
@@ -107,14 +105,14 @@ def _carry(folder: Path, to: Path, is_genlm: bool) -> None:
     to.mkdir(parents=True)
     for pattern in LOADED:
         for path in folder.glob(pattern):
-            shutil.copyfile(path, to / path.name)
+            copy_file(path, to / path.name)
     config = read_json(to / "config.json")
     config.pop("auto_map", None)  # may name any file
     if is_genlm:
         config["auto_map"] = _AUTO_MAP
         with resources.as_file(resources.files("hf_genlm").joinpath("model")) as code:
             for path in code.glob("*_genlm.py"):
-                shutil.copyfile(path, to / path.name)
+                copy_file(path, to / path.name)
     write_json(to / "config.json", config)
 
 

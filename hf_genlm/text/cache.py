@@ -21,6 +21,7 @@ from typing import IO, Any
 import numpy as np
 
 from hf_genlm.errors import UserError
+from hf_genlm.files import PendingFile
 
 _FORMAT = 1  # part of every key: raise it when the content for the same key changes
 _SUFFIX = ".arrays"
@@ -56,8 +57,9 @@ class ArrayWriter:
     """
 
     def __init__(self, cache: "Cache", key: str | None):
-        self._cache, self._key = cache, key
-        self._file, self._part = cache.new_file(key)
+        self._cache = cache
+        self._pending = cache.new_file(key)
+        self._file = scratch_file() if self._pending is None else self._pending.file
         self._hash = hashlib.sha256()
         self._n_bytes = 0
         self._table: dict[str, dict[str, Any]] = {}
@@ -81,9 +83,9 @@ class ArrayWriter:
         try:
             self._file.flush()
             finished = ArrayFile(self._file, self._table)
-            if self._part is not None and self._key is not None:
-                os.fsync(self._file.fileno())
-                self._cache.keep(self._part, self._key)
+            if self._pending is not None:
+                self._pending.commit()
+                self._cache.remove_oldest(self._pending.path)
         except OSError as error:
             raise no_space(error, self._n_bytes) from error
         return finished
@@ -92,9 +94,10 @@ class ArrayWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        if self._part is not None:
-            self._part.unlink(missing_ok=True)  # it has another name if it was finished
+        if self._pending is None:
+            self._file.close()
+        else:
+            self._pending.discard()
 
     def _write(self, content: bytes) -> None:
         self._hash.update(content)
@@ -130,24 +133,22 @@ class Cache:
             self._note(f"the cached {path.name} cannot be used ({error.strerror}): it is made anew")
         return None
 
-    def new_file(self, key: str | None) -> tuple[IO[bytes], Path | None]:
-        """An open file, and its path where it may become the entry of `key`."""
+    def new_file(self, key: str | None) -> PendingFile | None:
+        """An open file that may become the entry of `key`; None where nothing is kept."""
         if self.folder is not None and key is not None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                handle, name = tempfile.mkstemp(".part", key[:16], self.folder)
-                return os.fdopen(handle, "w+b"), Path(name)
+                return PendingFile(self.folder / (key + _SUFFIX), mode=0o600)
             except OSError as error:
                 self._note(
                     f"the cache {str(self.folder)!r} cannot be written ({error.strerror}): this run keeps "
                     "nothing; name another folder by HF_GENLM_CACHE, or --set corpus.cache=false"
                 )
                 self.folder = None
-        return scratch_file(), None
+        return None
 
-    def keep(self, part: Path, key: str) -> None:
-        """Make the finished file `part` the entry of `key`, and bound the folder."""
-        kept = part.replace(part.with_name(key + _SUFFIX))
+    def remove_oldest(self, kept: Path) -> None:
+        """Remove unfinished files, and beyond the limit the entries used longest ago, but not `kept`."""
         room = _MAX_BYTES - kept.stat().st_size
         for age_s, size, path in sorted(_ages_of(kept.parent)):
             if path.suffix == ".part" and age_s > _STALE_S:

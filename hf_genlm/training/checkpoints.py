@@ -4,23 +4,19 @@ checkpoints/checkpoint-1200/   what Trainer goes on from, and manifest.json: whe
                                size and sha256 of every file
 """
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_genlm.errors import UserError
-from hf_genlm.run_folder import flush
+from hf_genlm.files import atomic_folder, note_no_space, sync_folder, write_json
 
 _PREFIX = "checkpoint-"  # as Trainer names them
 _PART = ".part"  # the folder in which one is written
@@ -33,7 +29,6 @@ _OF_DEEPSPEED = {
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 }
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +66,13 @@ def seal(folder: Path, progress: Progress, keep: int) -> None:
     files = sorted(path for path in written.rglob("*") if path.is_file())
     hashes = {path.relative_to(written).as_posix(): [path.stat().st_size, _sha256(path)] for path in files}
     content = {**dataclasses.asdict(progress), "files": hashes}
-    (written / _MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    flush(written)
+    write_json(written / _MANIFEST, content)
+    sync_folder(written)
     final = folder / written.name
     shutil.rmtree(final, ignore_errors=True)
     written.rename(final)
     clear_parts(folder)
-    flush(folder)  # the new name, before an old one goes
+    sync_folder(folder)  # the new name, before an old one goes
     for path in _by_step(folder)[:-keep]:
         shutil.rmtree(path)
 
@@ -134,50 +129,16 @@ def _verified(path: Path, note: Callable[[str], None]) -> Checkpoint | None:
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str | None:
     """Write a model folder, whole or not at all: weights, config, tokenizer and the code that loads them
     without this package. Returns why it is not there, where the disk was full."""
-    aside = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
     failed: list[str] = []
-    with full_disk_as(failed.append):
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        flush(aside)
-        aside.rename(folder)
-        flush(folder.parent)
-    if not failed:
-        return None
-    shutil.rmtree(aside, ignore_errors=True)
-    return failed[0]
+    with note_no_space(failed.append), atomic_folder(folder) as written:
+        model.save_pretrained(written)
+        tokenizer.save_pretrained(written)
+    return failed[0] if failed else None
 
 
 def clear_parts(folder: Path) -> None:
     """Remove what a run that was killed had begun to write."""
     shutil.rmtree(part_of(folder), ignore_errors=True)
-
-
-@contextlib.contextmanager
-def full_disk_as(note: Callable[[str], None]) -> Iterator[None]:
-    """Tell `note` of a write that failed for want of space, instead of raising it."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = no_space_reason(error)
-        if reason is None:
-            raise
-        note(reason)
-
-
-def no_space_reason(error: BaseException) -> str | None:
-    """What a failed write says where the disk was full; None where it was something else.
-
-    safetensors gives the number in words, torch none.
-    """
-    if isinstance(error, OSError):
-        return error.strerror if error.errno in _NO_SPACE else None
-    text = str(error)
-    if isinstance(error, RuntimeError) and "inline_container.cc" in text:
-        return "torch could not write it, as on a full disk"
-    is_full = any(f"os error {number})" in text for number in _NO_SPACE)
-    return os.strerror(errno.ENOSPC) if is_full else None
 
 
 def _by_step(folder: Path) -> list[Path]:

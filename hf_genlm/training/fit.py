@@ -13,6 +13,7 @@ from hf_genlm.errors import Stopped
 from hf_genlm.evaluation.languages import documents_of
 from hf_genlm.evaluation.likelihood import Window, measure_likelihood
 from hf_genlm.evaluation.measurement import Measurement
+from hf_genlm.files import append_file, note_no_space
 from hf_genlm.memory import keeping_memory
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.run_folder import RunFolder
@@ -31,7 +32,7 @@ from hf_genlm.training.callbacks import (
     ThreadsCallback,
     write_samples,
 )
-from hf_genlm.training.checkpoints import Checkpoint, full_disk_as, write_model
+from hf_genlm.training.checkpoints import Checkpoint, write_model
 from hf_genlm.training.lanes import Lanes
 from hf_genlm.training.milestones import WordRate, WordsCallback, name_of, read_milestones
 from hf_genlm.training.optimizer import OptimizerFactory
@@ -234,8 +235,9 @@ def _sample(run: RunFolder, model: GenLMForCausalLM, job: Job, step: int) -> Non
     def note(reason: str) -> None:
         run.log("note", message=f"the samples of step {step} were not written: {reason}")
 
-    with full_disk_as(note), run.samples.open("a", encoding="utf-8") as file:
-        file.write(_samples_markdown(f"After step {step}, {reached['elapsed_s']:.1f} s", texts))
+    with note_no_space(note), append_file(run.samples) as file:
+        markdown = _samples_markdown(f"After step {step}, {reached['elapsed_s']:.1f} s", texts)
+        file.write(markdown.encode("utf-8", "replace"))
 
 
 def _reached(job: Job, step: int) -> dict[str, float]:

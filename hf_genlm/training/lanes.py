@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_genlm.errors import UserError
+from hf_genlm.files import write_bytes
 from hf_genlm.model import CarriedState
 
 STATE_FILE = "carried_state.safetensors"
@@ -86,7 +87,7 @@ class Lanes(TrainerCallback):
             every = gather(mine).unflatten(0, (self.args.world_size, -1))  # processes, passes, rows of each
             written[f"{layer}.{slot}"] = every.transpose(0, 1).flatten(0, 2).contiguous().cpu()
         if self.args.process_index == 0:
-            save_file(written, Path(folder) / STATE_FILE)
+            write_bytes(Path(folder) / STATE_FILE, save(written))
 
     def load(self, folder: str | Path) -> None:
         """Go on with the states that `save` wrote, by any number of processes and passes for the same lanes.

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, cast
 
 from hf_genlm.config.recipe import CorpusRecipe, Recipe, TrainingRecipe
 from hf_genlm.errors import UserError
+from hf_genlm.files import write_json
 from hf_genlm.privacy.dp.guarantee import check_installed, delta_of, guarantee_of
 from hf_genlm.privacy.dp.randomness import KEY_BYTES
-from hf_genlm.run_folder import RunFolder, write_json
+from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.corpus import read_corpus
 from hf_genlm.text.store import Documents
 from hf_genlm.training import processes

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 
 from hf_genlm.config.recipe import Recipe, TrainingRecipe
 from hf_genlm.errors import UserError
+from hf_genlm.files import write_bytes
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.privacy.dp.guarantee import Guarantee
 from hf_genlm.privacy.dp.per_example import PerExampleGradients
@@ -41,10 +42,8 @@ class PrivateState:
 
     def save(self, folder: Path) -> None:
         """Write it to a checkpoint, for its owner's eyes."""
-        path = folder / STATE_FILE
-        path.touch(mode=0o600)
         content = {"guarantee": asdict(self.guarantee), "key": self.key.hex()}
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_bytes(folder / STATE_FILE, json.dumps(content, indent=2).encode() + b"\n", mode=0o600)
 
     @classmethod
     def load(cls, folder: Path, steps: int) -> "PrivateState":

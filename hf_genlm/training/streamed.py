@@ -11,7 +11,8 @@ from transformers.trainer_callback import ExportableState
 
 from hf_genlm.config.recipe import Recipe, TrainingRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.run_folder import RunFolder, read_json, write_json
+from hf_genlm.files import write_json
+from hf_genlm.run_folder import RunFolder, read_json
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents
 from hf_genlm.text.held_out import beginning, read_stream
 from hf_genlm.text.identity import check_same, touched

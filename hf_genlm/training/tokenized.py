@@ -12,7 +12,8 @@ from hf_genlm.config.recipe import Recipe, TrainingRecipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.languages import documents_of, tokenization_of
 from hf_genlm.evaluation.measurement import write_measurements
-from hf_genlm.run_folder import RunFolder, read_json, write_json
+from hf_genlm.files import atomic_folder, write_json
+from hf_genlm.run_folder import RunFolder, read_json
 from hf_genlm.text.balanced import BalancedRows, balanced_text, repeats_of
 from hf_genlm.text.cache import ArrayWriter, Cache, cache_folder
 from hf_genlm.text.canaries import plant
@@ -209,7 +210,8 @@ def tokenizer_of(
         tokenizer = train_tokenizer(documents, recipe.tokenizer, n_bytes, cache, sha256)
     recipe.tokenizer.vocab_size = len(tokenizer)
     if not is_again:  # a kill in mid-writing would take from a run the one that it has
-        tokenizer.save_pretrained(run.tokenizer)
+        with atomic_folder(run.tokenizer, replace=True) as folder:
+            tokenizer.save_pretrained(folder)
     return tokenizer
 
 

@@ -15,16 +15,10 @@ from hf_genlm.errors import NoSource, UserError
 from hf_genlm.evaluation.blocks import BlockSums
 from hf_genlm.evaluation.languages import measure_languages
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
+from hf_genlm.files import atomic_folder, write_json, write_text
 from hf_genlm.loading import hub_id_of
 from hf_genlm.model import GenLMForCausalLM
-from hf_genlm.run_folder import (
-    FollowedRun,
-    Listener,
-    RunFolder,
-    describe_environment,
-    write_json,
-    write_text,
-)
+from hf_genlm.run_folder import FollowedRun, Listener, RunFolder, describe_environment
 from hf_genlm.text.canaries import check_canaries
 from hf_genlm.text.languages import check_languages
 from hf_genlm.text.near_duplicates import check_near_duplicates
@@ -245,7 +239,8 @@ def _prepare(run: RunFolder, given: Recipe) -> Job:
     private = None if recipe.privacy.epsilon is None else begin_private(run, recipe, corpus, budget)
     job = _job_of(run, recipe, corpus, budget, private)
     if processes.is_first():
-        corpus.tokenizer.save_pretrained(run.tokenizer)  # again: its model_max_length is known now
+        with atomic_folder(run.tokenizer, replace=True) as folder:  # its model_max_length is known now
+            corpus.tokenizer.save_pretrained(folder)
         write_text(run.recipe, recipe.to_yaml())
         machine = {"device": _describe(job.arguments.device), "processes": processes.count()}
         write_json(run.environment, {**describe_environment(), **machine})

@@ -13,12 +13,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_genlm.config.recipe import TrainingRecipe
 from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.files import note_no_space
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.balanced import BalancedRows
 from hf_genlm.training.budget import Budget, trapezoid
 from hf_genlm.training.callbacks import Diverged
-from hf_genlm.training.checkpoints import Progress, clear_parts, full_disk_as, part_of, seal
+from hf_genlm.training.checkpoints import Progress, clear_parts, part_of, seal
 from hf_genlm.training.lanes import Lanes
 from hf_genlm.training.processes import (
     RowsAndBlank,
@@ -121,14 +122,14 @@ class BudgetTrainer(Trainer):
         failures: list[str] = []
         self._check_finite(model)
         from_first(lambda: clear_parts(folder))
-        with full_disk_as(failures.append):
+        with note_no_space(failures.append):
             super()._save_checkpoint(model, trial)
             self._save_states(part_of(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}")
         budget = self.budget
         progress = Progress(step, budget.elapsed_s, budget.seconds, budget.steps, self.is_rate_halved)
 
         def finish() -> str | None:
-            with full_disk_as(failures.append):
+            with note_no_space(failures.append):
                 if not failures:
                     seal(folder, progress, keep=self.recipe.save_total_limit)
             return failures[0] if failures else None

@@ -20,7 +20,8 @@ import numpy as np
 
 from hf_genlm.config.recipe import Recipe
 from hf_genlm.errors import UserError, did_you_mean
-from hf_genlm.run_folder import RunFolder, write_json
+from hf_genlm.files import write_json
+from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.damage import DAMAGED
 from hf_genlm.text.encoding import pieces
 from hf_genlm.text.store import Document, as_documents

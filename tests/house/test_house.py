@@ -13,16 +13,17 @@ MAX_MODULES = 150
 MAX_LINES = 25_000
 
 # room -> the rooms of hf_genlm that it may import; a room may always import itself
-BASE = {"errors", "memory", "run_folder", "config"}
+BASE = {"errors", "memory", "files", "run_folder", "config"}
 TEXT_AND_MODEL = {*BASE, "text", "model", "loading"}
 MEASURING = {*TEXT_AND_MODEL, "decoding", "evaluation"}
 SHOWING = {*BASE, "loading", "model", "evaluation.measurement", "report", "card"}
 MAY_IMPORT = {
     "errors": set(),
     "memory": set(),
-    "run_folder": {"errors"},
+    "files": {"errors"},
+    "run_folder": {"errors", "files"},
     "model": set(),
-    "config": {"errors", "run_folder", "model"},
+    "config": {"errors", "files", "run_folder", "model"},
     "loading": {"errors", "model"},
     "text": {*BASE},
     "decoding": TEXT_AND_MODEL,

@@ -18,8 +18,9 @@ from support.models import build_model
 import hf_genlm
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import TokenizerRecipe
+from hf_genlm.files import write_json
 from hf_genlm.hub import push as our_hub
-from hf_genlm.run_folder import RunFolder, write_json
+from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.sources import Document
 from hf_genlm.text.tokenizer import train_tokenizer
 

@@ -19,6 +19,7 @@ from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import CorpusRecipe, PrivacyRecipe, Recipe, load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import Measurement, read_measurements
+from hf_genlm.files import write_json
 from hf_genlm.privacy.attacks import epsilon, exposure, intervals
 from hf_genlm.privacy.attacks.exposure import CanaryLosses, null_mean, null_p_value, skew_normal_exposure
 from hf_genlm.privacy.attacks.extraction import count_copies, matched_tokens
@@ -26,7 +27,7 @@ from hf_genlm.privacy.attacks.membership import SCORES, Passages
 from hf_genlm.privacy.attacks.scoring import Passage, score
 from hf_genlm.privacy.subject import Audited, Place, draw_places, passage_at
 from hf_genlm.report.plots import PICTURE, write_curves
-from hf_genlm.run_folder import RunFolder, read_json, write_json
+from hf_genlm.run_folder import RunFolder, read_json
 from hf_genlm.text.canaries import BITS, Canaries, check_canaries, draw_canaries, plant
 from hf_genlm.text.corpus import count_text, read_corpus
 from hf_genlm.text.encoding import TokenizedDocuments

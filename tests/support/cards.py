@@ -9,7 +9,8 @@ from safetensors.numpy import save_file
 
 from hf_genlm.config.recipe import Recipe
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
-from hf_genlm.run_folder import RunFolder, describe_environment, write_json
+from hf_genlm.files import write_json
+from hf_genlm.run_folder import RunFolder, describe_environment
 
 MEASURED = [
     Measurement("nats_per_token", 3.2171234, "nats/token", 41234, 0.0123456, "validation", False),

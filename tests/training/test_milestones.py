@@ -137,7 +137,9 @@ def test_a_run_that_is_gone_on_with_writes_none_twice(kept, text_folder, tmp_pat
     run = RunFolder(tmp_path / "run")
     inodes = {path.name: path.stat().st_ino for path in run.milestones.iterdir()}
     assert set(inodes) == {"chck_500", "chck_1K"}
-    shutil.copytree(run.milestones / "chck_1K", run.milestones / "chck_1200.part")  # a kill in mid-writing
+    shutil.copytree(
+        run.milestones / "chck_1K", run.milestones / f".chck_1200.{0:016x}.part"
+    )  # a kill in mid-writing
     train(recipe, run.path, resume=True)
     assert {name: (run.milestones / name).stat().st_ino for name in inodes} == inodes
     assert sorted(path.name for path in run.milestones.iterdir()) == ["chck_1200", "chck_1K", "chck_500"]

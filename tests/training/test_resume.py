@@ -299,10 +299,10 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(text, small_disk, undist
 
 def test_a_model_that_found_no_room_is_saved_by_resuming(text, tmp_path, monkeypatch, undisturbed):
     def full(folder):
-        if folder.name == "model.part":
+        if folder.name.startswith(".model."):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("hf_genlm.training.checkpoints.flush", full)
+    monkeypatch.setattr("hf_genlm.files.sync_folder", full)
     with pytest.raises(UserError, match="--resume"):
         train(recipe_of(text), tmp_path / "run")
     run = RunFolder(tmp_path / "run")

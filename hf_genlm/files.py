@@ -1,0 +1,282 @@
+"""The one writer of files: whole or not at all, under a private name, and never through a link.
+
+A file is written beside its place under an unpredictable name, flushed to the disk and renamed. A reader sees
+the old file or the whole new one, and a link at the place is replaced, not followed.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from hf_genlm.errors import UserError
+
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW
+_APPEND = os.O_RDWR | os.O_CREAT | os.O_APPEND | _NO_FOLLOW
+_PRIVATE = re.compile(r"\..*\.[0-9a-f]{16}\.part")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_REMEDIES = {
+    **dict.fromkeys(_NO_SPACE, "make room on the disk, or name a folder on another one"),
+    errno.ELOOP: "put a file or folder in the place of the link",
+}
+_REMEDY = "name a place that can be written"
+
+
+class WriteError(UserError):
+    """A file or folder cannot be written. `reason` is the system's message, `errno` its number."""
+
+    def __init__(self, path: str | Path, error: OSError):
+        self.errno, self.reason = error.errno, error.strerror or str(error)
+        remedy = _REMEDIES.get(error.errno or 0, _REMEDY)
+        super().__init__(f"{str(path)!r} cannot be written ({self.reason}): {remedy}")
+
+    @property
+    def is_no_space(self) -> bool:
+        """True if the disk or the quota is full."""
+        return self.errno in _NO_SPACE
+
+
+def private_name(path: Path) -> Path:
+    """An unpredictable name in the folder of `path`, for what will take its place."""
+    return path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.part")
+
+
+def is_private_name(path: Path) -> bool:
+    """True if `path` has a name that `private_name` made, as a killed process leaves it behind."""
+    return _PRIVATE.fullmatch(path.name) is not None
+
+
+def remove_private(folder: Path) -> None:
+    """Remove the files and folders that killed writers left in `folder`."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if is_private_name(path):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+class PendingFile:
+    """An open file under a private name beside `path`. `commit` puts it in the place of `path`.
+
+    Raises:
+        OSError: from every method, as the system says.
+    """
+
+    def __init__(self, path: Path, mode: int = 0o666):
+        self.path = path
+        self._private = private_name(path)
+        self.file: BinaryIO = os.fdopen(os.open(self._private, _NEW, mode), "w+b")
+
+    def commit(self) -> None:
+        """Flush the content to the disk, close the file and rename it to `path`."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self._private.replace(self.path)
+        _sync(self.path.parent)
+
+    def discard(self) -> None:
+        """Close and remove what was not committed."""
+        with contextlib.suppress(OSError):  # closing flushes, again to a full disk
+            self.file.close()
+        self._private.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """An open file that takes the place of `path` at the end of the block, if the block raises nothing.
+
+    Raises:
+        WriteError: the block or the system raised an OSError; `path` is as it was.
+    """
+    path = Path(path)
+    with _write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pending = PendingFile(path, mode)
+        try:
+            yield pending.file
+            pending.commit()
+        finally:
+            pending.discard()
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """As `atomic_file`, for a library that opens the file by itself: a path in a private folder."""
+    path = Path(path)
+    with _write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = private_name(path)
+        folder.mkdir(mode=0o700)
+        try:
+            yield folder / path.name
+            _sync(folder / path.name)
+            (folder / path.name).replace(path)
+            _sync(path.parent)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
+    """A private folder that becomes `path` at the end of the block, if the block raises nothing.
+
+    At `path` there may be nothing or an empty folder; with `replace` any folder, which is removed then.
+
+    Raises:
+        WriteError: something is at `path`, or the block or the system raised an OSError; `path` is as it was.
+    """
+    path = Path(path)
+    with _write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = private_name(path)
+        folder.mkdir()
+        try:
+            yield folder
+            sync_folder(folder)
+            former = private_name(path)
+            if path.is_dir() and not path.is_symlink():
+                path.rename(former) if replace else path.rmdir()
+            folder.rename(path)
+            _sync(path.parent)
+            shutil.rmtree(former, ignore_errors=True)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def append_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file open for reading and for writing at its end, made where there is none.
+
+    Raises:
+        WriteError: `path` is a link, or the system raised an OSError.
+    """
+    with _write_errors(Path(path)), os.fdopen(os.open(path, _APPEND, 0o666), "ab+") as file:
+        yield file
+
+
+def write_bytes(path: str | Path, content: bytes, mode: int = 0o666) -> None:
+    """Write a file. `mode` holds its permissions, from which the umask is taken."""
+    with atomic_file(path, mode) as file:
+        file.write(content)
+
+
+def write_text(path: str | Path, content: str) -> None:
+    """Write a text as UTF-8; a lone surrogate becomes a question mark."""
+    write_bytes(path, content.encode("utf-8", "replace"))
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write `content` as JSON, in lines."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the content of a file, without its permissions."""
+    with source.open("rb") as content, atomic_file(target) as file:
+        shutil.copyfileobj(content, file)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put all files of `folder` and their names on the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        if not path.is_symlink():
+            _sync(path)
+
+
+def refuse_links_out(folder: str | Path) -> None:
+    """Refuse a folder from which a link leads out, or that holds a pipe or a device.
+
+    A verb that writes into such a folder could write somewhere else.
+
+    Raises:
+        UserError: the first such entry, by its path.
+    """
+    root = os.path.realpath(folder)
+    folders = [root]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                kind = entry.stat(follow_symlinks=False).st_mode
+                if stat.S_ISDIR(kind):
+                    folders.append(entry.path)
+                elif stat.S_ISLNK(kind):
+                    target = os.path.realpath(entry.path)
+                    if target != root and not target.startswith(root + os.sep):
+                        raise UserError(
+                            f"{entry.path!r} is a link to {target!r}, outside of {str(folder)!r}: put the "
+                            "file or folder itself there, or remove the link"
+                        )
+                elif not stat.S_ISREG(kind):
+                    raise UserError(f"{entry.path!r} is neither a file nor a folder: remove it")
+
+
+def require_new_folder(path: str | Path) -> None:
+    """Refuse an --out folder that holds something.
+
+    Raises:
+        UserError: `path` is a file, or a folder with something in it.
+    """
+    path = Path(path)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise UserError(f"--out {str(path)!r} already holds files: name a new folder, or remove it")
+
+
+def os_error_of(error: BaseException) -> OSError | None:
+    """The failure of the system behind an exception of a library; None if there is none.
+
+    safetensors names the number in words, torch none.
+    """
+    if isinstance(error, WriteError):
+        return OSError(error.errno, error.reason)
+    if isinstance(error, OSError):
+        return error
+    found = re.search(r"\(?os error (\d+)\)", str(error))
+    if found:
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    if isinstance(error, RuntimeError) and "inline_container.cc" in str(error):
+        return OSError(errno.ENOSPC, "torch could not write it, as on a full disk")
+    return None
+
+
+@contextlib.contextmanager
+def note_no_space(note: Callable[[str], None]) -> Iterator[None]:
+    """Call `note` with the reason of a write that failed on a full disk, instead of raising."""
+    try:
+        yield
+    except Exception as error:
+        cause = os_error_of(error)
+        if cause is None or cause.errno not in _NO_SPACE:
+            raise
+        note(cause.strerror or str(cause))
+
+
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    """Raise WriteError for an OSError of the system or of a library."""
+    try:
+        yield
+    except Exception as error:
+        cause = os_error_of(error)
+        if cause is None:
+            raise
+        raise WriteError(path, cause) from error
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name != "posix":  # Windows keeps names by itself
+        return
+    number = os.open(path, (os.O_RDONLY if os.name == "posix" else os.O_RDWR) | _NO_FOLLOW)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

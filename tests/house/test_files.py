@@ -1,0 +1,342 @@
+"""Promise: one writer writes all files, whole or not at all, and never through a link."""
+
+import ast
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from support.corpora import write
+from support.runs import SMALL
+
+import hf_genlm
+from hf_genlm.cli.main import main
+from hf_genlm.errors import UserError
+from hf_genlm.files import (
+    WriteError,
+    append_file,
+    atomic_file,
+    atomic_folder,
+    atomic_path,
+    copy_file,
+    is_private_name,
+    private_name,
+    refuse_links_out,
+    remove_private,
+    write_bytes,
+    write_json,
+    write_text,
+)
+
+PACKAGE = Path(hf_genlm.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+# the writer
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write_folder(path: Path, content: str) -> None:
+    with atomic_folder(path, replace=True) as folder:
+        write_text(folder / "a.txt", content)
+
+
+def write_by_path(path: Path, content: str) -> None:
+    with atomic_path(path) as private:
+        private.write_text(content)
+
+
+WRITERS = {
+    "text": write_text,
+    "json": lambda path, content: write_json(path, content),
+    "bytes": lambda path, content: write_bytes(path, content.encode()),
+    "copy": lambda path, content: copy_file(write(path.parent / "source", content), path),
+    "folder": write_folder,
+    "by path": write_by_path,
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_write_leaves_the_new_content_and_nothing_beside_it(writer, tmp_path):
+    path = tmp_path / "deep" / "new"
+    for content in ("one", "two"):
+        WRITERS[writer](path, content)
+        read = path / "a.txt" if path.is_dir() else path
+        assert read.read_text().strip('"\n') == content
+        assert set(names_in(path.parent)) <= {"new", "source"}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_link_at_the_place_is_replaced_and_not_followed(writer, tmp_path):
+    outside = write(tmp_path / "outside.txt", "precious")
+    path = tmp_path / "run" / "new"
+    path.parent.mkdir()
+    path.symlink_to(outside)
+    try:
+        WRITERS[writer](path, "content")
+    except WriteError:
+        assert writer == "folder"
+    assert outside.read_text() == "precious"
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_failed_write_leaves_the_old_content(writer, tmp_path, monkeypatch):
+    path = tmp_path / "new"
+    WRITERS[writer](path, "old")
+
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WriteError, match=r"new' cannot be written \(No space left on device\): make room"):
+        WRITERS[writer](path, "content")
+    assert (path / "a.txt" if path.is_dir() else path).read_text().strip('"\n') == "old"
+    assert set(names_in(tmp_path)) <= {"new", "source"}
+
+
+def test_what_the_block_raises_leaves_nothing(tmp_path):
+    for writer in (atomic_file, atomic_folder, atomic_path):
+        with pytest.raises(ZeroDivisionError), writer(tmp_path / "new"):
+            raise ZeroDivisionError
+        with pytest.raises(WriteError, match="No space left"), writer(tmp_path / "new"):
+            raise RuntimeError("I/O error: No space left on device (os error 28)")  # as safetensors says it
+    assert names_in(tmp_path) == []
+
+
+def test_a_private_name_cannot_be_foreseen_and_is_cleared_away(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    names = {private_name(path) for _ in range(100)}
+    assert len(names) == 100
+    assert all(is_private_name(name) and name.parent == tmp_path for name in names)
+    assert not is_private_name(tmp_path / "recipe.yaml.part")
+    write(private_name(path), "half")
+    write(private_name(path) / "file", "half")
+    private_name(path).symlink_to(write(tmp_path / "kept" / "file", "x").parent)
+    remove_private(tmp_path)
+    assert names_in(tmp_path) == ["kept"]
+    assert names_in(tmp_path / "kept") == ["file"]
+
+
+def test_permissions_are_those_of_the_umask_or_less(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "a", "x")
+        write_bytes(tmp_path / "b", b"x", mode=0o600)
+        write_folder(tmp_path / "c", "x")
+    finally:
+        os.umask(before)
+    assert [oct((tmp_path / name).stat().st_mode & 0o777) for name in "abc"] == ["0o640", "0o600", "0o750"]
+
+
+def test_an_append_follows_no_link(tmp_path):
+    outside = write(tmp_path / "outside.txt", "precious")
+    (tmp_path / "log.jsonl").symlink_to(outside)
+    with pytest.raises(WriteError, match="link"), append_file(tmp_path / "log.jsonl") as file:
+        file.write(b"x")
+    assert outside.read_text() == "precious"
+    for _ in range(2):
+        with append_file(tmp_path / "new.jsonl") as file:
+            file.write(b"x\n")
+    assert (tmp_path / "new.jsonl").read_text() == "x\nx\n"
+
+
+def test_links_that_stay_inside_are_let_pass_and_others_named(tmp_path):
+    run = tmp_path / "run"
+    write(run / "model/config.json", "{}")
+    (run / "latest").symlink_to("model")
+    (run / "loop").symlink_to(".")
+    (tmp_path / "link").symlink_to(run)
+    refuse_links_out(run)
+    refuse_links_out(tmp_path / "link")
+    for target in ("../..", "/etc/passwd", "../../run-2/x", "nowhere/../../../x"):
+        (run / "model/out").symlink_to(target)
+        with pytest.raises(UserError, match=r"model/out' is a link to .*, outside of .*run'"):
+            refuse_links_out(run)
+        (run / "model/out").unlink()
+    os.mkfifo(run / "pipe")
+    with pytest.raises(UserError, match="pipe' is neither a file nor a folder"):
+        refuse_links_out(run)
+
+
+# prepared run folders
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, text_folder) -> Path:
+    """A finished run, and a half one that can be resumed, on the same text."""
+    folder = tmp_path_factory.mktemp("trained")
+    small = [word for assignment in SMALL[:-2] for word in ("--set", assignment)]
+    options = ["train", str(text_folder), *small, "--steps", "2", "--set", "training.num_validations=0"]
+    assert main([*options, "--out", str(folder / "run")]) == 0
+    half = folder / "half"
+    half.mkdir()
+    for name in ("recipe.yaml", "log.jsonl", "environment.json", "corpus.json"):
+        shutil.copyfile(folder / "run" / name, half / name)
+    shutil.copytree(folder / "run/tokenizer", half / "tokenizer")
+    return folder
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+WRITING_VERBS = {
+    "card": lambda run: ["card", run, "--force"],
+    "evaluate": lambda run: ["evaluate", run],
+    "audit": lambda run: ["audit", run, "--limit", "4"],
+    "plot": lambda run: ["plot", run],
+    "push": lambda run: ["push", run, "owner/name", "--dry-run"],
+    "resume": lambda run: ["train", "--resume", "--out", run],
+}
+PLACES = (
+    "recipe.yaml", "recipe.yaml.part", "evaluation.json", "evaluation.json.part", "log.jsonl", "audit.json",
+    "plots", "plots/curves.png", "model/README.md", "model/README.md.part", "model/plots", "checkpoints",
+    "milestones", "tokenizer", ".lock", "samples.md", "tensorboard",
+)  # fmt: skip
+
+
+def plant(run: Path, place: str, outside: Path) -> None:
+    """Put a link at `place` to a copy outside of what lies there, or to anything where nothing does."""
+    path = run / place
+    target = outside / Path(place).name
+    if path.is_dir() or "." not in Path(place).name:
+        write(target / "curves.png", "precious")
+        write(target / "checkpoint-2" / "manifest.json", "precious")
+        if path.is_dir():
+            shutil.copytree(path, target, dirs_exist_ok=True)
+            shutil.rmtree(path)
+    else:
+        write(target, path.read_text(errors="replace") if path.is_file() else "precious")
+        path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(target)
+
+
+@pytest.mark.parametrize("verb", WRITING_VERBS)
+def test_a_run_with_a_link_out_is_refused_and_nothing_outside_changes(verb, trained, tmp_path, capsys):
+    for number, place in enumerate(PLACES):
+        run, outside = tmp_path / f"run-{number}", tmp_path / f"outside-{number}"
+        shutil.copytree(trained / ("half" if verb == "resume" else "run"), run)
+        plant(run, place, outside)
+        before = snapshot(outside)
+        assert before
+        assert main(WRITING_VERBS[verb](str(run))) == 2, place
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"{place.split('/')[-1]}' is a link to" in message, message
+        assert snapshot(outside) == before, place
+
+
+def test_a_new_run_does_not_begin_through_a_link(text_folder, tmp_path, capsys):
+    outside = write(tmp_path / "outside.txt", "precious")
+    for name in ("log.jsonl", ".lock", f".recipe.yaml.{0:016x}.part"):
+        run = tmp_path / f"run{name}"
+        run.mkdir()
+        (run / name).symlink_to(outside)
+        assert main(["train", str(text_folder), "--out", str(run), "--steps", "1"]) == 2
+        assert "is a link to" in capsys.readouterr().err
+    assert outside.read_text() == "precious"
+
+
+def test_a_text_may_be_a_link(trained, text_folder, tmp_path):
+    (tmp_path / "text.txt").symlink_to(next(text_folder.glob("*.txt")))
+    assert main(["evaluate", str(trained / "run"), str(tmp_path / "text.txt")]) == 0
+
+
+# no other writer
+
+WRITING_METHODS = {
+    "write_text", "write_bytes", "savefig", "save_pretrained", "tofile", "touch", "symlink_to", "hardlink_to",
+    "to_csv", "to_parquet", "save_to_disk", "rename",
+}  # fmt: skip
+WRITING_FUNCTIONS = {
+    "shutil.copyfile", "shutil.copy", "shutil.copy2", "shutil.copytree", "shutil.move", "shutil.make_archive",
+    "copyfile", "copytree", "os.rename", "os.replace", "os.renames", "os.link", "os.symlink", "os.truncate",
+    "np.save", "np.savez", "np.savetxt", "np.memmap", "torch.save", "save_file", "json.dump", "yaml.dump",
+    "tempfile.mkstemp", "tempfile.mkdtemp", "tempfile.NamedTemporaryFile", "mkstemp", "mkdtemp",
+    "NamedTemporaryFile", "SummaryWriter", "FileLock", "gguf.GGUFWriter", "program.save",
+}  # fmt: skip
+# a block in which a library may write by itself: what it is given is private
+PRIVATE = {"atomic_file", "atomic_folder", "atomic_path", "append_file", "tempfile.TemporaryDirectory"}
+# file -> what writes there, and why that is no fault
+ALLOWED = {
+    "cli/main.py": {"open"},  # /dev/null, in the place of an output that nobody reads any more
+    "comparison/running.py": {"FileLock"},  # an empty file; the folder was looked through for links
+    "run_folder.py": {"FileLock"},  # likewise
+    "training/trackers.py": {"SummaryWriter"},  # TensorBoard's own files, in a folder that was looked through
+    "training/checkpoints.py": {"rename"},  # of whole folders in checkpoints/, which was looked through
+    "export/targets.py": {"save_pretrained"},  # into the folder of an atomic_folder of the same file
+    "export/onnx_step.py": {"save_pretrained", "program.save"},  # likewise
+    "export/gguf_file.py": {"gguf.GGUFWriter"},  # likewise
+    "model/modeling_genlm.py": {"save_pretrained"},  # what is called there
+}
+
+
+def name_of(function: ast.expr) -> str:
+    return ast.unparse(function) if isinstance(function, (ast.Name, ast.Attribute)) else ""
+
+
+def opens_for_writing(call: ast.Call, name: str) -> bool:
+    """True for open(path, "w"), path.open("a"), os.open(path, os.O_WRONLY) and open(path, mode)."""
+    is_method = isinstance(call.func, ast.Attribute) and name != "os.open"
+    modes = [keyword.value for keyword in call.keywords if keyword.arg in ("mode", "flags")]
+    modes += call.args[0 if is_method else 1 :][:1]
+    if name == "os.open":
+        return not modes or ast.unparse(modes[0]) != "os.O_RDONLY"
+    return any(
+        bool(set(str(mode.value)) & set("wax+")) if isinstance(mode, ast.Constant) else not is_method
+        for mode in modes
+    )
+
+
+def writers_in(source: str) -> set[str]:
+    """Calls that write, rename or link a file outside of a private block."""
+    found = set()
+
+    def visit(node: ast.AST, is_private: bool) -> None:
+        if isinstance(node, ast.With):
+            names = [name_of(i.context_expr.func) for i in node.items if isinstance(i.context_expr, ast.Call)]
+            is_private = is_private or bool(PRIVATE & set(names))
+        if isinstance(node, ast.Call) and not is_private:
+            name = name_of(node.func)
+            last = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+            if name in WRITING_FUNCTIONS:
+                found.add(name)
+            elif last in WRITING_METHODS:
+                found.add(last)
+            elif last == "replace" and len(node.args) == 1 and not node.keywords:  # of a path: text takes two
+                found.add("replace")
+            elif (name in ("open", "os.open", "io.open") or last == "open") and opens_for_writing(node, name):
+                found.add("open")
+        for child in ast.iter_child_nodes(node):
+            visit(child, is_private)
+
+    visit(ast.parse(source), False)
+    return found
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
+def test_no_other_module_writes_files(file):
+    name = file.relative_to(PACKAGE).as_posix()
+    if name != "files.py":
+        assert writers_in(file.read_text(encoding="utf-8")) == ALLOWED.get(name, set())
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["open(path, 'w')", "path.open('ab')", "open(path, mode='r+')", "open(path, mode)", "path.write_text(x)",
+     "shutil.copyfile(a, b)", "np.save(path, x)", "figure.savefig(path)", "model.save_pretrained(folder)",
+     "aside.replace(path)", "os.replace(a, b)", "tempfile.mkstemp()", "os.open(path, os.O_WRONLY)",
+     "aside.rename(path)", "path.touch()", "SummaryWriter(folder)"],
+)  # fmt: skip
+def test_that_check_can_fail(fault):
+    assert writers_in(fault)
+    assert writers_in(f"with atomic_folder(x) as folder:\n    {fault}") == set()
+
+
+def test_that_check_lets_readers_pass():
+    source = "open(path); path.open('rb'); text.replace('a', 'b'); os.open(x, os.O_RDONLY); write_text(p, t)"
+    assert writers_in(source) == set()
