@@ -45,7 +45,7 @@ ARGUMENTS = {"trust_remote_code": True, "allow_pickle": True, "shell": True, "we
 
 # what a person asked for: a push runs the code that it has just sent, to see that it runs
 ASKED = {
-    "publish/clean_load.py": {
+    "hub/clean_load.py": {
         "AutoModelForCausalLM.from_pretrained(trust_remote_code=)",
         "AutoTokenizer.from_pretrained(trust_remote_code=)",
     }

@@ -1,9 +1,11 @@
 """The cache: found by content, whole or made anew, never of another text, never a reason to fail."""
 
+import io
 import json
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -174,14 +176,11 @@ def test_what_is_not_finished_leaves_nothing(folder):
 
 
 def test_a_full_disk_is_one_line(folder, monkeypatch):
-    class Full:
+    class Full(io.BytesIO):
         def write(self, content):
             raise OSError(28, "No space left on device")
 
-        def close(self):
-            pass
-
-    monkeypatch.setattr(Cache, "new_file", lambda *_: (Full(), None))
+    monkeypatch.setattr(Cache, "new_file", lambda *_: SimpleNamespace(file=Full(), discard=lambda: None))
     with (
         pytest.raises(UserError, match=r"disk is full.*HF_GENLM_CACHE") as caught,
         ArrayWriter(Cache(folder), "a") as writer,
