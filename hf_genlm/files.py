@@ -6,6 +6,7 @@ the old file or the whole new one, and a link at the place is replaced, not foll
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -184,6 +185,15 @@ def copy_file(source: Path, target: Path) -> None:
     """Copy the content of a file, without its permissions."""
     with source.open("rb") as content, atomic_file(target) as file:
         shutil.copyfileobj(content, file)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of the content of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while content := file.read(1 << 20):
+            digest.update(content)
+    return digest.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

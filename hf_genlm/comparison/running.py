@@ -7,7 +7,6 @@ DIR/ compare.yaml (the plan)  prepared.json  finished.json (hashes of what is do
 """
 
 import contextlib
-import hashlib
 import shutil
 import signal
 import threading
@@ -23,13 +22,12 @@ from hf_genlm.comparison.plan import Plan, Run
 from hf_genlm.config.recipe import Recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements
-from hf_genlm.files import refuse_links_out, write_json, write_text
+from hf_genlm.files import refuse_links_out, sha256_of, write_json, write_text
 from hf_genlm.run_folder import Listener, RunFolder, read_json
 from hf_genlm.text.identity import changed_text
 
 # what the numbers of a finished run are read from, and its weights
 _KEPT = ("log.jsonl", "recipe.yaml", "evaluation_blocks.npy", "model/config.json", "model/model.safetensors")
-_CHUNK = 1 << 20
 _LAST_MOMENTS_S = 60  # of a run whose parent was killed
 
 
@@ -168,7 +166,7 @@ def _is_kept(folder: ComparisonFolder, run: Run) -> bool:
     if run.name not in finished or not path.is_dir():
         return False
     for name, sha256 in finished[run.name].items():
-        if not (path / name).is_file() or _sha256(path / name) != sha256:
+        if not (path / name).is_file() or sha256_of(path / name) != sha256:
             raise UserError(
                 f"{str(path / name)!r} is not as this comparison left it: bring it back, or remove "
                 f"{str(path)!r}, and that run is done again"
@@ -178,7 +176,7 @@ def _is_kept(folder: ComparisonFolder, run: Run) -> bool:
 
 def _keep(folder: ComparisonFolder, run: Run) -> None:
     path = folder.run(run).path
-    hashes = {name: _sha256(path / name) for name in _KEPT}
+    hashes = {name: sha256_of(path / name) for name in _KEPT}
     write_json(folder.finished, {**_finished(folder), run.name: hashes})
 
 
@@ -199,14 +197,6 @@ def _check_text(folder: ComparisonFolder, run: Run, prepared: dict[str, Any]) ->
             f"{changed[0]} has changed since this comparison began (changed: {changed[1]}), and {run.name} "
             "was trained on another: bring the text back, or compare anew in another --out"
         )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from hf_genlm.exporting.layouts import LAYOUTS, convert, misfits_of
 from hf_genlm.exporting.misfits import Misfit, refuse
 from hf_genlm.exporting.onnx_runner import OnnxRunner
 from hf_genlm.exporting.page import write_page
-from hf_genlm.files import atomic_folder
+from hf_genlm.files import atomic_folder, require_new_folder
 from hf_genlm.model import GenLMForCausalLM
 
 # what every export is compared on: words, code, scripts, and what tokenizers cut in their own ways
@@ -81,7 +81,7 @@ def export_model(
         )
     model = model.cpu().float()
     refuse(word, target.misfits(model, tokenizer, dtype))
-    check_new(out)
+    require_new_folder(out)
     with atomic_folder(out) as aside:
         target.write(model, tokenizer, aside, dtype)
         found = compare(model, tokenizer, target.read_back(aside, model, dtype))
@@ -106,15 +106,6 @@ def target_of(word: str, dtype: str | None) -> Target:
     if missing:
         raise UserError(f"--to {word} needs {' and '.join(missing)}: pip install 'hf_genlm[export]'")
     return target
-
-
-def check_new(out: Path) -> None:
-    """
-    Raises:
-        UserError: something is there.
-    """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"--out {str(out)!r} already holds files: name a new folder, or remove it")
 
 
 @torch.no_grad()

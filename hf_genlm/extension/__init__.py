@@ -11,9 +11,10 @@ import torch
 from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError
 from hf_genlm.extension.tokens import extend_bpe
+from hf_genlm.files import atomic_folder, require_new_folder, write_text
 from hf_genlm.loading import hub_id_of, load
 from hf_genlm.report import markdown
-from hf_genlm.run_folder import Listener, require_new_folder
+from hf_genlm.run_folder import Listener
 from hf_genlm.text.corpus import Sources, notes_on, read_documents, with_sources
 from hf_genlm.text.encoding import encode_documents
 from hf_genlm.text.languages import check_languages
@@ -86,12 +87,13 @@ def extend(
         lambda done, total: tell("progress", {"task": "new tokens", "done": done, "total": total}),
     )
     extend_model(trained, extension.pieces)
-    trained.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    (out / "tokenizer.json").write_text(json.dumps(extension.state, ensure_ascii=False), encoding="utf-8")
-    extended: Any = load(str(out))[1]
-    card = extension_card(out.name, Path(model).name, hub_id_of(model), len(extended), n_new_tokens)
-    (out / "README.md").write_text(card, encoding="utf-8")
+    with atomic_folder(out) as folder:
+        trained.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_text(folder / "tokenizer.json", json.dumps(extension.state, ensure_ascii=False))
+        extended: Any = load(str(folder))[1]
+        card = extension_card(out.name, Path(model).name, hub_id_of(model), len(extended), n_new_tokens)
+        write_text(folder / "README.md", card)
     n_bytes = int(documents.n_bytes.sum())
     n_after = encode_documents(extended, documents).n_tokens
     return ExtendedModel(out, len(extended), n_new_tokens, n_bytes, n_bytes / n_before, n_bytes / n_after)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from hf_genlm.config.recipe import Recipe, load_recipe, set_field
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.evaluation.measurement import Measurement
-from hf_genlm.files import write_json
+from hf_genlm.files import refuse_links_out, write_json
 from hf_genlm.loading import load
 from hf_genlm.privacy.attacks.exposure import measure_canaries
 from hf_genlm.privacy.attacks.extraction import measure_extraction
@@ -109,6 +109,8 @@ def audit(
         return encode_documents(target.tokenizer, documents, lambda *progress: report("encoding", *progress))
 
     run = RunFolder.open(model) if is_run else None
+    if output_dir is not None and Path(output_dir).is_dir():
+        refuse_links_out(output_dir)
     settings = load_recipe(run.recipe if run else recipe, assignments)
     report("reading the text")
     texts = _read_texts(run, settings, train, held_out, notify)
@@ -147,7 +149,6 @@ def audit(
         path=None if folder is None else folder / "audit.json",
     )
     if result.path is not None:
-        result.path.parent.mkdir(parents=True, exist_ok=True)
         _write(result, result.path)
     return result
 

@@ -1,7 +1,7 @@
 """Text that Python users give as strings or datasets, as sources that can be read again."""
 
 import contextlib
-import filecmp
+import hashlib
 import json
 import os
 import re
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_genlm.errors import UserError
+from hf_genlm.files import atomic_file, sha256_of
 
 Texts = Any  # a path, several paths, strings, a datasets.Dataset, or None
 
@@ -66,19 +67,19 @@ def write_texts(texts: Any, path: Path, column: str, is_resuming: bool = False) 
     Raises:
         UserError: an item without text; or, if `is_resuming`, other texts than those at `path`.
     """
-    aside = path.with_name(f"{path.name}.part")
-    with aside.open("w", encoding="utf-8") as file:
+    digest = hashlib.sha256()
+    with atomic_file(path) as file:
         for number, item in enumerate(texts):
             text = item.get(column) if isinstance(item, Mapping) else item
             if not isinstance(text, str):
                 raise UserError(
                     f"item {number} of the texts has no text in {column!r}: set corpus.text_column"
                 )
-            file.write(json.dumps({column: text}, ensure_ascii=False) + "\n")
-    if is_resuming and path.is_file() and not filecmp.cmp(aside, path, shallow=False):
-        aside.unlink()
-        raise UserError("these are not the texts that the run began with: resume it without them")
-    aside.replace(path)
+            line = (json.dumps({column: text}, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+            digest.update(line)
+            file.write(line)
+        if is_resuming and path.is_file() and sha256_of(path) != digest.hexdigest():
+            raise UserError("these are not the texts that the run began with: resume it without them")
 
 
 @contextlib.contextmanager

@@ -16,8 +16,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from hf_genlm.config.recipe import CorpusRecipe, TokenizerRecipe
 from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.files import atomic_folder, require_new_folder
 from hf_genlm.memory import give_back_memory
-from hf_genlm.run_folder import Listener, require_new_folder
+from hf_genlm.run_folder import Listener
 from hf_genlm.text.balanced import balanced_text
 from hf_genlm.text.cache import ArrayWriter, Cache, key_of
 from hf_genlm.text.corpus import Sources, notes_on, read_documents, with_sources
@@ -102,10 +103,8 @@ def train_tokenizer_on(
     tell("progress", {"task": "training the tokenizer", "done": 0, "total": None})
     text = balanced_text(documents, report.get("languages", {}))
     trained = train_tokenizer(text, tokenizer or TokenizerRecipe(), report["bytes"])
-    try:
-        trained.save_pretrained(out)
-    except OSError as error:
-        raise UserError(f"--out {str(out)!r} cannot be written ({error.strerror})") from error
+    with atomic_folder(out) as folder:
+        trained.save_pretrained(folder)
     n_tokens = encode_documents(
         trained,
         documents,

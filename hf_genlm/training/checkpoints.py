@@ -5,24 +5,21 @@ checkpoints/checkpoint-1200/   what Trainer goes on from, and manifest.json: whe
 """
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_genlm.errors import UserError
-from hf_genlm.files import atomic_folder, note_no_space, sync_folder, write_json
+from hf_genlm.files import atomic_folder, note_no_space, sha256_of, sync_folder, write_json
 
 _PREFIX = "checkpoint-"  # as Trainer names them
 _PART = ".part"  # the folder in which one is written
 _MANIFEST = "manifest.json"
 _PICKLE = "training_args.bin"  # Trainer writes it and nothing of ours reads it
-_CHUNK = 1 << 20
 # what DeepSpeed writes beside tensors and numbers, and reads again in a way that executes what a file says
 _OF_DEEPSPEED = {
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -64,7 +61,7 @@ def seal(folder: Path, progress: Progress, keep: int) -> None:
     written = part_of(folder) / f"{_PREFIX}{progress.step}"
     (written / _PICKLE).unlink(missing_ok=True)
     files = sorted(path for path in written.rglob("*") if path.is_file())
-    hashes = {path.relative_to(written).as_posix(): [path.stat().st_size, _sha256(path)] for path in files}
+    hashes = {path.relative_to(written).as_posix(): [path.stat().st_size, sha256_of(path)] for path in files}
     content = {**dataclasses.asdict(progress), "files": hashes}
     write_json(written / _MANIFEST, content)
     sync_folder(written)
@@ -115,7 +112,7 @@ def _verified(path: Path, note: Callable[[str], None]) -> Checkpoint | None:
         files = content.pop("files")
         progress = Progress(**content)
         for name, (n_bytes, sha256) in files.items():
-            if (path / name).stat().st_size != n_bytes or _sha256(path / name) != sha256:
+            if (path / name).stat().st_size != n_bytes or sha256_of(path / name) != sha256:
                 raise ValueError(f"{name} is not what was written")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         note(f"{path.name} is damaged and not used: {error}")
@@ -150,11 +147,3 @@ def _by_step(folder: Path) -> list[Path]:
         if path.name.startswith(_PREFIX) and path.name.removeprefix(_PREFIX).isdecimal()
     ]
     return [path for _, path in sorted(numbered)]
-
-
-def _sha256(path: Path) -> str:
-    digest: Any = hashlib.sha256()
-    with path.open("rb") as file:
-        while content := file.read(_CHUNK):
-            digest.update(content)
-    return digest.hexdigest()

@@ -268,9 +268,9 @@ ALLOWED = {
     "run_folder.py": {"FileLock"},  # likewise
     "training/trackers.py": {"SummaryWriter"},  # TensorBoard's own files, in a folder that was looked through
     "training/checkpoints.py": {"rename"},  # of whole folders in checkpoints/, which was looked through
-    "export/targets.py": {"save_pretrained"},  # into the folder of an atomic_folder of the same file
-    "export/onnx_step.py": {"save_pretrained", "program.save"},  # likewise
-    "export/gguf_file.py": {"gguf.GGUFWriter"},  # likewise
+    "exporting/targets.py": {"save_pretrained"},  # into the folder of an atomic_folder of the same file
+    "exporting/onnx_step.py": {"save_pretrained", "program.save"},  # likewise
+    "exporting/gguf_file.py": {"gguf.GGUFWriter"},  # likewise
     "model/modeling_genlm.py": {"save_pretrained"},  # what is called there
 }
 
