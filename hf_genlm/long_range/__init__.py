@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.files import refuse_links_out, write_json
 from hf_genlm.long_range.tasks import TASKS
-from hf_genlm.run_folder import Listener, read_json, write_text
+from hf_genlm.run_folder import Listener, read_json
 
 if TYPE_CHECKING:
     from hf_genlm.long_range.report import Outcome
@@ -123,6 +124,8 @@ def measure_range(
         for task in tasks
         for decoder in decoders
     ]
+    if Path(out).is_dir():
+        refuse_links_out(out)
     outcomes = _run_all(runs, learning_rates, Path(out), listener or (lambda event, fields: None), train)
     command = _command(
         decoders=decoders,
@@ -200,7 +203,7 @@ def _load_or_train(
 
     outcome = train(run, on_progress)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps({"run": run.to_json(), "outcome": outcome.to_json()}, indent=1) + "\n")
+    write_json(file, {"run": run.to_json(), "outcome": outcome.to_json()})
     tell(
         "measured",
         {
