@@ -3,7 +3,6 @@
 `measure_range` is the service behind `hf-genlm range`.
 """
 
-import json
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -202,7 +201,6 @@ def _load_or_train(
         tell("progress", {"task": f"{place}  {run.name}  {facts}", "done": share, "total": 1.0})
 
     outcome = train(run, on_progress)
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"run": run.to_json(), "outcome": outcome.to_json()})
     tell(
         "measured",
