@@ -9,7 +9,6 @@ import json
 import re
 import shlex
 from collections import Counter
-from dataclasses import asdict
 from importlib import resources
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -139,7 +138,7 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         "base": None if recipe.model.init_from is None else _portable(recipe.model.init_from),
         "base_model": recipe.card.base_model or _last(events, "started").get("base_model"),
         "recipe": recipe,
-        "recipe_yaml": yaml.safe_dump(_portable(asdict(recipe)), sort_keys=False, allow_unicode=True),
+        "recipe_yaml": yaml.safe_dump(_portable(recipe.model_dump()), sort_keys=False, allow_unicode=True),
         "picture": PICTURE if curves.steps and (run.model / PICTURE).is_file() else None,
         "picture_in_words": in_words(curves) if curves.steps else None,
         "first_samples": first_samples(curves),

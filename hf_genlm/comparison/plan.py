@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from hf_genlm.config.recipe import Recipe, load_recipe, set_field
+from hf_genlm.config.recipe import Recipe, load_recipe, set_field, stated_fields
 from hf_genlm.errors import UserError
 
 # what each run may be given alike -> the field that says it; FLOPs become tokens when the sizes are known
@@ -166,7 +166,7 @@ def make_plan(
                             "model.hidden_size out")  # fmt: skip
     if parameters is not None:
         _count_of(parameters)
-    stated = {name: _stated(recipe) for name, recipe in candidates.items()}
+    stated = {name: stated_fields(recipe) for name, recipe in candidates.items()}
     _check_one(stated, "corpus", "a comparison is on one text: name it by SOURCE, --validation and --set")
     if any(recipe.privacy.epsilon is not None for recipe in candidates.values()):
         raise UserError(
@@ -238,17 +238,6 @@ def _check_free(assignments: Sequence[str], own: dict[str, str]) -> None:
             raise UserError(
                 f"--set {assignment}: {name} is set by {own[name]} of the comparison: leave it out"
             )
-
-
-def _stated(recipe: Recipe) -> Fields:
-    """What `recipe` says beside the defaults."""
-    default = Recipe()
-    return {
-        f"{section.name}.{key}": value
-        for section in dataclasses.fields(recipe)
-        for key, value in vars(getattr(recipe, section.name)).items()
-        if value != getattr(getattr(default, section.name), key)
-    }
 
 
 def _check_one(stated: dict[str, Fields], section: str, rule: str) -> None:

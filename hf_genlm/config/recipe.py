@@ -1,28 +1,22 @@
-"""A recipe: everything that decides a run, as typed fields, read from YAML and from `--set
-section.key=value`.
+"""A recipe: what a person states about a run, read from YAML, `--set section.key=value` and Python.
 
-Every field has a default; a recipe file states only what differs. Unknown words stop the run and suggest the
-near one. A run writes its recipe to the run folder, with every size, rate and length that was left open as it
-was chosen: that file repeats the run.
+Every field has a default; a recipe file states only what differs. Unknown names stop the run and suggest the
+nearest one. A run writes its recipe to the run folder, with every open size, rate and length as it was
+settled: that file repeats the run.
 
-Of YAML's own reading of plain words only null, true and false are taken: the field says what is a number. So
-`no` is Norwegian, `1e-3` a number, and `1:30` no 90.
+Of YAML's reading of plain words only null, true and false are used; the field decides what is a number. So
+`no` is Norwegian, `1e-3` a number, and `1:30` not 90.
 """
 
-import dataclasses
 import re
-import reprlib
-import types
-import typing
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field
 
-from hf_genlm.config.plain_yaml import BOOL, NULL, load_yaml
-from hf_genlm.config.ranges import MOST_WHOLE, RANGES
+from hf_genlm.config.fields import Section, kind_of, shown
 from hf_genlm.config.sections import (
     CardRecipe,
     CorpusRecipe,
@@ -33,7 +27,7 @@ from hf_genlm.config.sections import (
     TrainingRecipe,
     VectorsRecipe,
 )
-from hf_genlm.errors import UserError, did_you_mean, without_secrets
+from hf_genlm.errors import UserError, did_you_mean
 
 __all__ = [
     "ENDS",
@@ -46,47 +40,57 @@ __all__ = [
     "TokenizerRecipe",
     "TrainingRecipe",
     "VectorsRecipe",
-    "check_recipe",
+    "field_of",
     "load_recipe",
+    "load_yaml",
     "set_field",
+    "stated_fields",
 ]
 
+ENDS = ("training.minutes", "training.steps", "training.tokens")
+_MAX_CHARACTERS = 1 << 17  # of a recipe file
 
-@dataclass
-class Recipe:
+
+class Recipe(BaseModel):
     """All sections. `Recipe()` is the default run."""
 
-    corpus: CorpusRecipe = field(default_factory=CorpusRecipe)
-    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
-    model: ModelRecipe = field(default_factory=ModelRecipe)
-    vectors: VectorsRecipe = field(default_factory=VectorsRecipe)
-    training: TrainingRecipe = field(default_factory=TrainingRecipe)
-    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
-    privacy: PrivacyRecipe = field(default_factory=PrivacyRecipe)
-    card: CardRecipe = field(default_factory=CardRecipe)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    corpus: CorpusRecipe = Field(default_factory=CorpusRecipe)
+    tokenizer: TokenizerRecipe = Field(default_factory=TokenizerRecipe)
+    model: ModelRecipe = Field(default_factory=ModelRecipe)
+    vectors: VectorsRecipe = Field(default_factory=VectorsRecipe)
+    training: TrainingRecipe = Field(default_factory=TrainingRecipe)
+    evaluation: EvaluationRecipe = Field(default_factory=EvaluationRecipe)
+    privacy: PrivacyRecipe = Field(default_factory=PrivacyRecipe)
+    card: CardRecipe = Field(default_factory=CardRecipe)
 
     def to_yaml(self) -> str:
         """Every field, defaults included."""
-        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
-
-
-ENDS = ("training.minutes", "training.steps", "training.tokens")
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
 def load_recipe(path: str | Path | None = None, assignments: Iterable[str] = ()) -> Recipe:
-    """The defaults, overlaid with the YAML file at `path`, overlaid with `section.key=value` assignments.
+    """Overlay the defaults with the YAML file at `path`, then with `section.key=value` assignments.
 
     Raises:
-        UserError: unreadable file, unknown section or key, or a value that does not fit its field or holds
-            an access token.
+        UserError: an unreadable file, an unknown section or key, or a value that does not fit its field or
+            holds an access token.
     """
     recipe = Recipe()
     if path is not None:
-        for section, values in _read_yaml(Path(path)).items():
-            for key, value in _section_items(section, values, path).items():
-                set_field(recipe, f"{section}.{key}", value)
+        is_run = Path(path).name == "recipe.yaml" and Path(path).with_name("log.jsonl").is_file()
+        for section, values in _read_sections(Path(path)).items():
+            for key, value in values.items():
+                if is_run and field_of(f"{section}.{key}") is None:
+                    raise UserError(
+                        f"the run in {str(Path(path).parent)!r} was written by an older version of hf_genlm: "
+                        f"its recipe.yaml has {section}.{key}, which this version does not know; use that "
+                        "version, or train again"
+                    )
+                _assign(recipe, f"{section}.{key}", value)
     stated = [_split(assignment) for assignment in assignments]
-    if any(name in ENDS for name, _ in stated):  # what is stated here replaces what the file says
+    if any(name in ENDS for name, _ in stated):  # an end that is stated here replaces that of the file
         for name in ENDS:
             set_field(recipe, name, None)
     for name, value in stated:
@@ -95,192 +99,122 @@ def load_recipe(path: str | Path | None = None, assignments: Iterable[str] = ())
 
 
 def set_field(recipe: Recipe, name: str, value: Any) -> None:
-    """Set `section.key`, coercing `value` to the field's type.
+    """Set `section.key` as the command line states it: text for a list is split at commas.
 
     Raises:
-        UserError: unknown section or key (with the near word), or a value of another type or out of range.
+        UserError: an unknown section or key (with the nearest name), another type, or a value out of range.
     """
-    section_name, _, key = name.partition(".")
-    sections = [f.name for f in dataclasses.fields(recipe)]
-    if section_name not in sections:
-        raise UserError(f"unknown recipe section {section_name!r}{did_you_mean(section_name, sections)}")
-    section = getattr(recipe, section_name)
-    hints = typing.get_type_hints(type(section))
-    if key not in hints:
-        raise UserError(f"unknown recipe key {name!r}{did_you_mean(key, hints)}")
-    coerced = _coerce(name, value, hints[key])
-    _check(name, coerced)
-    setattr(section, key, coerced)
+    found = field_of(name)
+    if found is not None and isinstance(value, str) and found.endswith(("words", "numbers", "mapping")):
+        value = [word.strip() for word in value.split(",")]
+    _assign(recipe, name, value)
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """
-    Raises:
-        UserError: a number is out of its range, or a word holds an access token. What `load_recipe` gives
-            has been checked.
-    """
-    for section in dataclasses.fields(recipe):
-        for key, value in vars(getattr(recipe, section.name)).items():
-            _check(f"{section.name}.{key}", value)
+def field_of(name: str) -> str | None:
+    """The kind of the field `section.key` in words; None if there is no such field."""
+    section, _, key = name.partition(".")
+    info = _sections()[section].model_fields.get(key) if section in _sections() else None
+    return None if info is None else kind_of(info.annotation)
 
 
-def _check(name: str, value: Any) -> None:
-    for number in _flat(value):
-        if isinstance(number, (int, float)) and name in RANGES and not RANGES[name].holds(number):
-            raise UserError(f"{name} = {value}: it must be {RANGES[name]}")
-    for word in _flat(value):
-        if isinstance(word, str) and without_secrets(word) != word:
-            raise UserError(
-                f"{name} holds an access token or a login, which would stand in the run folder and on the "
-                "model card: leave it out, and log in with `hf auth login` or set HF_TOKEN"
-            )
+def stated_fields(recipe: Recipe) -> dict[str, Any]:
+    """`section.key` -> value of every field that differs from its default."""
+    default = Recipe()
+    return {
+        f"{name}.{key}": value
+        for name in Recipe.model_fields
+        for key, value in getattr(recipe, name)
+        if value != getattr(getattr(default, name), key)
+    }
 
 
-def _flat(value: Any) -> list[Any]:
-    """The words or numbers of a field that holds one, a list, or either by name."""
-    if isinstance(value, dict):
-        return [*value, *(item for each in value.values() for item in _flat(each))]
-    return value if isinstance(value, list) else [value]
+def _sections() -> dict[str, type[Section]]:
+    return {name: info.annotation for name, info in Recipe.model_fields.items()}  # type: ignore[misc]
 
 
-_MOST_CHARACTERS = 1 << 17  # of a recipe file
-_SHORT = reprlib.Repr()  # what a message shows of a value, which aliases can make endless
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
+def _assign(recipe: Recipe, name: str, value: Any) -> None:
+    section, dot, key = name.partition(".")
+    sections = _sections()
+    if section in sections:
+        setattr(getattr(recipe, section), key, value)
+        return
+    if dot:
+        raise UserError(f"unknown recipe section {section!r}{did_you_mean(section, sections)}")
+    near = (each.suggestion(name) for each in sections.values())  # a field without its section
+    found = next((text for text in near if text.startswith("; did")), did_you_mean(name, sections))
+    raise UserError(f"unknown setting {name!r}{found}")
 
 
-def _read_yaml(path: Path) -> Mapping[str, Any]:
+def _split(assignment: str) -> tuple[str, Any]:
+    name, equals, text = assignment.partition("=")
+    name, text = name.strip(), text.strip()
+    if not equals:
+        raise UserError(f"--set {assignment!r}: write section.key=value, for example training.steps=300")
+    if text.startswith(("[", "{", "'", '"')):  # YAML; other text as it is, so that `*` and `#` need no quotes
+        try:
+            return name, load_yaml(text)
+        except ValueError as error:
+            raise UserError(f"--set {assignment!r}: the value is not YAML ({error})") from error
+    if _NULL.match(text):
+        return name, None
+    return name, text.lower() == "true" if _BOOL.match(text) else text
+
+
+def _read_sections(path: Path) -> dict[str, dict[str, Any]]:
+    """The content of a recipe file, section by section."""
     try:
         with path.open(encoding="utf-8") as file:
-            text = file.read(_MOST_CHARACTERS + 1)
-        if len(text) > _MOST_CHARACTERS:
-            raise ValueError(f"it has more than {_MOST_CHARACTERS:,} characters")
+            text = file.read(_MAX_CHARACTERS + 1)
+        if len(text) > _MAX_CHARACTERS:
+            raise ValueError(f"it has more than {_MAX_CHARACTERS:,} characters")
         content = load_yaml(text)
     except OSError as error:
         raise UserError(f"cannot read the recipe {str(path)!r}: {error.strerror}") from error
-    except ValueError as error:  # a name that no file can have, too
+    except ValueError as error:  # also for a path that no file can have
         raise UserError(f"the recipe {str(path)!r} is not YAML: {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise UserError(
-            f"the recipe {str(path)!r} must hold sections such as 'training:', not {_shown(content)}"
+            f"the recipe {str(path)!r} must hold sections such as 'training:', not {shown(content)}"
         )
+    for section, values in content.items():
+        if not isinstance(values, dict):
+            raise UserError(
+                f"section {section!r} of the recipe {str(path)!r} must hold keys, not {shown(values)}"
+            )
     return content
 
 
-def _section_items(section: str, values: Any, path: str | Path) -> Mapping[str, Any]:
-    if not isinstance(values, dict):
-        raise UserError(
-            f"section {section!r} of the recipe {str(path)!r} must hold keys, not {_shown(values)}"
-        )
-    return values
+_NULL = re.compile(r"(?:~|null|Null|NULL|)$")
+_BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)$")
 
 
-def _split(assignment: str) -> tuple[str, Any]:
-    name, equals, text = assignment.partition("=")
-    if not equals:
-        raise UserError(f"--set {assignment!r}: write section.key=value, for example training.steps=300")
-    return name.strip(), _parse_value(assignment, text.strip())
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe types, without its guesses at plain words, and without duplicate keys."""
+
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012  of this class, not of its parent
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
 
 
-def _parse_value(assignment: str, text: str) -> Any:
-    """A list or quoted word of YAML; anything else as it stands, so that `*` and `#` need no quotes."""
-    if text.startswith(("[", "{", "'", '"')):
-        try:
-            return load_yaml(text)
-        except ValueError as error:
-            raise UserError(f"--set {assignment!r}: the value is not YAML ({error})") from error
-    if NULL.match(text):
-        return None
-    return text.lower() == "true" if BOOL.match(text) else text
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", _NULL, ["~", "n", "N", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
 
 
-def _coerce(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`.
+def load_yaml(text: str) -> Any:
+    """Parse YAML; plain words other than null, true and false stay text.
 
     Raises:
-        UserError: it is none.
+        ValueError: `text` is not YAML, or a key occurs twice.
     """
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    (kind,) = [option for option in options if option is not type(None)]
-    if typing.get_origin(kind) is dict:
-        of_each = typing.get_args(kind)[1]
-        return {key: _coerce(f"{name}.{key}", each, of_each) for key, each in _by_name(name, value).items()}
-    is_list = typing.get_origin(kind) is list
-    kind = typing.get_args(kind)[0] if is_list else kind
-    read, expected = _KINDS[kind]
     try:
-        return [read(word) for word in _words(value)] if is_list else read(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        expected = f"{expected.split()[-1]}s" if is_list else expected
-        raise UserError(f"{name} = {_shown(value)}: expected {expected}") from error
-
-
-def _by_name(name: str, value: Any) -> dict[str, Any]:
-    """A mapping as it stands, or one of words such as `fra=text.txt`; a key may stand again."""
-    if isinstance(value, dict):
-        return {_word(key): each for key, each in value.items()}
-    found: dict[str, list[str]] = {}
-    try:
-        for word in _words(value):
-            key, equals, each = word.partition("=")
-            if not (key and equals and each):
-                raise ValueError
-            found.setdefault(key, []).append(each)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name} = {_shown(value)}: write key=value, or a mapping") from error
-    return {key: each if len(each) > 1 else each[0] for key, each in found.items()}
-
-
-def _words(value: Any) -> list[str]:
-    if value is None:
-        return []
-    if isinstance(value, list):
-        return [_word(item) for item in value]
-    return [item.strip() for item in _word(value).split(",")]
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise TypeError
-    return str(value)
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, str):
-        value = int(value) if re.fullmatch(r"[-+]?[0-9]{1,20}", value) else _number(value)
-    if isinstance(value, bool) or value != int(value) or abs(value) > MOST_WHOLE:
-        raise ValueError
-    return int(value)
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or (isinstance(value, str) and not value.isascii()):
-        raise TypeError
-    number = float(value)
-    if number - number != 0:  # neither infinite nor undefined
-        raise ValueError
-    return number
-
-
-def _truth(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
-
-
-def _shown(value: Any) -> str:
-    """What stands for `value` in a message: a number that was written as one without quotes."""
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\.?[0-9][0-9a-zA-Z_.+-]{0,40}", value):
-        return value
-    return _SHORT.repr(value)
-
-
-_KINDS: dict[type, tuple[Callable[[Any], Any], str]] = {
-    bool: (_truth, "true or false"),
-    int: (_whole, "a whole number"),
-    float: (_number, "a number"),
-    str: (_word, "a word"),
-}
+        return _Loader(text).get_single_data()
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from error

@@ -1,187 +1,314 @@
-"""The sections of a recipe: every field that decides a run, with its type and default.
+"""Every field of a recipe, declared once: type, default, allowed values, help and synonyms.
 
-What a number may be is in ranges.py; recipe.py reads and checks them.
+None as a default: the field is open, and settle.py decides it, or something is off, as its help says.
 """
 
-from dataclasses import dataclass, field
+from typing import ClassVar
+
+from hf_genlm.config.fields import (
+    MAX_WHOLE,
+    Flag,
+    Number,
+    NumberByKey,
+    Numbers,
+    Section,
+    Whole,
+    Wholes,
+    Word,
+    WordByKey,
+    Words,
+    WordsByKey,
+    setting,
+)
+
+MAX_SIZE = 2**20  # of a width, a batch or a row
+# fmt: off
+# below: a table, a field in one to three lines
+# test_settings.py compares these words with the tables that act on them
+DAMAGED = ("stop", "skip")
+DECODERS = ("elman", "gru", "lstm", "gated_linear", "transformer", "sliding", "hybrid")
+MIXERS = ("elman", "gru", "lstm", "gated_linear", "full_attention", "sliding_attention")
+OPTIMIZERS = ("adamw", "muon", "sgd")
+PATTERNS = ("own", "gpt2", "qwen35")
+PERSONAL = ("secret", "email", "iban", "card", "ip", "phone", "all")
+POSITIONS = ("rotary", "learned", "none")
+TRACKERS = ("tensorboard", "trackio")
 
 
-@dataclass
-class CorpusRecipe:
-    """What is read, and how it is split into training and validation."""
+class CorpusRecipe(Section):
+    """The text that is read, and its split into training and validation."""
 
-    sources: list[str] = field(
-        default_factory=list
-    )  # files, folders, globs, Hub ids; none: the embedded default
-    languages: dict[str, list[str]] = field(default_factory=dict)  # instead: sources by language code
-    validation: list[str] = field(default_factory=list)  # sources held out as they are; none: split `sources`
-    validation_fraction: float = 0.05  # of the bytes, when `sources` are split
-    split_seed: int = 0  # apart from training.seed: runs with other seeds share one split
-    split_by_hash: bool = False  # each document by its own hash alone, as privacy.epsilon has it in any case
-    encoding: str = "utf-8"
-    temperature: float = 1.0  # T: languages are read by size^(1/T); 1: as they are, large: all alike
-    byte_premiums: dict[str, float] = field(
-        default_factory=dict
-    )  # bytes that a language needs for the same content; none: from `parallel`, or 1
-    parallel: dict[str, str] = field(
-        default_factory=dict
-    )  # a file by language, whose lines translate each other
-    text_column: str = "text"  # the field of .jsonl, .parquet and Hub records that holds the text
-    damaged: str = "stop"  # skip: leave out damaged records, and damaged files inside folders; and count them
-    scrub: list[str] = field(
-        default_factory=list
-    )  # personal data and secrets to replace: email, phone, card, iban, ip, secret, or all; none: nothing
-    phone_regions: list[str] = field(
-        default_factory=list
-    )  # as DE: numbers as they are dialled there are found too; none: only those that begin with +
-    near_duplicates: float | None = (
-        None  # similarity from which on a training document counts as a copy and is left out; None: none does
-    )
-    stream: bool = False  # read while training and keep nothing: for text larger than memory and disk
-    shuffle_buffer: int = 16_384  # rows of a stream that are shuffled among each other; 0: none
-    weights: list[float] | None = None  # share of each source in a stream; None: one after the other
-    validation_bytes: int = 2_000_000  # the most that is held out of a stream
-    cache: bool = True  # keep the tokenizer and the token ids for the next run over the same text
+    section: ClassVar[str] = "corpus"
+    sources: Words = setting([], "Files, folders, globs and Hub ids. Empty: Python's library source.",
+        synonyms="data dataset text train_file")
+    languages: WordsByKey = setting({}, "Sources by language code, in place of `sources`.")
+    validation: Words = setting([], "Sources held out as they are. Empty: a part of `sources`.",
+        synonyms="valid dev held_out eval validation_file")
+    validation_fraction: Number = setting(0.05, "Share of the bytes that is held out of `sources`.",
+        more_than=0, less_than=1, synonyms="val_fraction validation_split test_size")
+    split_seed: Whole = setting(0,
+        "Seed of the split, apart from `training.seed`: runs with other seeds share one split.")
+    split_by_hash: Flag = setting(False,
+        "Hold out each document by its own hash alone; always so with `privacy.epsilon`.")
+    encoding: Word = setting("utf-8", "Encoding of plain text files.", synonyms="charset")
+    temperature: Number = setting(1.0,
+        "T of sampling languages by size^(1/T). 1: as they are; large: all equally often.", at_least=1,
+        synonyms="sampling_temperature alpha")
+    byte_premiums: NumberByKey = setting({},
+        "Bytes that each language needs for the same content. Empty: from `parallel`, or 1.", more_than=0)
+    parallel: WordByKey = setting({}, "A file per language whose lines translate each other.",
+        synonyms="translations")
+    text_column: Word = setting("text", "Field of .jsonl, .parquet and Hub records that holds the text.",
+        synonyms="column text_field")
+    damaged: Word = setting("stop",
+        "skip: leave damaged records, and damaged files inside folders, out and count them.", choices=DAMAGED,
+        synonyms="on_error errors")
+    scrub: Words = setting([], "Kinds of personal data and secrets that placeholders replace. Empty: none.",
+        choices=PERSONAL, synonyms="pii anonymize redact")
+    phone_regions: Words = setting([],
+        "Regions, such as DE, whose national phone numbers are found too. Empty: only numbers with +.")
+    near_duplicates: Number | None = setting(None,
+        "Leave out training documents at least this similar to another one. null: keep all.", more_than=0,
+        at_most=1, synonyms="dedup deduplicate minhash")
+    stream: Flag = setting(False,
+        "Read while training and store nothing: for text larger than memory and disk.", synonyms="streaming")
+    shuffle_buffer: Whole = setting(16_384, "Rows of a stream that are shuffled among each other. 0: none.",
+        at_least=0, synonyms="buffer_size")
+    weights: Numbers | None = setting(None,
+        "Share of each source in a stream. null: one source after the other.", more_than=0,
+        synonyms="mixture probabilities")
+    validation_bytes: Whole = setting(2_000_000, "Bytes that are held out of a stream, at most.", at_least=1)
+    cache: Flag = setting(True, "Store the tokenizer and the token ids for the next run over the same text.")
 
 
-@dataclass
-class TokenizerRecipe:
+class TokenizerRecipe(Section):
     """The byte-level BPE vocabulary."""
 
-    path: str | None = None  # a tokenizer folder to use instead of training one
-    vocab_size: int | None = None  # None: chosen from the size of the corpus
-    pattern: str = "own"  # where words end; gpt2, qwen35: as in models of that name, for llama.cpp
-    max_characters: int = 50_000_000  # text sampled for training the merges: bounds the memory
+    section: ClassVar[str] = "tokenizer"
+    path: Word | None = setting(None, "A tokenizer folder to use. null: train one.",
+        synonyms="tokenizer_name")
+    vocab_size: Whole | None = setting(None,
+        "Tokens in the vocabulary: 256 bytes, two special tokens, and merges. null: by the size of the text.",
+        at_least=258, synonyms="vocabulary vocab merges")
+    pattern: Word = setting("own",
+        "Rule for where words end. gpt2 and qwen35 are those of these models, for llama.cpp.",
+        choices=PATTERNS, synonyms="pre_tokenizer regex")
+    max_characters: Whole = setting(50_000_000,
+        "Characters that the merges are learned from; bounds the memory.", at_least=1)
 
 
-@dataclass
-class ModelRecipe:
-    """The decoder and its shape. `null` fields follow from `size`, or are those of `init_from`."""
+class ModelRecipe(Section):
+    """The decoder and its shape. Open sizes follow from `size` or the time, or are those of `init_from`."""
 
-    init_from: str | None = None  # a run or model folder whose weights, shape and tokenizer to go on with
-    decoder: str = "gated_linear"
-    mixers: list[str] | None = None  # one word per layer; overrides `decoder`
-    size: str | None = None  # tiny, small, base, or a parameter count such as 30M; None: by the time
-    hidden_size: int | None = None
-    num_hidden_layers: int | None = None
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    qk_norm: bool = True  # queries and keys of attention are normalised
-    intermediate_size: int | None = None
-    gated_mlp: bool = False  # down(act(gate(x)) * up(x)), as Llama's, in place of down(act(up(x)))
-    hidden_act: str = "relu2"  # act, by transformers' name; relu2: the squared ReLU
-    mlp_rank: int | None = None  # of the matrices of the MLP; None: full
-    shared_layers: int = 1  # layers that share each set of weights
-    embedding_size: int | None = None  # width of the embedding table; None: `hidden_size`
-    bigram_size: int | None = None  # rows of a table of token pairs, hashed; 0: no table; None: by decoder
-    position_type: str = "rotary"
-    sliding_window: int | None = None
-    tie_word_embeddings: bool | None = None  # the head is the embedding; None: where that was made narrow
-    output_bias: bool | None = None  # None: follows from `training.init`
-    final_logit_softcapping: float | None = None  # bound of the logits; None: unbounded
-    dropout: float = 0.0
+    section: ClassVar[str] = "model"
+    init_from: Word | None = setting(None,
+        "A run or model folder whose weights, shape and tokenizer to continue with. null: start anew.",
+        synonyms="from model_name pretrained checkpoint")
+    decoder: Word = setting("gated_linear", "Preset of mixers for all layers.", choices=DECODERS,
+        synonyms="architecture arch model_type")
+    mixers: Words | None = setting(None, "One mixer per layer, in place of `decoder`.", choices=MIXERS,
+        synonyms="mixer_types layer_types")
+    size: Word | None = setting(None,
+        "tiny, small, base, or a parameter count such as 30M. null: by the time, else tiny.",
+        synonyms="model_size num_parameters")
+    hidden_size: Whole | None = setting(None, "Width of the layers.", at_least=1, at_most=MAX_SIZE,
+        synonyms="width d_model n_embd dim hidden")
+    num_hidden_layers: Whole | None = setting(None, "Number of layers.", at_least=1, at_most=1000,
+        synonyms="layers depth n_layer n_layers num_layers")
+    num_attention_heads: Whole | None = setting(None, "Heads of attention layers. null: one per 64 of width.",
+        at_least=1, at_most=MAX_SIZE, synonyms="heads n_head n_heads num_heads")
+    num_key_value_heads: Whole | None = setting(None,
+        "Heads of keys and values (grouped-query attention). null: as many as attention heads.", at_least=1,
+        at_most=MAX_SIZE, synonyms="kv_heads n_kv_heads gqa")
+    qk_norm: Flag = setting(True, "Normalise queries and keys of attention.")
+    intermediate_size: Whole | None = setting(None,
+        "Width of the MLP. null: 4 times the width, 8/3 with `gated_mlp`.", at_least=1, at_most=MAX_SIZE,
+        synonyms="ffn d_ff mlp_size n_inner ffn_dim")
+    gated_mlp: Flag = setting(False, "Llama's MLP, down(act(gate(x)) * up(x)), in place of down(act(up(x))).",
+        synonyms="swiglu glu")
+    hidden_act: Word = setting("relu2",
+        "Activation of the MLP, by transformers' name; relu2 is the squared ReLU.", synonyms="activation act")
+    mlp_rank: Whole | None = setting(None, "Rank of the factorised MLP matrices. null: full matrices.",
+        at_least=1, at_most=MAX_SIZE, synonyms="low_rank")
+    shared_layers: Whole = setting(1, "Layers that share each set of weights.", at_least=1, at_most=MAX_SIZE,
+        synonyms="weight_sharing")
+    embedding_size: Whole | None = setting(None,
+        "Width of the embedding table. null: `hidden_size`, without a projection.", at_least=1,
+        at_most=MAX_SIZE, synonyms="embedding_dim embed_dim")
+    bigram_size: Whole | None = setting(None,
+        "Rows of the hashed table of token pairs. 0: no table. null: by decoder.", at_least=0, at_most=2**30,
+        synonyms="bigrams pairs hash_embedding")
+    position_type: Word = setting("rotary", "Positions of attention layers.", choices=POSITIONS,
+        synonyms="positions rope position_embedding")
+    sliding_window: Whole | None = setting(None,
+        "Tokens that a sliding_attention layer sees, itself included. null: by the decoder.", at_least=2,
+        at_most=2**30, synonyms="window window_size attention_window")
+    tie_word_embeddings: Flag | None = setting(None,
+        "Use the embedding as the head. null: only where `embedding_size` makes it narrow.",
+        synonyms="tied tie weight_tying")
+    output_bias: Flag | None = setting(None, "Add a bias to the logits. null: with `training.init` bigrams.")
+    final_logit_softcapping: Number | None = setting(None, "Bound of the logits. null: unbounded.",
+        more_than=0, synonyms="softcap softcapping logit_cap")
+    dropout: Number = setting(0.0, "Dropout probability of embedding, mixers and MLPs.", at_least=0,
+        less_than=1, synonyms="resid_pdrop hidden_dropout")
 
 
-@dataclass
-class VectorsRecipe:
+class VectorsRecipe(Section):
     """Word vectors that the embedding starts from; they set `model.embedding_size`."""
 
-    path: str | None = None  # GloVe, word2vec or fastText, as text or binary, gzipped or not
-    damaged: str = "stop"  # skip: leave out bad lines and words, and count them
-    frozen: bool = False  # tokens that have a vector keep it; drawn ones and the projection learn
-    unfreeze_step: int | None = None  # with `frozen`: the optimizer step after which all learn
+    section: ClassVar[str] = "vectors"
+    path: Word | None = setting(None,
+        "GloVe, word2vec or fastText vectors, as text or binary, gzipped or not. null: none.",
+        synonyms="word_vectors glove word2vec fasttext")
+    damaged: Word = setting("stop", "skip: leave bad lines and words out and count them.", choices=DAMAGED)
+    frozen: Flag = setting(False, "Tokens that have a vector keep it; drawn rows and the projection train.",
+        synonyms="freeze")
+    unfreeze_step: Whole | None = setting(None,
+        "With `frozen`: optimizer step after which all rows train. null: never.", at_least=1,
+        synonyms="unfreeze")
 
 
-@dataclass
-class TrainingRecipe:
-    """The optimisation. Exactly one of `minutes`, `steps`, `tokens` ends it."""
+class TrainingRecipe(Section):
+    """The optimisation. Exactly one of `minutes`, `steps` and `tokens` ends it."""
 
-    minutes: float | None = None  # wall-clock of the training phase: steps and what runs between them
-    steps: int | None = None  # optimizer steps
-    tokens: int | None = None  # training tokens seen, repeats counted
-    max_epochs: float = 8.0  # over the text, of a run by the clock: beyond, it is learned by heart
-    seed: int = 0
-    max_seq_length: int | None = None  # tokens in one packed row; None: follows from `size`
-    batch_size: int | None = None  # rows in one forward pass, over all processes; None: follows from `size`
-    gradient_accumulation_steps: int = 1  # forward passes in one optimizer step
-    carry_state: bool = False  # rows in order; recurrent layers go on from where the row before ended
-    init: str | None = None  # bigrams: from the bigram counts of the text; random; None: bigrams, unless tied
-    optimizer: str = "adamw"  # or muon, sgd
-    learning_rate: float | None = None  # peak; None: follows from the width
-    embedding_lr_ratio: float | None = (
-        None  # of embedding and head, in parts of `learning_rate`; None: by `init`
-    )
-    matrix_lr_ratio: float = (
-        5.5  # under muon: learning rate of the layers' matrices, in parts of `learning_rate`
-    )
-    weight_decay: float | None = None  # of the layers' matrices; None: by the passes over the text
-    embedding_decay_ratio: float = 1.0  # of embedding and head, in parts of `weight_decay`
-    bigram_decay_ratio: float = 3.0  # of the table of pairs, in parts of `weight_decay`
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    max_grad_norm: float = 1.0
-    label_smoothing_factor: float = 0.0  # share of the target that is spread over the vocabulary
-    z_loss: float = 0.0  # weight of the squared log of the normaliser
-    warmup_ratio: float = 0.02  # of the run
-    decay_ratio: float = 0.5  # of the run, linear to zero at its end
-    num_threads: int | None = (
-        None  # of torch in each process on a CPU; None: measured before a run by the clock, else torch's own
-    )
-    torch_compile_backend: str | None = (
-        None  # backend of torch.compile for the steps, as inductor; None: no compiler
-    )
-    dtype: str = "auto"  # auto: bfloat16 autocast where the device computes it natively, else float32
-    num_validations: int | None = None  # on a part of the validation split; None: 4 in half a minute or more
-    num_samples: int = 2  # texts written at each of them, and at the end
-    save_minutes: float = 1.0  # of training between two checkpoints, a saving's time 50 times at least
-    save_steps: int | None = None  # optimizer steps between two checkpoints instead; 0: none are written
-    save_total_limit: int = 2  # until the run is done
-    milestone_words: list[str] = field(
-        default_factory=list
-    )  # after so many words of text (500K, 1M) the model is kept in milestones/; babylm: 1M, 2M ... 1000M
-    report_to: list[str] = field(default_factory=list)  # tensorboard, trackio: hear what log.jsonl does
+    section: ClassVar[str] = "training"
+    minutes: Number | None = setting(None,
+        "Wall-clock time of training, planning and validation included; 3 if no end is stated.", more_than=0,
+        at_most=10**7, synonyms="time duration hours")
+    steps: Whole | None = setting(None, "Optimizer steps, in place of `minutes`.", at_least=1,
+        synonyms="max_steps num_steps iterations max_iters")
+    tokens: Whole | None = setting(None, "Training tokens, repeats counted, in place of `minutes`.",
+        at_least=1, synonyms="num_tokens max_tokens")
+    max_epochs: Number = setting(8.0,
+        "Passes over the text after which a run with `minutes` ends early: more would overfit.", more_than=0,
+        synonyms="epochs num_train_epochs passes")
+    seed: Whole = setting(0, "Seed of weights, dropout and the order of rows.", at_least=0, at_most=2**32 - 1,
+        synonyms="random_seed")
+    max_seq_length: Whole | None = setting(None, "Tokens in one packed row. null: by size.", at_least=2,
+        at_most=MAX_SIZE, synonyms="seq_len sequence_length block_size context max_length row_length")
+    batch_size: Whole | None = setting(None, "Rows in one forward pass, over all processes. null: by size.",
+        at_least=1, at_most=MAX_SIZE, synonyms="batch bs per_device_train_batch_size train_batch_size")
+    gradient_accumulation_steps: Whole = setting(1, "Forward passes in one optimizer step.", at_least=1,
+        at_most=MAX_SIZE, synonyms="accumulation grad_accum grad_accumulation")
+    carry_state: Flag = setting(False,
+        "Read rows in order; recurrent layers continue from the state at the end of the row before.",
+        synonyms="stateful tbptt")
+    init: Word | None = setting(None,
+        "Start of embedding and head: bigram counts of the text, or random. null: bigrams, unless tied.",
+        choices=("bigrams", "random"), synonyms="initialization start")
+    optimizer: Word = setting("adamw", "Update rule.", choices=OPTIMIZERS, synonyms="optim")
+    learning_rate: Number | None = setting(None, "Peak learning rate. null: by the width.", more_than=0,
+        synonyms="lr max_lr rate")
+    embedding_lr_ratio: Number | None = setting(None,
+        "Learning rate of embedding and head, relative to `learning_rate`. null: by `init`.", at_least=0,
+        synonyms="embedding_lr")
+    matrix_lr_ratio: Number = setting(5.5,
+        "With muon: learning rate of the layers' matrices, relative to `learning_rate`.", at_least=0,
+        synonyms="muon_lr matrix_lr")
+    weight_decay: Number | None = setting(None,
+        "Weight decay of the layers' matrices. null: by the epochs over the text.", at_least=0,
+        synonyms="decay wd l2")
+    embedding_decay_ratio: Number = setting(1.0,
+        "Weight decay of embedding and head, relative to `weight_decay`.", at_least=0)
+    bigram_decay_ratio: Number = setting(3.0,
+        "Weight decay of the table of token pairs, relative to `weight_decay`.", at_least=0)
+    adam_beta1: Number = setting(0.9, "Decay of the mean of gradients; the momentum of sgd.", at_least=0,
+        less_than=1, synonyms="beta1 momentum")
+    adam_beta2: Number = setting(0.95, "Decay of the mean of squared gradients.", at_least=0, less_than=1,
+        synonyms="beta2")
+    max_grad_norm: Number = setting(1.0, "Gradients are clipped to this norm. 0: not clipped.", at_least=0,
+        synonyms="clip clipping grad_clip gradient_clipping")
+    label_smoothing_factor: Number = setting(0.0, "Share of the target that is spread over the vocabulary.",
+        at_least=0, less_than=1, synonyms="label_smoothing smoothing")
+    z_loss: Number = setting(0.0, "Weight of the squared log of the softmax normaliser.", at_least=0)
+    warmup_ratio: Number = setting(0.02, "Share of the run in which the learning rate rises.", at_least=0,
+        at_most=1, synonyms="warmup warmup_steps")
+    decay_ratio: Number = setting(0.5,
+        "Share of the run, at its end, in which the learning rate falls linearly to 0.", at_least=0,
+        at_most=1, synonyms="cooldown lr_decay schedule")
+    num_threads: Whole | None = setting(None,
+        "Threads of torch in each process on a CPU. null: measured with `minutes`, else torch's own number.",
+        at_least=1, at_most=2**16, synonyms="threads cpus cores")
+    torch_compile_backend: Word | None = setting(None,
+        "Backend of torch.compile for the steps, such as inductor. null: not compiled.",
+        synonyms="compile torch_compile")
+    dtype: Word = setting("auto",
+        "Precision of the steps. auto: bfloat16 autocast where the device is fast at it, else float32.",
+        choices=("auto", "bfloat16", "float32"), synonyms="precision bf16 fp16 mixed_precision")
+    num_validations: Whole | None = setting(None,
+        "Validations on a part of the held-out text along the way. null: 4, or 0 below half a minute.",
+        at_least=0, at_most=10**6, synonyms="eval_steps validations evals")
+    num_samples: Whole = setting(2, "Texts that are generated at each validation and at the end.", at_least=0,
+        at_most=10**4, synonyms="samples")
+    save_minutes: Number = setting(1.0,
+        "Minutes of training between two checkpoints, and at least 50 times what saving takes.", at_least=0,
+        synonyms="checkpoint_minutes")
+    save_steps: Whole | None = setting(None,
+        "Optimizer steps between two checkpoints. 0: no checkpoints. null: by `save_minutes`.", at_least=0,
+        synonyms="checkpoint_steps checkpoints checkpoint_every")
+    save_total_limit: Whole = setting(2, "Checkpoints that are kept until the run is done.", at_least=1,
+        synonyms="keep max_checkpoints")
+    milestone_words: Words = setting([],
+        "Word counts (500K, 1M) after which the model is kept in milestones/; babylm: 1M, 2M ... 1000M.",
+        synonyms="milestones checkpoint_words")
+    report_to: Words = setting([], "Trackers that receive what log.jsonl receives.", choices=TRACKERS,
+        synonyms="tracker wandb logging logger")
 
 
-@dataclass
-class EvaluationRecipe:
-    """The exact pass at the end."""
+class EvaluationRecipe(Section):
+    """The exact evaluation at the end."""
 
-    context_length: int | None = None  # tokens a prediction may look back on; None: the row length
-    stride: int | None = (
-        None  # tokens by which the context slides over a long document; None: half the context
-    )
-    batch_size: int = 32  # windows in one forward pass; no figure depends on it
-    carry_state: bool | None = None  # look back to the document's start, by states; None: as in training
-
-
-@dataclass
-class PrivacyRecipe:
-    """A guarantee for each document of the training text, and what an audit asks for afterwards."""
-
-    canaries: list[int] = field(
-        default_factory=list
-    )  # how often random secrets are planted in the training text, as 1, 4, 16, 32; none: no canaries
-    canaries_each: int = 8  # candidates for each of these counts, of which a coin leaves out about half
-    canaries_seed: int = 0  # of the secrets, the coins and the places
-    epsilon: float | None = None  # the most that a run spends; None: no guarantee
-    delta: float | None = None  # chance that the guarantee fails; None: n^-1.1 of n documents
-    clip_norm: float = 1.0  # at most this long is the gradient of a document
-    secure_noise: bool = False  # of a cryptographic generator, and safe against attacks on its last bits
+    section: ClassVar[str] = "evaluation"
+    context_length: Whole | None = setting(None,
+        "Tokens that a prediction looks back on. null: `training.max_seq_length`; recurrent: 256 or more.",
+        at_least=2, at_most=2**30, synonyms="eval_context context max_length")
+    stride: Whole | None = setting(None,
+        "Tokens by which the context slides over a long document. null: half of `context_length`.",
+        at_least=1, at_most=2**30, synonyms="step sliding_window")
+    batch_size: Whole = setting(32, "Windows in one forward pass; changes no result.", at_least=1,
+        at_most=MAX_SIZE, synonyms="eval_batch_size per_device_eval_batch_size")
+    carry_state: Flag | None = setting(None,
+        "Look back to the document's start through recurrent states. null: as in training.")
 
 
-@dataclass
-class CardRecipe:
-    """What no measurement can know about the model; `hf-genlm card RUN --set card.x=...` says it later."""
+class PrivacyRecipe(Section):
+    """A differential privacy guarantee per training document, and canaries for an audit."""
 
-    name: str | None = None  # None: that of the run folder
-    license: str | None = None  # an identifier of the Hub, as mit; other: with the next two
-    license_name: str | None = None
-    license_link: str | None = None  # an address, or LICENSE, a file beside the weights
-    language: list[str] = field(default_factory=list)  # ISO 639 codes; none: those of `corpus.languages`
-    authors: list[str] = field(default_factory=list)
-    url: str | None = None  # where the model is described
-    citation: str | None = None  # BibTeX; None: made of the fields above
-    intended_use: str | None = None
-    datasets: list[str] = field(default_factory=list)  # Hub ids, besides sources that are such
-    base_model: str | None = None  # Hub id; None: of the model in `model.init_from`, where it has one
-    tags: list[str] = field(default_factory=list)  # besides those of the decoder
+    section: ClassVar[str] = "privacy"
+    canaries: Wholes = setting([],
+        "Repetitions, such as 1, 4, 16, of random secrets planted in the training text. Empty: no canaries.",
+        at_least=1, at_most=10**6)
+    canaries_each: Whole = setting(8,
+        "Candidates for each count of repetitions; a coin leaves about half of them out.", at_least=1,
+        at_most=10**4)
+    canaries_seed: Whole = setting(0, "Seed of secrets, coins and places.", at_least=0, at_most=MAX_WHOLE)
+    epsilon: Number | None = setting(None, "Privacy budget of the run. null: no guarantee.", more_than=0,
+        at_most=1000, synonyms="dp differential_privacy target_epsilon")
+    delta: Number | None = setting(None, "Probability that the guarantee fails. null: n^-1.1 of n documents.",
+        more_than=0, less_than=1, synonyms="target_delta")
+    clip_norm: Number = setting(1.0, "Norm to which the gradient of each document is clipped.", more_than=0,
+        synonyms="max_grad_norm per_sample_clip")
+    secure_noise: Flag = setting(False,
+        "Noise of a cryptographic generator, safe against attacks on its last bits.", synonyms="secure_mode")
+
+
+class CardRecipe(Section):
+    """Facts that no measurement gives; `hf-genlm card RUN --set card.x=...` adds them later."""
+
+    section: ClassVar[str] = "card"
+    name: Word | None = setting(None, "Name of the model. null: that of the run folder.",
+        synonyms="model_name title")
+    license: Word | None = setting(None,
+        "The Hub's identifier, such as mit; other: with the next two. null: not stated.", synonyms="licence")
+    license_name: Word | None = setting(None, "Name of a license that the Hub has no identifier for.")
+    license_link: Word | None = setting(None, "Its address, or LICENSE, a file beside the weights.")
+    language: Words = setting([], "ISO 639 codes. Empty: those of `corpus.languages`.",
+        synonyms="languages lang")
+    authors: Words = setting([], "Authors of the model.", synonyms="author")
+    url: Word | None = setting(None, "Page that describes the model.", synonyms="homepage link")
+    citation: Word | None = setting(None, "BibTeX. null: made of the fields above.", synonyms="bibtex cite")
+    intended_use: Word | None = setting(None, "Purpose of the model, in words.", synonyms="use purpose")
+    datasets: Words = setting([], "Hub ids of data sets, besides sources that are such.", synonyms="dataset")
+    base_model: Word | None = setting(None,
+        "Hub id of the base model. null: that of `model.init_from`, where it has one.")
+    tags: Words = setting([], "Tags on the Hub, besides those of the decoder.", synonyms="keywords")

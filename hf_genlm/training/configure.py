@@ -1,7 +1,6 @@
 """From a recipe to the config of its model, and to its size where that follows from the time."""
 
 import copy
-import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -39,7 +38,7 @@ def build_config(recipe: Recipe, mixer_types: list[str]) -> GenLMConfig:
     """
     if recipe.model.init_from is not None:
         return _config_of(recipe.model.init_from)
-    given = dataclasses.asdict(recipe.model)
+    given = recipe.model.model_dump()
     for name in ("init_from", "decoder", "mixers", "size"):
         del given[name]
     given["bigram_size"] = given["bigram_size"] or None
@@ -66,7 +65,7 @@ def adopt_model(recipe: Recipe) -> Recipe:
     if source is None:
         return recipe
     default = Recipe()
-    for section, names in (("model", [field.name for field in dataclasses.fields(ModelRecipe)][1:]),
+    for section, names in (("model", list(ModelRecipe.model_fields)[1:]),
                            ("tokenizer", ["path", "pattern", "vocab_size"]),
                            ("vectors", ["path"])):  # fmt: skip
         for name in names:
@@ -75,7 +74,7 @@ def adopt_model(recipe: Recipe) -> Recipe:
                     f"{section}.{name} is that of the model in {source!r} by --from: leave it out"
                 )
     adopted, config = copy.deepcopy(recipe), _config_of(source)
-    for name in [field.name for field in dataclasses.fields(ModelRecipe)]:
+    for name in ModelRecipe.model_fields:
         if hasattr(config, name):
             setattr(adopted.model, name, getattr(config, name))
     adopted.model.mixers = list(config.mixer_types)
@@ -228,12 +227,10 @@ def adopt_unchanged(recipe: Recipe, stated: Recipe) -> None:
         UserError: `stated` says something else than the run began with; what.
     """
     default = Recipe()
-    for section in dataclasses.fields(recipe):
-        for key in dataclasses.fields(getattr(recipe, section.name)):
-            name = f"{section.name}.{key.name}"
-            was, said, unsaid = (
-                getattr(getattr(each, section.name), key.name) for each in (recipe, stated, default)
-            )
+    for section in Recipe.model_fields:
+        for key, was in getattr(recipe, section):
+            name = f"{section}.{key}"
+            said, unsaid = (getattr(getattr(each, section), key) for each in (stated, default))
             if said in (unsaid, was):
                 continue
             if name not in _FREE:
@@ -243,4 +240,4 @@ def adopt_unchanged(recipe: Recipe, stated: Recipe) -> None:
                     f"{name} = {said!r} is not what this run began with{began}: resume it without that, or "
                     f"start a new run{longer}"
                 )
-            setattr(getattr(recipe, section.name), key.name, said)
+            setattr(getattr(recipe, section), key, said)

@@ -104,7 +104,9 @@ def measure_step(model: GenLMForCausalLM, recipe: TrainingRecipe) -> tuple[float
     many times as long as one thread takes for a small decoder. A step is forward, backward, clipping and
     update on rows of random tokens, those of one process. The threads that torch has are left as they were.
     """
-    optimizer = OptimizerFactory()(model, replace(recipe, weight_decay=0.0))  # it may not be chosen yet
+    optimizer = OptimizerFactory()(
+        model, recipe.model_copy(update={"weight_decay": 0.0})
+    )  # it may not be chosen yet
     shape = (rows_of_each(recipe.batch_size), recipe.max_seq_length)
     tokens = torch.randint(0, model.config.vocab_size, shape, device=model.device)
 

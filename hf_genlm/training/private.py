@@ -114,8 +114,8 @@ def tokens_to_plan_by(recipe: Recipe, corpus: "TokenizedCorpus | StreamedCorpus"
 
 def steps_of(recipe: Recipe) -> TrainingRecipe:
     """What Trainer is told: a batch of it is one step, and documents alone are clipped."""
-    return dataclasses.replace(
-        recipe.training, batch_size=1, gradient_accumulation_steps=1, max_grad_norm=0.0
+    return recipe.training.model_copy(
+        update={"batch_size": 1, "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
     )
 
 

@@ -5,7 +5,6 @@ figures of the finished model. A tracker here hears what is written to log.jsonl
 """
 
 import contextlib
-import dataclasses
 import io
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -75,7 +74,7 @@ class Trackio:
             self._run = trackio.init(
                 project="hf_genlm",
                 name=run.path.resolve().name,
-                config=dataclasses.asdict(recipe),
+                config=recipe.model_dump(),
                 resume="allow" if is_again else "never",
                 embed=False,
                 auto_log_gpu=False,

@@ -1,6 +1,5 @@
 """The promise: a committed card is that of a recipe that lies here, and says one thing of each number."""
 
-import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -46,8 +45,8 @@ def faults_of_card(card: Path, recipe: Path) -> list[str]:
 def faults_of_recipe(shown: dict, stated: Recipe) -> list[str]:
     """Fields of the recipe on a card that the file says otherwise; what the file leaves open was chosen, and
     a field that is younger than the card had its default."""
-    found, defaults = [], dataclasses.asdict(Recipe())
-    for section, values in dataclasses.asdict(stated).items():
+    found, defaults = [], Recipe().model_dump()
+    for section, values in stated.model_dump().items():
         for key, value in values.items():
             on_card = shown.get(section, {}).get(key, defaults[section][key])
             if value is not None and on_card != value:

@@ -6,14 +6,12 @@ StrictDataclassError); for all else a UserError. HF_GENLM_FUZZ=N makes N example
 """
 
 import bz2
-import dataclasses
 import gzip
 import json
 import lzma
 import math
 import os
 import string
-import typing
 from collections import Counter
 
 import pytest
@@ -24,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.corpora import parquet_of, zipped
 
-from hf_genlm.config import recipe as recipe_module
+from hf_genlm.config.describe import describe_fields
 from hf_genlm.config.recipe import CorpusRecipe, Recipe, load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.model import DECODERS, MIXER_TYPES, GenLMConfig, GenLMForCausalLM
@@ -158,18 +156,15 @@ def check_config(fields: dict) -> str:
 
 # recipes
 
-HINTS = {
-    f"{section.name}.{key}": hint
-    for section in dataclasses.fields(Recipe)
-    for key, hint in typing.get_type_hints(section.default_factory).items()
-}
-NAMES = list(HINTS)
+KINDS = {row.name: row.kind for row in describe_fields()}
+CHOICES = {row.name: row.allowed.split(", ") for row in describe_fields() if row.kind.startswith("a word")}
+NAMES = list(KINDS)
 NEAR = {
-    bool: st.sampled_from(["true", "false"]),
-    int: st.sampled_from(["1", "2", "4", "8", "64", "300", "1e2"]),
-    float: st.sampled_from(["0.5", "1", "0.01", "1e-3", "0"]),
-    str: st.sampled_from(["gru", "tiny", "rotary", "bigrams", "adamw", "auto", "text", "é"]),
+    "true or false": st.sampled_from(["true", "false"]),
+    "a whole number": st.sampled_from(["1", "2", "4", "8", "64", "300", "1e2"]),
+    "a number": st.sampled_from(["0.5", "1", "0.01", "1e-3", "0"]),
 }
+NEAR_WORDS = st.sampled_from(["gru", "tiny", "rotary", "bigrams", "adamw", "auto", "text", "é"])
 WORDS = st.sampled_from(["no", "true", "null", "1e-3", "1e400", "010", "1:30", ".nan", ".inf", "30M", "tiny",
                          "gru,lstm", "[a, b]", "{a: b}", "'", '"x', "*", "&a", "!!int 3", "a # b", "٣", "1_0",
                          "lstm", "rotary", "bigrams", "muon", "", "~", "<<", "\x00", "\ud800"])  # fmt: skip
@@ -177,8 +172,9 @@ WORDS = st.sampled_from(["no", "true", "null", "1e-3", "1e400", "010", "1:30", "
 
 def values_near(name: str):
     """Of the type of a field, as text; of a field that is none, a word."""
-    options = typing.get_args(HINTS.get(name, str)) or (HINTS.get(name, str),)
-    return NEAR.get(options[0], NEAR[str])
+    if CHOICES.get(name, [""]) != [""]:
+        return st.sampled_from(CHOICES[name])
+    return NEAR.get(KINDS.get(name, ""), NEAR_WORDS)
 
 
 @st.composite
@@ -239,8 +235,8 @@ def check_recipe_text(text: str | None, words: list[str], folder) -> str:
 
 
 def check_types(recipe: Recipe) -> None:
-    for section in dataclasses.fields(recipe):
-        for field in vars(getattr(recipe, section.name)).values():
+    for section in Recipe.model_fields:
+        for _, field in getattr(recipe, section):
             for value in field.values() if isinstance(field, dict) else [field]:
                 assert isinstance(value, (type(None), bool, int, float, str, list))
                 if isinstance(value, float):
@@ -445,9 +441,14 @@ def test_the_checks_see_what_they_are_there_for(tmp_path, monkeypatch):
         patch.setattr(GenLMConfig, "_refuse_slips", lambda self, keys: None)
         with pytest.raises(AssertionError, match="slip"):
             check_config({**SMALL, "hiden_size": 5})
+
+    def load_unchecked(*_):
+        recipe = Recipe()
+        recipe.training.__dict__["learning_rate"] = math.nan
+        return recipe
+
     with monkeypatch.context() as patch:
-        patch.setitem(recipe_module._KINDS, float, (float, "a number"))
-        patch.setattr(recipe_module, "RANGES", {})
+        patch.setitem(globals(), "load_recipe", load_unchecked)
         with pytest.raises(AssertionError):
             check_recipe_text(None, ["training.learning_rate=nan"], tmp_path)
     content = b'{"text": "a"}\n{"text": "b"}'

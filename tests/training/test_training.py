@@ -168,8 +168,6 @@ def test_budget_by_tokens_rounds_up_to_whole_steps():
     assert budget_of(TrainingRecipe(tokens=1000), tokens_per_step=300).steps == 4
     with pytest.raises(UserError, match="--minutes and --steps"):
         budget_of(TrainingRecipe(minutes=1, steps=3), tokens_per_step=1)
-    with pytest.raises(UserError, match="more than 0"):
-        budget_of(TrainingRecipe(steps=0), tokens_per_step=1)
 
 
 def test_trapezoid():
@@ -287,7 +285,7 @@ def test_recipe_fields_cover_each_other():
     """Every field of the model section is a field of the config, so that none is silently ignored."""
     from hf_genlm.model import GenLMConfig
 
-    names = {field.name for field in dataclasses.fields(Recipe().model)} - {
+    names = {*Recipe().model.model_fields} - {
         "decoder",
         "mixers",
         "size",
