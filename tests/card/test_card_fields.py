@@ -205,7 +205,7 @@ def test_the_verb_fills_the_card_after_training(tmp_path, capsys):
     for wrong, words in (
         ("training.steps=3", "card.KEY=VALUE alone"),
         ("card.license=apache", "did you mean 'apache-2.0'?"),
-        ("card.licence=mit", "did you mean 'license'?"),
+        ("card.licence=mit", "did you mean 'card.license'?"),
     ):
         assert main(["card", str(run.path), "--set", wrong]) == 2
         assert words in capsys.readouterr().err

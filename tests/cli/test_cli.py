@@ -98,7 +98,7 @@ MISTAKES = {
     "unknown decoder": (lambda p: [write(p / "a.txt", PROSE), "--decoder", "lstmm"], "did you mean 'lstm'"),
     "unknown recipe key": (
         lambda p: ["--recipe", write(p / "r.yaml", b"training: {batchsize: 3}")],
-        "did you mean 'batch_size'",
+        "did you mean 'training.batch_size'",
     ),
     "unknown key in --set": (lambda p: ["--set", "trainin.steps=3"], "did you mean 'training'"),
     "heads that do not divide": (

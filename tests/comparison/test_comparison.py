@@ -105,7 +105,8 @@ def test_recipes_keep_what_they_say_but_for_what_ends_them(tmp_path):
         ({"decoders": []}, "nothing to compare: name the candidates"),
         ({"decoders": ["lstm"]}, "needs two candidates, and there is 1"),
         ({"decoders": ["lstm", "lstm"]}, "'lstm' stands twice"),
-        ({"decoders": ["lstm", "../x"]}, "'../x' cannot name a folder"),
+        ({"decoders": ["lstm", "../x"]}, "unknown model.decoder '../x'"),
+        ({"decoders": [], "sizes": ["tiny", "../x"]}, "'../x' cannot name a folder"),
         ({"budgets": {"minutes": 1, "steps": 5}}, "--minutes and --steps all end a run"),
         ({"budgets": {"minutes": 0}}, "training.minutes = 0"),
         ({"budgets": {"flops": "many"}}, "--flops many: it must be a number above 0"),
@@ -115,7 +116,7 @@ def test_recipes_keep_what_they_say_but_for_what_ends_them(tmp_path):
         ({"decoders": [], "sizes": ["tiny", "small"], "parameters": "3M"}, "--parameters chooses the width"),
         ({"parameters": "tiny"}, "write a count such as 300K"),
         ({"decoders": [], "recipes": ["a.yaml"], "sizes": ["tiny"]}, "leave --decoders and --sizes out"),
-        ({"assignments": ["training.stepps=3"]}, "did you mean 'steps'"),
+        ({"assignments": ["training.stepps=3"]}, "did you mean 'training.steps'"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(stated, message):

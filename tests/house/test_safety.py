@@ -26,7 +26,6 @@ from hf_genlm.text.sources import Document
 from hf_genlm.text.tokenizer import load_tokenizer, train_tokenizer
 from hf_genlm.text.vector_files import read_vectors
 from hf_genlm.training.checkpoints import refuse_code
-from hf_genlm.training.train import train
 
 PACKAGE = Path(hf_genlm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -381,9 +380,11 @@ def test_the_token_is_in_no_file_and_no_output(echoing_hub, tmp_path, capfd, cap
 
 @pytest.mark.parametrize("source", ["https://me:word-of-mine@host/owner/name", "hf_" + "a1B2" * 8])
 def test_a_source_that_holds_a_login_is_refused(source, tmp_path, capsys):
-    recipe = Recipe(corpus=CorpusRecipe(sources=[source]))
     with pytest.raises(UserError, match="access token or a login"):
-        train(recipe, tmp_path / "run")
+        CorpusRecipe(sources=[source])
+    recipe = Recipe()
+    with pytest.raises(UserError, match="access token or a login"):
+        recipe.corpus.sources = [source]
     write(tmp_path / "recipe.yaml", f"corpus: {{validation: ['{source}']}}\n")
     places = [[source], ["--validation", source], [f"--{source}"], ["--set", source]]
     places += [["--set", f"corpus.sources={source}"], ["--recipe", str(tmp_path / "recipe.yaml")]]

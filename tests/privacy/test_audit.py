@@ -263,7 +263,7 @@ def test_the_coins_are_fair():
         ({"canaries": [1]}, {"stream": True}, "corpus.stream"),
         ({"canaries": [1]}, {"languages": {"fra": ["x"]}}, "corpus.languages"),
         ({"canaries": [4, 4]}, {}, "once"),
-        ({"canaries": [1], "canaries_each": 60_000}, {}, "too many"),
+        ({"canaries": [1, 2, 3, 4, 5, 6], "canaries_each": 10_000}, {}, "too many"),
     ],
 )
 def test_canaries_that_cannot_be_planted_are_refused(privacy, corpus, words):

@@ -385,12 +385,10 @@ STREAM_SHA256 = "164ea01d63876514f6f51fa5a87daf6244b7596c50aa162baa80ad2fad224f9
     ],
 )
 def test_what_cannot_be_is_said_before_anything_is_read(fields, words):
-    from hf_genlm.config.recipe import Recipe
+    from hf_genlm.config.recipe import Recipe, TrainingRecipe
 
-    recipe = Recipe(corpus=CorpusRecipe(**fields))
-    recipe.training.steps = 1
     with pytest.raises(UserError) as caught:
-        check(recipe)
+        check(Recipe(corpus=CorpusRecipe(**fields), training=TrainingRecipe(steps=1)))
     assert all(word in str(caught.value) for word in words)
 
 
