@@ -6,7 +6,6 @@ Importing this module is quick: torch and transformers are imported by the funct
 import base64
 import contextlib
 import copy
-import dataclasses
 import functools
 import html
 import inspect
@@ -54,7 +53,7 @@ SHORTCUTS = {
     "epsilon": "privacy.epsilon",
     "delta": "privacy.delta",
 }
-_SECTIONS = [field.name for field in dataclasses.fields(Recipe)]
+_SECTIONS = list(Recipe.model_fields)
 _BAR = "{desc}{percentage:3.0f}%|{bar}|{postfix}"
 # words of other libraries, and what they are called here
 _SYNONYMS = {"out": "output_dir", "output": "output_dir", "from_": "init_from", "model": "decoder"}
