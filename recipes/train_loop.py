@@ -25,7 +25,7 @@ from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.packing import PackedRows, collate
 from hf_genlm.training import processes
-from hf_genlm.training.bigram_init import MOST_TOKENS, start_from_pairs
+from hf_genlm.training.bigram_init import MAX_COUNTED_TOKENS, init_from_bigrams
 from hf_genlm.training.budget import resolve, trapezoid
 from hf_genlm.training.configure import adopt_vocabulary, build_config, mixer_types_of, settle_decay
 from hf_genlm.training.optimizer import OptimizerFactory
@@ -53,7 +53,8 @@ def main(recipe_file: str, out: str) -> None:
     set_seed(recipe.training.seed)
     model = GenLMForCausalLM(config)
     if recipe.training.init == "bigrams":
-        start_from_pairs(model, rows.first_tokens(MOST_TOKENS), keep_embedding=False)  # alike in each process
+        tokens = rows.first_tokens(MAX_COUNTED_TOKENS)
+        init_from_bigrams(model, tokens, keep_embedding=False)  # the same in every process
     set_seed(recipe.training.seed)
     uses_bfloat16 = {"auto": computes_bfloat16(), "bfloat16": True}.get(recipe.training.dtype, False)
     accelerator = Accelerator(mixed_precision="bf16" if uses_bfloat16 else "no")

@@ -1,12 +1,12 @@
-"""Where a model starts: with what pairs of neighbouring tokens of its own training text say.
+"""Initialization of a model from the bigrams of its training text.
 
-At first a decoder is close to the identity, so that its logits are head(norm(e_i)) for the last token i
-alone. The best that these can be is the log of how much more likely j is after i than elsewhere; its best
-approximation of low rank gives the embedding (as in Levy and Goldberg, 2014, Neural word embedding as
-implicit matrix factorization), a least squares fit the head, and the counts of single tokens its bias.
-Training then begins near the loss of a bigram model instead of near log V, for the price of a few steps.
+A new decoder is close to the identity: its logits are head(norm(e_i)) for the last token i alone. Their best
+values are the log of how much more likely token j is after i than elsewhere. The best low-rank approximation
+of this matrix gives the embedding (as in Levy and Goldberg, 2014, Neural word embedding as implicit matrix
+factorization), a least-squares fit the head, and the counts of single tokens its bias. Training then begins
+near the loss of a bigram model instead of near log V, for the price of a few steps.
 
-Shapes: V vocabulary, D width of what the head reads, R width of the embedding, n distinct pairs.
+Shapes: V vocabulary, D width of the head's input, R width of the embedding.
 """
 
 from dataclasses import dataclass
@@ -18,24 +18,24 @@ import torch
 if TYPE_CHECKING:
     from hf_genlm.model import GenLMForCausalLM
 
-MOST_TOKENS = 5_000_000  # worth counting, from the start of the text: bounds time and memory
-_PRIOR = 60.0  # pseudo-counts, as single tokens are distributed, that each token's successors start with
-_UNSEEN = 0.5  # occurrences that a token without any is taken to have
-_EXTRA_DIRECTIONS = 8  # a random sketch needs some more than are wanted (Halko et al., 2011, arXiv:0909.4061)
-_SKETCH_ROUNDS = 3
-_AT_ONCE = 4096  # tokens that the model reads
-_RIDGE = 1e-3  # in parts of the mean square of what the head reads
+MAX_COUNTED_TOKENS = 5_000_000  # counted, from the start of the text: bounds time and memory
+PRIOR = 60.0  # pseudo-counts of each token's successors, distributed as single tokens are
+_UNSEEN_COUNT = 0.5  # of a token that does not occur
+_EXTRA_DIRECTIONS = 8  # of the random sketch beyond the wanted rank (Halko et al., 2011, arXiv:0909.4061)
+_SKETCH_ITERATIONS = 3
+_RIDGE = 1e-3  # in parts of the mean square of the head's input
+_BATCH_SIZE = 4096  # tokens in one forward pass
 
 
 @dataclass(frozen=True)
-class PairStatistics:
-    """How tokens follow each other, as log-ratios S = log P(j | i) / P(j), up to a constant for each i."""
+class BigramStatistics:
+    """Log-ratios S_ij = log P(j | i) / P(j) of successive tokens i, j, up to a constant for each i."""
 
-    shares: torch.Tensor  # (V,) of the tokens in the text, p
-    log_ratios: torch.Tensor  # (V, V) sparse S; 0 where the pair was never seen
+    frequencies: torch.Tensor  # (V,) p, of single tokens
+    log_ratios: torch.Tensor  # (V, V) sparse S; 0 for a bigram that does not occur
     row_means: torch.Tensor  # (V,) sum_j p_j S_ij
     n_tokens: int
-    n_pairs: int  # distinct
+    n_bigrams: int  # distinct
 
     def times(self, matrix_VK: torch.Tensor) -> torch.Tensor:
         """(S - its row means) @ matrix."""
@@ -47,41 +47,44 @@ class PairStatistics:
 
 
 @torch.no_grad()
-def start_from_pairs(model: "GenLMForCausalLM", stream: np.ndarray, keep_embedding: bool) -> PairStatistics:
-    """Set the embedding, the head that is not tied to it, and the head's bias where there is one.
+def init_from_bigrams(
+    model: "GenLMForCausalLM", stream: np.ndarray, keep_embedding: bool
+) -> BigramStatistics:
+    """Set the embedding, the head that is not tied to it, and the head's bias if it has one.
 
-    Deterministic: what is drawn has a seed of its own.
+    Deterministic: the random sketch has its own seed.
 
     Args:
-        stream: (T,) token ids of the training text, documents parted by the end-of-text token.
-        keep_embedding: fit the head alone, to an embedding that is there: word vectors.
+        stream: (T,) token ids of the training text, documents separated by the end-of-text token.
+        keep_embedding: fit only the head, to the embedding as it is (word vectors).
 
     Raises:
-        ValueError: the head is tied.
+        ValueError: the head is tied to the embedding.
     """
     if model.config.tie_word_embeddings:
-        raise ValueError("a head is fitted to pairs of tokens where it is not tied to the embedding")
-    statistics = count_pairs(stream, model.config.vocab_size)
+        raise ValueError("a head is fitted to bigrams where it is not tied to the embedding")
+    statistics = count_bigrams(stream, model.config.vocab_size)
     embedding = model.model.embed_tokens.weight
     if not keep_embedding:
-        table = embed_pairs(statistics, embedding.shape[1])
-        embedding.copy_(table * (model.config.initializer_range / _mean_size(table, statistics.shares)))
-    weight, bias = fit_head(statistics, _read_alone(model))
+        table_VR = embed_bigrams(statistics, embedding.shape[1])
+        # the root mean square of a row, averaged over the text, is to be the initializer range
+        size = statistics.frequencies @ table_VR.square().mean(1).sqrt()
+        embedding.copy_(table_VR * (model.config.initializer_range / size))
+    weight, bias = fit_head(statistics, _head_inputs(model))
     model.lm_head.weight.copy_(weight)
     if model.lm_head.bias is not None:
         model.lm_head.bias.copy_(bias)
     return statistics
 
 
-def count_pairs(stream: np.ndarray, vocab_size: int) -> PairStatistics:
-    """The statistics of a stream (T,) of token ids, T at least 2."""
+def count_bigrams(stream: np.ndarray, vocab_size: int) -> BigramStatistics:
+    """Return the statistics of a stream (T,) of token ids, T at least 2."""
     ids = stream.astype(np.int64)
-    counts = np.bincount(ids, minlength=vocab_size)
-    shares = np.maximum(counts, _UNSEEN)
-    shares = shares / shares.sum()
-    pairs, n_each = np.unique(ids[:-1] * vocab_size + ids[1:], return_counts=True)
-    before, after = np.divmod(pairs, vocab_size)
-    ratios = np.log1p(n_each / (_PRIOR * shares[after]))
+    frequencies = np.maximum(np.bincount(ids, minlength=vocab_size), _UNSEEN_COUNT)
+    frequencies = frequencies / frequencies.sum()
+    bigrams, counts = np.unique(ids[:-1] * vocab_size + ids[1:], return_counts=True)
+    before, after = np.divmod(bigrams, vocab_size)
+    ratios = np.log1p(counts / (PRIOR * frequencies[after]))
     log_ratios = torch.sparse_coo_tensor(
         torch.from_numpy(np.stack([before, after])),
         torch.from_numpy(ratios.astype(np.float32)),
@@ -89,17 +92,22 @@ def count_pairs(stream: np.ndarray, vocab_size: int) -> PairStatistics:
         is_coalesced=True,
         check_invariants=False,
     )
-    p = torch.from_numpy(shares.astype(np.float32))
-    return PairStatistics(p, log_ratios, log_ratios @ p, len(ids), len(pairs))
+    p = torch.from_numpy(frequencies.astype(np.float32))
+    return BigramStatistics(p, log_ratios, log_ratios @ p, len(ids), len(bigrams))
 
 
-def embed_pairs(statistics: PairStatistics, width: int) -> torch.Tensor:
-    """(V, R): U s^(1/2) of the best approximation of rank R, weighted by how often tokens occur."""
-    root = statistics.shares.sqrt()[:, None]
+def embed_bigrams(
+    statistics: BigramStatistics, width: int, iterations: int = _SKETCH_ITERATIONS
+) -> torch.Tensor:
+    """Return (V, R): U s^(1/2) of the best approximation of rank R, weighted by token frequency.
+
+    The singular vectors come from a random sketch with so many power iterations (Halko et al., 2011).
+    """
+    root = statistics.frequencies.sqrt()[:, None]
     size = len(root)
     generator = torch.Generator().manual_seed(0)
     sketch = torch.randn(size, min(size, width + _EXTRA_DIRECTIONS), generator=generator)
-    for _ in range(_SKETCH_ROUNDS):
+    for _ in range(iterations):
         basis, _ = torch.linalg.qr(root * statistics.times(root * sketch))
         sketch, _ = torch.linalg.qr(root * statistics.transposed_times(root * basis))
     left, singular, _ = torch.linalg.svd(root * statistics.times(root * sketch), full_matrices=False)
@@ -107,30 +115,31 @@ def embed_pairs(statistics: PairStatistics, width: int) -> torch.Tensor:
     return torch.nn.functional.pad(table[:, :width], (0, max(0, width - table.shape[1])))
 
 
-def fit_head(statistics: PairStatistics, read_VD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weight (V, D), bias (V,)) of log P(j | i) = weight_j read_i + bias_j, by least squares over the
-    tokens i, weighted by how often they occur."""
-    p = statistics.shares[:, None]
-    mean_D = (p * read_VD).sum(0)
-    centred = read_VD - mean_D
+def fit_head(
+    statistics: BigramStatistics, inputs_VD: torch.Tensor, ridge: float = _RIDGE
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (weight (V, D), bias (V,)) of log P(j | i) = weight_j inputs_i + bias_j.
+
+    By least squares over the tokens i, weighted by token frequency.
+    """
+    p = statistics.frequencies[:, None]
+    mean_D = (p * inputs_VD).sum(0)
+    centred = inputs_VD - mean_D
     gram = centred.T @ (p * centred)
-    gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
     means_V = statistics.transposed_times(p)[:, 0]
     # the centred inputs have the weighted mean 0: the mean of the log-ratios drops out
     weight = torch.linalg.solve(gram, statistics.transposed_times(p * centred).T).T
-    return weight, statistics.shares.log() + means_V - weight @ mean_D
+    return weight, statistics.frequencies.log() + means_V - weight @ mean_D
 
 
-def _read_alone(model: "GenLMForCausalLM") -> torch.Tensor:
-    """(V, D): what the head reads after each token by itself."""
+def _head_inputs(model: "GenLMForCausalLM") -> torch.Tensor:
+    """Return (V, D): the head's input after each token as the only one of its row."""
     was_training = model.training
     model.eval()
     tokens = torch.arange(model.config.vocab_size, device=model.device)[:, None]
-    read = [model.model(rows, use_cache=False).last_hidden_state[:, 0] for rows in tokens.split(_AT_ONCE)]
+    inputs = [
+        model.model(rows, use_cache=False).last_hidden_state[:, 0] for rows in tokens.split(_BATCH_SIZE)
+    ]
     model.train(was_training)
-    return torch.cat(read).float().cpu()
-
-
-def _mean_size(table_VR: torch.Tensor, shares_V: torch.Tensor) -> torch.Tensor:
-    """The root mean square of a row, averaged over the text."""
-    return shares_V @ table_VR.square().mean(1).sqrt()
+    return torch.cat(inputs).float().cpu()

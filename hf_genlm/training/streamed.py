@@ -20,7 +20,7 @@ from hf_genlm.text.packed_stream import PackedStream
 from hf_genlm.text.store import Documents
 from hf_genlm.text.streaming import DocumentStream, HeldOut, open_stream
 from hf_genlm.training import processes
-from hf_genlm.training.bigram_init import MOST_TOKENS
+from hf_genlm.training.bigram_init import MAX_COUNTED_TOKENS
 from hf_genlm.training.milestones import WordRate
 from hf_genlm.training.tokenized import tokenizer_of
 from hf_genlm.training.word_vectors import count_words
@@ -64,7 +64,7 @@ class StreamedCorpus:
 
     def known_ids(self, rows: PackedStream) -> np.ndarray:
         """(n,): the beginning of the training text."""
-        return rows.first_tokens(MOST_TOKENS)
+        return rows.first_tokens(MAX_COUNTED_TOKENS)
 
 
 def prepare_stream(run: RunFolder, recipe: Recipe, is_again: bool = False) -> StreamedCorpus:

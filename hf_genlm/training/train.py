@@ -25,7 +25,7 @@ from hf_genlm.text.near_duplicates import check_near_duplicates
 from hf_genlm.text.scrubbing import check_scrubbing
 from hf_genlm.text.windows import DocumentWindows
 from hf_genlm.training import processes
-from hf_genlm.training.bigram_init import MOST_TOKENS, start_from_pairs
+from hf_genlm.training.bigram_init import MAX_COUNTED_TOKENS, init_from_bigrams
 from hf_genlm.training.budget import Budget, budget_of, resolve
 from hf_genlm.training.callbacks import Diverged
 from hf_genlm.training.checkpoints import Checkpoint, newest_checkpoint, refuse_code, write_model
@@ -300,9 +300,9 @@ def _start(run: RunFolder, model: GenLMForCausalLM, job: Job, is_new: bool) -> t
         held = torch.from_numpy(found) if recipe.vectors.frozen else None
     if recipe.training.init == "bigrams" and is_new:
         assert not isinstance(job.rows, DocumentWindows), "nothing starts from statistics of a private text"
-        tokens = job.rows.first_tokens(MOST_TOKENS)
-        learned = start_from_pairs(model, tokens, keep_embedding=recipe.vectors.path is not None)
-        run.log("bigrams", tokens=learned.n_tokens, distinct=learned.n_pairs)
+        tokens = job.rows.first_tokens(MAX_COUNTED_TOKENS)
+        bigrams = init_from_bigrams(model, tokens, keep_embedding=recipe.vectors.path is not None)
+        run.log("bigrams", tokens=bigrams.n_tokens, distinct=bigrams.n_bigrams)
     return held
 
 

@@ -23,7 +23,7 @@ from hf_genlm.text.corpus import Corpus, read_corpus
 from hf_genlm.text.encoding import encode_documents
 from hf_genlm.text.packing import PackedRows, collate
 from hf_genlm.text.tokenizer import train_tokenizer
-from hf_genlm.training.bigram_init import MOST_TOKENS, start_from_pairs
+from hf_genlm.training.bigram_init import MAX_COUNTED_TOKENS, init_from_bigrams
 from hf_genlm.training.budget import resolve, trapezoid
 from hf_genlm.training.configure import adopt_vocabulary, build_config, mixer_types_of, settle_decay
 from hf_genlm.training.optimizer import OptimizerFactory
@@ -79,7 +79,7 @@ def run(corpus: Corpus, settings: list[str], options: argparse.Namespace, seed: 
     model = GenLMForCausalLM(config)
     began = time.process_time()
     if training.init == "bigrams":
-        start_from_pairs(model, rows.first_tokens(MOST_TOKENS), keep_embedding=False)
+        init_from_bigrams(model, rows.first_tokens(MAX_COUNTED_TOKENS), keep_embedding=False)
     spent = time.process_time() - began
     steps, pace = train(model, rows, recipe, options.seconds - spent, n_steps)
     found = measure_likelihood(

@@ -1,4 +1,4 @@
-"""Promise: a model starts with what pairs of neighbouring tokens say, exactly as defined."""
+"""Promise: training.init=bigrams sets embedding and head from the bigrams of the text, exactly as defined."""
 
 import itertools
 import math
@@ -11,8 +11,13 @@ from support.runs import small_recipe
 
 from hf_genlm.errors import UserError
 from hf_genlm.model import DECODERS, GenLMConfig, GenLMForCausalLM
-from hf_genlm.training import bigram_init as pair_start
-from hf_genlm.training.bigram_init import count_pairs, embed_pairs, fit_head, start_from_pairs
+from hf_genlm.training.bigram_init import (
+    PRIOR,
+    count_bigrams,
+    embed_bigrams,
+    fit_head,
+    init_from_bigrams,
+)
 from hf_genlm.training.budget import resolve
 from hf_genlm.training.train import train
 
@@ -37,7 +42,7 @@ def dense_log_ratios(stream: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         singles[token] += 1
     p = np.maximum(singles, 0.5)
     p /= p.sum()
-    prior = pair_start._PRIOR * p
+    prior = PRIOR * p
     # the normaliser of a row is a constant of it
     ratios = np.log((pairs + prior) / prior)
     return p, ratios - (ratios @ p)[:, None]
@@ -58,11 +63,11 @@ def loss_of(model: GenLMForCausalLM, stream: np.ndarray) -> float:
 
 
 def test_statistics_are_those_of_a_count_by_hand(stream):
-    found = count_pairs(stream, VOCAB)
+    found = count_bigrams(stream, VOCAB)
     p, ratios = dense_log_ratios(stream)
     assert found.n_tokens == 6000
-    assert found.n_pairs == len({(int(a), int(b)) for a, b in itertools.pairwise(stream)})
-    torch.testing.assert_close(found.shares.double(), torch.from_numpy(p), atol=1e-7, rtol=1e-5)
+    assert found.n_bigrams == len({(int(a), int(b)) for a, b in itertools.pairwise(stream)})
+    torch.testing.assert_close(found.frequencies.double(), torch.from_numpy(p), atol=1e-7, rtol=1e-5)
     unit = torch.eye(VOCAB)
     expected = torch.from_numpy(ratios)
     torch.testing.assert_close(found.times(unit).double(), expected, atol=1e-5, rtol=1e-5)
@@ -70,13 +75,13 @@ def test_statistics_are_those_of_a_count_by_hand(stream):
 
 
 @pytest.mark.parametrize("width", [4, 16])
-def test_embedding_spans_the_best_approximation(stream, width, monkeypatch):
+def test_embedding_spans_the_best_approximation(stream, width):
     p, ratios = dense_log_ratios(stream)
     weighted = np.sqrt(p)[:, None] * ratios * np.sqrt(p)
     left, singular, _ = np.linalg.svd(weighted)
-    for rounds, share in ((pair_start._SKETCH_ROUNDS, 0.95), (60, 0.9999)):
-        monkeypatch.setattr(pair_start, "_SKETCH_ROUNDS", rounds)
-        table = np.sqrt(p)[:, None] * embed_pairs(count_pairs(stream, VOCAB), width).double().numpy()
+    statistics = count_bigrams(stream, VOCAB)
+    for options, share in (({}, 0.95), ({"iterations": 60}, 0.9999)):
+        table = np.sqrt(p)[:, None] * embed_bigrams(statistics, width, **options).double().numpy()
         found = table / np.linalg.norm(table, axis=0)
         assert np.square(found.T @ weighted).sum() > share * np.square(singular[:width]).sum()
     best = (left[:, :width] * singular[:width]) @ left[:, :width].T
@@ -84,18 +89,17 @@ def test_embedding_spans_the_best_approximation(stream, width, monkeypatch):
 
 
 def test_an_embedding_wider_than_the_vocabulary_has_rank_to_spare(stream):
-    table = embed_pairs(count_pairs(stream, VOCAB), VOCAB + 20)
+    table = embed_bigrams(count_bigrams(stream, VOCAB), VOCAB + 20)
     assert table.shape == (VOCAB, VOCAB + 20)
     assert torch.isfinite(table).all()
 
 
-def test_head_is_the_weighted_least_squares_fit(stream, monkeypatch):
-    monkeypatch.setattr(pair_start, "_RIDGE", 1e-9)
+def test_head_is_the_weighted_least_squares_fit(stream):
     p, ratios = dense_log_ratios(stream)
     read = np.random.default_rng(1).standard_normal((VOCAB, 12))
     inputs = np.concatenate([read, np.ones((VOCAB, 1))], axis=1) * np.sqrt(p)[:, None]
     expected, *_ = np.linalg.lstsq(inputs, ratios * np.sqrt(p)[:, None], rcond=None)
-    weight, bias = fit_head(count_pairs(stream, VOCAB), torch.from_numpy(read).float())
+    weight, bias = fit_head(count_bigrams(stream, VOCAB), torch.from_numpy(read).float(), ridge=1e-9)
     np.testing.assert_allclose(weight.numpy(), expected[:-1].T, atol=2e-3)
     np.testing.assert_allclose(bias.numpy(), np.log(p) + expected[-1], atol=2e-3)
 
@@ -110,7 +114,7 @@ def test_loss_begins_near_that_of_a_bigram_model(stream, decoder, overrides):
     entropy_of_one = -(p[p > 0] * np.log(p[p > 0])).sum()
     before = loss_of(model, stream)
     assert before > entropy_of_one  # new, it knows less than how often each token occurs
-    start_from_pairs(model, stream, keep_embedding=False)
+    init_from_bigrams(model, stream, keep_embedding=False)
     p, ratios = dense_log_ratios(stream)
     rows = np.log(p) + ratios
     rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
@@ -122,18 +126,18 @@ def test_a_given_embedding_is_kept(stream):
     model = build()
     given = model.model.embed_tokens.weight.clone()
     before = loss_of(model, stream)
-    start_from_pairs(model, stream, keep_embedding=True)
+    init_from_bigrams(model, stream, keep_embedding=True)
     assert torch.equal(model.model.embed_tokens.weight, given)
     assert loss_of(model, stream) < before - 1.0
 
 
-def test_the_start_is_repeatable_and_draws_nothing_of_the_run(stream):
+def test_initialization_is_deterministic_and_leaves_the_random_state(stream):
     models = []
     for seed in (1, 2):
         model = build()
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        start_from_pairs(model, stream, keep_embedding=False)
+        init_from_bigrams(model, stream, keep_embedding=False)
         assert torch.equal(torch.get_rng_state(), state)
         models.append(model)
     for first, second in zip(models[0].parameters(), models[1].parameters(), strict=True):
@@ -143,7 +147,7 @@ def test_the_start_is_repeatable_and_draws_nothing_of_the_run(stream):
 
 def test_a_tied_head_is_refused(stream):
     with pytest.raises(ValueError, match="not tied"):
-        start_from_pairs(build_model(["gru"]), stream, keep_embedding=False)
+        init_from_bigrams(build_model(["gru"]), stream, keep_embedding=False)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +162,7 @@ def test_a_tied_head_is_refused(stream):
     ],
     ids=str,
 )
-def test_what_follows_from_what_was_said(text_folder, assignments, tied, start, bias):
+def test_init_tied_head_and_output_bias_follow_from_each_other(text_folder, assignments, tied, start, bias):
     recipe = resolve(small_recipe(text_folder, *assignments))
     assert (recipe.model.tie_word_embeddings, recipe.training.init, recipe.model.output_bias) == (
         tied,
@@ -170,7 +174,7 @@ def test_what_follows_from_what_was_said(text_folder, assignments, tied, start, 
 @pytest.mark.parametrize(
     ("assignments", "message"),
     [
-        (["training.init=pair"], "did you mean 'pairs'"),
+        (["training.init=bigram"], "did you mean 'bigrams'"),
         (["training.init=bigrams", "model.tie_word_embeddings=true"], "fits the head to the text"),
     ],
 )

@@ -12,8 +12,7 @@ from transformers import Trainer, TrainingArguments
 from hf_genlm.config.recipe import TrainingRecipe, load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.model import MIXERS, GenLMConfig, GenLMForCausalLM
-from hf_genlm.training.muon import Muon, orthogonalize, step_scale
-from hf_genlm.training.optimizer import OptimizerFactory, split_by_role
+from hf_genlm.training.optimizer import Muon, OptimizerFactory, orthogonalize, split_by_role, step_scale
 from hf_genlm.training.train import train
 
 CELLS = [name for name, mixer in MIXERS.items() if getattr(mixer, "n_gates", 1) > 1]
@@ -60,7 +59,7 @@ def naive_muon(weight, gradients, rate, decay, n_matrices) -> None:
 def test_steps_are_those_of_the_naive_twin(stack):
     model, twin = build_model(stack).double(), build_model(stack).double()
     optimizer = muon_of(model, matrix_lr_ratio=30)
-    matrices, tables, pairs, rest = split_by_role(twin)
+    matrices, tables, bigrams, rest = split_by_role(twin)
     names = {id(p): name for name, p in twin.named_parameters()}
     generator = torch.Generator().manual_seed(3)
     gradients = [
@@ -70,7 +69,7 @@ def test_steps_are_those_of_the_naive_twin(stack):
     adamw = torch.optim.AdamW(
         [
             {"params": tables, "lr": 2e-2, "weight_decay": 0.1},
-            {"params": pairs, "lr": 2e-2, "weight_decay": 0.3},
+            {"params": bigrams, "lr": 2e-2, "weight_decay": 0.3},
             {"params": rest},
         ],
         lr=1e-2,
@@ -80,7 +79,7 @@ def test_steps_are_those_of_the_naive_twin(stack):
     for of_step in gradients:
         for name, parameter in model.named_parameters():
             parameter.grad = of_step[name].clone()
-        for parameter in [*tables, *pairs, *rest]:
+        for parameter in [*tables, *bigrams, *rest]:
             parameter.grad = of_step[names[id(parameter)]]
         optimizer.step()
         adamw.step()
@@ -125,7 +124,7 @@ def test_a_gradient_of_zeros_moves_nothing():
     assert torch.equal(weight, torch.ones(4, 6))
 
 
-def test_equal_shapes_in_one_batch_are_as_one_by_one(monkeypatch):
+def test_equal_shapes_in_one_batch_are_as_one_by_one():
     """Tall and wide ones too, and no more batches than there are shapes."""
     torch.manual_seed(0)
     shapes = [(6, 9), (9, 6), (6, 9), (4, 4)]
@@ -141,8 +140,7 @@ def test_equal_shapes_in_one_batch_are_as_one_by_one(monkeypatch):
         seen.append(tuple(matrices_NRC.shape))
         return orthogonalize(matrices_NRC, iterations)
 
-    monkeypatch.setattr("hf_genlm.training.muon.orthogonalize", counting)
-    Muon([{"method": "muon", "params": together}]).step()
+    Muon([{"method": "muon", "params": together}], orthogonalize=counting).step()
     assert seen == [(3, 6, 9), (1, 4, 4)]
     for parameter in alone:
         Muon([{"method": "muon", "params": [parameter]}]).step()
