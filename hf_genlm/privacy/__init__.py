@@ -1,1 +1,1 @@
-"""What a model may give away of the text that it learned from: attacks on it, and training that bounds it."""
+"""Privacy: attacks that measure what a model reveals of its training text, and training that bounds it."""

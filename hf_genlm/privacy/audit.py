@@ -19,7 +19,7 @@ from hf_genlm.loading import load
 from hf_genlm.privacy.attacks.exposure import measure_canaries
 from hf_genlm.privacy.attacks.extraction import measure_extraction
 from hf_genlm.privacy.attacks.membership import measure_membership
-from hf_genlm.privacy.subject import Audited, Evidence, Findings, Progress
+from hf_genlm.privacy.attacks.target import Evidence, Findings, Progress, TargetModel
 from hf_genlm.run_folder import Listener, RunFolder, read_json
 from hf_genlm.text.canaries import Canaries, plant
 from hf_genlm.text.corpus import Corpus, notes_on, read_corpus, read_documents
@@ -36,7 +36,7 @@ class Attack(NamedTuple):
     """
 
     needs: tuple[str, ...]
-    measure: Callable[[Audited, Evidence, Progress | None], Findings]
+    measure: Callable[[TargetModel, Evidence, Progress | None], Findings]
 
 
 ATTACKS = {
@@ -105,7 +105,7 @@ def audit(
     def report(task: str, done: int = 0, total: int | None = None) -> None:
         notify("progress", {"task": task, "done": done, "total": total})
 
-    def encode(target: Audited, documents: Documents) -> Any:
+    def encode(target: TargetModel, documents: Documents) -> Any:
         return encode_documents(target.tokenizer, documents, lambda *progress: report("encoding", *progress))
 
     run = RunFolder.open(model) if is_run else None
@@ -135,7 +135,7 @@ def audit(
     folder = Path(output_dir) if output_dir is not None else run.path if run else None
     result = AuditResult(
         measurements=[measurement for found in findings for measurement in found.measurements],
-        roc_curves={name: curve for found in findings for name, curve in found.curves.items()},
+        roc_curves={name: curve for found in findings for name, curve in found.roc_curves.items()},
         made_with={
             "attacks": names,
             "limit": limit,
@@ -226,11 +226,11 @@ def _check_unchanged(run: RunFolder, recipe: Recipe, corpus: Corpus) -> None:
             )
 
 
-def _load(name: str | Path, recipe: Recipe, max_seq_length: int | None) -> Audited:
+def _load(name: str | Path, recipe: Recipe, max_seq_length: int | None) -> TargetModel:
     model, tokenizer = load(str(name))
     limit = getattr(model.config, "max_position_embeddings", None) or _MAX_CONTEXT
     context = recipe.evaluation.context_length or max_seq_length or min(limit, _MAX_CONTEXT)
-    return Audited(model, tokenizer, context, recipe.evaluation.batch_size)
+    return TargetModel(model, tokenizer, context, recipe.evaluation.batch_size)
 
 
 def _write(result: AuditResult, path: Path) -> None:

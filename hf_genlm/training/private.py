@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, cast
 from hf_genlm.config.recipe import CorpusRecipe, Recipe, TrainingRecipe
 from hf_genlm.errors import UserError
 from hf_genlm.files import write_json
-from hf_genlm.privacy.dp.guarantee import check_installed, delta_of, guarantee_of
-from hf_genlm.privacy.dp.randomness import KEY_BYTES
+from hf_genlm.privacy.dp.mechanism import KEY_BYTES, check_installed, choose_delta, plan_guarantee
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.corpus import read_corpus
 from hf_genlm.text.store import Documents
@@ -125,16 +124,16 @@ def begin_private(
     """The guarantee of a new run, and its key; a run by the clock has its steps counted out beforehand.
 
     Raises:
-        UserError: as `guarantee_of`.
+        UserError: as `plan_guarantee`.
     """
     from hf_genlm.training.private_step import PrivateState
 
-    delta_of(recipe.privacy, len(corpus.train))
+    choose_delta(recipe.privacy, len(corpus.train))
     if budget.seconds is not None:
         _count_steps(run, recipe, corpus, budget)
     run.tell("progress", task="choosing the noise", done=0, total=None)
     n_drawn = recipe.training.batch_size * recipe.training.gradient_accumulation_steps
-    guarantee = guarantee_of(recipe.privacy, len(corpus.train), n_drawn, budget.steps)
+    guarantee = plan_guarantee(recipe.privacy, len(corpus.train), n_drawn, budget.steps)
     run.log("guarantee", **dataclasses.asdict(guarantee))
     return PrivateState(guarantee, os.urandom(KEY_BYTES))
 

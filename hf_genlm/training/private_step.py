@@ -19,9 +19,8 @@ from hf_genlm.config.recipe import Recipe, TrainingRecipe
 from hf_genlm.errors import UserError
 from hf_genlm.files import write_bytes
 from hf_genlm.model import GenLMForCausalLM
-from hf_genlm.privacy.dp.guarantee import Guarantee
+from hf_genlm.privacy.dp.mechanism import KEY_BYTES, NOISES, Guarantee, draw_documents, draw_offsets
 from hf_genlm.privacy.dp.per_example import PerExampleGradients
-from hf_genlm.privacy.dp.randomness import KEY_BYTES, NOISES, draw_documents, draw_numbers
 from hf_genlm.text.packing import IGNORED, collate
 from hf_genlm.text.windows import DocumentWindows
 from hf_genlm.training.optimizer import OptimizerFactory
@@ -82,7 +81,7 @@ class DrawnSteps(Dataset):
             raise IndexError(step)
         key, rate = self.state.key, self.state.guarantee.sampling_rate
         drawn = draw_documents(key, step, self.windows.n_rows, rate)
-        return collate(self.windows.take(drawn, draw_numbers(key, step, len(drawn))))
+        return collate(self.windows.take(drawn, draw_offsets(key, step, len(drawn))))
 
 
 def the_one(steps: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -6,11 +6,13 @@ import math
 import random
 import shutil
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.integrate import quad
 from support.models import build_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -20,12 +22,11 @@ from hf_genlm.config.recipe import CorpusRecipe, PrivacyRecipe, Recipe, load_rec
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import Measurement, read_measurements
 from hf_genlm.files import write_json
-from hf_genlm.privacy.attacks import epsilon, exposure, intervals
+from hf_genlm.privacy.attacks import exposure, statistics
 from hf_genlm.privacy.attacks.exposure import CanaryLosses, null_mean, null_p_value, skew_normal_exposure
-from hf_genlm.privacy.attacks.extraction import count_copies, matched_tokens
+from hf_genlm.privacy.attacks.extraction import count_copies, count_matched_tokens
 from hf_genlm.privacy.attacks.membership import SCORES, Passages
-from hf_genlm.privacy.attacks.scoring import Passage, score
-from hf_genlm.privacy.subject import Audited, Place, draw_places, passage_at
+from hf_genlm.privacy.attacks.target import Passage, Span, TargetModel, draw_spans, passage_of
 from hf_genlm.report.plots import PICTURE, write_curves
 from hf_genlm.run_folder import RunFolder, read_json
 from hf_genlm.text.canaries import BITS, Canaries, check_canaries, draw_canaries, plant
@@ -306,31 +307,58 @@ def test_extrapolated_exposure_is_the_tail_of_a_skew_normal(shape):
     for chance in (0.9, 0.5, 0.05, 1e-6):
         found = skew_normal_exposure(float(true.ppf(chance)), others)
         assert found == pytest.approx(-math.log2(chance), rel=0.02)
-    far = skew_normal_exposure(float(true.ppf(0.5)) - 60 * 4, others)
-    assert math.isfinite(far)
-    assert far > 100
 
 
-def test_clopper_pearson_is_scipys():
+@pytest.mark.parametrize("shape", [-4.0, 0.0, 3.0])
+def test_extrapolated_exposure_is_accurate_down_to_the_space_of_secrets(shape):
+    """The tail as an integral of the fitted density relative to its end, which does not underflow."""
+    others = stats.skewnorm(shape, loc=50, scale=4).rvs(511, random_state=1)
+    fitted = stats.skewnorm(*stats.skewnorm.fit(others, method="mm"))
+    bits = []
+    for distance in (0, 2, 4, 6, 8):
+        own = float(others.mean() - distance * others.std())
+        end = fitted.logpdf(own)
+        relative, _ = quad(lambda x, own=own, end=end: math.exp(fitted.logpdf(own - x) - end), 0, 160)
+        bits.append(-(end + math.log(relative)) / math.log(2))
+        assert skew_normal_exposure(own, others) == pytest.approx(bits[-1], rel=1e-5)
+    assert bits[-1] > 0.65 * BITS
+
+
+def test_extrapolated_exposure_of_odd_samples():
+    """More skewed than any skew-normal distribution, of one value, or far below all references."""
+    skewed = np.random.default_rng(0).exponential(size=511)
+    assert stats.skew(skewed) > 1
+    for sample in (skewed, -skewed):
+        found = [skew_normal_exposure(own, sample) for own in np.quantile(sample, [0.9, 0.5, 0.1])]
+        assert 0 < found[0] < found[1] < found[2] < 10
+    one = np.full(9, 5.0)
+    assert [skew_normal_exposure(own, one) for own in (4.0, 5.0, 6.0)] == [math.inf, 1.0, 0.0]
+    losses = CanaryLosses((), np.array([-1e6]), skewed[None])
+    assert losses.extrapolated.tolist() == [BITS]
+
+
+def test_clopper_pearson_is_the_exact_binomial_interval():
+    """Each end gives exactly 2.5 % to at least as extreme a count; ends at 0 and n are 0 and 1."""
     for hits, n in ((0, 7), (3, 7), (7, 7), (12, 400)):
-        wanted = stats.binomtest(hits, n).proportion_ci(0.95, method="exact")
-        assert intervals.clopper_pearson(hits, n) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
+        low, high = statistics.clopper_pearson(hits, n)
+        assert stats.binom.sf(hits - 1, n, low) == pytest.approx(0.025) if hits else low == 0
+        assert stats.binom.cdf(hits, n, high) == pytest.approx(0.025) if hits < n else high == 1
 
 
 def test_auc_and_its_error_are_those_of_all_pairs():
     generator = np.random.default_rng(1)
     members, others = generator.normal(0.7, 1, 40).round(1), generator.normal(0, 1, 30).round(1)
     pairs = np.array([[(m > o) + (m == o) / 2 for o in others] for m in members])
-    area, stderr, (low, high) = intervals.auc(members, others)
+    area, stderr, (low, high) = statistics.auc(members, others)
     assert area == pytest.approx(pairs.mean())
     assert area == pytest.approx(stats.mannwhitneyu(members, others).statistic / pairs.size)
     wanted = math.sqrt(pairs.mean(1).var(ddof=1) / 40 + pairs.mean(0).var(ddof=1) / 30)
     assert stderr == pytest.approx(wanted)
     assert (high - low) / 2 == pytest.approx(1.959964 * stderr)
-    assert intervals.auc(members + 100, others)[2] == pytest.approx(
+    assert statistics.auc(members + 100, others)[2] == pytest.approx(
         (0.05 / 2) ** (1 / 30) * np.array([1, 0]) + [0, 1]
     )
-    fpr, tpr = intervals.roc(members, others)
+    fpr, tpr = statistics.roc(members, others)
     assert np.trapezoid(tpr, fpr) == pytest.approx(area)
     assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
 
@@ -340,15 +368,15 @@ def test_the_interval_of_auc_covers():
     true = stats.norm.cdf(1 / math.sqrt(2))
     hits = 0
     for _ in range(400):
-        low, high = intervals.auc(generator.normal(1, 1, 60), generator.normal(0, 1, 60))[2]
+        low, high = statistics.auc(generator.normal(1, 1, 60), generator.normal(0, 1, 60))[2]
         hits += low < true < high
     assert stats.binomtest(hits, 400, 0.95).pvalue > 0.01
 
 
 def test_members_found_at_a_rate_of_false_alarms():
     others = np.arange(200.0)  # 1 %: two may be above the threshold
-    assert intervals.hits_at(np.array([196.5, 197.0, 197.5, 198.5, 500.0]), others, 0.01) == 3
-    assert intervals.hits_at(np.array([199.0, 199.5]), others, 0.001) == 1
+    assert statistics.count_hits_at(np.array([196.5, 197.0, 197.5, 198.5, 500.0]), others, 0.01) == 3
+    assert statistics.count_hits_at(np.array([199.0, 199.5]), others, 0.001) == 1
 
 
 # the lower bound on epsilon
@@ -372,19 +400,19 @@ def test_the_p_value_is_that_of_the_theorem(delta):
         (100, 100, 55, 0.1),
         (50, 20, 0, 1.0),
     ):
-        found = epsilon.p_value_of_guesses(m, r, v, eps, delta)
+        found = statistics.p_value_of_guesses(m, r, v, eps, delta)
         assert found == pytest.approx(p_value_as_printed(m, r, v, eps, delta), rel=1e-9)
 
 
 def test_the_bound_is_where_the_p_value_is_the_error():
     coins = np.arange(60) % 2 == 0
-    bound = epsilon.one_run_bound(coins * 10.0, coins, delta=1e-6)
+    bound = statistics.one_run_bound(coins * 10.0, coins, delta=1e-6)
     assert p_value_as_printed(60, 60, 60, bound, 1e-6) == pytest.approx(0.05, rel=1e-6)
-    assert epsilon.one_run_bound(coins * 10.0, ~coins, delta=1e-6) == 0.0
-    assert epsilon.one_run_bound(np.zeros(60), coins, delta=1e-6) == 0.0
-    of_four = epsilon.one_run_bound(coins * 10.0, coins, delta=0.0, repetitions=4)
-    assert of_four == pytest.approx(epsilon.one_run_bound(coins * 10.0, coins, delta=0.0) / 4)
-    assert epsilon.one_run_bound(coins * 10.0, coins, delta=1e-4, repetitions=4) < of_four
+    assert statistics.one_run_bound(coins * 10.0, ~coins, delta=1e-6) == 0.0
+    assert statistics.one_run_bound(np.zeros(60), coins, delta=1e-6) == 0.0
+    of_four = statistics.one_run_bound(coins * 10.0, coins, delta=0.0, repetitions=4)
+    assert of_four == pytest.approx(statistics.one_run_bound(coins * 10.0, coins, delta=0.0) / 4)
+    assert statistics.one_run_bound(coins * 10.0, coins, delta=1e-4, repetitions=4) < of_four
 
 
 def gaussian_epsilon(sigma: float, delta: float) -> float:
@@ -409,7 +437,7 @@ def test_the_bound_of_a_private_mechanism_stays_below_its_epsilon():
         true, bounds = gaussian_epsilon(sigma, delta), []
         for _ in range(30):
             coins = generator.integers(0, 2, 400) == 1
-            bounds.append(epsilon.one_run_bound(coins + generator.normal(0, sigma, 400), coins, delta))
+            bounds.append(statistics.one_run_bound(coins + generator.normal(0, sigma, 400), coins, delta))
         n_above = sum(bound > true for bound in bounds)
         assert stats.binom.sf(n_above - 1, 30, 0.05) > 0.01, sigma
         means.append(np.mean(bounds))
@@ -425,19 +453,21 @@ def test_randomised_response_reaches_the_error_of_the_bound():
     for _ in range(300):
         coins = generator.integers(0, 2, 90) == 1
         told = coins ^ (generator.uniform(size=90) > 1 / (1 + math.exp(-true)))
-        above += epsilon.one_run_bound(told.astype(float), coins, delta=0.0) > true
+        above += statistics.one_run_bound(told.astype(float), coins, delta=0.0) > true
     assert 0.01 < above / 300 <= 0.07
 
 
 def test_the_bound_of_many_runs():
     """All of 1000 found, none of 1000 mistaken: ln of what the exact intervals leave."""
     edge = 1 - 0.025 ** (1 / 1000)
-    assert epsilon.many_runs_bound(1000, 1000, 1000, 0, 0.0) == pytest.approx(math.log((1 - edge) / edge))
-    assert epsilon.many_runs_bound(1000, 500, 1000, 500, 0.0) == 0.0
+    assert statistics.many_runs_bound(1000, 1000, 1000, 0, 0.0) == pytest.approx(math.log((1 - edge) / edge))
+    assert statistics.many_runs_bound(1000, 500, 1000, 500, 0.0) == 0.0
     generator, sigma, delta = np.random.default_rng(5), 1.0, 1e-5
     for _ in range(20):
         hits = [int((generator.normal(mean, sigma, 2000) > 1.5).sum()) for mean in (1, 0)]
-        assert epsilon.many_runs_bound(2000, hits[0], 2000, hits[1], delta) <= gaussian_epsilon(sigma, delta)
+        assert statistics.many_runs_bound(2000, hits[0], 2000, hits[1], delta) <= gaussian_epsilon(
+            sigma, delta
+        )
 
 
 # what the model says of passages
@@ -448,12 +478,18 @@ def stack():
     return build_model("hybrid")
 
 
+def target_of(model, batch_size: int = 32) -> TargetModel:
+    """A target whose texts begin with `START`; it encodes no text."""
+    tokenizer = SimpleNamespace(bos_token_id=START, eos_token_id=START)
+    return TargetModel(model, tokenizer, context=64, batch_size=batch_size)
+
+
 def test_scores_are_those_of_a_softmax(stack):
     generator = np.random.default_rng(0)
     passages = [
         Passage(generator.integers(2, 61, n), first) for n, first in ((7, 1), (12, 5), (3, 2), (12, 1))
     ]
-    found = score(stack, passages, batch_size=3)
+    found = target_of(stack, batch_size=3).score(passages)
     for passage, scores in zip(passages, found, strict=True):
         with torch.no_grad():
             logits = stack(input_ids=torch.from_numpy(passage.ids)[None]).logits[0].double()
@@ -463,8 +499,8 @@ def test_scores_are_those_of_a_softmax(stack):
             mean = (p * log_p).sum()
             assert scores.log_p[i] == pytest.approx(log_p[passage.ids[t]], abs=1e-5)
             assert scores.mean[i] == pytest.approx(mean, abs=1e-5)
-            assert scores.deviation[i] == pytest.approx(math.sqrt((p * (log_p - mean) ** 2).sum()), abs=1e-5)
-            assert scores.is_best[i] == (p.argmax() == passage.ids[t])
+            assert scores.std[i] == pytest.approx(math.sqrt((p * (log_p - mean) ** 2).sum()), abs=1e-5)
+            assert scores.is_argmax[i] == (p.argmax() == passage.ids[t])
         assert len(scores.log_p) == len(passage.ids) - passage.first
 
 
@@ -482,12 +518,8 @@ def test_extraction_is_what_greedy_decoding_writes(stack):
     changed[10] = 2 + (changed[10] - 1) % 59
     other = np.random.default_rng(0).integers(2, 61, 15)
     documents = documents_of(text, changed, other)
-    audited = Audited(stack, None, 64)
-    object.__setattr__(
-        audited, "tokenizer", type("Tokenizer", (), {"bos_token_id": START, "eos_token_id": START})
-    )
-    targets = [Place(i, 5, 15) for i in range(3)]
-    found = matched_tokens(audited, documents, targets, prefix=5)
+    spans = [Span(i, 5, 15) for i in range(3)]
+    found = count_matched_tokens(target_of(stack), documents, spans, prefix=5)
     written = [
         stack.generate(
             torch.tensor([[START, *ids[:5].tolist()]]), max_new_tokens=10, do_sample=False, eos_token_id=None
@@ -504,33 +536,32 @@ def test_extraction_is_what_greedy_decoding_writes(stack):
 
 def test_passages_begin_with_the_start_token_at_the_beginning_alone():
     documents = documents_of(np.arange(10, 30), np.arange(40, 50))
-    assert passage_at(documents, Place(0, 4, 8), START, before=4) == (
+    assert passage_of(documents, Span(0, 4, 8), START, num_before=4) == (
         pytest.approx([START, *range(10, 18)]),
         5,
     )
-    assert passage_at(documents, Place(0, 6, 8), START, before=4) == (pytest.approx([*range(12, 18)]), 4)
-    assert passage_at(documents, Place(1, 0, 3), START) == (pytest.approx([START, 40, 41, 42]), 1)
-    assert passage_at(documents, Place(0, 8, 12), START) == (pytest.approx([18, 19, 20, 21]), 1)
+    assert passage_of(documents, Span(0, 6, 8), START, num_before=4) == (pytest.approx([*range(12, 18)]), 4)
+    assert passage_of(documents, Span(1, 0, 3), START) == (pytest.approx([START, 40, 41, 42]), 1)
+    assert passage_of(documents, Span(0, 8, 12), START) == (pytest.approx([18, 19, 20, 21]), 1)
 
 
 def test_places_are_drawn_once_a_document_or_without_overlap():
     many = documents_of(*(np.zeros(n) for n in range(1, 61)))
-    places = draw_places(many, 8, 30, seed=0)
-    assert len({place.document for place in places}) == len(places) == 30
-    assert all(place.stop <= place.document + 1 and place.stop - place.start == 8 for place in places)
+    spans = draw_spans(many, 8, 30, seed=0)
+    assert len({span.document for span in spans}) == len(spans) == 30
+    assert all(span.stop <= span.document + 1 and span.stop - span.start == 8 for span in spans)
     few = documents_of(np.zeros(100), np.zeros(50))
-    places = draw_places(few, 8, 1000, seed=0)
-    assert [(p.document, p.start) for p in places] == [
+    spans = draw_spans(few, 8, 1000, seed=0)
+    assert [(span.document, span.start) for span in spans] == [
         (d, 8 * i) for d, n in ((0, 12), (1, 6)) for i in range(n)
     ]
-    assert draw_places(few, 8, 5, seed=0) == draw_places(few, 8, 5, seed=0) != draw_places(few, 8, 5, seed=1)
+    assert draw_spans(few, 8, 5, seed=0) == draw_spans(few, 8, 5, seed=0) != draw_spans(few, 8, 5, seed=1)
 
 
-def test_copies_are_counted_inside_documents(monkeypatch):
-    monkeypatch.setattr("hf_genlm.privacy.attacks.extraction._AT_ONCE", 16)
+def test_copies_are_counted_inside_documents():
     run = [3, 4, 5, 6]
     documents = documents_of([9, *run, 8, *run], run[:2], run[2:], [7] * 30, [*run, 2], [1, *run])
-    targets = [Place(0, 1, 5), Place(3, 5, 9), Place(0, 0, 4), Place(5, 1, 5)]
+    spans = [Span(0, 1, 5), Span(3, 5, 9), Span(0, 0, 4), Span(5, 1, 5)]
     texts = [documents[i][0].tolist() for i in range(len(documents))]
     wanted = [
         sum(
@@ -538,15 +569,16 @@ def test_copies_are_counted_inside_documents(monkeypatch):
             for text in texts
             for i in range(len(text) - 3)
         )
-        for t in targets
+        for t in spans
     ]
-    assert count_copies(documents, targets).tolist() == wanted == [4, 27, 1, 4]
+    for chunk_size in (16, 1000):
+        assert count_copies(documents, spans, chunk_size).tolist() == wanted == [4, 27, 1, 4]
 
 
 def test_membership_scores_are_as_their_papers_say(stack):
     generator = np.random.default_rng(0)
     ids = [generator.integers(2, 61, 11) for _ in range(4)]
-    scores = score(stack, [Passage(np.concatenate([[START], each]), 1) for each in ids])
+    scores = target_of(stack).score([Passage(np.concatenate([[START], each]), 1) for each in ids])
     texts = [f"text number {i}, and é" * (i + 1) for i in range(4)]
     passages = Passages(texts, ids, scores, np.array([True, True, False, False]), np.array([9.0, 8, 7, 6]))
     found = {name: score_of(passages) for name, score_of in SCORES.items()}
@@ -554,7 +586,7 @@ def test_membership_scores_are_as_their_papers_say(stack):
         n_bytes = len(texts[i].encode())
         packed = len(zlib.compress(texts[i].encode(), 9))
         lowest = sorted(one.log_p)[:2]  # 20 % of 11
-        relative = sorted((one.log_p - one.mean) / one.deviation)[:2]
+        relative = sorted((one.log_p - one.mean) / one.std)[:2]
         assert found["loss"][i] == pytest.approx(sum(one.log_p) / 11)
         assert found["zlib"][i] == pytest.approx(sum(one.log_p) / packed)
         assert found["min_k"][i] == pytest.approx(sum(lowest) / 2)
@@ -569,7 +601,7 @@ def test_a_blind_attack_sees_that_splits_differ():
     ids = [generator.integers(low, low + 28, 12) for low in (2, 30) for _ in range(20)]
     passages = Passages([""] * 40, ids, [], np.repeat([True, False], 20), None)
     scores = SCORES["blind_tokens"](passages)
-    assert intervals.auc(scores[:20], scores[20:])[0] == 1.0
+    assert statistics.auc(scores[:20], scores[20:])[0] == 1.0
     said = sentences(
         [
             Measurement("membership_auc/loss", 0.9, "auc", 40, 0.01, "x", False, (0.8, 1.0)),

@@ -13,14 +13,15 @@ from support.models import build_model
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import PrivacyRecipe, TrainingRecipe, load_recipe
 from hf_genlm.errors import Stopped, UserError
-from hf_genlm.privacy.dp.guarantee import (
+from hf_genlm.privacy.dp.mechanism import (
+    NOISES,
     Guarantee,
-    delta_of,
-    epsilon_of,
-    guarantee_of,
-    noise_multiplier_of,
+    choose_delta,
+    compute_epsilon,
+    draw_documents,
+    find_noise_multiplier,
+    plan_guarantee,
 )
-from hf_genlm.privacy.dp.randomness import NOISES, draw_documents
 from hf_genlm.run_folder import RunFolder, read_json
 from hf_genlm.text.corpus import read_corpus
 from hf_genlm.text.encoding import TokenizedDocuments
@@ -84,7 +85,7 @@ def test_epsilon_is_that_of_another_library_by_another_method(noise, rate, steps
     step = dp_accounting.PoissonSampledDpEvent(rate, gaussian)
     accountant.compose(dp_accounting.SelfComposedDpEvent(step, steps))
     theirs = accountant.get_epsilon(delta)
-    ours = epsilon_of(noise, rate, steps, delta)
+    ours = compute_epsilon(noise, rate, steps, delta)
     print(f"{ours:.4f} {theirs:.4f} {ours / theirs - 1:+.3%}")
     assert ours == pytest.approx(theirs, rel=0.01)
 
@@ -93,20 +94,30 @@ def test_epsilon_is_that_of_another_library_by_another_method(noise, rate, steps
     ("epsilon", "rate", "steps"), [(0.1, 0.01, 100), (3.0, 0.05, 300), (20.0, 0.2, 50), (8.0, 0.007, 6)]
 )
 def test_the_noise_is_the_least_that_keeps_to_epsilon(epsilon, rate, steps):
-    noise = noise_multiplier_of(epsilon, 1e-4, rate, steps)
-    assert 0.99 * epsilon <= epsilon_of(noise, rate, steps, 1e-4) <= epsilon
+    noise = find_noise_multiplier(epsilon, 1e-4, rate, steps)
+    assert 0.99 * epsilon <= compute_epsilon(noise, rate, steps, 1e-4) <= epsilon
 
 
 def test_delta_is_below_one_over_n_and_documents_are_many():
-    assert delta_of(PRIVACY, 10_000) == pytest.approx(10_000**-1.1, rel=0.05)
+    assert choose_delta(PRIVACY, 10_000) == pytest.approx(10_000**-1.1, rel=0.05)
     with pytest.raises(UserError, match=r"999, less than 1,000.*\.jsonl record"):
-        delta_of(PRIVACY, 999)
-    with pytest.raises(UserError, match=r"--delta 0\.0001 would allow"):
-        delta_of(PrivacyRecipe(epsilon=3.0, delta=1e-4), 10_000)
+        choose_delta(PRIVACY, 999)
+    with pytest.raises(UserError, match=r"--delta 0\.0001 would allow publishing one of the 10,000"):
+        choose_delta(PrivacyRecipe(epsilon=3.0, delta=1e-4), 10_000)
     with pytest.raises(UserError, match=r"--delta 1e-13 is lost in rounding"):
-        delta_of(PrivacyRecipe(epsilon=3.0, delta=1e-13), 10_000)
+        choose_delta(PrivacyRecipe(epsilon=3.0, delta=1e-13), 10_000)
     with pytest.raises(UserError, match=r"a step draws 2000 documents.*has 1500"):
-        guarantee_of(PRIVACY, 1500, 2000, 10)
+        plan_guarantee(PRIVACY, 1500, 2000, 10)
+
+
+def test_clip_norm_and_secure_noise_of_the_recipe_are_those_of_the_guarantee():
+    for clip_norm, is_secure, generator in ((0.25, True, "SHAKE-256"), (2.0, False, "Philox")):
+        privacy = PrivacyRecipe(epsilon=8.0, clip_norm=clip_norm, secure_noise=is_secure)
+        planned = plan_guarantee(privacy, 2000, 8, 6)
+        assert (planned.clip_norm, planned.is_noise_secure) == (clip_norm, is_secure)
+        content = planned.to_json(6, [])
+        assert content["clip_norm"] == clip_norm
+        assert content["noise"].startswith(generator)
 
 
 # what is drawn
@@ -151,15 +162,18 @@ def test_noise_is_gaussian_and_follows_from_key_and_step(is_secure):
     from scipy import stats
 
     make = NOISES[is_secure]
-    shapes, device = [(300, 100), (7,), ()], torch.device("cpu")
+    shapes, device = [(300, 100), (7,), (), (300, 100)], torch.device("cpu")
     noise = make(KEY, 5, shapes, device)
     assert [tuple(part.shape) for part in noise] == shapes
-    assert stats.kstest(noise[0].flatten().numpy(), "norm").pvalue > 0.001
-    assert stats.kstest(noise[0].square().sum(1).numpy(), "chi2", args=(100,)).pvalue > 0.001
+    assert len({float(part.flatten()[0]) for part in noise}) == 4
+    for large in (noise[0], noise[3]):
+        assert stats.kstest(large.flatten().numpy(), "norm").pvalue > 0.001
+        assert stats.kstest(large.square().sum(1).numpy(), "chi2", args=(100,)).pvalue > 0.001
     for part, again in zip(noise, make(KEY, 5, shapes, device), strict=True):
         assert torch.equal(part, again)
-    for other in (make(KEY, 6, shapes, device), make(KEY[::-1], 5, shapes, device)):
-        assert abs(np.corrcoef(noise[0].flatten(), other[0].flatten())[0, 1]) < 0.03
+    other_step, other_key = make(KEY, 6, shapes, device), make(KEY[::-1], 5, shapes, device)
+    for i, other in ((0, noise[3]), (0, other_step[0]), (3, other_step[3]), (0, other_key[0])):
+        assert abs(np.corrcoef(noise[i].flatten(), other.flatten())[0, 1]) < 0.03
 
 
 # a step
@@ -195,17 +209,28 @@ def test_a_step_is_the_sum_of_clipped_gradients_over_the_expected_batch():
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
 
 
-def test_micro_batches_change_nothing_and_an_empty_step_is_noise_alone():
+def test_micro_batches_change_nothing():
     model, noisy = build_model("factorised", tie_word_embeddings=True), guarantee(noise_multiplier=2.0)
     loss, whole, _ = step_of(model, noisy, rows_at_once=5)
     again, parts, _ = step_of(model, noisy, rows_at_once=2)
     torch.testing.assert_close(loss, again)
     for mine, theirs in zip(whole, parts, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
-    loss, noise, _ = step_of(model, noisy, rows_at_once=2, n_rows=0)
+
+
+@pytest.mark.parametrize("is_secure", [False, True])
+def test_a_step_without_documents_is_noise_on_every_parameter(is_secure):
+    """Standard deviation sigma C / expected batch, by the generator that the guarantee names."""
+    model = build_model("factorised", tie_word_embeddings=True)
+    noisy = guarantee(noise_multiplier=3.0, clip_norm=0.5, batch_size=4, is_noise_secure=is_secure)
+    loss, noise, _ = step_of(model, noisy, rows_at_once=2, n_rows=0, step=7)
     assert loss == 0
-    flat = torch.cat([gradient.flatten() for gradient in noise])
-    assert flat.std() == pytest.approx(2.0 * 0.5 / 4, rel=0.02), "sigma C / expected batch"
+    shapes = [tuple(parameter.shape) for parameter in model.parameters()]
+    expected = NOISES[is_secure](KEY, 7, shapes, torch.device("cpu"))
+    assert max(part.numel() for part in noise[1:]) > 1000
+    for mine, standard in zip(noise, expected, strict=True):
+        assert mine.count_nonzero() == mine.numel()
+        torch.testing.assert_close(mine, standard * 3.0 * 0.5 / 4)
 
 
 def test_one_document_more_moves_the_sum_by_the_clip_norm_at_most():
@@ -271,12 +296,12 @@ def test_a_resumed_run_comes_to_the_same_weights_and_the_same_epsilon(
     assert said == read_json(resumed.privacy)
     assert said["steps"] == 6
     assert said["sampling_rate"] == 8 / read_json(whole.corpus)["train"]["documents"]
-    spent = epsilon_of(said["noise_multiplier"], said["sampling_rate"], 6, said["delta"])
+    spent = compute_epsilon(said["noise_multiplier"], said["sampling_rate"], 6, said["delta"])
     assert said["epsilon"] == math.ceil(spent * 1e4) / 1e4
     assert 0.99 * 8 < spent <= 8
     seen = [event for event in whole.read_log() if event["event"] == "validation"]
     assert seen[0]["epsilon"] == round(
-        epsilon_of(said["noise_multiplier"], said["sampling_rate"], seen[0]["step"], said["delta"]), 4
+        compute_epsilon(said["noise_multiplier"], said["sampling_rate"], seen[0]["step"], said["delta"]), 4
     )
     assert not resumed.checkpoints.exists(), "the key went with them"
     assert KEY.hex() not in "".join(path.read_text("utf-8") for path in resumed.path.glob("*.json*"))
@@ -312,6 +337,7 @@ def test_a_loss_that_is_no_number_ends_a_private_run(text, tokenizer, tmp_path, 
 def test_a_run_by_the_clock_counts_its_steps_out_beforehand(text, tokenizer, tmp_path, capsys):
     """By the command line, with noise of the cryptographic generator."""
     settings = [*SETTINGS[2:], tokenizer, "training.num_validations=0", "privacy.secure_noise=true"]
+    settings.append("privacy.clip_norm=0.3")
     words = ["train", str(text), "--minutes", "0.05", "--epsilon", "8", "--out", str(tmp_path / "run")]
     assert main([*words, *(word for setting in settings for word in ("--set", setting))]) == 0
     run = RunFolder(tmp_path / "run")
@@ -319,6 +345,7 @@ def test_a_run_by_the_clock_counts_its_steps_out_beforehand(text, tokenizer, tmp
     said = read_json(run.privacy)
     assert 1 <= said["steps"] <= promised["steps"]
     assert said["epsilon"] <= promised["epsilon"] <= 8
+    assert (said["clip_norm"], said["noise"]) == (0.3, "SHAKE-256")
     line = f"privacy: epsilon {said['epsilon']:g}, delta {said['delta']:g}, for one document"
     printed = capsys.readouterr()
     assert line in printed.out

@@ -1,13 +1,16 @@
-"""Exposure: how far the model prefers the secret that was planted to others that could have been.
+"""Exposure: how much the model prefers the planted secret to other secrets of the same form.
 
-A canary's exposure is log2 |R| - log2 of its rank among all secrets R of its frame, ordered by their loss:
-minus log2 of the chance that a random one is at least as likely (Carlini, Liu, Erlingsson, Kos and Song, The
-Secret Sharer, USENIX Security 2019, sections 4.2 and 4.3). By rank, it is taken among `N_REFERENCES` random
-secrets, so that it is at most log2 of one more; extrapolated, from a skew-normal distribution fitted to the
-losses of those, at most log2 |R|.
+The exposure of a canary is log2 |R| - log2(its rank by loss among all secrets R of its frame), that is minus
+log2 of the chance that a random secret is at least as likely (Carlini, Liu, Erlingsson, Kos and Song, The
+Secret Sharer, USENIX Security 2019, sections 4.2 and 4.3). By rank it is taken among `N_REFERENCES` random
+secrets, so it is at most log2(N_REFERENCES + 1); extrapolated from a skew-normal distribution fitted to their
+losses, it is at most log2 |R|.
 
-The null. For a model that has not seen it, the rank is uniform, and exposure is exponential with mean log2 e
-= 1.44 bits (a little less by rank: `null_mean`), not 0; the p-value is that of the sum over canaries.
+Null hypothesis: for a model that has not seen the canary the rank is uniform, and exposure is exponential
+with mean log2 e = 1.44 bits (a little less by rank: `null_mean`), not 0. The p-value is that of the sum over
+canaries.
+
+Shapes: C canaries, M reference secrets.
 """
 
 import math
@@ -18,21 +21,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from hf_genlm.evaluation.measurement import Measurement
-from hf_genlm.privacy.attacks.epsilon import one_run_bound
-from hf_genlm.privacy.attacks.intervals import mean_interval
-from hf_genlm.privacy.subject import Audited, Evidence, Findings, Progress
+from hf_genlm.privacy.attacks.statistics import mean_interval, one_run_bound
+from hf_genlm.privacy.attacks.target import Evidence, Findings, Progress, TargetModel
 from hf_genlm.text.canaries import BITS, Canaries, Canary, draw_secret
 
-N_REFERENCES = 511  # by rank at most 9 bits
-_LEAST_REFERENCES = 63  # at most 6 bits, where there are many canaries
-_MOST_TEXTS = 1 << 15  # of all canaries, beyond the least
+N_REFERENCES = 511  # at most 9 bits by rank
+_MIN_REFERENCES = 63  # at most 6 bits, if there are many canaries
+_MAX_TEXTS = 1 << 15  # of all canaries together, unless `_MIN_REFERENCES` needs more
 SPLIT = "canaries"
-_MOST_SKEW = 0.99  # of a skew-normal distribution is 0.9953
+_MAX_SHAPE = 28.0  # of a skew-normal distribution: a skewness of 0.99, where the limit is 0.9953
 
 
 @dataclass(frozen=True)
 class CanaryLosses:
-    """Nats of each candidate's text (C,), and of the same text about other secrets (C, M)."""
+    """Loss in nats of each candidate's text (C,), and of that text with other secrets (C, M)."""
 
     candidates: tuple[Canary, ...]
     own: np.ndarray
@@ -40,105 +42,95 @@ class CanaryLosses:
 
     @property
     def by_rank(self) -> np.ndarray:
-        """Exposure (C,) in bits among the references and the canary itself, in the middle of ties."""
+        """Exposure (C,) in bits among the references and the canary itself; a tie takes its middle rank."""
         better = (self.others < self.own[:, None]).sum(axis=1)
         ties = (self.others == self.own[:, None]).sum(axis=1)
         return np.log2(self.others.shape[1] + 1) - np.log2(1 + better + ties / 2)
 
     @property
     def extrapolated(self) -> np.ndarray:
-        """Exposure (C,) in bits by a skew-normal distribution, at most that of the secret's space."""
+        """Exposure (C,) in bits by a skew-normal distribution, at most the bits of a secret."""
         found = [skew_normal_exposure(own, others) for own, others in zip(self.own, self.others, strict=True)]
         return np.minimum(found, BITS)
 
     @property
     def surprise(self) -> np.ndarray:
-        """(C,): by how many standard deviations of the references each canary is likelier than their mean."""
-        spread = self.others.std(axis=1)
+        """(C,) distance of each canary's loss below the mean of its references, in their deviations."""
+        std = self.others.std(axis=1)
         gap = self.others.mean(axis=1) - self.own
-        return np.divide(gap, spread, out=np.zeros_like(gap), where=spread > 0)
+        return np.divide(gap, std, out=np.zeros_like(gap), where=std > 0)
 
 
-def losses_of(
-    audited: Audited,
+def score_canaries(
+    target: TargetModel,
     canaries: Canaries,
-    n_references: int | None = None,
+    num_references: int | None = None,
     on_progress: Progress | None = None,
 ) -> CanaryLosses:
-    """Score every candidate, planted or not, and `n_references` other secrets in its frame (None:
-    `N_REFERENCES`, fewer of many candidates)."""
-    if n_references is None:
-        of_each = _MOST_TEXTS // max(1, len(canaries.candidates)) - 1
-        n_references = min(N_REFERENCES, max(_LEAST_REFERENCES, of_each))
+    """Score every candidate, planted or not, and the same text with `num_references` other secrets.
+
+    `num_references` None means `N_REFERENCES`, or fewer if there are many candidates.
+    """
+    if num_references is None:
+        per_candidate = _MAX_TEXTS // max(1, len(canaries.candidates)) - 1
+        num_references = min(N_REFERENCES, max(_MIN_REFERENCES, per_candidate))
     texts = []
     for number, canary in enumerate(canaries.candidates):
-        others = (draw_secret(canaries.seed, "reference", number, i) for i in range(n_references))
+        others = (draw_secret(canaries.seed, "reference", number, i) for i in range(num_references))
         texts += [canary.text, *(canary.with_secret(secret) for secret in others)]
-    scores = audited.score_texts(texts, on_progress)
-    nats = -np.array([each.log_p.sum() for each in scores]).reshape(-1, n_references + 1)
+    scores = target.score_texts(texts, on_progress)
+    nats = -np.array([each.log_p.sum() for each in scores]).reshape(-1, num_references + 1)
     return CanaryLosses(canaries.candidates, nats[:, 0], nats[:, 1:])
 
 
-def measure_canaries(audited: Audited, evidence: Evidence, on_progress: Progress | None) -> Findings:
-    """Exposure by repetitions, 0 for the candidates that were left out, and what epsilon cannot have been."""
+def measure_canaries(target: TargetModel, evidence: Evidence, on_progress: Progress | None) -> Findings:
+    """Measure the exposure of the canaries, and a lower bound on epsilon."""
     assert evidence.canaries is not None
-    losses = losses_of(audited, evidence.canaries, on_progress=on_progress)
-    return Findings([*exposure_of(losses), *bounds_of(losses, evidence.delta)])
+    losses = score_canaries(target, evidence.canaries, on_progress=on_progress)
+    return Findings([*measure_exposure(losses), *measure_epsilon(losses, evidence.delta)])
 
 
-def exposure_of(losses: CanaryLosses) -> list[Measurement]:
-    """`exposure/k`, `exposure_extrapolated/k` and `exposure_p_value/k` of the canaries planted k times."""
-    by_count = defaultdict(list)
+def measure_exposure(losses: CanaryLosses) -> list[Measurement]:
+    """`exposure/k`, `exposure_extrapolated/k` and `exposure_p_value/k` of the canaries planted k times; k = 0
+    are the candidates that were left out."""
+    groups = defaultdict(list)
     for i, canary in enumerate(losses.candidates):
-        by_count[canary.repetitions if canary.is_planted else 0].append(i)
+        groups[canary.repetitions if canary.is_planted else 0].append(i)
     kinds = {"exposure": losses.by_rank, "exposure_extrapolated": losses.extrapolated}
     found = []
-    for count in sorted(by_count):
+    for count, group in sorted(groups.items()):
+        n = len(group)
         for name, exposure in kinds.items():
-            chosen = exposure[by_count[count]]
-            value, stderr, interval = mean_interval(chosen)
-            found.append(
-                Measurement(f"{name}/{count}", value, "bits", len(chosen), stderr, SPLIT, False, interval)
-            )
-        by_rank = losses.by_rank[by_count[count]]
-        found.append(
-            Measurement(
-                f"exposure_p_value/{count}",
-                null_p_value(by_rank),
-                "probability",
-                len(by_rank),
-                None,
-                SPLIT,
-                True,
-            )
-        )
+            value, stderr, interval = mean_interval(exposure[group])
+            found.append(Measurement(f"{name}/{count}", value, "bits", n, stderr, SPLIT, False, interval))
+        p = null_p_value(kinds["exposure"][group])
+        found.append(Measurement(f"exposure_p_value/{count}", p, "probability", n, None, SPLIT, True))
     return found
 
 
-def bounds_of(losses: CanaryLosses, delta: float) -> list[Measurement]:
-    """`epsilon_lower_bound/k` of the candidates for k repetitions, at a confidence of 95 % each."""
+def measure_epsilon(losses: CanaryLosses, delta: float) -> list[Measurement]:
+    """`epsilon_lower_bound/k` of the candidates for k repetitions, each at a confidence of 95 %."""
     found = []
     for count in sorted({canary.repetitions for canary in losses.candidates}):
-        chosen = [i for i, canary in enumerate(losses.candidates) if canary.repetitions == count]
-        is_in = [losses.candidates[i].is_planted for i in chosen]
-        bound = one_run_bound(losses.surprise[chosen], is_in, delta, repetitions=count)
-        found.append(
-            Measurement(f"epsilon_lower_bound/{count}", bound, "epsilon", len(chosen), None, SPLIT, False)
-        )
+        group = [i for i, canary in enumerate(losses.candidates) if canary.repetitions == count]
+        is_in = [losses.candidates[i].is_planted for i in group]
+        bound = one_run_bound(losses.surprise[group], is_in, delta, repetitions=count)
+        name = f"epsilon_lower_bound/{count}"
+        found.append(Measurement(name, bound, "epsilon", len(group), None, SPLIT, False))
     return found
 
 
-def null_mean(n_references: int = N_REFERENCES) -> float:
-    """Mean exposure in bits of a rank that is uniform over 1 .. n + 1: log2 e for many."""
-    n = n_references + 1
+def null_mean(num_references: int = N_REFERENCES) -> float:
+    """Mean exposure in bits of a rank that is uniform over 1 .. n + 1: log2 e for large n."""
+    n = num_references + 1
     return math.log2(n) - math.lgamma(n + 1) / math.log(2) / n
 
 
 def null_p_value(exposures: Sequence[float] | np.ndarray) -> float:
-    """The chance that exposures of as many canaries that nobody saw add up to at least as much.
+    """P(the exposures of as many unseen canaries add up to at least as much).
 
-    ln 2 times an exposure is exponential then, and the sum of n has a gamma distribution (Fisher's method of
-    combining p-values, which 2^-exposure are); by rank it is a little too large.
+    ln 2 times an exposure is exponential under the null hypothesis, so their sum has a gamma distribution
+    (Fisher's method of combining the p-values 2^-exposure); by rank the result is a little too large.
     """
     from scipy.stats import gamma
 
@@ -148,31 +140,13 @@ def null_p_value(exposures: Sequence[float] | np.ndarray) -> float:
 def skew_normal_exposure(own: float, others: np.ndarray) -> float:
     """- log2 P(loss <= own) under the skew-normal distribution with mean, variance and skewness of `others`.
 
-    Its parameters by the method of moments (Azzalini, The Skew-Normal and Related Families, 2014, section
-    3.1); the chance in its tail by an integral of the density relative to its end, so that it does not
-    vanish.
+    Fitted by the method of moments (Azzalini, The Skew-Normal and Related Families, 2014, section 3.1).
     """
-    from scipy.integrate import quad
-    from scipy.special import log_ndtr
-    from scipy.stats import skew
+    from scipy.stats import skewnorm
 
-    spread = float(others.std())
-    if spread == 0.0:
+    if others.std() == 0.0:
         return 1.0 if own == others[0] else (math.inf if own < others[0] else 0.0)
-    skewness = float(np.clip(skew(others), -_MOST_SKEW, _MOST_SKEW))
-    part = abs(skewness) ** (2 / 3)
-    size = math.sqrt(math.pi / 2 * part / (part + ((4 - math.pi) / 2) ** (2 / 3)))
-    slant = math.copysign(min(size, 1 - 1e-9), skewness)  # delta
-    scale = spread / math.sqrt(1 - 2 * slant**2 / math.pi)
-    z = (own - float(others.mean())) / scale + slant * math.sqrt(2 / math.pi)
-    shape = slant / math.sqrt(1 - slant**2)
-
-    def log_density(x: float) -> float:
-        return math.log(2 / math.pi) / 2 - x * x / 2 + float(log_ndtr(shape * x))  # log(2 phi(x) Phi(a x))
-
-    end = log_density(z)
-    if z > 0:  # most of the chance lies below
-        above, _ = quad(lambda x: math.exp(log_density(x)), z, z + 40, limit=200)
-        return -math.log1p(-min(above, 1 - 1e-300)) / math.log(2) if above < 1 else 0.0
-    below, _ = quad(lambda x: math.exp(log_density(z - x) - end), 0, 40, limit=200)
-    return -(end + math.log(below)) / math.log(2)
+    shape, loc, scale = skewnorm.fit(others, method="mm")
+    if abs(shape) > _MAX_SHAPE:  # losses can be more skewed than any skew-normal distribution
+        shape, loc, scale = skewnorm.fit(others, f0=math.copysign(_MAX_SHAPE, shape), method="mm")
+    return -float(skewnorm.logcdf(own, shape, loc, scale)) / math.log(2)

@@ -1,1 +1,1 @@
-"""Differential privacy: the guarantee, per-example gradients and the noise."""
+"""Differential privacy: the guarantee, per-example gradients, and the noise."""

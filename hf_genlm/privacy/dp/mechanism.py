@@ -1,0 +1,291 @@
+"""The Poisson-sampled Gaussian mechanism of DP-SGD: its guarantee, its sampling and its noise.
+
+Guarantee (Dwork and Roth, 2014; for gradients Abadi et al., 2016, arXiv:1607.00133): for two training texts
+that differ by one document, the probabilities of any resulting model, and of anything computed from it,
+differ by a factor of at most e^epsilon, up to an additional probability of delta.
+
+Randomness: everything follows from a secret key of 256 bits and the number of the step, by SHAKE-256 (FIPS
+202). So a resumed run draws what an uninterrupted one draws, and nobody without the key knows what was drawn.
+"""
+
+import functools
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_genlm.config.recipe import PrivacyRecipe
+from hf_genlm.errors import UserError
+
+UNIT = "one document of the training text, there or not"
+ACCOUNTANT = "privacy loss random variables (Gopi et al., 2021), by Opacus"
+MIN_DOCUMENTS = 1000
+KEY_BYTES = 32
+_DELTA_POWER = -1.1
+_MIN_DELTA = 1e-12  # smaller values are below the precision of the accountant in float64
+_TOLERANCE = 0.005  # relative: epsilon may remain below the one asked for by this much
+_EPSILON_ERROR = 0.004  # relative error bound of the accountant, which adds it to epsilon
+_MIN_EPSILON = 1e-9
+_MIN_NOISE, _MAX_NOISE = 0.1, 1e4
+# few orders, since the Renyi bound only starts the search; the highest ones serve a small epsilon
+_ORDERS = (1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
+_NUM_BISECTIONS = 10  # of the logarithm of the range of noise
+_CHUNK_SIZE = 1 << 20  # numbers of secure noise computed at once
+_NUM_SUMMANDS = 4  # Gaussians that are added up to one
+COVERED = [
+    "the weights of the model, and everything computed from them: samples, exports, further trained models",
+    "the models of checkpoints, together with the last one",
+]
+NOT_COVERED = [
+    "the validation text and every measurement on it: in evaluation.json, on the card and in the log",
+    "the training losses in log.jsonl and in the plots of them: they are without noise",
+    "the measurements of an audit: it reads the training text",
+    "the counts of documents, bytes and tokens of the text, and the hashes in corpus.json",
+    "the number of documents, which determines the sampling rate, delta, and size and steps of a planned run",
+    "other runs over the same text: those by which the settings were chosen spend as much again",
+    "a person in several documents: the guarantee is for each document by itself",
+    "the duration of the training, and whether it came to its end",
+]
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """The guarantee of a run of at most `steps` noisy steps, which spend `epsilon` in all at this `delta`."""
+
+    epsilon: float
+    delta: float
+    sampling_rate: float  # probability with which a step draws a document
+    noise_multiplier: float  # standard deviation of the noise in units of the clip norm
+    clip_norm: float
+    batch_size: int  # documents that a step draws on average
+    steps: int
+    is_noise_secure: bool
+
+    def spent(self, steps: int) -> float:
+        """Epsilon after `steps` steps."""
+        return compute_epsilon(self.noise_multiplier, self.sampling_rate, steps, self.delta)
+
+    def to_json(self, steps: int, not_covered: list[str]) -> dict[str, Any]:
+        """Content of privacy.json after `steps` steps; `not_covered` is added to what no run covers."""
+        return {
+            "epsilon": math.ceil(self.spent(steps) * 1e4) / 1e4,  # an upper bound is rounded upwards
+            "delta": self.delta,
+            "unit": UNIT,
+            "sampling_rate": self.sampling_rate,
+            "noise_multiplier": self.noise_multiplier,
+            "clip_norm": self.clip_norm,
+            "steps": steps,
+            "accountant": ACCOUNTANT,
+            "noise": "SHAKE-256" if self.is_noise_secure else "Philox, by a secret key",
+            "covered": COVERED,
+            "not_covered": NOT_COVERED + not_covered,
+        }
+
+
+def plan_guarantee(privacy: PrivacyRecipe, num_documents: int, batch_size: int, steps: int) -> Guarantee:
+    """Choose the least noise for the epsilon of a recipe.
+
+    Args:
+        batch_size: documents that a step draws on average.
+
+    Raises:
+        UserError: too few documents, a delta without meaning for so many, or an epsilon out of reach.
+    """
+    epsilon = privacy.epsilon
+    assert epsilon is not None
+    delta = choose_delta(privacy, num_documents)
+    if batch_size > num_documents:
+        raise UserError(
+            f"a step draws {batch_size} documents, and the training text has {num_documents}: lower "
+            "training.batch_size or training.gradient_accumulation_steps"
+        )
+    rate = batch_size / num_documents
+    noise = find_noise_multiplier(epsilon, delta, rate, steps)
+    spent = compute_epsilon(noise, rate, steps, delta)
+    return Guarantee(
+        spent, delta, rate, noise, privacy.clip_norm, batch_size, steps, is_noise_secure=privacy.secure_noise
+    )
+
+
+def choose_delta(privacy: PrivacyRecipe, num_documents: int) -> float:
+    """The recipe's delta, or n^-1.1 for n documents.
+
+    Raises:
+        UserError: too few documents; a delta of 1 / n or more, which a mechanism that publishes one random
+            document would satisfy; or one too small for the accountant.
+    """
+    if num_documents < MIN_DOCUMENTS:
+        raise UserError(
+            f"--epsilon protects each document, and the training text has {num_documents:,}, less than "
+            f"{MIN_DOCUMENTS:,}: give each person's text as a file or a .jsonl record of its own"
+        )
+    if privacy.delta is None:
+        return float(f"{num_documents**_DELTA_POWER:.2g}")
+    if privacy.delta >= 1 / num_documents:
+        raise UserError(
+            f"--delta {privacy.delta:g} would allow publishing one of the {num_documents:,} documents "
+            f"verbatim: it must be less than {1 / num_documents:.1e}"
+        )
+    if privacy.delta < _MIN_DELTA:
+        raise UserError(f"--delta {privacy.delta:g} is lost in rounding: it must be at least {_MIN_DELTA:g}")
+    return privacy.delta
+
+
+def find_noise_multiplier(epsilon: float, delta: float, rate: float, steps: int) -> float:
+    """The least noise multiplier whose `steps` spend at most `epsilon`, to half a percent of epsilon.
+
+    Regula falsi (Illinois variant) on the logarithms of noise and epsilon, which lie close to a line: it
+    takes a few seconds, a third of Opacus' bisection, and stays near the bound for a small epsilon, too.
+
+    Raises:
+        UserError: no noise in the useful range reaches epsilon.
+    """
+    target = (1 - _TOLERANCE / 2) * epsilon
+
+    def excess(log_noise: float) -> float:
+        spent = compute_epsilon(math.exp(log_noise), rate, steps, delta)
+        return math.log(max(spent, _MIN_EPSILON) / target)
+
+    (low, above), (high, below) = _find_bracket(excess, math.log(_bound_noise(epsilon, delta, rate, steps)))
+    if not above > 0 >= below:
+        raise UserError(
+            f"--epsilon {epsilon:g} in {steps:,} steps that draw {rate:.2g} of the documents each: no useful "
+            "noise gives it; change --epsilon, or lower --steps or the batch"
+        )
+    while True:
+        middle = low + (high - low) * above / (above - below)
+        found = excess(middle)
+        if abs(found) < _TOLERANCE / 2:
+            return math.exp(middle)
+        if found > 0:
+            low, above, below = middle, found, below / 2
+        else:
+            high, below, above = middle, found, above / 2
+
+
+def _bound_noise(epsilon: float, delta: float, rate: float, steps: int) -> float:
+    """A sufficient noise multiplier by the looser Renyi bound, by bisection."""
+    low, high = math.log(_MIN_NOISE), math.log(_MAX_NOISE)
+    for _ in range(_NUM_BISECTIONS):
+        middle = (low + high) / 2
+        is_enough = compute_renyi_epsilon(math.exp(middle), rate, steps, delta) <= epsilon
+        low, high = (low, middle) if is_enough else (middle, high)
+    return math.exp(high)
+
+
+def _find_bracket(
+    excess: Callable[[float], float], start: float
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Two points (x, excess(x)) in the order of x whose excess differs in sign, if the range has such."""
+    here, width = (start, excess(start)), 0.1
+    direction = 1 if here[1] > 0 else -1
+    while True:
+        place = here[0] + direction * width
+        there = (place, excess(place))
+        is_outside = not math.log(_MIN_NOISE) < place < math.log(_MAX_NOISE)
+        if (there[1] > 0) != (here[1] > 0) or is_outside:
+            return (here, there) if direction == 1 else (there, here)
+        here, width = there, 2 * width
+
+
+@functools.lru_cache(maxsize=256)
+def compute_epsilon(noise_multiplier: float, rate: float, steps: int, delta: float) -> float:
+    """Epsilon of `steps` steps of the Poisson-sampled Gaussian mechanism: an upper bound, by Opacus."""
+    if steps == 0:
+        return 0.0
+    from opacus.accountants import PRVAccountant
+
+    rough = compute_renyi_epsilon(noise_multiplier, rate, steps, delta)
+    accountant = PRVAccountant()
+    accountant.history = [(noise_multiplier, rate, steps)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # logarithms of 0 in branches that are not taken
+        return float(accountant.get_epsilon(delta, eps_error=max(1e-4, _EPSILON_ERROR * rough)))
+
+
+def compute_renyi_epsilon(noise_multiplier: float, rate: float, steps: int, delta: float) -> float:
+    """Epsilon as by `compute_epsilon`, from Renyi divergences: a looser bound."""
+    from opacus.accountants import RDPAccountant
+
+    accountant = RDPAccountant()
+    accountant.history = [(noise_multiplier, rate, steps)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that another order of the divergence could be better
+        return float(accountant.get_epsilon(delta, alphas=_ORDERS))
+
+
+def check_installed() -> None:
+    """Refuse a private run without Opacus.
+
+    Raises:
+        UserError: Opacus is not installed.
+    """
+    try:
+        import opacus  # noqa: F401
+    except ImportError as error:
+        raise UserError("--epsilon needs Opacus: pip install '.[privacy]'") from error
+
+
+def draw_documents(key: bytes, step: int, num_documents: int, rate: float) -> np.ndarray:
+    """(k,) numbers of the documents of a step: Poisson sampling, each independently with chance `rate`."""
+    if rate >= 1:
+        return np.arange(num_documents)
+    words = _random_words(key, step, "documents", num_documents)
+    return np.flatnonzero(words < np.uint64(rate * 2.0**64))
+
+
+def draw_offsets(key: bytes, step: int, count: int) -> np.ndarray:
+    """(count,) uniform uint64 that decide where in its document each window begins."""
+    return _random_words(key, step, "windows", count)
+
+
+def draw_fast_noise(
+    key: bytes, step: int, shapes: Sequence[tuple[int, ...]], device: torch.device
+) -> list[torch.Tensor]:
+    """Standard Gaussians of `shapes` by Philox, which is statistically sound but not cryptographic."""
+    seed = _random_words(key, step, "noise", 2)
+    if device.type == "cuda":
+        generator = torch.Generator(device).manual_seed(int(seed[0]) >> 1)
+        return [torch.randn(shape, generator=generator, device=device) for shape in shapes]
+    numbers = np.random.Generator(np.random.Philox(key=seed))
+    return [torch.from_numpy(numbers.standard_normal(shape, dtype=np.float32)).to(device) for shape in shapes]
+
+
+def draw_secure_noise(
+    key: bytes, step: int, shapes: Sequence[tuple[int, ...]], device: torch.device
+) -> list[torch.Tensor]:
+    """Standard Gaussians of `shapes` from SHAKE-256 by the transform of Box and Muller (1958).
+
+    Each is the sum of four, halved: the last bits of the result then reveal nothing about the value that the
+    noise was added to (Holohan and Braghin, 2021, arXiv:2107.10138).
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    flat = np.empty(sum(sizes), dtype=np.float32)
+    for chunk, start in enumerate(range(0, len(flat), _CHUNK_SIZE)):
+        count = min(_CHUNK_SIZE, len(flat) - start)
+        words = _random_words(key, step, f"secure noise {chunk}", _NUM_SUMMANDS * count)
+        uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1)
+        first, second = uniform.reshape(2, -1)
+        radius, angle = np.sqrt(-2 * np.log(first)), 2 * np.pi * second
+        gaussians = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+        summed = gaussians.reshape(_NUM_SUMMANDS, count).sum(0)
+        flat[start : start + count] = summed / math.sqrt(_NUM_SUMMANDS)
+    parts = np.split(flat, np.cumsum(sizes)[:-1])
+    shaped = (part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+    return [torch.from_numpy(part).to(device) for part in shaped]
+
+
+# Guarantee.is_noise_secure -> the source of noise
+NOISES: dict[bool, Callable[..., list[torch.Tensor]]] = {False: draw_fast_noise, True: draw_secure_noise}
+
+
+def _random_words(key: bytes, step: int, purpose: str, count: int) -> np.ndarray:
+    """(count,) uniform uint64, independent of those of any other step or purpose."""
+    assert len(key) == KEY_BYTES
+    text = key + step.to_bytes(8, "little") + purpose.encode()
+    return np.frombuffer(hashlib.shake_256(text).digest(8 * count), dtype="<u8")
