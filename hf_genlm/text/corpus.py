@@ -3,7 +3,7 @@
 import hashlib
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -157,8 +157,8 @@ def with_sources(recipe: CorpusRecipe, sources: Sources) -> CorpusRecipe:
     """A copy of `recipe` that reads `sources`: in `languages` if they are by language, else in `sources`."""
     if isinstance(sources, Mapping):
         by_language = {code: list(words) for code, words in sources.items()}
-        return replace(recipe, sources=[], languages=by_language)
-    return replace(recipe, sources=list(sources), languages={})
+        return recipe.model_copy(update={"sources": [], "languages": by_language})
+    return recipe.model_copy(update={"sources": list(sources), "languages": {}})
 
 
 def notes_on(report: dict[str, Any]) -> list[str]:
