@@ -219,7 +219,7 @@ def run_training(
     from hf_genlm.card.hub_rules import check_card
 
     check_card(recipe.card)
-    from hf_genlm.report.plots import write_curves
+    from hf_genlm.report.curves import write_curves
     from hf_genlm.training import processes
     from hf_genlm.training.train import train as train_run
 
@@ -375,7 +375,7 @@ class Run:
     @property
     def samples(self) -> list[str]:
         """The texts that the finished model generated."""
-        from hf_genlm.report.markdown import fenced_blocks
+        from hf_genlm.report.document import fenced_blocks
 
         if not self.folder.samples.is_file():
             return []

@@ -155,7 +155,9 @@ class RunFolder:
 
     def read_log(self) -> list[dict[str, Any]]:
         """All logged events, oldest first, but for lines that a kill or a full disk cut off."""
-        events = []
+        events: list[dict[str, Any]] = []
+        if not self.log_file.is_file():
+            return events
         for line in self.log_file.read_text(encoding="utf-8", errors="replace").split("\n"):
             with contextlib.suppress(json.JSONDecodeError):
                 events.append(json.loads(line))
@@ -163,7 +165,7 @@ class RunFolder:
 
     def has_stopped(self) -> bool:
         """True if the last that was heard of it is that a signal ended it, with a checkpoint."""
-        events = self.read_log() if self.log_file.is_file() else []
+        events = self.read_log()
         return bool(events) and events[-1]["event"] == "stopped"
 
     def end_log_line(self) -> None:

@@ -20,7 +20,7 @@ from hf_genlm.card.card import card_of
 from hf_genlm.card.measured import figures, interval
 from hf_genlm.config.recipe import load_recipe
 from hf_genlm.evaluation.measurement import read_measurements
-from hf_genlm.report.plots import PICTURE
+from hf_genlm.report.curves import CURVES_FILE
 from hf_genlm.run_folder import RunFolder, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +65,7 @@ def write_results(run: RunFolder, recipe: Path, cards: Path, is_kept: bool) -> P
     name = recipe.stem
     picture, card = cards / "plots" / f"{name}.png", cards / f"{name}.md"
     picture.parent.mkdir(parents=True, exist_ok=True)
-    with Image.open(run.model / PICTURE) as curves:  # few colours: a quarter of the bytes
+    with Image.open(run.model / CURVES_FILE) as curves:  # few colours: a quarter of the bytes
         curves.convert("RGB").quantize(_COLOURS).save(picture, optimize=True)
     text = card_of(run, f"{name}/model", picture=f"plots/{name}.png", recipe_file=f"recipes/{recipe.name}")
     card.write_text(text, encoding="utf-8")

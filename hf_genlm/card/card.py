@@ -26,9 +26,8 @@ from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.files import write_text
-from hf_genlm.report import markdown
-from hf_genlm.report.curves import curves_of, first_samples, in_words
-from hf_genlm.report.plots import PICTURE
+from hf_genlm.report import document
+from hf_genlm.report.curves import CURVES_FILE, curves_of, describe_curves, first_samples
 from hf_genlm.run_folder import RunFolder, read_json
 
 MAX_FILES_LISTED = 20
@@ -73,7 +72,7 @@ def is_by_hand(path: Path) -> bool:
 
 
 def card_of(
-    run: RunFolder, repo_id: str | None = None, picture: str = PICTURE, recipe_file: str | None = None
+    run: RunFolder, repo_id: str | None = None, picture: str = CURVES_FILE, recipe_file: str | None = None
 ) -> str:
     """The card of a run, as `write_card` writes it.
 
@@ -139,10 +138,10 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         "base_model": recipe.card.base_model or _last(events, "started").get("base_model"),
         "recipe": recipe,
         "recipe_yaml": yaml.safe_dump(_portable(recipe.model_dump()), sort_keys=False, allow_unicode=True),
-        "picture": PICTURE if curves.steps and (run.model / PICTURE).is_file() else None,
-        "picture_in_words": in_words(curves) if curves.steps else None,
+        "picture": CURVES_FILE if curves.steps and (run.model / CURVES_FILE).is_file() else None,
+        "picture_in_words": describe_curves(curves) if curves.steps else None,
         "first_samples": first_samples(curves),
-        "samples": markdown.fenced_blocks(samples)[-N_SAMPLES:],
+        "samples": document.fenced_blocks(samples)[-N_SAMPLES:],
         "year": trained_year(events),
         "out": shlex.quote(run.path.resolve().name),
     }
@@ -165,10 +164,10 @@ def _render(facts: dict[str, Any]) -> str:
 
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        prose=markdown.prose,
-        code=markdown.code,
-        fence=markdown.fence,
-        count=markdown.count,
+        prose=document.prose,
+        code=document.code,
+        fence=document.fence,
+        count=document.count,
         figures=measured.figures,
         title=measured.title,
         interval=measured.interval,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_genlm.evaluation.measurement import Measurement
-from hf_genlm.report.markdown import prose
+from hf_genlm.report.document import prose
 
 # measurement -> title and format of its column
 _COLUMNS = {

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_genlm.evaluation.measurement import Measurement, read_measurements
-from hf_genlm.report.audit_plot import AUDIT_PICTURE
-from hf_genlm.report.markdown import cell, prose
+from hf_genlm.report.audit_plot import AUDIT_FILE
+from hf_genlm.report.document import cell, prose
 from hf_genlm.run_folder import RunFolder, read_json
 
 SIGNIFICANT = 0.01
@@ -41,8 +41,8 @@ def privacy_section(run: RunFolder) -> str | None:
     if run.audit.is_file():
         measured = read_measurements(run.audit)
         parts.append("\n".join(f"- {prose(sentence)}" for sentence in sentences(measured, guarantee)))
-        if (run.model / AUDIT_PICTURE).is_file():
-            parts.append(f"![What the audit measured; in words above]({AUDIT_PICTURE})")
+        if (run.model / AUDIT_FILE).is_file():
+            parts.append(f"![What the audit measured; in words above]({AUDIT_FILE})")
         parts.append("\n".join(_table(measured)))
         parts.append(LIMITS)
     return "\n\n".join(parts) if parts else None

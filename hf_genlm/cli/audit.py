@@ -11,7 +11,7 @@ def run(options: argparse.Namespace) -> None:
         display.show("loading torch and transformers")
         from hf_genlm.card.privacy import LIMITS, sentences
         from hf_genlm.privacy.audit import audit
-        from hf_genlm.report.audit_plot import write_audit_picture
+        from hf_genlm.report.audit_plot import write_audit_figure
         from hf_genlm.run_folder import RunFolder
 
         result = audit(
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
             display.show("drawing")
             folder = RunFolder(result.path.parent)
             is_own = not options.out and folder.model.is_dir()  # else the folder is not the run's
-            picture = write_audit_picture(
+            picture = write_audit_figure(
                 folder.path, result.measurements, result.roc_curves, folder.model if is_own else None
             )
             if is_own:

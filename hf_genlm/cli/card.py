@@ -10,7 +10,7 @@ def run(options: argparse.Namespace) -> None:
     from hf_genlm.card.card import is_by_hand, write_card
     from hf_genlm.card.hub_rules import check_card
     from hf_genlm.files import write_text
-    from hf_genlm.report.plots import write_curves
+    from hf_genlm.report.curves import write_curves
     from hf_genlm.run_folder import RunFolder
 
     run, card = RunFolder.open(options.run_path), "README.md"

@@ -70,7 +70,7 @@ def _train_and_tell(recipe: Recipe, out: str, resume: bool) -> None:
     with Display() as display:
         display.show("loading torch and transformers")
         from hf_genlm.card.card import write_card
-        from hf_genlm.report.plots import write_curves
+        from hf_genlm.report.curves import write_curves
         from hf_genlm.run_folder import RunFolder, read_json
         from hf_genlm.training.train import train
 

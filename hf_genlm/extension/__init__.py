@@ -13,7 +13,7 @@ from hf_genlm.errors import UserError
 from hf_genlm.extension.tokens import extend_bpe
 from hf_genlm.files import atomic_folder, require_new_folder, write_text
 from hf_genlm.loading import hub_id_of, load
-from hf_genlm.report import markdown
+from hf_genlm.report import document
 from hf_genlm.run_folder import Listener
 from hf_genlm.text.corpus import Sources, notes_on, read_documents, with_sources
 from hf_genlm.text.encoding import encode_documents
@@ -133,8 +133,8 @@ def extension_card(name: str, base: str, base_id: str | None, n_tokens: int, n_n
         base_model=base_id,
     )
     return (
-        f"---\n{data.to_yaml()}\n---\n\n# {markdown.prose(name)}\n\n"
-        f"{markdown.code(base_id or base)} with {n_new_tokens:,} new tokens, {n_tokens:,} in all, by "
+        f"---\n{data.to_yaml()}\n---\n\n# {document.prose(name)}\n\n"
+        f"{document.code(base_id or base)} with {n_new_tokens:,} new tokens, {n_tokens:,} in all, by "
         "`hf-genlm extend`. The row of a new token is the mean of the rows of its pieces; the model was not "
         "trained further.\n"
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.report import figures
-from hf_genlm.report.html import Block, Code, Heading, Picture, Table, Text, write_report
+from hf_genlm.report.document import Block, Code, Heading, Picture, Table, Text, write_report
 
 SOLVED = 0.9  # the accuracy from which on a size counts as remembered
 

@@ -18,7 +18,7 @@ from hf_genlm.card.card import write_card
 from hf_genlm.config.recipe import Recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
-from hf_genlm.report import markdown
+from hf_genlm.report import document
 
 HOSTILE = [
     "a|b.txt", "`tick`.txt", "``` fence.txt", "---", "{{ 7*7 }}{% raw %}", "<script>x</script>.txt",
@@ -210,7 +210,7 @@ def test_a_sample_cannot_leave_its_fence(tmp_path, text):
     body = ModelCard.load(write_card(make_run(tmp_path, samples=samples))).text
     section, after, _ = body.partition("## Samples")[2].partition("\n## Privacy\n")
     assert after, "the section after the samples is still one"
-    blocks = markdown.fenced_blocks(section)
+    blocks = document.fenced_blocks(section)
     assert blocks == ["old", text.replace("\r\n", "\n").removesuffix("\n")]
 
 
@@ -218,7 +218,7 @@ def test_long_samples_are_cut_and_only_the_last_are_shown(tmp_path):
     samples = "".join(f"```text\n{i} {'x' * 5000}\n```\n" for i in range(5))
     text = write_card(make_run(tmp_path, samples=samples)).read_text(encoding="utf-8")
     section = text.partition("## Samples")[2].partition("## Privacy")[0]
-    assert [block[:2] for block in markdown.fenced_blocks(section)] == ["3 ", "4 "]
+    assert [block[:2] for block in document.fenced_blocks(section)] == ["3 ", "4 "]
     assert len(section) < 6000
 
 

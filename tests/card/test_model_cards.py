@@ -14,7 +14,7 @@ from support.runs import SMALL
 from hf_genlm.card.measured import DEFINITIONS
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import Recipe, load_recipe
-from hf_genlm.report.markdown import prose
+from hf_genlm.report.document import prose
 from hf_genlm.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]

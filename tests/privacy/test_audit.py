@@ -27,7 +27,7 @@ from hf_genlm.privacy.attacks.exposure import CanaryLosses, null_mean, null_p_va
 from hf_genlm.privacy.attacks.extraction import count_copies, count_matched_tokens
 from hf_genlm.privacy.attacks.membership import SCORES, Passages
 from hf_genlm.privacy.attacks.target import Passage, Span, TargetModel, draw_spans, passage_of
-from hf_genlm.report.plots import PICTURE, write_curves
+from hf_genlm.report.curves import CURVES_FILE, write_curves
 from hf_genlm.run_folder import RunFolder, read_json
 from hf_genlm.text.canaries import BITS, Canaries, check_canaries, draw_canaries, plant
 from hf_genlm.text.corpus import count_text, read_corpus
@@ -624,9 +624,9 @@ def test_a_guarantee_stands_on_the_card(overtrained, tmp_path):
     assert "epsilon = 3.98 at delta = 1e-05 for each document" in section
     assert "It does not cover: tokenizer; this card." in section
     assert "3.98 that the accountant states" in section
-    (run.model / PICTURE).unlink(missing_ok=True)
-    assert write_curves(run) == run.path / PICTURE
-    assert not (run.model / PICTURE).exists(), "exact losses do not leave with the model"
+    (run.model / CURVES_FILE).unlink(missing_ok=True)
+    assert write_curves(run) == run.path / CURVES_FILE
+    assert not (run.model / CURVES_FILE).exists(), "exact losses do not leave with the model"
 
 
 @pytest.mark.slow

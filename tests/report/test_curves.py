@@ -16,9 +16,16 @@ from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.errors import Stopped, UserError
 from hf_genlm.evaluation.measurement import read_measurements
-from hf_genlm.report.curves import curves_of, first_samples, in_words, running_median, smoothed
-from hf_genlm.report.figures import plain
-from hf_genlm.report.plots import draw_curves, write_curves
+from hf_genlm.report.curves import (
+    curves_of,
+    describe_curves,
+    draw_curves,
+    first_samples,
+    running_median,
+    smoothed,
+    write_curves,
+)
+from hf_genlm.report.figures import escape_label
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.training import callbacks, trackers
 from hf_genlm.training.budget import Budget
@@ -206,11 +213,11 @@ def test_what_is_drawn_is_what_was_logged():
         assert lines["training, smoothed"][0] == x
         assert lines["validation, a part of it"] == (at, [5.0, 5.0])
     bits = lines_of(figure, "bits per byte")
-    assert bits == {"a part of it": ([10, 20], [2.0, 1.0]), "all of it, in the end": ([40], [1.25])}
+    assert bits == {"a part of it": ([10, 20], [2.0, 1.0]), "all of it, at the end": ([40], [1.25])}
     assert list(lines_of(figure, "learning rate").values()) == [(list(range(1, 41)), [1e-3] * 40)]
     assert list(lines_of(figure, "gradient norm").values()) == [(list(range(1, 41)), [1.5] * 40)] * 2
     assert next(iter(lines_of(figure, "tokens per second").values())) == (list(range(1, 41)), [50] * 40)
-    text = in_words(curves)
+    text = describe_curves(curves)
     for word in (
         "40 steps",
         "4,000 tokens",
@@ -239,9 +246,9 @@ def test_a_resumed_run_and_one_that_left_the_numbers():
     curves = curves_of([*(step(n) for n in (1, 2, 3, 4)), again, *(step(n, loss=1.0) for n in (3, 4, 5))])
     figure = draw_curves([curves])
     lines = lines_of(figure, "loss in nats")
-    assert lines["given up"] == ([3, 4], [pytest.approx(5.7), 5.6])
+    assert lines["abandoned"] == ([3, 4], [pytest.approx(5.7), 5.6])
     assert lines["training"] == ([1, 2, 3, 4, 5], [5.9, 5.8, 1.0, 1.0, 1.0])
-    assert "went back to 2" in in_words(curves)
+    assert "went back to step 2" in describe_curves(curves)
     (axes,) = (axes for axes in figure.axes if axes.get_title(loc="left").startswith("learning rate"))
     assert [2, 2] in [list(line.get_xdata()) for line in axes.lines]
 
@@ -257,7 +264,7 @@ def test_several_runs_in_one_picture():
     runs = [curves_of([step(n, loss=5.0 + i) for n in (1, 2)], label) for i, label in enumerate(labels)]
     figure = draw_curves(runs)
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == [plain(label) for label in labels]
+    assert [text.get_text() for text in legend.get_texts()] == [escape_label(label) for label in labels]
     lines = figure.axes[0].lines
     assert [list(line.get_ydata()) for line in lines] == [[5.0, 5.0], [6.0, 6.0]]
     assert lines[0].get_color() != lines[1].get_color()
@@ -327,7 +334,7 @@ def test_plot_refuses_what_has_no_curve(tmp_path, capsys):
     run = RunFolder.create(tmp_path / "run")
     run.recipe.write_text(Recipe().to_yaml())
     assert main(["plot", str(run.path)]) == 2
-    assert "holds no step" in capsys.readouterr().err
+    assert "holds no training step" in capsys.readouterr().err
     assert main(["plot", str(tmp_path)]) == 2
     assert write_curves(run) is None
 

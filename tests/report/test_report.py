@@ -4,8 +4,8 @@ import base64
 import re
 from html.parser import HTMLParser
 
+from hf_genlm.report.document import Code, Heading, Lead, Picture, Table, Text, write_report
 from hf_genlm.report.figures import line_style, new_figure, save_png
-from hf_genlm.report.html import Code, Heading, Lead, Picture, Table, Text, write_report
 
 
 class Reader(HTMLParser):
