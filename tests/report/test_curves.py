@@ -441,10 +441,8 @@ def test_a_tracker_that_is_not_there_is_named_before_anything_is_read(tmp_path, 
     recipe = load_recipe(None, ["training.report_to=trackio", "corpus.sources=no/such/folder"])
     with pytest.raises(UserError, match=r"needs trackio.*pip install 'hf_genlm\[track\]'"):
         train(recipe, tmp_path / "run")
-    recipe = load_recipe(None, ["training.report_to=tensorbord"])
     with pytest.raises(UserError, match="did you mean 'tensorboard'"):
-        train(recipe, tmp_path / "other")
-    assert not (tmp_path / "other").exists()
+        load_recipe(None, ["training.report_to=tensorbord"])
 
 
 def test_a_signal_closes_the_trackers(text_folder, tmp_path, every_step, monkeypatch):
