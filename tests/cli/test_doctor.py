@@ -218,7 +218,7 @@ def test_the_table_says_what_the_json_says(capsys):
 
 MISTAKES = {
     "unknown decoder": (["--parameters", "--decoder", "lstmm"], "did you mean 'lstm'"),
-    "unknown mixer": (["--parameters", "--mixers", "gru,attention"], "unknown mixer 'attention'"),
+    "unknown mixer": (["--parameters", "--mixers", "gru,attention"], "unknown model.mixers 'attention'"),
     "unknown size": (["--parameters", "--size", "smal"], "did you mean 'small'"),
     "unknown option": (["--paramters"], "--paramters"),
     "small vocabulary": (["--parameters", "--vocab-size", "9"], "at least 258"),
