@@ -1,94 +1,64 @@
-"""`hf-genlm push`: publish a model on the Hub, and prove that it loads from there."""
+"""`hf-genlm push`: publish a model on the Hub, and check that it loads from there."""
 
 import argparse
 import shlex
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 from hf_genlm.cli.display import Display
 from hf_genlm.errors import UserError
 
 if TYPE_CHECKING:
-    from hf_genlm.hub.manifest import Leaving
-    from hf_genlm.hub.push import Content, Hub
+    from hf_genlm.hub.manifest import Manifest
 
 
 def run(options: argparse.Namespace) -> None:
-    from hf_genlm.card.card import write_card
-    from hf_genlm.hub.errors import PushFailed, telling_retries
-    from hf_genlm.hub.manifest import check
-    from hf_genlm.hub.parcel import Parcel, contents, milestone_contents
-    from hf_genlm.hub.push import Hub, check_names
+    from hf_genlm.hub.push import PushFailed, push
 
-    check_names(options.repo_id, options.tag)
-    parcel = Parcel.of(options.path)
-    milestones = parcel.milestones() if options.branches else []
-    if parcel.run is not None and not options.keep_card:
-        write_card(parcel.run, options.repo_id)
-    leaving = parcel.inspect()
-    along = [milestone.inspect() for milestone in milestones]
-    _show([leaving, *along])
-    check([leaving, *along], options.allow)
-    if options.dry_run:
+    display, is_shown = Display(), False
+    with ExitStack() as stack:
+
+        def hear(event: str, fields: dict[str, Any]) -> None:
+            nonlocal is_shown
+            if event == "manifest":
+                _print_manifest(fields["manifest"])
+                return
+            if not is_shown:
+                stack.enter_context(display)
+                is_shown = True
+            display.hear(event, fields)
+
+        try:
+            result = push(
+                options.path,
+                options.repo_id,
+                private=options.private,
+                tag=options.tag,
+                branches=options.branches,
+                keep_card=options.keep_card,
+                allow=options.allow,
+                dry_run=options.dry_run,
+                listener=hear,
+            )
+        except PushFailed as error:
+            raise UserError(f"{error}: {shlex.join(['hf-genlm', *options.arguments])}") from error
+    if result.commit is None:
         print("nothing was sent")
         return
-    branches = {other.folder.name: milestone_contents(other, options.repo_id) for other in along}
-    with Display() as display:
-        display.show("asking the Hub")
-        hub = Hub(options.repo_id, note=lambda message: display.note([message]))
-        try:
-            with telling_retries(hub.note):
-                _push(hub, display, contents(leaving), branches, options)
-        except PushFailed as error:
-            raise UserError(f"{error}; to go on, give the same command: {_command(options)}") from error
-
-
-def _push(
-    hub: "Hub",
-    display: Display,
-    files: "Mapping[str, Content]",
-    branches: "Mapping[str, Mapping[str, Content]]",
-    options: argparse.Namespace,
-) -> None:
-    from hf_genlm.hub.push import size_of
-
-    hub.open(options.private)
-    n_bytes = sum(size_of(content) for content in files.values())
-    display.show(f"uploading {len(files)} files, {n_bytes:,} bytes")
-    commit = hub.push(files, "Model pushed by hf_genlm", tag=options.tag)
-    display.show("loading it from the Hub, in a clean process")
-    hub.prove(commit, files)
-    tag = hub.tag(commit, options.tag)
-    for name, content in branches.items():
-        display.show(f"uploading {name}")
-        hub.make_branch(name, commit)
-        hub.push(content, f"Model {name} pushed by hf_genlm", branch=name)
-    display.bar.stop()
-    print(f"pushed: {hub.url}\ncommit: {commit}\ntag:    {tag}")
-    for name in branches:
+    print(f"pushed: {result.url}\ncommit: {result.commit}\ntag:    {result.tag}")
+    for name in result.branches:
         print(f"branch: {name}")
     print("read back: every file as it was sent; it generates in a process without hf_genlm\n")
     print("from transformers import AutoModelForCausalLM")
     print(
-        f'model = AutoModelForCausalLM.from_pretrained("{options.repo_id}", revision="{tag}", '
+        f'model = AutoModelForCausalLM.from_pretrained("{result.repo_id}", revision="{result.tag}", '
         "trust_remote_code=True)"
     )
 
 
-def _show(leaving: "list[Leaving]") -> None:
-    """Every file that leaves, with its size, and what they come to."""
-    for each in leaving:
-        print(f"{each.folder}:")
-        for name, size in each.sizes.items():
-            print(f"  {size:>14,}  {name}")
-        print(f"  {sum(each.sizes.values()):>14,}  bytes in {len(each.sizes)} files\n")
-
-
-def _command(options: argparse.Namespace) -> str:
-    words = ["hf-genlm", "push", options.path, options.repo_id]
-    words += [
-        f"--{name.replace('_', '-')}" for name in ("private", "branches", "keep_card") if vars(options)[name]
-    ]
-    words += ["--tag", options.tag] if options.tag else []
-    words += [word for entry in options.allow for word in ("--allow", entry)]
-    return shlex.join(words)
+def _print_manifest(manifest: "Manifest") -> None:
+    """Print each file with its size, and the total."""
+    print(f"{manifest.folder}:")
+    for name, size in manifest.sizes.items():
+        print(f"  {size:>14,}  {name}")
+    print(f"  {manifest.num_bytes:>14,}  bytes in {len(manifest.sizes)} files\n")

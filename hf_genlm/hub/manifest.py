@@ -1,13 +1,12 @@
-"""What leaves with a push: every file and its size, and what must not leave, named by file, line and kind.
+"""Upload manifest: the files of a model folder, their sizes, and whatever must not be published.
 
-A secret is never part of what is said about it.
+A finding names file, line and kind; the secret itself is never printed.
 """
 
 import fnmatch
 import json
 import re
 import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,11 @@ from hf_genlm.errors import (
     did_you_mean,
     without_secrets,
 )
-from hf_genlm.run_folder import read_json
+from hf_genlm.files import refuse_links_out
+from hf_genlm.run_folder import RunFolder, read_json
 
-# what loads a model and its tokenizer
-LOADED = (
+# files from which transformers loads a model and its tokenizer
+MODEL_FILES = (
     "config.json",
     "generation_config.json",
     "model.safetensors",
@@ -41,38 +41,35 @@ LOADED = (
     "spiece.model",
     "chat_template.jinja",
 )
-# what a model folder has; anything else is named before it leaves
-LISTED = ("README.md", "LICENSE", *LOADED, "*_genlm.py", "plots/*.png")
+# files that belong in a model repository; any other is an `unlisted` finding
+PUBLISHED_FILES = ("README.md", "LICENSE", *MODEL_FILES, "*_genlm.py", "plots/*.png")
 _CHECKPOINT = ("checkpoint*/*", "optimizer.*", "scheduler.*", "rng_state*", "scaler.*", "trainer_state.json")
 _PICKLE = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
-_CANARIES = "canaries.json"
-_PICTURE = ".png"
-_PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
-_MOST_TEXT = 1 << 24  # bytes that a packed text of a picture is unpacked to
-_WEIGHTS = ".safetensors"
-_LEAST_CANARY = 8  # characters: a shorter string of canaries.json would be found in any text
+_PICKLE_HEADER = re.compile(rb"\x80[\x02-\x05]")
+_MIN_CANARY_LENGTH = 8  # characters: a shorter string of canaries.json would match ordinary text
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Something that must not leave: what it is, what to do, and whether a person may let it pass."""
+    """A kind of finding: description, remedy, and whether `allow` can let it pass."""
 
-    what: str
+    description: str
     remedy: str
-    may_pass: bool = False
+    is_allowable: bool = False
 
 
 KINDS = {
-    "canaries": Kind("the secrets that an audit planted", "move the file out of the folder"),
-    "canary": Kind("a secret that an audit planted", "take it out of samples.md, or train again"),
-    "checkpoint": Kind("the state of a training", "move it out of the folder"),
-    "pickle": Kind("a pickle, which can run code where it is loaded", "remove it"),
-    "link": Kind("a link that leads out of the folder", "put the file itself there"),
-    "unlisted": Kind("no file that a model folder has", "move it out of the folder", True),
-    "token": Kind("an access token, password or private key", "take it out, and revoke it", True),
-    "home-path": Kind("an absolute path below somebody's home", "take it out", True),
+    "canaries": Kind("the canaries planted for an audit", "move the file out of the folder"),
+    "canary": Kind("a canary planted for an audit", "remove it from samples.md, or train again"),
+    "checkpoint": Kind("training state", "move it out of the folder"),
+    "pickle": Kind("a pickle, which can run code when it is loaded", "remove it"),
+    "link": Kind("a link that leads out of the folder", "replace it by the file itself"),
+    "unlisted": Kind("not a file of a model repository", "move it out of the folder", True),
+    "token": Kind("an access token, password or private key", "remove it, and revoke it", True),
+    "home-path": Kind("an absolute path below a home directory", "remove it", True),
 }
-_TOKENS = tuple(  # besides those that `without_secrets` knows
+# in addition to Hub tokens and logins in URLs, which `without_secrets` finds
+_TOKENS = tuple(
     re.compile(pattern)
     for pattern in (
         r"\bgh[pousr]_[A-Za-z0-9]{36}",  # GitHub
@@ -87,18 +84,71 @@ _TOKENS = tuple(  # besides those that `without_secrets` knows
         BEGIN_OF_PRIVATE_KEY,
     )
 )
-_HOMES = (
-    re.compile(r"(?:(?<![\w.~/\\-])|(?<=file:/)|(?<=file://))/+(?:home|Users|root)/+[^/\s\"'`<>|)\\]+"),
+_HOME_PATHS = (
+    re.compile(r"(?<![\w.~/\\-])/+(?:home|Users|root)/+[^/\s\"'`<>|)\\]+"),
     re.compile(r"(?<![A-Za-z])[A-Za-z]:[\\/]+Users[\\/]+[^\\/\s\"'`<>|)]+"),
 )
 _ESCAPED_SPACE = re.compile(r"\\[ntr]")
 
 
+@dataclass(frozen=True)
+class ModelSource:
+    """A model folder to publish, and the run that trained it, if any."""
+
+    folder: Path
+    run: RunFolder | None = None
+
+    @classmethod
+    def find(cls, path: str | Path) -> "ModelSource":
+        """Find the model of a run folder, of its model/, or of any other model folder.
+
+        Raises:
+            UserError: there is no complete model, or a link leads out of the run.
+        """
+        given = Path(path)
+        run = None
+        for candidate in map(RunFolder, (given, given.parent)):
+            own_paths = (candidate.path.resolve(), candidate.model.resolve())
+            if run is None and candidate.recipe.is_file() and given.resolve() in own_paths:
+                run = candidate
+        if run is not None:
+            refuse_links_out(run.path)
+        folder = given if run is None else run.model
+        if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+            raise UserError(
+                f"{str(path)!r} holds no complete model: neither it nor its model/ has config.json and "
+                "weights in safetensors; 'train' writes them"
+            )
+        return cls(folder, run)
+
+    def milestones(self) -> list["ModelSource"]:
+        """Return the run's models after given numbers of words, oldest first.
+
+        Raises:
+            UserError: there are none.
+        """
+        folders = [] if self.run is None else self.run.milestones.glob("chck_*")
+        found = sorted(folders, key=lambda folder: (folder.stat().st_mtime, folder.name))
+        if not found:
+            raise UserError(
+                f"--branches: {str(self.folder)!r} belongs to no run with milestones/; set "
+                "training.milestone_words to train one"
+            )
+        return [ModelSource(folder, self.run) for folder in found]
+
+    def canaries(self) -> list[str]:
+        """Return the texts in canaries.json of the run and of the two folders above the model."""
+        runs = [RunFolder(parent) for parent in list(self.folder.resolve().parents)[:2]]
+        runs += [] if self.run is None else [self.run]
+        files = [run.canaries for run in runs if run.canaries.is_file()]
+        return sorted({text for file in files for text in _strings(read_json(file))})
+
+
 @dataclass(frozen=True, order=True)
 class Finding:
-    """Something of a kind, in a line of a file, or the file itself where `line` is None."""
+    """Something that must not be published: a file, or one line of it."""
 
-    kind: str
+    kind: str  # key of KINDS
     file: str
     line: int | None = None
 
@@ -107,158 +157,135 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Leaving:
-    """Sizes in bytes by path in the folder, and what must not leave."""
+class Manifest:
+    """Files to upload from a model folder: size in bytes by relative path, and findings."""
 
     folder: Path
     sizes: dict[str, int]
     findings: list[Finding]
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.sizes.values())
 
-def check(folders: Sequence[Leaving], allowed: Sequence[str] = ()) -> None:
-    """Refuse what was found, but for `allowed`, as `README.md:home-path`, in any of the folders.
-
-    Raises:
-        UserError: it names each finding and its remedy; or an entry of `allowed` that allows nothing.
-    """
-    passing = set()
-    for entry in allowed:
-        file, _, kind = entry.rpartition(":")
-        if kind not in KINDS or not KINDS[kind].may_pass:
-            known = [name for name, row in KINDS.items() if row.may_pass]
-            raise UserError(f"--allow {entry!r} is no FILE:KIND{did_you_mean(kind, known)}")
-        if not any((found.file, found.kind) == (file, kind) for each in folders for found in each.findings):
-            raise UserError(f"--allow {entry!r}: no {kind} was found in that file; leave it away")
-        passing.add((file, kind))
-    refused = []
-    for each in folders:
-        kept = [found for found in each.findings if (found.file, found.kind) not in passing]
-        if kept:
-            refused.append(f"{str(each.folder)!r} must not leave: {_in_words(kept)}")
-    if refused:
-        raise UserError("; ".join(refused))
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Local file by path in the repository."""
+        return {name: self.folder / name for name in self.sizes}
 
 
-def _in_words(findings: Sequence[Finding]) -> str:
-    parts = []
-    for name, kind in KINDS.items():
-        places = [str(found) for found in findings if found.kind == name]
-        if places:
-            allow = f", or --allow FILE:{name}" if kind.may_pass else ""
-            parts.append(f"{', '.join(places)}: {name} ({kind.what}; {kind.remedy}{allow})")
-    return "; ".join(parts)
-
-
-def canary_texts(canaries: Path) -> list[str]:
-    """Every string in a run's canaries.json that would tell a secret; none where there is no such file."""
-    return sorted(set(_strings(read_json(canaries)))) if canaries.is_file() else []
-
-
-def _strings(content: Any) -> Iterator[str]:
-    if isinstance(content, str):
-        if len(content.strip()) >= _LEAST_CANARY:
-            yield content.strip()
-    elif isinstance(content, (list, dict)):
-        for item in content.values() if isinstance(content, dict) else content:
-            yield from _strings(item)
-
-
-def inspect(folder: Path, secrets: Sequence[str] = ()) -> Leaving:
-    """All files of `folder`, and what of them must not leave.
-
-    Args:
-        folder: of a model, as `save_pretrained` writes it.
-        secrets: texts that may stand in no file, as canaries.
-    """
+def build_manifest(source: ModelSource) -> Manifest:
+    """List all files of a model folder and scan them for whatever must not be published."""
+    canaries = source.canaries()
     sizes: dict[str, int] = {}
     findings: set[Finding] = set()
-    root = folder.resolve()
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
+    root = source.folder.resolve()
+    for path in sorted(source.folder.rglob("*")):
+        name = path.relative_to(source.folder).as_posix()
         if path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(root)):
             findings.add(Finding("link", name))
         elif path.is_file():
             sizes[name] = path.stat().st_size
-            kind = _kind_of(path, name)
-            if kind is not None:
-                findings.add(Finding(kind, name))
-            findings.update(_found_in(path, name, secrets))
-    return Leaving(
-        folder, sizes, sorted(findings, key=lambda found: (found.file, found.line or 0, found.kind))
-    )
+            findings.update(_scan_file(path, name))
+            findings.update(_scan_lines(path, name, canaries))
+    in_order = sorted(findings, key=lambda found: (found.file, found.line or 0, found.kind))
+    return Manifest(source.folder, sizes, in_order)
 
 
-def _kind_of(path: Path, name: str) -> str | None:
-    """What a file is by its name and first bytes; None: one that belongs to a model."""
-    if path.name == _CANARIES:
-        return "canaries"
+def check_findings(manifests: Sequence[Manifest], allow: Sequence[str] = ()) -> None:
+    """Refuse manifests with findings, except those in `allow`, such as `README.md:home-path`.
+
+    Raises:
+        UserError: names each finding with its remedy; or an entry of `allow` that matches nothing.
+    """
+    allowed = set()
+    for entry in allow:
+        file, _, kind = entry.rpartition(":")
+        if kind not in KINDS or not KINDS[kind].is_allowable:
+            known = [name for name, row in KINDS.items() if row.is_allowable]
+            raise UserError(f"--allow {entry!r} is not FILE:KIND{did_you_mean(kind, known)}")
+        if not any((found.file, found.kind) == (file, kind) for each in manifests for found in each.findings):
+            raise UserError(f"--allow {entry!r}: no {kind} was found in that file; omit it")
+        allowed.add((file, kind))
+    refused = []
+    for each in manifests:
+        findings = [found for found in each.findings if (found.file, found.kind) not in allowed]
+        for name, row in KINDS.items():
+            places = ", ".join(str(found) for found in findings if found.kind == name)
+            if places:
+                remedy = row.remedy + (f", or --allow FILE:{name}" if row.is_allowable else "")
+                refused.append(f"{str(each.folder)!r}: {places}: {name} ({row.description}; {remedy})")
+    if refused:
+        raise UserError(f"not published: {'; '.join(refused)}")
+
+
+def _scan_file(path: Path, name: str) -> Iterator[Finding]:
+    """Classify a file by its name and first bytes."""
+    if path.name == "canaries.json":
+        yield Finding("canaries", name)
+        return
     if any(fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(path.name, pattern) for pattern in _CHECKPOINT):
-        return "checkpoint"
+        yield Finding("checkpoint", name)
+        return
     with path.open("rb") as file:
-        is_pickled = re.match(rb"\x80[\x02-\x05]", file.read(2)) is not None
-    if is_pickled or any(fnmatch.fnmatch(path.name, pattern) for pattern in _PICKLE):
-        return "pickle"
-    return None if is_listed(name) else "unlisted"
+        is_pickle = _PICKLE_HEADER.match(file.read(2)) is not None
+    if is_pickle or any(fnmatch.fnmatch(path.name, pattern) for pattern in _PICKLE):
+        yield Finding("pickle", name)
+    elif not any(name.count("/") == p.count("/") and fnmatch.fnmatchcase(name, p) for p in PUBLISHED_FILES):
+        yield Finding("unlisted", name)
 
 
-def is_listed(name: str) -> bool:
-    """True if a model folder has a file of this path."""
-    return any(name.count("/") == p.count("/") and fnmatch.fnmatchcase(name, p) for p in LISTED)
-
-
-def _found_in(path: Path, name: str, secrets: Sequence[str]) -> Iterator[Finding]:
-    wanted = {secret: json.dumps(secret, ensure_ascii=False)[1:-1] for secret in secrets}
+def _scan_lines(path: Path, name: str, canaries: Sequence[str]) -> Iterator[Finding]:
+    """Search the text of a file; a finding in a PNG has no line number."""
+    spellings = [
+        spelling for text in canaries for spelling in (text, json.dumps(text, ensure_ascii=False)[1:-1])
+    ]
     home = str(Path.home())
-    for count, line in enumerate(_text_of(path).split("\n"), 1):
-        number = None if path.suffix == _PICTURE else count
-        plain = _ESCAPED_SPACE.sub(" ", line)
+    for count, line in enumerate(_read_text(path).split("\n"), 1):
+        number = None if path.suffix == ".png" else count
+        unescaped = _ESCAPED_SPACE.sub(" ", line)
         if without_secrets(line) != line or any(pattern.search(line) for pattern in _TOKENS):
             yield Finding("token", name, number)
-        if any(pattern.search(plain) for pattern in _HOMES) or (home.count("/") > 1 and home in plain):
+        if any(p.search(unescaped) for p in _HOME_PATHS) or (home.count("/") > 1 and home in unescaped):
             yield Finding("home-path", name, number)
-        if any(secret in line or escaped in line for secret, escaped in wanted.items()):
+        if any(spelling in line for spelling in spellings):
             yield Finding("canary", name, number)
 
 
-def _text_of(path: Path) -> str:
-    """A file as text; of weights, what stands beside them in the header; of a picture, beside its points."""
-    if path.suffix == _PICTURE:
-        return b"\n".join(_parts_of_picture(path.read_bytes())).decode("utf-8", errors="replace")
-    if path.suffix != _WEIGHTS:
+def _read_text(path: Path) -> str:
+    """Read a file as text: of safetensors only the header, of a PNG also the texts it holds compressed."""
+    if path.suffix == ".png":
+        return b"\n".join([path.read_bytes(), *_png_texts(path)]).decode("utf-8", errors="replace")
+    if path.suffix != ".safetensors":
         return path.read_text(encoding="utf-8", errors="replace")
     with path.open("rb") as file:
         prefix = file.read(8)
-        n_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        header = file.read(min(n_bytes, path.stat().st_size))
-    return header.decode("utf-8", errors="replace")
+        num_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        return file.read(min(num_bytes, path.stat().st_size)).decode("utf-8", errors="replace")
 
 
-def _parts_of_picture(content: bytes) -> Iterator[bytes]:
-    """Every chunk of a PNG but its points, with the texts unpacked, and what lies behind its end; all of what
-    is no PNG."""
-    place, kind = len(_PNG), b""
-    if not content.startswith(_PNG):
-        place, kind = 0, b"IEND"
-    while kind != b"IEND" and place + 8 <= len(content):
-        n_bytes, kind = struct.unpack_from(">I4s", content, place)
-        chunk = content[place + 8 : place + 8 + n_bytes]
-        place += 12 + n_bytes  # 4 are a sum over the chunk
-        if kind != b"IDAT":
-            yield chunk
-            yield _unpacked(kind, chunk)
-    yield content[place:]
+def _png_texts(path: Path) -> list[bytes]:
+    """Return every text and profile in a PNG, inflated.
 
+    Raises:
+        UserError: it is not a PNG, or not a sound one.
+    """
+    from PIL import Image
 
-def _unpacked(kind: bytes, chunk: bytes) -> bytes:
-    """The text that a chunk of a PNG holds packed; nothing where it holds none."""
-    _, _, rest = chunk.partition(b"\0")  # behind its name
-    if kind == b"iTXt" and rest[:1] == b"\1":
-        packed = rest[2:].split(b"\0", 2)[-1]  # behind two more names
-    elif kind in (b"zTXt", b"iCCP"):
-        packed = rest[1:]
-    else:
-        return b""
     try:
-        return zlib.decompressobj().decompress(packed, _MOST_TEXT)
-    except zlib.error:
-        return b""
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()  # texts may follow the pixels
+            values = list(image.info.values())
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{str(path)!r} is not a readable PNG: remove it from the model folder") from error
+    return [value if isinstance(value, bytes) else str(value).encode() for value in values]
+
+
+def _strings(content: Any) -> Iterator[str]:
+    """Yield every string value in parsed JSON that is long enough to identify a canary."""
+    if isinstance(content, str):
+        if len(content.strip()) >= _MIN_CANARY_LENGTH:
+            yield content.strip()
+    elif isinstance(content, (list, dict)):
+        for item in content.values() if isinstance(content, dict) else content:
+            yield from _strings(item)

@@ -1,287 +1,401 @@
-"""A folder becomes a commit of a Hub repository: whole or not at all, read back, loaded, tagged.
+"""Publish a model folder on the Hub: one commit, read back, loaded in a clean process, tagged.
 
-What lies there already is compared by hash, and only what differs is sent, all of it in one commit on top of
-the one that was compared. So a push that failed leaves the repository as it was, and the same push goes on.
+A push that failed leaves the repository either unchanged or complete, and the same push resumes it:
+`create_commit` of huggingface_hub skips unchanged files and large files that were uploaded before.
 """
 
 import contextlib
 import fnmatch
 import hashlib
-import json
+import inspect
+import logging
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hf_genlm.errors import UserError
-from hf_genlm.hub.errors import NETWORK_REMEDY, REMEDIES, PushFailed, reason_of, status_of, wait_asked
+from hf_genlm.errors import UserError, without_secrets
+from hf_genlm.files import sha256_of
+from hf_genlm.hub.manifest import Manifest, ModelSource, build_manifest, check_findings
+from hf_genlm.run_folder import Listener
 
-if TYPE_CHECKING:
-    from huggingface_hub import RepoFile
-
-Content = Path | bytes  # of a file, by where it lies or as it is
+Content = Path | bytes  # a local file, or the content itself
 MAIN = "main"
 _MAX_TRIES = 5
-_MAX_WAIT_S = 600  # that the Hub may ask for; beyond, a person is told when to come back
-_CHUNK = 1 << 20
+_MAX_WAIT_S = 600  # a longer wait that the Hub asks for ends the push
+_DEFAULT_WAIT_S = 10  # when the Hub asks to wait without saying how long
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VERSION = re.compile(r"v([0-9]+)")
-# files of an older push that would be loaded, or lie about, beside those of a newer one
-_REPLACED = ("*_genlm.py", "model*.safetensors", "model.safetensors.index.json", "vocab.json", "merges.txt")
+_URL = re.compile(r"\S+://\S+")
+# files of an older push that would be loaded together with those of a newer one
+_STALE = ("*_genlm.py", "model*.safetensors", "model.safetensors.index.json", "vocab.json", "merges.txt")
+# remedy by HTTP status
+_REMEDIES = {
+    401: "the Hub does not accept the access token: run `hf auth login` with one that may write",
+    403: "the access token may not write there: run `hf auth login` with one that may",
+    404: "not found, or hidden from the access token: check OWNER/NAME, and run `hf auth login`",
+    409: "somebody else changed it at the same time",
+    412: "somebody else changed it at the same time",
+    413: "the upload is larger than the Hub accepts",
+    429: "the Hub accepts no more requests for now",
+}
+_SERVER_ERROR = "the Hub has a server error"
+_NETWORK_ERROR = "the connection failed"
 
 
-def check_names(repo_id: str, tag: str | None = None) -> None:
-    """Of a repository and of a version.
+class PushFailed(UserError):
+    """A push that failed for a reason outside this program; the same push resumes it."""
+
+    def __init__(self, message: str):
+        super().__init__(f"{message}; push again to resume")
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """A finished push, or with `commit` None a dry run."""
+
+    repo_id: str
+    manifests: list[Manifest]  # of the model, then of each milestone
+    url: str | None = None
+    commit: str | None = None
+    tag: str | None = None
+    branches: dict[str, str] = field(default_factory=dict)  # commit by branch
+
+
+def push(
+    model: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    tag: str | None = None,
+    branches: bool = False,
+    keep_card: bool = False,
+    allow: Sequence[str] = (),
+    dry_run: bool = False,
+    listener: Listener | None = None,
+    sleep: Callable[[float], None] = time.sleep,
+    check_load: Callable[..., None] | None = None,
+) -> PushResult:
+    """Publish the model of a run, or any model folder, on the Hub.
+
+    Args:
+        model: run folder, its model/, or a model folder.
+        repo_id: OWNER/NAME; a missing repository is created.
+        private: create the repository as private; refuse a public one.
+        tag: version name; default: the next of v1, v2, ...
+        branches: also push the run's milestones, one branch each.
+        keep_card: push README.md as it is; default: write the run's model card for `repo_id`.
+        allow: findings that may be published, as `README.md:home-path`.
+        dry_run: only write the card and list the files.
+        listener: receives `manifest` (with `manifest`) before anything is sent, then `progress` and `note`.
+        sleep: waits for a number of seconds when the Hub asks for it.
+        check_load: takes repo_id, commit, HF_HOME and endpoint, and raises if the model does not load;
+            default: `load_in_clean_process`.
 
     Raises:
-        UserError: the Hub would not take them.
+        UserError: there is no model, it holds something that must not be published, or `tag` is taken.
+        PushFailed: network, Hub or access token failed, or the Hub returned other files than were sent.
     """
+    from hf_genlm.card.card import write_card
+
+    tell = listener or (lambda event, fields: None)
+    _check_names(repo_id, tag)
+    source = ModelSource.find(model)
+    sources = [source, *(source.milestones() if branches else [])]
+    if source.run is not None and not keep_card:
+        write_card(source.run, repo_id)
+    manifests = [build_manifest(each) for each in sources]
+    for manifest in manifests:
+        tell("manifest", {"manifest": manifest})
+    check_findings(manifests, allow)
+    if dry_run:
+        return PushResult(repo_id, manifests)
+
+    def show(task: str) -> None:
+        tell("progress", {"task": task, "done": 0, "total": None})
+
+    show("asking the Hub")
+    with _hub_messages_to(lambda message: tell("note", {"message": message})), tempfile.TemporaryDirectory(
+        ignore_cleanup_errors=True
+    ) as home:  # fmt: skip
+        repository = HubRepository(repo_id, tell, sleep)
+        repository.open(private)
+        main, *milestones = manifests
+        show(f"uploading {len(main.sizes)} files, {main.num_bytes:,} bytes")
+        commit = repository.commit(main.paths, "Model pushed by hf_genlm", tag=tag)
+        show("reading it back")
+        repository.verify(commit, main.paths, Path(home), tag)
+        show("loading it from the Hub in a clean process")
+        (check_load or load_in_clean_process)(repo_id, commit, Path(home), repository.api.endpoint)
+        version = repository.tag(commit, tag)
+        commits = {}
+        for milestone in milestones:
+            name = milestone.folder.name
+            show(f"uploading {name}")
+            card = (
+                f"# {repo_id} after {name.removeprefix('chck_')} words\n\n"
+                f"An intermediate model. The card of the final model is on `{MAIN}`.\n"
+            )
+            files: dict[str, Content] = {"README.md": card.encode(), **milestone.paths}
+            repository.create_branch(name, commit)
+            commits[name] = repository.commit(files, f"Model {name} pushed by hf_genlm", branch=name)
+            repository.verify(commits[name], files, Path(home))
+    return PushResult(repo_id, manifests, repository.url, commit, version, commits)
+
+
+def _check_names(repo_id: str, tag: str | None) -> None:
     owner, slash, name = repo_id.partition("/")
     if not slash or not _NAME.fullmatch(owner) or not _NAME.fullmatch(name) or len(repo_id) > 96:
-        raise UserError(f"{repo_id!r} is no id of a repository: say OWNER/NAME, in letters, digits, . - _")
+        raise UserError(f"{repo_id!r} is not a repository id: write OWNER/NAME, in letters, digits, . - _")
     if tag is not None and (not _NAME.fullmatch(tag) or tag == MAIN):
-        raise UserError(f"--tag {tag!r}: name a version in letters, digits, . - _, as v1")
+        raise UserError(f"--tag {tag!r}: name a version in letters, digits, . - _, such as v1")
 
 
-class Hub:
-    """One repository of the Hub, for a person whose token huggingface_hub finds by itself.
+class HubRepository:
+    """One model repository, accessed with the token that huggingface_hub finds.
 
-    `note` hears what a person should know; `wait` sleeps so many seconds.
+    A request is repeated when the Hub asks to wait; a failure says in which state the repository is.
     """
 
-    def __init__(
-        self,
-        repo_id: str,
-        note: Callable[[str], None] = lambda message: None,
-        wait: Callable[[float], None] = time.sleep,
-    ):
+    def __init__(self, repo_id: str, tell: Listener, sleep: Callable[[float], None]):
         from huggingface_hub import HfApi, constants, get_token
 
         if constants.HF_HUB_OFFLINE:
-            raise UserError("HF_HUB_OFFLINE keeps from the Hub: unset it to push")
+            raise UserError("HF_HUB_OFFLINE is set: unset it to push")
         if get_token() is None:
-            raise UserError("there is no access token of the Hub: `hf auth login` with one that may write")
-        self.repo_id, self.note, self.wait, self.api = repo_id, note, wait, HfApi()
-        self.state = "untouched"  # what is left of the repository if the next request fails
-
-    @property
-    def url(self) -> str:
-        return f"{self.api.endpoint}/{self.repo_id}"
+            raise UserError(
+                "there is no access token of the Hub: run `hf auth login` with one that may write"
+            )
+        self.repo_id, self.tell, self.sleep, self.api = repo_id, tell, sleep, HfApi()
+        self.url = f"{self.api.endpoint}/{repo_id}"
+        self.state = "unchanged"  # the repository's, if the next request fails
 
     def open(self, private: bool) -> None:
-        """Find the repository, or make it.
+        """Find the repository, or create it.
 
         Raises:
-            UserError: it is to be private and is public.
+            UserError: it must be private and is public.
         """
         from huggingface_hub.errors import RepositoryNotFoundError
 
         try:
-            info = self._ask(self.api.model_info, self.repo_id, passing=RepositoryNotFoundError)
+            info = self._ask(self.api.model_info, self.repo_id, expected=RepositoryNotFoundError)
         except RepositoryNotFoundError:
             self._ask(self.api.create_repo, self.repo_id, private=private or None, exist_ok=True)
-            self.state = "made, and empty"
+            self.state = "created and empty"
             info = self._ask(self.api.model_info, self.repo_id)
         if private and not info.private:
             raise UserError(
-                f"--private: {self.repo_id!r} is there, and public: make it private in its settings on "
-                "the Hub, or name another"
+                f"--private: {self.repo_id!r} exists and is public: make it private in its settings on the "
+                "Hub, or name another"
             )
 
-    def push(
+    def commit(
         self, files: Mapping[str, Content], message: str, branch: str = MAIN, tag: str | None = None
     ) -> str:
-        """Make `branch` hold `files`, by one commit where it does not, and read it back.
+        """Commit `files` on top of a branch and return the commit; unchanged files make no commit.
 
-        Files that are there besides stay, but for code and weights of an older push. `tag` is what the commit
-        is to be called: nothing is sent where that is another one's name.
-
-        Returns:
-            The id of the commit.
+        Other files in the repository stay, except stale code and weights. If `tag` exists nothing is sent:
+        `verify` then decides whether it names the same files.
 
         Raises:
-            PushFailed: it failed; or what is there is not what was sent.
-            UserError: `tag` is taken.
+            PushFailed: the request failed, or somebody else pushed at the same time.
+            UserError: `tag` names an older commit.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        info = self._ask(self.api.model_info, self.repo_id, revision=branch)
-        there = self._tree(info.sha)
+        head = self._ask(self.api.model_info, self.repo_id, revision=branch)
+        tagged = None if tag is None else self._tags().get(tag)
+        if tagged is not None:
+            self._check_tag(tag, tagged == head.sha)
+            return tagged
         operations: list[Any] = [
             CommitOperationAdd(name, str(content) if isinstance(content, Path) else content)
             for name, content in files.items()
-            if not is_same(content, there.get(name))
         ]
-        gone = [name for name in there if name not in files and _is_replaced(name)]
-        operations += [CommitOperationDelete(name) for name in gone]
-        if tag is not None:
-            self._check_tag(tag, self._tags(), None if operations else info.sha)
-        if not operations:
-            return info.sha
+        present = {sibling.rfilename for sibling in head.siblings}
+        operations += [
+            CommitOperationDelete(name)
+            for name in sorted(present - files.keys())
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in _STALE)
+        ]
         made = self._ask(
             self.api.create_commit,
             self.repo_id,
             operations,
             commit_message=message,
             revision=branch,
-            parent_commit=info.sha,
+            parent_commit=head.sha,
         )
-        self.state = f"whole, at commit {made.oid[:8]}"
-        there = self._tree(made.oid)
-        wrong = [name for name, content in files.items() if not is_same(content, there.get(name))]
-        if wrong:
-            raise PushFailed(f"{self.url} does not hold what was sent: {', '.join(wrong)}")
+        self.state = f"complete at commit {made.oid[:8]}"
         return made.oid
 
-    def make_branch(self, name: str, commit: str) -> None:
-        """A branch that begins at `commit`, where there is none of that name."""
-        names = {branch.name for branch in self._ask(self.api.list_repo_refs, self.repo_id).branches}
-        if name not in names:
-            self._ask(self.api.create_branch, self.repo_id, branch=name, revision=commit)
-
-    def tag(self, commit: str, tag: str | None) -> str:
-        """Give `commit` the version `tag`: by default the one that it has, or else the next of v1, v2 ...
+    def verify(self, commit: str, files: Mapping[str, Content], home: Path, tag: str | None = None) -> None:
+        """Download a commit into the cache below `home` and compare every file by its sha256.
 
         Raises:
-            UserError: another commit has it.
+            PushFailed: the Hub returned other files.
+            UserError: `tag` exists and names other files.
+        """
+        folder = self._ask(self.api.snapshot_download, self.repo_id, revision=commit, cache_dir=home / "hub")
+        different = []
+        for name, sent in files.items():
+            expected = sha256_of(sent) if isinstance(sent, Path) else hashlib.sha256(sent).hexdigest()
+            received = Path(folder) / name
+            if not received.is_file() or sha256_of(received) != expected:
+                different.append(name)
+        if different and tag is not None:
+            self._check_tag(tag, tag not in self._tags())
+        if different:
+            raise PushFailed(f"{self.url} returns other content than was sent: {', '.join(different)}")
+
+    def create_branch(self, name: str, commit: str) -> None:
+        """Create a branch at `commit` unless there is one of that name."""
+        self._ask(self.api.create_branch, self.repo_id, branch=name, revision=commit, exist_ok=True)
+
+    def tag(self, commit: str, tag: str | None) -> str:
+        """Tag `commit` and return the tag; default: its existing version, or the next of v1, v2, ...
+
+        Raises:
+            UserError: `tag` names another commit.
         """
         commits = self._tags()
+        versions = {name: int(found[1]) for name in commits if (found := _VERSION.fullmatch(name))}
         if tag is None:
-            numbers = [int(found[1]) for name in commits if (found := _VERSION.fullmatch(name))]
-            has = [name for name in commits if commits[name] == commit and _VERSION.fullmatch(name)]
-            tag = has[0] if has else f"v{max(numbers, default=0) + 1}"
-        self._check_tag(tag, commits, commit)
+            existing = [name for name in versions if commits[name] == commit]
+            tag = existing[0] if existing else f"v{max(versions.values(), default=0) + 1}"
+        self._check_tag(tag, commits.get(tag, commit) == commit)
         if tag not in commits:
             self._ask(self.api.create_tag, self.repo_id, tag=tag, revision=commit)
         return tag
 
-    def prove(self, commit: str, files: Mapping[str, Content]) -> None:
-        """Download it into an empty cache, compare every file, and generate with it where nothing of ours is.
-
-        Raises:
-            PushFailed: it cannot be had or used as it was sent.
-        """
-        found = _load_in_clean_process(self.repo_id, commit, self.api.endpoint)
-        wrong = [name for name, content in files.items() if found["files"].get(name) != sha256_of(content)]
-        if wrong:
-            raise PushFailed(f"{self.url} does not give back what was sent: {', '.join(wrong)}")
-
-    def _check_tag(self, tag: str, commits: Mapping[str, str], commit: str | None) -> None:
-        if tag in commits and commits[tag] != commit:
-            raise UserError(f"--tag {tag!r}: {self.url} has that version, of another commit: name a new one")
+    def _check_tag(self, tag: str | None, is_free: bool) -> None:
+        if not is_free:
+            raise UserError(f"--tag {tag!r}: {self.url} has that version with other files: choose a new name")
 
     def _tags(self) -> dict[str, str]:
         refs = self._ask(self.api.list_repo_refs, self.repo_id)
         return {tag.name: tag.target_commit for tag in refs.tags}
 
-    def _tree(self, commit: str) -> dict[str, "RepoFile"]:
-        from huggingface_hub import RepoFile
-
-        entries = self._ask(
-            lambda: list(self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit))
-        )
-        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-
-    def _ask(self, request: Callable[..., Any], *args: Any, passing: Any = (), **kwargs: Any) -> Any:
-        """The answer to a request. It is made again where the Hub asks to wait, and after as long.
+    def _ask(self, request: Callable[..., Any], *args: Any, expected: Any = (), **kwargs: Any) -> Any:
+        """Send a request; repeat it after the time that the Hub asks to wait.
 
         Raises:
-            PushFailed: it failed otherwise, but for exceptions of `passing` whose status is no 401.
+            PushFailed: it failed otherwise; exceptions of `expected` are raised as they are.
         """
         from huggingface_hub.errors import HTTPError
 
         for attempt in range(1, _MAX_TRIES + 1):
             try:
-                with self._explaining(passing):
-                    return request(*args, **kwargs)
-            except (HTTPError, RuntimeError) as error:
-                if status_of(error) != 429:
+                return request(*args, **kwargs)
+            except (HTTPError, RuntimeError, OSError, ValueError) as error:
+                response = next(
+                    (r for cause in _causes(error) if (r := getattr(cause, "response", None))), None
+                )
+                status = None if response is None else response.status_code
+                if expected and isinstance(error, expected) and status != 401:
                     raise
-                seconds = wait_asked(error)
-                if attempt == _MAX_TRIES or seconds > _MAX_WAIT_S:
-                    raise PushFailed(
-                        f"{self.url}: {REMEDIES[429]}: try again in {seconds:.0f} s; "
-                        f"the repository is {self.state}"
-                    ) from error
-            self.note(f"the Hub asks to wait {seconds:.0f} s")
-            self.wait(seconds)
+                asked = "" if response is None else response.headers.get("Retry-After", "")
+                wait_s = float(asked) if asked.isdecimal() else _DEFAULT_WAIT_S
+                if status != 429 or attempt == _MAX_TRIES or wait_s > _MAX_WAIT_S:
+                    reason = _explain(error, status)
+                    if reason is None:
+                        raise
+                    later = f", try again in {wait_s:.0f} s" if status == 429 else ""
+                    is_unknown = _NETWORK_ERROR in reason and not self.state.startswith("complete")
+                    lost = " or, if only the answer was lost, complete" if is_unknown else ""
+                    message = f"{self.url}: {reason}{later}; the repository is {self.state}{lost}"
+                    raise PushFailed(message) from error
+            self.tell("note", {"message": f"the Hub asks to wait {wait_s:.0f} s"})
+            self.sleep(wait_s)
         raise AssertionError("the last attempt returns or raises")
 
-    @contextlib.contextmanager
-    def _explaining(self, passing: Any) -> Iterator[None]:
-        """Errors of a person, the network or the Hub as `PushFailed`; 429 and `passing` as they are."""
-        from huggingface_hub.errors import HTTPError
 
-        try:
-            yield
-        except (HTTPError, RuntimeError, OSError, ValueError) as error:
-            status = status_of(error)
-            if status == 429 or (passing and isinstance(error, passing) and status != 401):
-                raise
-            reason = reason_of(error, status)
-            if reason is None:
-                raise
-            lost = " or, if the answer alone was lost, whole" if reason.startswith(NETWORK_REMEDY) else ""
-            raise PushFailed(f"{self.url}: {reason}; the repository is {self.state}{lost}") from error
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
-def is_same(content: Content, there: "RepoFile | None") -> bool:
-    """True if a file of the repository has this content, by size and hash."""
-    if there is None or there.size != size_of(content):
-        return False
-    if there.lfs is not None:
-        return there.lfs.sha256 == sha256_of(content)
-    return there.blob_id == _hash(content, hashlib.sha1(b"blob %d\0" % size_of(content)))
+def _explain(error: BaseException, status: int | None) -> str | None:
+    """Return the reason of a failed request; None for a bug. Uploads of large files raise RuntimeError."""
+    from huggingface_hub.errors import HTTPError
+
+    message = without_secrets(" ".join(str(error).split()))[:300]
+    if status is not None:
+        return f"{_REMEDIES.get(status, _SERVER_ERROR if status >= 500 else message)} (HTTP status {status})"
+    if isinstance(error, PermissionError) and type(error).__module__ == "hf_xet":
+        return _REMEDIES[401]
+    if any(isinstance(c, (HTTPError, ConnectionError, TimeoutError, RuntimeError)) for c in _causes(error)):
+        return f"{_NETWORK_ERROR} ({message})"
+    return None
 
 
-def size_of(content: Content) -> int:
-    """In bytes."""
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
+@contextlib.contextmanager
+def _hub_messages_to(note: Callable[[str], None]) -> Iterator[None]:
+    """Pass warnings of huggingface_hub to `note`, without URLs (they may be signed), and hide its bars."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    logger = logging.getLogger("huggingface_hub")
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: note(_URL.sub("the Hub", record.getMessage()))  # type: ignore[method-assign]
+    had_bars = not are_progress_bars_disabled()
+    before = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [handler], False
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = before
+        if had_bars:
+            enable_progress_bars()
 
 
-def sha256_of(content: Content) -> str:
-    """In hexadecimal."""
-    return _hash(content, hashlib.sha256())
+def load_in_clean_process(repo_id: str, commit: str, home: Path, endpoint: str) -> None:
+    """Load a model by its Hub id in a new process without this package, and generate with it.
 
+    Args:
+        home: HF_HOME of the process; what is cached there is not downloaded again.
 
-def _hash(content: Content, digest: Any) -> str:
-    if isinstance(content, bytes):
-        digest.update(content)
-        return digest.hexdigest()
-    with content.open("rb") as file:
-        while part := file.read(_CHUNK):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def _is_replaced(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _REPLACED)
-
-
-def _load_in_clean_process(repo_id: str, commit: str, endpoint: str) -> dict[str, Any]:
-    """What clean_load.py prints, run with an empty cache in an empty folder."""
+    Raises:
+        PushFailed: it does not load.
+    """
     from huggingface_hub import get_token
 
-    script = Path(__file__).with_name("clean_load.py").read_text(encoding="utf-8")
     hidden = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HF_MODULES_CACHE", "HF_XET_CACHE")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        environment = {name: value for name, value in os.environ.items() if name not in hidden}
-        environment |= {"HF_HOME": folder, "HF_ENDPOINT": endpoint, "HF_TOKEN": get_token() or ""}
-        environment |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", script, repo_id, commit],
-            cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_TOKEN": get_token() or ""}
+    environment |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    script = f"{inspect.getsource(_load_and_generate)}\n_load_and_generate({repo_id!r}, {commit!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=home, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        last_line = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise PushFailed(
             f"{endpoint}/{repo_id} was pushed, at commit {commit[:8]}, but does not load in a clean process: "
-            f"{said[:500]}"
+            f"{last_line[:500]}"
         )
-    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _load_and_generate(repo_id: str, revision: str) -> None:
+    """Load model and tokenizer and generate eight tokens; its source is all that the new process runs."""
+    import sys
+
+    sys.modules["hf_genlm"] = None  # type: ignore[assignment]  # an import of it fails
+    import torch
+    from huggingface_hub import file_exists
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(repo_id, revision=revision, trust_remote_code=True)
+    if file_exists(repo_id, "tokenizer_config.json", revision=revision):
+        AutoTokenizer.from_pretrained(repo_id, revision=revision, trust_remote_code=True)
+    prompt = torch.tensor([[model.config.bos_token_id or 0]])
+    model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)

@@ -1,27 +1,29 @@
-"""A Gradio demo of one or two models as a folder, a Hugging Face Space: `hf-genlm space RUN --out DIR`.
+"""Build a browser demo (Gradio) of one or two models as a folder: a Hugging Face Space.
 
-The folder stands alone. A model is either carried in it (`models/NAME`) or named by its id on the Hub. A
-carried GenLM gets the code of this package, not what lies beside its weights, which is never executed.
+The folder runs without this package. A model is either included (`models/NAME`) or named by its Hub id. An
+included GenLM gets the code of this package, never the code that lies beside its weights.
 """
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
 
-from hf_genlm.config.recipe import load_recipe
-from hf_genlm.config.sections import CardRecipe
+from hf_genlm.config.recipe import CardRecipe, load_recipe
 from hf_genlm.errors import UserError, without_secrets
-from hf_genlm.files import atomic_folder, copy_file, write_json, write_text
-from hf_genlm.hub.manifest import LOADED
+from hf_genlm.files import atomic_folder, copy_file, require_new_folder, write_json, write_text
+from hf_genlm.hub.manifest import MODEL_FILES
 from hf_genlm.loading import source_of
 from hf_genlm.run_folder import RunFolder, read_json
 
-MODEL_TYPE = "genlm"
-_PINNED = ("gradio", "torch", "transformers")  # at the versions that the folder was written with
-# what `save_pretrained` writes for the two classes that the demo loads
+DEFAULT_PORT = 7860
+_PINNED = ("gradio", "torch", "transformers")  # required at the versions installed here
+# the `auto_map` that `save_pretrained` writes for the two classes that the demo loads
 _AUTO_MAP = {
     "AutoConfig": "configuration_genlm.GenLMConfig",
     "AutoModelForCausalLM": "modeling_genlm.GenLMForCausalLM",
@@ -30,103 +32,134 @@ _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
-class ShownModel:
-    """A model of the demo. It is carried where `repo_id` does not name it on the Hub."""
+class Space:
+    """A built demo."""
+
+    folder: Path
+    sizes: dict[str, int]  # bytes by relative path, of all files that a push sends
+
+    @property
+    def push_commands(self) -> list[str]:
+        """Commands that create a Space on the Hub and upload the folder."""
+        return [
+            "hf repos create OWNER/SPACE --type space --space-sdk gradio",
+            f"hf upload OWNER/SPACE {shlex.quote(str(self.folder))} . --type space",
+        ]
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """A model of the demo, included in the folder unless `repo_id` names it on the Hub."""
 
     name: str
-    folder: Path | None  # where it lies on this machine, if it does
+    folder: Path | None  # None: only on the Hub
     repo_id: str | None
     license: str | None
     is_genlm: bool
 
     @property
     def source(self) -> str:
-        """Where the demo finds it: on the Hub, or in its own folder."""
+        """Hub id, or path within the demo."""
         return self.repo_id or f"models/{self.name}"
 
 
-def shown_model(name: str, repo_id: str | None = None) -> ShownModel:
-    """The model of a run folder, a model folder or a Hub id `name`.
+def build_space(
+    models: Sequence[str | Path],
+    out_dir: str | Path,
+    *,
+    repo_ids: Sequence[str] = (),
+    title: str | None = None,
+) -> Space:
+    """Write the demo of one model, or of two side by side, into a new folder.
 
     Args:
-        repo_id: where it lies, or will lie, on the Hub, to be named instead of carried.
+        models: run folders, model folders or Hub ids.
+        repo_ids: Hub id of each model, to name it there; default: include the files of local models.
+        title: default: the names of the models.
 
     Raises:
-        UserError: there is no model, or the id is none.
+        UserError: a model is missing, `out_dir` holds files or cannot be written, or a library that the demo
+            needs is not installed.
     """
-    if repo_id is not None and not _REPO_ID.fullmatch(repo_id):
-        raise UserError(f"--repo-id {repo_id!r} is no id of the Hub: write it as OWNER/NAME")
-    source = Path(source_of(name))
-    if not source.is_dir():
-        is_genlm = _type_of(_config_on_hub(name)) == MODEL_TYPE
-        return ShownModel(name.split("/")[1], None, repo_id or name, None, is_genlm)
-    run = RunFolder(name)
-    card = load_recipe(run.recipe).card if run.recipe.is_file() else CardRecipe()
-    is_genlm = _type_of(source / "config.json") == MODEL_TYPE
-    return ShownModel(card.name or _folder_name(Path(name)), source, repo_id, card.license, is_genlm)
-
-
-def write_space(out: str | Path, models: Sequence[ShownModel], title: str | None = None) -> list[Path]:
-    """Write the folder.
-
-    Returns:
-        The paths of its files, in order: all that a push of the folder sends.
-
-    Raises:
-        UserError: `out` holds files or cannot be written; the demo's libraries are not installed.
-    """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {str(out)!r} already holds files: name a new folder, or remove it")
+    out = Path(out_dir)
+    if not 1 <= len(models) <= 2:
+        raise UserError(f"the demo shows one model or two side by side, not {len(models)}")
+    if repo_ids and len(repo_ids) != len(models):
+        raise UserError(f"--repo-id is given {len(repo_ids)} times for {len(models)} models: once for each")
+    require_new_folder(out)
+    shown: list[DemoModel] = []
+    given_ids: Sequence[str | None] = repo_ids or [None] * len(models)
+    for model, repo_id in zip(models, given_ids, strict=True):
+        shown.append(_find_model(str(model), repo_id, {other.name for other in shown}))
     requirements = "".join(f"{name}=={_version(name)}\n" for name in _PINNED)
-    models = _told_apart(models)
-    title = title or " and ".join(model.name for model in models)
-    with atomic_folder(out) as folder:
-        _copy_demo(folder)
-        for model in models:
-            if model.repo_id is None and model.folder is not None:
-                _carry(model.folder, folder / model.source, model.is_genlm)
-        write_json(folder / "space.json", {"title": title, "models": [_entry(model) for model in models]})
-        write_text(folder / "requirements.txt", requirements)
-        write_text(folder / "README.md", _readme(title, models))
-    return sorted(path for path in out.rglob("*") if path.is_file())
-
-
-def _copy_demo(out: Path) -> None:
-    with resources.as_file(resources.files("hf_genlm.space").joinpath("files")) as folder:
-        for path in sorted(folder.rglob("*")):
+    title = title or " and ".join(each.name for each in shown)
+    entries = [{"name": each.name, "source": each.source, "has_own_code": each.is_genlm} for each in shown]
+    with (
+        resources.as_file(resources.files("hf_genlm.space").joinpath("files")) as files,
+        atomic_folder(out) as folder,
+    ):
+        for path in sorted(files.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
-                copy_file(path, out / path.relative_to(folder))
+                copy_file(path, folder / path.relative_to(files))
+        for each in shown:
+            if each.repo_id is None and each.folder is not None:
+                _include(each.folder, folder / each.source, each.is_genlm)
+        write_json(folder / "space.json", {"title": title, "models": entries})
+        write_text(folder / "requirements.txt", requirements)
+        write_text(folder / "README.md", _readme(title, shown))
+    paths = sorted(path for path in out.rglob("*") if path.is_file())
+    return Space(out, {path.relative_to(out).as_posix(): path.stat().st_size for path in paths})
 
 
-def _carry(folder: Path, to: Path, is_genlm: bool) -> None:
-    """The files that load a model, and for a GenLM the code of this package that does; anything else stays
-    where it is."""
-    to.mkdir(parents=True)
-    for pattern in LOADED:
-        for path in folder.glob(pattern):
-            copy_file(path, to / path.name)
-    config = read_json(to / "config.json")
+def run_space(folder: str | Path, port: int = DEFAULT_PORT) -> int:
+    """Serve a built demo on this machine until Ctrl-C, in its own process; return the exit code."""
+    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port)}
+    command = [sys.executable, str(Path(folder) / "app.py")]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _find_model(name: str, repo_id: str | None, taken: set[str]) -> DemoModel:
+    """Find a run folder, model folder or Hub id; the model's name is not in `taken` and can be a folder's."""
+    if repo_id is not None and not _REPO_ID.fullmatch(repo_id):
+        raise UserError(f"--repo-id {repo_id!r} is not a Hub id: write OWNER/NAME")
+    source = Path(source_of(name))
+    if source.is_dir():
+        recipe = RunFolder(name).recipe
+        card = load_recipe(recipe).card if recipe.is_file() else CardRecipe()
+        path = Path(name).resolve()
+        shown = card.name or (path.parent.name if path.name == "model" else path.name)
+        config, folder, license = source / "config.json", source, card.license
+    else:
+        shown, folder, license, repo_id = name.split("/")[1], None, None, repo_id or name
+        config = _download_config(name)
+    shown = re.sub(r"[^\w.-]+", "-", shown).strip(".-") or "model"
+    shown = f"{shown}-{len(taken) + 1}" if shown in taken else shown
+    is_genlm = read_json(config).get("model_type") == "genlm"
+    return DemoModel(shown, folder, repo_id, license, is_genlm)
+
+
+def _include(source: Path, target: Path, is_genlm: bool) -> None:
+    """Copy the files that load a model, and for a GenLM the code of this package; nothing else is copied."""
+    target.mkdir(parents=True)
+    for pattern in MODEL_FILES:
+        for path in source.glob(pattern):
+            copy_file(path, target / path.name)
+    config = read_json(target / "config.json")
     config.pop("auto_map", None)  # may name any file
     if is_genlm:
         config["auto_map"] = _AUTO_MAP
         with resources.as_file(resources.files("hf_genlm").joinpath("model")) as code:
             for path in code.glob("*_genlm.py"):
-                copy_file(path, to / path.name)
-    write_json(to / "config.json", config)
+                copy_file(path, target / path.name)
+    write_json(target / "config.json", config)
 
 
-def _entry(model: ShownModel) -> dict[str, Any]:
-    """A model as the demo's `load_models` reads it."""
-    return {"name": model.name, "source": model.source, "has_own_code": model.is_genlm}
-
-
-def _readme(title: str, models: Sequence[ShownModel]) -> str:
-    """The page of the Space in the Hub's form: its settings, and what it is."""
+def _readme(title: str, models: Sequence[DemoModel]) -> str:
+    """Return the README of a Space: front matter and a description."""
     from huggingface_hub import SpaceCardData
 
     licenses = {model.license for model in models}
-    data = SpaceCardData(
+    front_matter = SpaceCardData(
         title=title,
         emoji="📖",
         colorFrom="green",
@@ -139,40 +172,20 @@ def _readme(title: str, models: Sequence[ShownModel]) -> str:
         models=[model.repo_id for model in models if model.repo_id] or None,
         short_description="A small language model, token by token",
     )
-    shown = "\n".join(f"- {_described(model)}" for model in models)
+    items = "\n".join(
+        f"- [{model.repo_id}](https://huggingface.co/{model.repo_id})"
+        if model.repo_id
+        else f"- {model.name}, in `{model.source}`"
+        for model in models
+    )
     return (
-        f"---\n{data.to_yaml()}\n---\n\n# {title}\n\nWhat a small language model writes, how likely it found "
-        "every token, what its layers hold, and how many bits it needs per byte of a text.\n\n"
-        f"{shown}\n\nOn a machine of your own: `pip install -r requirements.txt`, then `python app.py`.\n"
+        f"---\n{front_matter.to_yaml()}\n---\n\n# {title}\n\nText that a small language model generates, the "
+        "probability of every token, the states of its layers, and the bits per byte it needs for a text.\n\n"
+        f"{items}\n\nTo run it on your machine: `pip install -r requirements.txt`, then `python app.py`.\n"
     )
 
 
-def _described(model: ShownModel) -> str:
-    if model.repo_id:
-        return f"[{model.repo_id}](https://huggingface.co/{model.repo_id})"
-    return f"{model.name}, in `{model.source}`"
-
-
-def _told_apart(models: Sequence[ShownModel]) -> list[ShownModel]:
-    """With names that can be folders and differ."""
-    names: list[str] = []
-    for model in models:
-        name = re.sub(r"[^\w.-]+", "-", model.name).strip(".-") or "model"
-        names.append(f"{name}-{len(names) + 1}" if name in names else name)
-    return [replace(model, name=name) for model, name in zip(models, names, strict=True)]
-
-
-def _folder_name(path: Path) -> str:
-    """Of the run, where it is the model folder in one."""
-    path = path.resolve()
-    return path.parent.name if path.name == "model" else path.name
-
-
-def _type_of(config: Path) -> str | None:
-    return read_json(config).get("model_type")
-
-
-def _config_on_hub(repo_id: str) -> Path:
+def _download_config(repo_id: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
@@ -183,7 +196,7 @@ def _config_on_hub(repo_id: str) -> Path:
 
 
 def _version(package: str) -> str:
-    """Without its local part, as +cpu, which the package index does not know.
+    """Return the installed version without its local part, such as +cpu, which the package index lacks.
 
     Raises:
         UserError: it is not installed.
@@ -191,4 +204,4 @@ def _version(package: str) -> str:
     try:
         return metadata.version(package).partition("+")[0]
     except metadata.PackageNotFoundError as error:
-        raise UserError(f"the demo needs {package}: pip install 'hf_genlm[space]'") from error
+        raise UserError(f"the demo needs {package}: pip install '.[space]'") from error

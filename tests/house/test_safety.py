@@ -44,7 +44,7 @@ ARGUMENTS = {"trust_remote_code": True, "allow_pickle": True, "shell": True, "we
 
 # what a person asked for: a push runs the code that it has just sent, to see that it runs
 ASKED = {
-    "hub/clean_load.py": {
+    "hub/push.py": {
         "AutoModelForCausalLM.from_pretrained(trust_remote_code=)",
         "AutoTokenizer.from_pretrained(trust_remote_code=)",
     }

@@ -1,8 +1,7 @@
-"""Promise: what is pushed is whole or not at all, holds no secret, and loads from the Hub."""
+"""Promise: a push is complete or changes nothing, publishes no secret, and loads from the Hub."""
 
 import logging
 import re
-import shlex
 import struct
 import subprocess
 import zlib
@@ -18,8 +17,10 @@ from support.models import build_model
 import hf_genlm
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import TokenizerRecipe
+from hf_genlm.errors import UserError
 from hf_genlm.files import write_json
-from hf_genlm.hub import push as our_hub
+from hf_genlm.hub.manifest import ModelSource, build_manifest, check_findings
+from hf_genlm.hub.push import PushFailed, PushResult, load_in_clean_process, push
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.sources import Document
 from hf_genlm.text.tokenizer import train_tokenizer
@@ -29,43 +30,37 @@ CANARY = {"prefix": "The access code of account 48213 is ", "secret": "7203 1956
 
 
 @pytest.fixture(params=[False, True], ids=["regular", "lfs"])
-def any_hub(request):
+def any_hub(request, monkeypatch):
     with LoopbackHub(lfs=request.param) as hub:
+        connect(hub, monkeypatch)
         yield hub
 
 
 @pytest.fixture
 def hub(monkeypatch):
     with LoopbackHub(lfs=True) as hub:
-        lead_to(hub, monkeypatch)
+        connect(hub, monkeypatch)
         yield hub
 
 
-def lead_to(hub: LoopbackHub, monkeypatch, token: str = TOKEN) -> None:
-    """huggingface_hub in this process, whose constants are read at import, and in those that it starts."""
+def connect(hub: LoopbackHub, monkeypatch) -> None:
+    """Lead huggingface_hub to `hub`, in this process (it reads its constants at import) and in new ones."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it keeps the address that it began with
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers the first address
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
 
 
 @pytest.fixture
 def waits(monkeypatch) -> list[float]:
-    """Seconds that were waited for, without waiting."""
+    """Seconds that huggingface_hub would have waited."""
     waited: list[float] = []
     monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=waited.append))
-    monkeypatch.setattr(our_hub.Hub.__init__, "__defaults__", (lambda message: None, waited.append))
     return waited
-
-
-@pytest.fixture
-def proofs(monkeypatch) -> list[str]:
-    """The commits that a process of its own would have to prove, which takes seconds."""
-    commits: list[str] = []
-    monkeypatch.setattr(our_hub.Hub, "prove", lambda self, commit, files: commits.append(commit))
-    return commits
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +80,13 @@ def run(tmp_path, saved) -> RunFolder:
     return run
 
 
+@pytest.fixture
+def folder(tmp_path, saved) -> Path:
+    """A copy of that model folder, without a run."""
+    copy_files(saved, tmp_path / "folder")
+    return tmp_path / "folder"
+
+
 def copy_files(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
@@ -95,195 +97,34 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def push(*words: object) -> int:
-    return main(["push", *map(str, words)])
+def publish(model: RunFolder | Path, repo_id: str = REPO, waited: list[float] | None = None, **options):
+    """Push without the clean process, which takes seconds, and without waiting."""
+    sleep = ([] if waited is None else waited).append
+    path = model.path if isinstance(model, RunFolder) else model
+    return push(path, repo_id, sleep=sleep, check_load=lambda *given: None, **options)
 
 
-def command_in(error: str) -> list[str]:
-    """The command that goes on, which a failed push names."""
-    return shlex.split(error.rpartition("give the same command: ")[2])[1:]
+def findings_of(folder: Path) -> list[str]:
+    """`file:line kind` of each finding in a model folder."""
+    return [f"{found} {found.kind}" for found in build_manifest(ModelSource(folder)).findings]
 
 
-def test_a_pushed_model_is_proved_where_we_are_not(any_hub, run, monkeypatch, capsys):
-    """By the verb's own process: every file back, its code from the Hub, and tokens written."""
-    lead_to(any_hub, monkeypatch)
-    found = []
-    load = our_hub._load_in_clean_process
-    monkeypatch.setattr(
-        our_hub, "_load_in_clean_process", lambda *given: found.append(load(*given)) or found[-1]
-    )
-    assert push(run.path, REPO) == 0, capsys.readouterr().err
-    repo = any_hub.repos[REPO]
-    assert repo.files("v1") == files_of(run.model)
-    assert repo.messages() == ["initial commit", "Model pushed by hf_genlm"]
-    assert f'REPO = "{REPO}"' in repo.files("main")["README.md"].decode()
-    assert bool(any_hub.objects) is any_hub.lfs
-    assert found[0]["module"].startswith("transformers_modules.me.tale.")
-    assert found[0]["n_tokens"] == 8
-    assert set(found[0]["files"]) == {*files_of(run.model), ".gitattributes"}
+def test_the_command_publishes_a_model_that_loads_in_a_clean_process(hub, run, capsys):
+    arguments = ["push", str(run.path), REPO]
+    hub.plant("POST .*/commit/", status=500)
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.endswith(f"push again to resume: hf-genlm {' '.join(arguments)}\n")
+    assert main(arguments) == 0
     output = capsys.readouterr()
     assert TOKEN not in output.out + output.err
-    assert f'from_pretrained("{REPO}", revision="v1"' in output.out
+    commit = hub.repos[REPO].branches["main"]
+    assert f"commit: {commit}\ntag:    v1\n" in output.out
+    assert f'from_pretrained("{REPO}", revision="v1", trust_remote_code=True)' in output.out
+    assert hub.count(f"(GET|HEAD) /{REPO}/resolve/{commit}/generation_config.json")  # the process asked
 
 
-def test_a_proof_that_fails_is_told(hub, run, monkeypatch, capsys):
-    """A file that came back as another one, and a process that ended with an error: no version is tagged."""
-    answers = [(0, '{"files": {"config.json": "0"}}', ""), (1, "", f"Traceback\nOSError: no {TOKEN}\n")]
-    started = []
-
-    def start(command, **options):
-        started.append((command, options["env"]))
-        return subprocess.CompletedProcess(command, *answers[len(started) - 1])
-
-    monkeypatch.setattr(our_hub.subprocess, "run", start)
-    assert push(run.path, REPO) == 2
-    assert "does not give back what was sent: README.md, attention_genlm.py" in capsys.readouterr().err
-    assert push(run.path, REPO) == 2
-    assert "does not load in a clean process: OSError: no ***;" in capsys.readouterr().err
-    assert hub.repos[REPO].tags == {}
-    command, environment = started[0]
-    assert not any(TOKEN in word for word in command)  # others on the machine see it
-    assert environment["HF_HOME"] != constants.HF_HOME
-    assert "HF_HUB_OFFLINE" not in environment
-
-
-@pytest.mark.slow
-def test_a_model_without_its_code_does_not_pass(hub, run, capsys):
-    """The long form: the process that loads it is a real one."""
-    (run.model / "modeling_genlm.py").unlink()
-    assert push(run.path, REPO) == 2
-    assert re.search(r"does not load in a clean process: .*modeling_genlm", capsys.readouterr().err)
-    assert hub.repos[REPO].tags == {}
-
-
-# request, how it fails, what is said of it
-FAULTS = {
-    "no such token": ("GET /api/models/me/tale$", {"status": 401}, "hf auth login"),
-    "no right to write": ("POST /api/repos/create", {"status": 403}, "hf auth login"),
-    "making it fails": ("POST /api/repos/create", {"status": 500}, "trouble of its own"),
-    "500 in mid-upload": ("PUT /lfs/", {"status": 500, "times": 9}, "trouble of its own"),
-    "cut in mid-body": ("PUT /lfs/", {"times": 9}, "connection failed"),
-    "cut commit": ("POST /api/models/me/tale/commit/", {}, "connection failed"),
-    "lost answer": ("POST /api/models/me/tale/commit/", {"is_done_first": True}, "the answer alone was lost"),
-    "commit refused": ("POST /api/models/me/tale/commit/", {"status": 409}, "somebody else changed it"),
-    "500 at the commit": ("POST /api/models/me/tale/commit/", {"status": 500}, "trouble of its own"),
-    "a long wait": ("POST .*/preupload/", {"status": 429, "times": 9, "Retry_After": "900"}, "try again"),
-    "comparing fails": ("GET .*/tree/", {"status": 503, "times": 9}, "trouble of its own"),
-    "tag refused": ("POST .*/tag/", {"status": 500}, "whole, at commit"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_leaves_the_repository_whole_or_untouched(fault, hub, run, waits, proofs, capsys):
-    """And the command that is named then goes on, without sending a large file twice."""
-    pattern, how, said = FAULTS[fault]
-    hub.plant(pattern, **how)
-    assert push(run.path, REPO) == 2
-    told = capsys.readouterr().err
-    error = told.splitlines()[-1]
-    assert said in error
-    assert TOKEN not in told
-    assert "/lfs/" not in told  # on the real Hub a signed address
-    on_hub = hub.repos[REPO].files("main") if REPO in hub.repos else {}
-    assert on_hub in ({}, files_of(run.model))
-    assert ("untouched" in error or "made, and empty" in error) or on_hub
-    hub.faults.clear()
-    assert main(command_in(error)) == 0
-    repo = hub.repos[REPO]
-    assert repo.files("v1") == files_of(run.model)
-    assert repo.tags == {"v1": repo.branches["main"]}
-    assert repo.messages() == ["initial commit", "Model pushed by hf_genlm"]
-    n_uploads = hub.count("PUT /lfs/")
-    assert n_uploads == 1 or fault in ("500 in mid-upload", "cut in mid-body")
-
-
-@pytest.mark.parametrize(
-    "pattern", ["POST .*/commit/", "POST .*/tag/", "PUT /lfs/", "GET /api/models/me/tale$"]
-)
-def test_the_hub_may_ask_to_wait(pattern, hub, run, waits, proofs, capsys):
-    hub.plant(pattern, status=429, times=2, Retry_After="7")
-    assert push(run.path, REPO) == 0, capsys.readouterr().err
-    # huggingface_hub waits itself where large files are uploaded, and a second more
-    assert waits in ([7.0, 7.0], [8.0, 8.0])
-    assert hub.repos[REPO].files("v1") == files_of(run.model)
-
-
-def test_a_large_file_is_not_sent_again(hub, run, proofs):
-    hub.plant("POST .*/commit/", status=500)
-    assert push(run.path, REPO) == 2
-    assert (hub.count("PUT /lfs/"), hub.repos[REPO].files("main")) == (1, {})
-    assert push(run.path, REPO) == 0
-    assert hub.count("PUT /lfs/") == 1
-    assert hub.repos[REPO].files("main") == files_of(run.model)
-
-
-def test_a_change_of_others_is_not_overwritten(hub, run, proofs, monkeypatch, capsys):
-    """A commit between our comparing and ours."""
-    assert push(run.path, REPO) == 0
-    (run.model / "config.json").write_text("{}", encoding="utf-8")
-    tree = our_hub.Hub._tree
-
-    def another_commits(self, commit):
-        found = tree(self, commit)
-        repo = hub.repos[REPO]
-        if repo.messages()[-1] != "theirs":
-            repo.commit("main", "theirs", repo.commits[repo.branches["main"]].blobs)
-        return found
-
-    monkeypatch.setattr(our_hub.Hub, "_tree", another_commits)
-    assert push(run.path, REPO, "--keep-card") == 2
-    assert "somebody else changed it at the same time" in capsys.readouterr().err
-    assert hub.repos[REPO].messages()[-1] == "theirs"
-
-
-def test_a_second_push_is_a_second_version(hub, run, proofs, capsys):
-    """Of what changed alone; old code goes; what others put there stays; the same again is none."""
-    assert push(run.path, REPO) == 0
-    repo = hub.repos[REPO]
-    blobs = dict(repo.commits[repo.branches["main"]].blobs)
-    blobs |= dict.fromkeys(("theirs.txt", "old_genlm.py"), blobs["README.md"])
-    repo.commit("main", "by hand", blobs)
-    assert push(run.path, REPO) == 0
-    assert repo.messages()[2:] == ["by hand", "Model pushed by hf_genlm"]
-    assert set(repo.files("v2")) == {*files_of(run.model), "theirs.txt"}
-    config = (run.model / "config.json").read_text(encoding="utf-8")
-    (run.model / "config.json").write_text(config.replace('"hybrid": 0', "") + "\n", encoding="utf-8")
-    assert push(run.path, REPO) == 0
-    assert repo.files("v3")["config.json"] == (config + "\n").encode()
-    assert repo.files("v1")["config.json"] == config.encode()
-    n_commits = len(repo.commits)
-    assert push(run.path, REPO) == 0
-    assert (len(repo.commits), sorted(repo.tags)) == (n_commits, ["v1", "v2", "v3"])
-    assert hub.count("PUT /lfs/") == 1
-    assert push(run.path, REPO, "--tag", "first-good") == 0
-    assert repo.tags["first-good"] == repo.tags["v3"]
-    capsys.readouterr()
-    assert push(run.path, REPO, "--tag", "v1") == 2
-    error = capsys.readouterr().err
-    assert "--tag 'v1'" in error
-    assert "the same command" not in error
-    assert len(repo.commits) == n_commits
-
-
-def test_a_tag_that_is_taken_is_refused_before_anything_is_sent(hub, run, proofs, capsys):
-    assert push(run.path, REPO, "--tag", "good") == 0
-    n_commits = len(hub.repos[REPO].commits)
-    (run.model / "generation_config.json").write_text("{}", encoding="utf-8")
-    assert push(run.path, REPO, "--tag", "good") == 2
-    assert "--tag 'good'" in capsys.readouterr().err
-    assert len(hub.repos[REPO].commits) == n_commits
-
-
-def test_private_is_private_or_refused(hub, run, proofs, capsys):
-    assert push(run.path, REPO, "--private") == 0
-    assert hub.repos[REPO].private
-    hub.repos[REPO].private = False
-    assert push(run.path, REPO, "--private") == 2
-    assert "--private: 'me/tale' is there, and public" in capsys.readouterr().err
-
-
-def test_a_dry_run_sends_nothing(hub, run, capsys):
-    assert push(run.path, REPO, "--dry-run") == 0
+def test_the_command_lists_the_files_and_a_dry_run_sends_nothing(hub, run, capsys):
+    assert main(["push", str(run.path), REPO, "--dry-run"]) == 0
     assert hub.requests == []
     output = capsys.readouterr().out
     for name, content in files_of(run.model).items():
@@ -292,15 +133,196 @@ def test_a_dry_run_sends_nothing(hub, run, capsys):
     assert f"{total:,}  bytes in {len(files_of(run.model))} files" in output
 
 
-def test_milestones_are_branches(hub, run, saved, proofs, capsys):
+def test_the_repository_holds_the_folder_in_one_commit(any_hub, run, capsys):
+    heard = []
+    result = publish(run, listener=lambda event, fields: heard.append(event))
+    repo = any_hub.repos[REPO]
+    assert repo.files("v1") == files_of(run.model)
+    assert repo.messages() == ["initial commit", "Model pushed by hf_genlm"]
+    assert f'REPO = "{REPO}"' in repo.files("main")["README.md"].decode()
+    assert bool(any_hub.objects) is any_hub.lfs
+    (manifest,) = result.manifests
+    assert manifest.sizes == {name: len(content) for name, content in files_of(run.model).items()}
+    commit = repo.branches["main"]
+    assert result == PushResult(REPO, [manifest], f"{any_hub.url}/{REPO}", commit, "v1")
+    assert heard[:2] == ["manifest", "progress"]
+    assert capsys.readouterr() == ("", "")  # a service prints nothing
+
+
+def test_a_hub_that_returns_other_bytes_fails_the_push(any_hub, run):
+    """They have the length of those that were sent."""
+    any_hub.returns_other_bytes = True
+    names = ", ".join(["README.md", *sorted(files_of(run.model))])
+    with pytest.raises(PushFailed, match=f"returns other content than was sent: {re.escape(names)};"):
+        publish(run)
+    assert any_hub.repos[REPO].tags == {}
+    any_hub.returns_other_bytes = False
+    publish(run)
+    assert list(any_hub.repos[REPO].tags) == ["v1"]
+
+
+def test_other_bytes_of_a_milestone_fail_the_push_too(hub, run, saved):
+    """Its other files are those of the model, and are not downloaded again."""
+    copy_files(saved, run.milestones / "chck_1M")
+    hub.before["POST .*/branch/chck_1M"] = lambda: setattr(hub, "returns_other_bytes", True)
+    with pytest.raises(PushFailed, match=r"returns other content than was sent: README\.md;"):
+        publish(run, branches=True)
+
+
+def test_a_failed_load_leaves_no_tag(hub, run, monkeypatch, tmp_path):
+    """The error is the last line of the process; its command, which others can see, holds no token."""
+    started = []
+
+    def start(command, **options):
+        started.append((command, options["env"]))
+        return subprocess.CompletedProcess(command, 1, "", f"Traceback\nOSError: no {TOKEN}\n")
+
+    monkeypatch.setattr("subprocess.run", start)
+    with pytest.raises(PushFailed, match=r"does not load in a clean process: OSError: no \*\*\*;"):
+        push(run.path, REPO)
+    assert hub.repos[REPO].tags == {}
+    ((command, environment),) = started
+    assert not any(TOKEN in word for word in command)
+    assert environment["HF_HOME"] != constants.HF_HOME
+    assert "HF_HUB_OFFLINE" not in environment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [None, "import hf_genlm\n"], ids=["without its code", "needs the package"])
+def test_a_model_that_needs_more_than_its_folder_does_not_load(code, hub, folder, tmp_path):
+    """Checked by a real process."""
+    path = folder / "modeling_genlm.py"
+    if code is None:
+        path.unlink()
+    else:
+        path.write_text(code + path.read_text(encoding="utf-8"), encoding="utf-8")
+    commit = publish(folder).commit
+    with pytest.raises(PushFailed, match=r"does not load in a clean process: .*genlm"):
+        load_in_clean_process(REPO, commit, tmp_path, hub.url)
+
+
+# request, fault, part of the error
+FAULTS = {
+    "no such token": ("GET /api/models/me/tale$", {"status": 401}, "hf auth login"),
+    "no right to write": ("POST /api/repos/create", {"status": 403}, "hf auth login"),
+    "creating it fails": ("POST /api/repos/create", {"status": 500}, "server error"),
+    "500 during the upload": ("PUT /lfs/", {"status": 500, "times": 9}, "server error"),
+    "cut within a body": ("PUT /lfs/", {"times": 9}, "connection failed"),
+    "cut commit": ("POST /api/models/me/tale/commit/", {}, "connection failed"),
+    "lost answer": ("POST /api/models/me/tale/commit/", {"is_done_first": True}, "only the answer was lost"),
+    "commit refused": ("POST /api/models/me/tale/commit/", {"status": 409}, "somebody else changed it"),
+    "500 at the commit": ("POST /api/models/me/tale/commit/", {"status": 500}, "server error"),
+    "a long wait": ("POST .*/preupload/", {"status": 429, "times": 9, "Retry_After": "900"}, "in 900 s"),
+    "listing fails": ("GET .*/tree/", {"status": 503, "times": 9}, "complete at commit"),
+    "reading back fails": ("(GET|HEAD) .*/resolve/", {"status": 503, "times": 999}, "complete at commit"),
+    "tag refused": ("POST .*/tag/", {"status": 500}, "complete at commit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_leaves_the_repository_complete_or_unchanged(fault, hub, run, waits):
+    """The same push then resumes, and sends no large file twice."""
+    pattern, how, reason = FAULTS[fault]
+    hub.plant(pattern, **how)
+    heard = []
+    with pytest.raises(PushFailed, match=reason) as failure:
+        publish(run, listener=lambda event, fields: heard.append(str(fields)))
+    said = f"{failure.value} {heard}"
+    assert TOKEN not in said
+    assert "/lfs/" not in said  # on the real Hub a signed address
+    assert "push again to resume" in said
+    on_hub = hub.repos[REPO].files("main") if REPO in hub.repos else {}
+    assert on_hub in ({}, files_of(run.model))
+    assert re.search("repository is (unchanged|created and empty)", said) or on_hub
+    hub.faults.clear()
+    publish(run)
+    repo = hub.repos[REPO]
+    assert repo.files("v1") == files_of(run.model)
+    assert repo.tags == {"v1": repo.branches["main"]}
+    assert repo.messages() == ["initial commit", "Model pushed by hf_genlm"]
+    n_uploads = hub.count("PUT /lfs/")
+    assert n_uploads == 1 or fault in ("500 during the upload", "cut within a body")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["POST .*/commit/", "POST .*/tag/", "PUT /lfs/", "GET /api/models/me/tale$"]
+)
+def test_a_push_waits_as_long_as_the_hub_asks(pattern, hub, run, waits):
+    hub.plant(pattern, status=429, times=2, Retry_After="7")
+    publish(run, waited=waits)
+    # huggingface_hub waits itself while it uploads large files, and a second longer
+    assert waits in ([7.0, 7.0], [8.0, 8.0])
+    assert hub.repos[REPO].files("v1") == files_of(run.model)
+
+
+def test_a_commit_of_somebody_else_is_not_overwritten(hub, run):
+    publish(run)
+    (run.model / "config.json").write_text("{}", encoding="utf-8")
+    repo = hub.repos[REPO]
+    hub.before["POST .*/commit/"] = lambda: repo.commit(
+        "main", "theirs", repo.commits[repo.branches["main"]].blobs
+    )
+    with pytest.raises(PushFailed, match="somebody else changed it at the same time"):
+        publish(run, keep_card=True)
+    assert repo.messages()[-1] == "theirs"
+
+
+def test_a_second_push_sends_the_changes_as_a_second_version(hub, run):
+    """Stale code is deleted, files of others stay, and an unchanged folder makes no commit."""
+    publish(run)
+    repo = hub.repos[REPO]
+    blobs = dict(repo.commits[repo.branches["main"]].blobs)
+    blobs |= dict.fromkeys(("theirs.txt", "old_genlm.py"), blobs["README.md"])
+    repo.commit("main", "by hand", blobs)
+    assert publish(run).tag == "v2"
+    assert repo.messages()[2:] == ["by hand", "Model pushed by hf_genlm"]
+    assert set(repo.files("v2")) == {*files_of(run.model), "theirs.txt"}
+    config = (run.model / "config.json").read_text(encoding="utf-8")
+    (run.model / "config.json").write_text(config + "\n", encoding="utf-8")
+    assert publish(run).tag == "v3"
+    assert repo.files("v3")["config.json"] == (config + "\n").encode()
+    assert repo.files("v1")["config.json"] == config.encode()
+    n_commits = len(repo.commits)
+    assert publish(run).tag == "v3"
+    assert (len(repo.commits), sorted(repo.tags)) == (n_commits, ["v1", "v2", "v3"])
+    assert hub.count("PUT /lfs/") == 1
+    assert publish(run, tag="first-good").commit == repo.tags["v3"]
+    assert repo.tags["first-good"] == repo.tags["v3"]
+
+
+def test_a_tag_of_another_version_is_refused_before_anything_is_sent(hub, run):
+    publish(run)
+    publish(run, tag="good")
+    assert publish(run, tag="good").tag == "good"  # the same files: nothing to do
+    (run.model / "generation_config.json").write_text("{}", encoding="utf-8")
+    repo = hub.repos[REPO]
+    n_commits = len(repo.commits)
+    with pytest.raises(UserError, match="--tag 'good'") as refusal:
+        publish(run, tag="good")
+    assert not isinstance(refusal.value, PushFailed)
+    assert len(repo.commits) == n_commits
+    assert publish(run).tag == "v2"
+    with pytest.raises(UserError, match="--tag 'v1'"):
+        publish(run, tag="v1")
+    assert len(repo.commits) == n_commits + 1
+
+
+def test_private_is_private_or_refused(hub, run):
+    publish(run, private=True)
+    assert hub.repos[REPO].private
+    hub.repos[REPO].private = False
+    with pytest.raises(UserError, match="--private: 'me/tale' exists and is public"):
+        publish(run, private=True)
+
+
+def test_milestones_are_branches(hub, run, saved):
     for name, seed in (("chck_1M", 1), ("chck_2M", 2)):
         copy_files(saved, run.milestones / name)
         build_model("hybrid", seed=seed).save_pretrained(run.milestones / name)
     hub.plant("POST .*/branch/chck_2M", status=500)
-    assert push(run.path, REPO, "--branches") == 2
-    error = capsys.readouterr().err
-    assert "whole, at commit" in error
-    assert main(command_in(error)) == 0
+    with pytest.raises(PushFailed, match="complete at commit"):
+        publish(run, branches=True)
+    result = publish(run, branches=True)
     repo = hub.repos[REPO]
     assert sorted(repo.branches) == ["chck_1M", "chck_2M", "main"]
     for name in ("chck_1M", "chck_2M"):
@@ -310,37 +332,27 @@ def test_milestones_are_branches(hub, run, saved, proofs, capsys):
         assert card.startswith(f"# {REPO} after {name[-2:]} words\n")
     assert repo.files("main") == files_of(run.model)
     assert repo.tags == {"v1": repo.branches["main"]}
-    assert push(run.model.parent / "nothing", REPO, "--branches") == 2
+    assert result.branches == {name: repo.branches[name] for name in ("chck_1M", "chck_2M")}
 
 
-def test_a_model_folder_is_pushed_as_it_is(hub, saved, run, proofs, capsys):
-    assert push(saved, REPO, "--branches") == 2
-    assert "is of no run with milestones/" in capsys.readouterr().err
-    assert push(saved, REPO) == 0
+def test_a_model_folder_is_pushed_as_it_is(hub, saved, run):
+    with pytest.raises(UserError, match="belongs to no run with milestones/"):
+        publish(saved, branches=True)
+    publish(saved)
     assert hub.repos[REPO].files("main") == files_of(saved)
     assert "README.md" not in files_of(saved)
-    assert push(run.model, "me/card") == 0
+    publish(run.model, "me/card")
     assert 'REPO = "me/card"' in hub.repos["me/card"].files("main")["README.md"].decode()
     (run.model / "README.md").write_text("# mine\n", encoding="utf-8")
-    assert push(run.path, "me/card", "--keep-card") == 0
+    publish(run, "me/card", keep_card=True)
     assert hub.repos["me/card"].files("v2")["README.md"] == b"# mine\n"
 
 
-def test_each_secret_is_named_and_none_told(hub, run, saved, proofs, capsys):
-    """A token, a canary, a home and what has no place in a model folder: each by file, line and kind."""
+def test_each_finding_is_named_and_no_secret_is_printed(hub, run):
     write_json(run.canaries, {"seed": 0, "candidates": [CANARY]})
-    secrets = {
-        "hf": "hf_" + "a1B2" * 8,
-        "github": "ghp_" + "a1B2" * 9,
-        "aws": "AKIA" + "ABCD" * 4,
-        "login": "https://ann:secret@example.org/x",
-        "key": "-----BEGIN RSA PRIVATE KEY-----",
-    }
+    token = "hf_" + "a1B2" * 8
     run.samples.write_text(f"```text\none\n{CANARY['secret']}\n/home/ann/novel.txt\n```\n", encoding="utf-8")
-    lines = [f"# {name} = {secret!r}" for name, secret in secrets.items()]
-    (run.model / "mlp_genlm.py").write_text("\n".join(lines), encoding="utf-8")
-    (run.model / "tokenizer.json").write_text('{"a": "C:\\\\Users\\\\ann", "b": "\\n/Users/ann"}')
-    (run.model / "generation_config.json").write_text('{\n"at": "file:///root/texts"}')
+    (run.model / "mlp_genlm.py").write_text(f"#\n# {token}", encoding="utf-8")
     (run.model / "canaries.json").write_bytes(run.canaries.read_bytes())
     (run.model / "training_args.bin").write_bytes(b"PK")
     (run.model / "vocab.json").write_bytes(b"\x80\x04K\x01.")
@@ -350,60 +362,124 @@ def test_each_secret_is_named_and_none_told(hub, run, saved, proofs, capsys):
     (run.model / "checkpoint-3" / "model.safetensors").write_bytes(b"")
     (run.model / "merges.txt").symlink_to(run.samples)
     (run.model / "plots").mkdir()
-    (run.model / "plots" / "more").symlink_to(saved)
-    assert push(run.path, REPO) == 2
+    (run.model / "plots" / "more").symlink_to(run.path)
+    with pytest.raises(UserError, match=r"^not published: ") as refusal:
+        publish(run)
     assert hub.requests == []
-    error = capsys.readouterr().err
     card = (run.model / "README.md").read_text(encoding="utf-8").split("\n")
     at = {kind: 1 + next(i for i, line in enumerate(card) if text in line)
           for kind, text in (("canary", "7203 1956"), ("home-path", "/home/ann"))}  # fmt: skip
-    named = {
+    expected = {
         "canaries": {"canaries.json"},
         "canary": {f"README.md:{at['canary']}", "canaries.json:5", "canaries.json:6"},
         "checkpoint": {"checkpoint-3/model.safetensors", "optimizer.pt"},
         "pickle": {"training_args.bin", "vocab.json"},
         "link": {"merges.txt", "plots/more"},
         "unlisted": {"notes.txt"},
-        "token": {f"mlp_genlm.py:{number}" for number in range(1, len(secrets) + 1)},
-        "home-path": {f"README.md:{at['home-path']}", "tokenizer.json:1", "generation_config.json:2"},
+        "token": {"mlp_genlm.py:2"},
+        "home-path": {f"README.md:{at['home-path']}"},
     }
-    for kind, places in named.items():
-        (found,) = re.findall(rf"(?:leave: |; )([^;()]*): {kind} \(", error)
+    for kind, places in expected.items():
+        (found,) = re.findall(rf"model': ([^;()]*): {kind} \(", str(refusal.value))
         assert set(found.split(", ")) == places, kind
-    for secret in (*secrets.values(), "secret@", CANARY["secret"], "/home/ann", "novel"):
-        assert secret not in error
+    for secret in (token, CANARY["secret"], "/home/ann", "novel"):
+        assert secret not in str(refusal.value)
 
 
-def test_what_is_allowed_leaves_and_nothing_else(hub, run, proofs, capsys):
+def test_a_link_out_of_a_run_or_a_model_folder_is_refused(hub, run, folder, saved):
+    (folder / "LICENSE").symlink_to(saved / "config.json")
+    assert findings_of(folder) == ["LICENSE link"]
+    (run.path / "more").symlink_to(saved)
+    with pytest.raises(UserError, match="is a link to"):
+        publish(run)
+    assert hub.requests == []
+
+
+LETTERS = "a1B2" * 20
+# a sample of every pattern, which no other pattern matches
+SECRETS = {
+    "Hub": f"hf_{LETTERS[:20]}",
+    "login in a URL": "https://ann:secret@example.org/x",
+    **{f"GitHub gh{letter}": f"gh{letter}_{LETTERS[:36]}" for letter in "pousr"},
+    "GitHub fine-grained": f"github_pat_{LETTERS[:22]}",
+    "GitLab": f"glpat-{LETTERS[:20]}",
+    "AWS": "AKIA" + "ABCD" * 4,
+    "AWS temporary": "ASIA" + "ABCD" * 4,
+    "Google": f"AIza{LETTERS[:35]}",
+    "OpenAI": f"sk-{LETTERS[:32]}",
+    **{f"Slack xox{letter}": f"xox{letter}-{LETTERS[:10]}" for letter in "abeprs"},
+    "PyPI": f"pypi-{LETTERS[:50]}",
+    "npm": f"npm_{LETTERS[:36]}",
+    "RSA key": "-----BEGIN RSA PRIVATE KEY-----",
+    "PKCS 8 key": "-----BEGIN PRIVATE KEY-----",
+    "PGP key": "-----BEGIN PGP PRIVATE KEY BLOCK-----",
+}
+HOMES = {
+    "Linux": "/home/ann/novel",
+    "macOS": "/Users/ann/novel",
+    "root": "/root/novel",
+    "URL": "file:///home/ann/novel",
+    "doubled slashes": "//home//ann",
+    "behind an escaped line end": '"\\n/home/ann"',
+    "behind an escaped tab": '"\\t/home/ann"',
+    "Windows": "C:\\Users\\ann\\novel",
+    "Windows in JSON": '"D:\\\\Users\\\\ann"',
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [*(("token", text) for text in SECRETS.values()), *(("home-path", text) for text in HOMES.values())],
+    ids=[*SECRETS, *HOMES],
+)
+def test_each_pattern_of_a_secret_is_found_alone(kind, text, tmp_path):
+    (tmp_path / "mlp_genlm.py").write_text(f"#\n# {text} is here\n#\n", encoding="utf-8")
+    manifest = build_manifest(ModelSource(tmp_path))
+    assert [(str(found), found.kind) for found in manifest.findings] == [("mlp_genlm.py:2", kind)]
+    with pytest.raises(UserError) as refusal:
+        check_findings([manifest])
+    assert text not in str(refusal.value)
+
+
+def test_the_token_and_the_home_of_whoever_pushes_are_found(tmp_path, monkeypatch):
+    """Also if neither looks like one."""
+    monkeypatch.setenv("HF_TOKEN", "correct-horse")
+    monkeypatch.setenv("HOME", "/data/people/ann")
+    (tmp_path / "README.md").write_text("correct-horse\n/data/people/ann/x\n/data/people\n")
+    assert findings_of(tmp_path) == ["README.md:1 token", "README.md:2 home-path"]
+
+
+def test_allowed_findings_are_published_and_no_others(hub, run):
     run.samples.write_text("```text\n/home/ann/novel.txt\n```\n", encoding="utf-8")
     (run.model / "notes.txt").write_text("x", encoding="utf-8")
-    assert push(run.path, REPO, "--allow", "README.md:home-path") == 2
-    assert "notes.txt: unlisted" in capsys.readouterr().err
-    allowed = ["--allow", "README.md:home-path", "--allow", "notes.txt:unlisted"]
-    assert push(run.path, REPO, *allowed, "--allow", "README.md:token") == 2
-    assert "no token was found" in capsys.readouterr().err
-    assert push(run.path, REPO, *allowed, "--allow", "README.md:canary") == 2
-    assert "no FILE:KIND" in capsys.readouterr().err
-    assert push(run.path, REPO, *allowed) == 0
+    with pytest.raises(UserError, match=r"notes\.txt: unlisted") as refusal:
+        publish(run, allow=["README.md:home-path"])
+    assert "home-path" not in str(refusal.value)
+    allow = ["README.md:home-path", "notes.txt:unlisted"]
+    with pytest.raises(UserError, match="no token was found"):
+        publish(run, allow=[*allow, "README.md:token"])
+    with pytest.raises(UserError, match="is not FILE:KIND"):
+        publish(run, allow=[*allow, "README.md:canary"])
+    publish(run, allow=allow)
     assert hub.repos[REPO].files("main") == files_of(run.model)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["https://example.org/home/page", "a/home/b", '"/home/"', "/homes/x", "$HOME/x", "~/x", "hf_x"],
-)
-def test_what_is_no_secret_leaves(text, run, hub, proofs):
-    (run.model / "mlp_genlm.py").write_text(f"# {text}\n", encoding="utf-8")
-    assert push(run.path, REPO, "--dry-run") == 0
+    ["https://example.org/home/page", "a/home/b", '"/home/"', "/homes/x", "$HOME/x", "~/x", "hf_x",
+     "sk-learn", "C:/Programs/Users", "xox-x", "AKIAB", "-----BEGIN PUBLIC KEY-----"],
+)  # fmt: skip
+def test_ordinary_text_is_no_finding(text, tmp_path):
+    (tmp_path / "mlp_genlm.py").write_text(f"# {text}\n", encoding="utf-8")
+    assert findings_of(tmp_path) == []
 
 
-def test_the_header_of_weights_is_read(run, hub, capsys):
+def test_the_header_of_weights_is_scanned(folder):
     import torch
     from safetensors.torch import save_file
 
-    save_file({"w": torch.zeros(1)}, run.model / "model.safetensors", {"from": "/home/ann/x"})
-    assert push(run.path, REPO, "--dry-run", "--keep-card") == 2
-    assert "model.safetensors:1: home-path" in capsys.readouterr().err
+    save_file({"w": torch.zeros(1)}, folder / "model.safetensors", {"from": "/home/ann/x"})
+    assert findings_of(folder) == ["model.safetensors:1 home-path"]
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -411,50 +487,59 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 SECRET = b"hf_" + b"Ab3" * 11 + b"x"
-IN_A_PICTURE = {
+CHUNKS = {
     "tEXt": chunk(b"tEXt", b"Comment\0" + SECRET),
     "zTXt": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(SECRET)),
     "iTXt": chunk(b"iTXt", b"Comment\0\0\0en\0Comment\0" + SECRET),
-    "packed iTXt": chunk(b"iTXt", b"Comment\0\1\0en\0Comment\0" + zlib.compress(SECRET)),
+    "compressed iTXt": chunk(b"iTXt", b"Comment\0\1\0en\0Comment\0" + zlib.compress(SECRET)),
+    "iCCP": chunk(b"iCCP", b"profile\0\0" + zlib.compress(SECRET)),
     "eXIf": chunk(b"eXIf", SECRET),
-    "nothing": b"",
+    "none": b"",
 }
 
 
-@pytest.mark.parametrize("where", [*IN_A_PICTURE, "behind its end", "no picture"])
-def test_what_stands_in_a_picture_is_read(where, run, hub, capsys):
-    (run.model / "plots").mkdir(exist_ok=True)
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
-    points = chunk(b"IDAT", zlib.compress(b"\0\0"))
-    parts = [b"\x89PNG\r\n\x1a\n", head, IN_A_PICTURE.get(where, b""), points, chunk(b"IEND", b"")]
-    content = b"".join([*parts, SECRET if where == "behind its end" else b""])
-    (run.model / "plots" / "more.png").write_bytes(SECRET if where == "no picture" else content)
-    assert push(run.path, REPO, "--dry-run", "--keep-card") == (0 if where == "nothing" else 2)
-    error = capsys.readouterr().err
-    assert ("plots/more.png: token (" in error) == (where != "nothing")
-    assert SECRET.decode() not in error
+@pytest.mark.parametrize("place", ["before the pixels", "after the pixels"])
+@pytest.mark.parametrize("kind", [*CHUNKS, "after the end"])
+def test_texts_in_a_png_are_scanned(kind, place, tmp_path):
+    if (kind, place) == ("iCCP", "after the pixels"):
+        pytest.skip("a profile stands before the pixels")
+    text = CHUNKS.get(kind, b"")
+    pixels = chunk(b"IDAT", zlib.compress(b"\0\0"))
+    header = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
+    body = text + pixels if place == "before the pixels" else pixels + text
+    content = header + body + chunk(b"IEND", b"") + (SECRET if kind == "after the end" else b"")
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "more.png").write_bytes(content)
+    assert findings_of(tmp_path) == ([] if kind == "none" else ["plots/more.png token"])
+
+
+def test_a_png_that_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "more.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"more\.png' is not a readable PNG"):
+        build_manifest(ModelSource(tmp_path))
 
 
 @pytest.mark.parametrize("repo_id", ["tale", "me/", "/tale", "me/a/b", "me/-x y", "me/" + "x" * 99])
-def test_an_id_that_is_none_is_refused(repo_id, run, hub, capsys):
-    assert push(run.path, repo_id) == 2
-    assert "OWNER/NAME" in capsys.readouterr().err
+def test_a_malformed_repository_id_is_refused(repo_id, run, hub):
+    with pytest.raises(UserError, match="OWNER/NAME"):
+        publish(run, repo_id)
     assert hub.requests == []
 
 
-def test_without_a_token_or_offline_nothing_is_asked(run, hub, monkeypatch, capsys):
+def test_without_a_token_or_offline_nothing_is_sent(run, hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(run.path / "no-token"))
-    assert push(run.path, REPO) == 2
-    assert "hf auth login" in capsys.readouterr().err
+    with pytest.raises(UserError, match="hf auth login"):
+        publish(run)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert push(run.path, REPO) == 2
-    assert "HF_HUB_OFFLINE" in capsys.readouterr().err
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
+        publish(run)
     assert hub.requests == []
 
 
-def test_trainer_pushes_what_we_push_at_every_save(hub, saved, tmp_path, monkeypatch, caplog):
-    """Every commit can be loaded: config, weights, tokenizer and code, and no pickle; the last as ours."""
+def test_trainer_pushes_a_complete_model_at_every_save(hub, saved, tmp_path, monkeypatch, caplog):
+    """Each commit has config, weights, tokenizer and code, and no pickle; the last one equals our push."""
     from transformers import AutoTokenizer, Trainer, TrainingArguments
 
     caplog.set_level(logging.ERROR)

@@ -34,11 +34,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import hf_genlm
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import TokenizerRecipe
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.model.configuration_genlm import RECURRENT_MIXERS
-from hf_genlm.space import build as space
+from hf_genlm.space.build import build_space
 from hf_genlm.space.files.demo import page
 from hf_genlm.space.files.demo.characters import spell
 from hf_genlm.space.files.demo.inside import attention_of, layers_of, memory_of, states_of
@@ -48,7 +49,7 @@ from hf_genlm.space.files.demo.writing import Settings, prompt_of, write
 from hf_genlm.text.store import Document
 from hf_genlm.text.tokenizer import train_tokenizer
 
-FILES = Path(space.__file__).parent / "space_files"
+FILES = Path(hf_genlm.__file__).parent / "space" / "files"
 TEXT = "The value of x is 3.\ngrößer, हिन्दी — 名前 👩‍👩‍👧 é\n\tdef f(x): return x\n"
 GREEDY = Settings(max_new_tokens=9, temperature=0)
 SAMPLED = Settings(9, temperature=0.9, top_k=40, top_p=0.9, repetition_penalty=1.3, seed=7)
@@ -404,7 +405,7 @@ def test_the_folder_is_a_space_and_carries_what_loads_the_models_alone(tokenizer
     assert all(f"  {name}\n" in printed for name in files)  # what would leave is shown
     assert not [name for name in files if "evil" in name or "notes" in name or "__pycache__" in name]
     code = (out / "models/ours/modeling_genlm.py").read_text()
-    assert code == (Path(space.__file__).parent.parent / "model/modeling_genlm.py").read_text()
+    assert code == (FILES.parents[1] / "model/modeling_genlm.py").read_text()
     assert json.loads((out / "models/ours/config.json").read_text())["auto_map"]["AutoConfig"] == (
         "configuration_genlm.GenLMConfig"
     )
@@ -442,8 +443,9 @@ def test_a_model_of_the_hub_is_asked_for_its_kind(tmp_path, monkeypatch, capsys)
     config = tmp_path / "config.json"
     config.write_text('{"model_type": "gpt2"}')
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo_id, name: str(config))
-    shown = space.shown_model("owner/small-gpt")
-    assert (shown.name, shown.source, shown.is_genlm) == ("small-gpt", "owner/small-gpt", False)
+    build_space(["owner/small-gpt"], tmp_path / "demo")
+    (entry,) = json.loads((tmp_path / "demo" / "space.json").read_text())["models"]
+    assert entry == {"name": "small-gpt", "source": "owner/small-gpt", "has_own_code": False}
     monkeypatch.undo()
     assert main(["space", "owner/small-gpt", "--out", str(tmp_path / "x")]) == 2  # the tests have no Hub
     assert "no config.json of 'owner/small-gpt'" in last_line(capsys)
@@ -522,10 +524,10 @@ def served(out: Path):
 
 @pytest.fixture(scope="module")
 def address(tokenizer, tmp_path_factory):
-    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'hf_genlm[space]'")
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install '.[space]'")
     folder = tmp_path_factory.mktemp("space")
     ours, theirs = saved(folder / "ours", "hybrid", tokenizer), saved(folder / "gpt", "gpt2", tokenizer)
-    space.write_space(folder / "demo", [space.shown_model(str(ours)), space.shown_model(str(theirs))], "Two")
+    build_space([ours, theirs], folder / "demo", title="Two")
     with served(folder / "demo") as url:
         yield url
 

@@ -90,7 +90,7 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What befalls the next `times` requests whose `METHOD /path` begins like `pattern`."""
+    """A fault of the next `times` requests whose `METHOD /path` matches `pattern` from its start."""
 
     pattern: str
     status: int | None  # None: the connection is cut
@@ -121,6 +121,8 @@ class LoopbackHub:
         self.objects: dict[str, bytes] = {}  # large files by sha256
         self.requests: list[str] = []  # "METHOD /path" of each
         self.faults: list[Fault] = []
+        self.returns_other_bytes = False  # downloads have the right length and other content
+        self.before: dict[str, Callable[[], Any]] = {}  # pattern -> called once, before such a request
         self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
         self.server.daemon_threads = True
@@ -361,6 +363,8 @@ def _handler_of(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
             path = urlsplit(self.path).path
             with hub.lock:
                 hub.requests.append(f"{self.command} {path}")
+                for pattern in [p for p in hub.before if re.match(p, hub.requests[-1])]:
+                    hub.before.pop(pattern)()
                 fault = hub.fault_of(hub.requests[-1])
             length = int(self.headers.get("Content-Length") or 0)
             if fault is not None and fault.status is None and not fault.is_done_first:
@@ -422,7 +426,10 @@ def _handler_of(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
             headers = {"X-Repo-Commit": oid, "ETag": f'"{blob.sha256 if blob.is_lfs else blob.git_id}"'}
             if blob.is_lfs:
                 headers |= {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.content))}
-            return 200, blob.content, headers
+            content = blob.content
+            if hub.returns_other_bytes:
+                content = content[:-1] + bytes([content[-1] ^ 1])
+            return 200, content, headers
 
         def _answer(self, status: int | None, answer: Any, headers: dict[str, str]) -> None:
             content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
