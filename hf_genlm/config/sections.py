@@ -251,6 +251,9 @@ class TrainingRecipe(Section):
     milestone_words: Words = setting([],
         "Word counts (500K, 1M) after which the model is kept in milestones/; babylm: 1M, 2M ... 1000M.",
         synonyms="milestones checkpoint_words")
+    logging_steps: Whole | None = setting(None,
+        "Optimizer steps between two `step` events; of a long run, the log keeps 2,000. null: two a second.",
+        at_least=1, synonyms="log_every log_steps")
     report_to: Words = setting([], "Trackers that receive what log.jsonl receives.", choices=TRACKERS,
         synonyms="tracker wandb logging logger")
 

@@ -4,6 +4,7 @@ import copy
 import math
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hf_genlm.config.recipe import ModelRecipe, Recipe, TrainingRecipe
@@ -50,6 +51,7 @@ class Budget:
     seconds: float | None = None
     step_s: float | None = None  # what the planning saw a step take
     spent_s: float = 0.0  # before `start`, by a run that this one goes on from
+    clock: Callable[[], float] = field(default=lambda: time.monotonic(), repr=False)  # in seconds
     _started: float | None = field(default=None, repr=False)
     _last_step_s: float = field(default=0.0, repr=False)
     _last_time: float = field(default=0.0, repr=False)
@@ -65,7 +67,7 @@ class Budget:
         """Several processes read the clock of the first one, which stands still until they agree again: so
         they decide alike. All of them must call this together."""
         if count() > 1:
-            self._agreed = clock_of_first(time.monotonic())
+            self._agreed = clock_of_first(self.clock())
 
     def note_step(self) -> None:
         """A step has ended."""
@@ -78,7 +80,7 @@ class Budget:
         return self.spent_s if self._started is None else self._now() - self._started
 
     def _now(self) -> float:
-        return time.monotonic() if self._agreed is None else self._agreed
+        return self.clock() if self._agreed is None else self._agreed
 
     def progress(self, step: float) -> float:
         """The share done after `step` steps, 0 to 1."""

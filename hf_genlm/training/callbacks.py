@@ -1,46 +1,61 @@
-"""What happens between the steps of Trainer's loop: the end, the log, validation and samples."""
+"""Callbacks of the training loop: budget, log, validation, milestones, checkpoints, frozen rows, threads."""
 
 import copy
 import math
+import re
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.training.budget import Budget
-from hf_genlm.training.processes import draw_apart
+from hf_genlm.training.processes import draw_apart, from_first
 
-_LOG_EVERY_S = 0.5
-_LINES = 2000  # a log is to be read and drawn, however long its run was
-_LARGEST_PART = 0.1
-_SAVING_SHARE = 50  # times what a saving takes lie between two
-_SLOW, _SLOW_STEPS = 3.0, 5  # times the planned step, that many steps in a row
+_EVENT_S = 0.5  # between two `step` events
+_MAX_LINES = 2000  # of `step` events in the log of a run, however long
+_MAX_VALIDATION_SHARE = 0.1  # of the time that is left
+_SAVING_INTERVAL = 50  # times the duration of a save lie between two
+_SLOW_FACTOR, _SLOW_STEPS = 3.0, 5  # so many steps in a row took so many times the planned step
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+# words after which BabyLM evaluates: every million to 10 M, every ten to 100 M, every hundred to 1,000 M
+SCHEDULES = {"babylm": tuple(n * unit * 10**6 for unit in (1, 10, 100) for n in range(1, 11))}
+
+
+class Diverged(ArithmeticError):
+    """The loss or a weight became NaN or infinite; `step` is the number of optimizer steps."""
+
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How many tokens `step` optimizer steps have trained on."""
+    """Conversion of optimizer steps to tokens and epochs."""
 
-    n_rows: int | None  # of one pass over the text; None: not known
+    n_rows: int | None  # of one epoch; None: unknown
     rows_per_step: int
     targets_per_row: int
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the rows."""
+        """Optimizer steps in one epoch, whose number of rows is known."""
+        assert self.n_rows is not None
         return -(-self.n_rows // self.rows_per_step)
 
     def epochs(self, step: int) -> float | None:
-        """Passes over the rows so far; None: not known."""
+        """Epochs after `step` steps; None: unknown."""
         return None if self.n_rows is None else round(step / self.steps_per_epoch, 3)
 
     def tokens(self, step: int) -> int:
-        """Predicted tokens so far, repeats counted; the padding of a corpus's last row is counted too."""
-        if self.n_rows is None:  # no pass ends with a smaller step
+        """Predicted tokens after `step` steps, repeats and the padding of the last row included."""
+        if self.n_rows is None:  # no epoch ends with a smaller step
             return step * self.rows_per_step * self.targets_per_row
         epochs, rest = divmod(step, self.steps_per_epoch)
         rows = epochs * self.n_rows + min(rest * self.rows_per_step, self.n_rows)
@@ -48,7 +63,7 @@ class Pace:
 
 
 class BudgetCallback(TrainerCallback):
-    """Starts the clock and stops the loop when the budget is spent."""
+    """Starts the clock of the budget, and stops the loop when the budget is spent."""
 
     def __init__(self, budget: Budget):
         self.budget = budget
@@ -58,7 +73,7 @@ class BudgetCallback(TrainerCallback):
         self.budget.start()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.budget.agree()  # before the next learning rate is read off
+        self.budget.agree()  # before the next learning rate is read
 
     def on_step_end(self, args, state, control, **kwargs):
         self.budget.note_step()
@@ -67,73 +82,69 @@ class BudgetCallback(TrainerCallback):
 
 
 class ThreadsCallback(TrainerCallback):
-    """Goes on by one thread where the steps take many times as long as they did in the planning.
+    """Continues with one thread when steps take many times the planned `step_s`.
 
-    Something else has taken a core then, and every operation of several threads waits for it. What happens
-    between the steps is not counted.
+    Another program has taken a core then, and every operation of several threads waits for it. Time between
+    the steps is not counted.
     """
 
     def __init__(self, run: RunFolder, step_s: float):
         self.run, self.step_s = run, step_s
         self._began = 0.0
-        self._slow = 0
+        self._n_slow = 0
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._began = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
-        is_slow = time.monotonic() - self._began > _SLOW * self.step_s
-        self._slow = self._slow + 1 if is_slow else 0
-        if self._slow >= _SLOW_STEPS and torch.get_num_threads() > 1:
+        is_slow = time.monotonic() - self._began > _SLOW_FACTOR * self.step_s
+        self._n_slow = self._n_slow + 1 if is_slow else 0
+        if self._n_slow >= _SLOW_STEPS and torch.get_num_threads() > 1:
             torch.set_num_threads(1)
             self.run.log("threads", step=state.global_step, threads=1)
 
 
-class Diverged(ArithmeticError):
-    """The loss, or a weight, is not a finite number after `step` steps."""
-
-    def __init__(self, step: int):
-        super().__init__(step)
-        self.step = step
-
-
 @dataclass
 class _Point:
-    """Where a run stood at a `step` event, and the losses and seconds of the steps since, summed."""
+    """State of a run at a `step` event, and the sums of losses and seconds of the steps since."""
 
     step: int
     tokens: int
     elapsed_s: float
     progress: float
-    losses: float = 0.0
+    loss_sum: float = 0.0
     seconds: float = 0.0
 
 
 class LogCallback(TrainerCallback):
-    """Tells the listener of the `step` about twice a second; some of these events stand in the log.
+    """Sends `step` events to the listener, and writes at most 2,000 of them to the log.
 
-    They are the first, the last, and those before which a 2,000th part of the run was done since the one
-    before: a log has 2,000 of them at most, and one for each time that the run was gone on with. The loss of
-    an event is the mean of the steps since the one before, in the log of those since the one before there;
-    so is the speed, without what ran between those steps and the event before, as a validation.
+    An event comes about twice a second, or every `every_steps` steps. Written are the first, the last, and
+    those before which a 2,000th part of the run was done since the one before; each resumption adds one. The
+    loss of an event is the mean over the steps since the event before it, in the log since the one written
+    before; so is the speed, without what ran between the steps, as a validation.
 
     Raises:
-        Diverged: that loss is not finite.
+        Diverged: the loss is NaN or infinite.
     """
 
-    def __init__(self, run: RunFolder, budget: Budget, pace: Pace):
-        self.run, self.budget, self.pace = run, budget, pace
-        self._told = self._written = self._now = _Point(0, 0, 0.0, 0.0)
+    def __init__(self, run: RunFolder, budget: Budget, pace: Pace, every_steps: int | None = None):
+        self.run, self.budget, self.pace, self.every_steps = run, budget, pace, every_steps
+        self._sent = self._written = self._now = _Point(0, 0, 0.0, 0.0)
         self._began_s = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._told = self._at(state.global_step)
-        self._written = copy.copy(self._told)
-        self._began_s = self._told.elapsed_s
+        self._sent = self._at(state.global_step)
+        self._written = copy.copy(self._sent)
+        self._began_s = self._sent.elapsed_s
 
     def on_step_end(self, args, state, control, **kwargs):
         now = self._now = self._at(state.global_step)
-        if now.elapsed_s - self._told.elapsed_s >= _LOG_EVERY_S or self._is_end(now.step):
+        if self.every_steps is None:
+            is_due = now.elapsed_s - self._sent.elapsed_s >= _EVENT_S
+        else:
+            is_due = now.step % self.every_steps == 0
+        if is_due or self._is_end(now.step):
             control.should_log = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -143,15 +154,15 @@ class LogCallback(TrainerCallback):
         if not math.isfinite(logs["loss"]):
             raise Diverged(state.global_step)
         now = self._now
-        for point in (self._told, self._written):
-            point.losses += logs["loss"] * (now.step - self._told.step)
+        for point in (self._sent, self._written):
+            point.loss_sum += logs["loss"] * (now.step - self._sent.step)
             point.seconds += now.elapsed_s - self._began_s
-        if now.progress - self._written.progress >= 1 / _LINES or self._is_end(now.step):
+        if now.progress - self._written.progress >= 1 / _MAX_LINES or self._is_end(now.step):
             self.run.log("step", **self._fields(now, self._written, logs))
             self._written = copy.copy(now)
         else:
-            self.run.tell("step", **self._fields(now, self._told, logs))
-        self._told, self._began_s = now, self.budget.elapsed_s
+            self.run.tell("step", **self._fields(now, self._sent, logs))
+        self._sent, self._began_s = now, self.budget.elapsed_s
 
     def _at(self, step: int) -> _Point:
         return _Point(step, self.pace.tokens(step), self.budget.elapsed_s, self.budget.progress(step))
@@ -163,7 +174,7 @@ class LogCallback(TrainerCallback):
         grad_norm = logs.get("grad_norm", math.nan)
         return {
             "step": now.step,
-            "loss": since.losses / (now.step - since.step),
+            "loss": since.loss_sum / (now.step - since.step),
             "learning_rate": logs["learning_rate"],
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "tokens": now.tokens,
@@ -174,30 +185,30 @@ class LogCallback(TrainerCallback):
         }
 
 
-class HoldRowsCallback(TrainerCallback):
-    """Keeps the rows `held` (V,) of the embedding as they are, to the end or through step `unfreeze_step`.
+class FrozenRowsCallback(TrainerCallback):
+    """Keeps the rows `frozen_rows` (V,) of the embedding, to the end or through step `unfreeze_step`.
 
-    Their gradients are made zero as they arrive, so that neither the clipping nor the optimizer sees them,
-    and what decay takes is put back after each step. Nothing of it stays on the model.
+    A hook zeroes their gradients before clipping and optimizer see them, and after each step their values are
+    restored, as weight decay changes them. The hook is removed at the end.
     """
 
-    def __init__(self, held: torch.Tensor, unfreeze_step: int | None = None):
-        self.held, self.unfreeze_step = held, unfreeze_step
+    def __init__(self, frozen_rows: torch.Tensor, unfreeze_step: int | None = None):
+        self.frozen_rows, self.unfreeze_step = frozen_rows, unfreeze_step
         self._hook: RemovableHandle | None = None
-        self._values: torch.Tensor | None = None  # of the held rows, while they are held
+        self._values: torch.Tensor | None = None  # of the rows, while they are frozen
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if self._is_over(state.global_step):
             return
         weight = model.get_input_embeddings().weight
-        self.held = self.held.to(weight.device)
-        self._values = weight.detach()[self.held].clone()
-        self._hook = weight.register_hook(lambda gradient: gradient.masked_fill(self.held[:, None], 0.0))
+        self.frozen_rows = self.frozen_rows.to(weight.device)
+        self._values = weight.detach()[self.frozen_rows].clone()
+        self._hook = weight.register_hook(lambda grad: grad.masked_fill(self.frozen_rows[:, None], 0.0))
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         if self._values is not None:
-            model.get_input_embeddings().weight[self.held] = self._values
+            model.get_input_embeddings().weight[self.frozen_rows] = self._values
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._is_over(state.global_step):
@@ -216,9 +227,9 @@ class HoldRowsCallback(TrainerCallback):
 
 
 class CheckpointCallback(TrainerCallback):
-    """Asks for a checkpoint when one is due, and for the last one and the end when a signal has come.
+    """Asks for a checkpoint when one is due; after a signal, for the last checkpoint and the end.
 
-    `was_stopped` says so in all processes alike.
+    `was_stopped` returns the same in all processes.
     """
 
     def __init__(
@@ -237,28 +248,26 @@ class CheckpointCallback(TrainerCallback):
             return
         if self.was_stopped():
             control.should_save = control.should_training_stop = True
+        elif self.every_steps is not None:
+            control.should_save = self.every_steps > 0 and state.global_step % self.every_steps == 0
         else:
-            control.should_save = self._is_due(state.global_step)
+            interval_s = max(self.every_s, _SAVING_INTERVAL * self._took_s)
+            control.should_save = self._began_s - self._saved_s >= interval_s
 
     def on_save(self, args, state, control, **kwargs):
         self.budget.agree()
         self._saved_s = self.budget.elapsed_s
         self._took_s = self._saved_s - self._began_s
 
-    def _is_due(self, step: int) -> bool:
-        if self.every_steps is not None:
-            return self.every_steps > 0 and step % self.every_steps == 0
-        return self.budget.elapsed_s - self._saved_s >= max(self.every_s, _SAVING_SHARE * self._took_s)
 
+class ValidationCallback(TrainerCallback):
+    """Calls `validate(model, step)` at `count` points spread evenly over the run, without its end.
 
-class MilestoneCallback(TrainerCallback):
-    """Calls `act(model, step)` at `count` points spread evenly over the run, its end left out.
-
-    A run by the clock passes one over where the last took more than a tenth of the time that is left.
+    With a time budget, a point is skipped if the last call took more than a tenth of the time that is left.
     """
 
-    def __init__(self, budget: Budget, count: int, act: Callable[[PreTrainedModel, int], None]):
-        self.budget, self.count, self.act = budget, count, act
+    def __init__(self, budget: Budget, count: int, validate: Callable[[PreTrainedModel, int], None]):
+        self.budget, self.count, self.validate = budget, count, validate
         self._reached = 0
         self._took_s = 0.0
 
@@ -269,23 +278,114 @@ class MilestoneCallback(TrainerCallback):
         reached = int(self.budget.progress(state.global_step) * (self.count + 1))
         if self._reached < reached <= self.count:
             self._reached = reached
-            control.should_log = True  # what is measured has a loss beside it
+            control.should_log = True  # so that a validation has a training loss beside it
             is_late = self.budget.seconds is not None and (
-                self._took_s > _LARGEST_PART * self.budget.left_s(state.global_step)
+                self._took_s > _MAX_VALIDATION_SHARE * self.budget.left_s(state.global_step)
             )
             if is_late:
                 return
             began = self.budget.elapsed_s
-            self.act(model, state.global_step)
+            self.validate(model, state.global_step)
             self.budget.agree()
             self._took_s = self.budget.elapsed_s - began
+
+
+@dataclass(frozen=True)
+class WordRate:
+    """`words` of text for `tokens` predicted in it, as `Pace` counts them. Words are those of `str.split`."""
+
+    words: int
+    tokens: int
+
+    def words_in(self, tokens: int) -> int:
+        """Words seen after so many tokens: exact at the end of an epoch, a mean within it."""
+        return tokens * self.words // self.tokens
+
+
+def read_milestones(stated: Sequence[str]) -> list[int]:
+    """Parse `training.milestone_words` into ascending numbers of words.
+
+    Raises:
+        UserError: an entry that is neither a number nor a schedule.
+    """
+    found: set[int] = set()
+    for word in stated:
+        number = re.fullmatch(r"([0-9]{1,15})([KMB]?)", word, flags=re.IGNORECASE | re.ASCII)
+        if number is not None and int(number[1]) > 0:
+            found.add(int(number[1]) * _UNITS[number[2].upper()])
+        elif word in SCHEDULES:
+            found.update(SCHEDULES[word])
+        else:
+            near = did_you_mean(word, SCHEDULES)
+            raise UserError(f"training.milestone_words: {word!r} is no number such as 500K or 1M{near}")
+    return sorted(found)
+
+
+def milestone_name(words: int) -> str:
+    """Folder and Hub branch of a milestone: `chck_1M`, `chck_250K`, `chck_123`."""
+    unit = next(unit for unit in ("M", "K", "") if words % _UNITS[unit] == 0)
+    return f"chck_{words // _UNITS[unit]}{unit}"
+
+
+class MilestoneCallback(TrainerCallback):
+    """Calls `save(model, words, step)` after the first step that has seen so many words, for each of `words`.
+
+    Milestones that exist in the run folder are not written again, except in a retry at half the learning
+    rate, which removes those ahead of it. With a time budget, one is left out if writing the last one took
+    more time than is left.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        budget: Budget,
+        pace: Pace,
+        rate: WordRate,
+        words: Sequence[int],
+        save: Callable[[PreTrainedModel, int, int], None],
+        is_retry: bool = False,
+    ):
+        self.run, self.budget, self.pace, self.rate, self.save = run, budget, pace, rate, save
+        self.words, self.is_retry = list(words), is_retry
+        self._took_s = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        seen = self.rate.words_in(self.pace.tokens(state.global_step))
+        ahead = [words for words in self.words if words > seen]
+        self.words = from_first(lambda: self._missing(ahead))
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        seen = self.rate.words_in(self.pace.tokens(state.global_step))
+        while self.words and self.words[0] <= seen:
+            words = self.words.pop(0)
+            left_s = None if self.budget.seconds is None else self.budget.seconds - self.budget.elapsed_s
+            if left_s is not None and self._took_s > max(0.0, left_s):
+                self.run.log(
+                    "note", message=f"{milestone_name(words)} was not written: no time was left for it"
+                )
+                continue
+            control.should_log = True
+            began = self.budget.elapsed_s
+            self.save(model, words, state.global_step)
+            self.budget.agree()
+            self._took_s = self.budget.elapsed_s - began
+
+    def _missing(self, words: Sequence[int]) -> list[int]:
+        folders = {count: self.run.milestones / milestone_name(count) for count in words}
+        if self.is_retry:
+            for folder in folders.values():
+                shutil.rmtree(folder, ignore_errors=True)
+        return [count for count, folder in folders.items() if not folder.is_dir()]
 
 
 @torch.no_grad()
 def write_samples(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, max_new_tokens: int, seed: int
 ) -> list[str]:
-    """`count` texts from the start of a document, temperature 0.8. Global random state is left as it was."""
+    """Generate `count` texts from the start of a document, at temperature 0.8.
+
+    The global random state is unchanged.
+    """
     was_training = model.training
     model.eval()
     start = torch.full((count, 1), tokenizer.bos_token_id, device=model.device)

@@ -1,94 +1,119 @@
-"""Checkpoints that are whole or not there: written aside, flushed to disk, sealed with their hashes, renamed.
+"""Checkpoints: written aside, flushed to disk, hashed, renamed; and the signals that ask for the last one.
 
-checkpoints/checkpoint-1200/   what Trainer goes on from, and manifest.json: where the run stood, and the
-                               size and sha256 of every file
+checkpoints/checkpoint-1200/ holds Trainer's files and manifest.json: the progress of the run, and the size
+and sha256 of every file. A checkpoint is complete or absent, whenever the process is killed.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_genlm.errors import UserError
+from hf_genlm.errors import Stopped, UserError
 from hf_genlm.files import atomic_folder, note_no_space, sha256_of, sync_folder, write_json
 
 _PREFIX = "checkpoint-"  # as Trainer names them
-_PART = ".part"  # the folder in which one is written
+_PENDING = ".part"  # the folder in which a checkpoint is written
 _MANIFEST = "manifest.json"
-_PICKLE = "training_args.bin"  # Trainer writes it and nothing of ours reads it
-# what DeepSpeed writes beside tensors and numbers, and reads again in a way that executes what a file says
-_OF_DEEPSPEED = {
+_PICKLE = "training_args.bin"  # written by Trainer; nothing here reads it
+# classes that DeepSpeed pickles beside tensors and numbers; its reader executes whatever else a file names
+_DEEPSPEED_CLASSES = {
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 }
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run stood: what neither Trainer's files nor the recipe say."""
+    """The progress of a run that neither Trainer's files nor the recipe hold."""
 
     step: int
     elapsed_s: float  # of training
-    seconds: float | None  # the budget's, after the planning
-    steps: int  # the budget's
-    is_rate_halved: bool = False  # after a loss that was not finite
+    seconds: float | None  # of the budget, without the planning
+    steps: int  # of the budget
+    is_rate_halved: bool = False  # after the loss became NaN or infinite
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A whole one, and where the run stood."""
+    """A complete checkpoint, and the progress of its run."""
 
     path: Path
     progress: Progress
 
 
-def part_of(folder: Path) -> Path:
-    """Where the next checkpoint of `folder` is to be written; Trainer makes `checkpoint-N` in it."""
-    return folder / _PART
+def pending_folder(folder: Path) -> Path:
+    """Return the folder in which Trainer writes the next `checkpoint-N` of `folder`."""
+    return folder / _PENDING
 
 
-def seal(folder: Path, progress: Progress, keep: int) -> None:
-    """Make what lies in `part_of(folder)` a checkpoint, then remove all but the `keep` newest.
+def remove_pending(folder: Path) -> None:
+    """Remove what a killed run had begun to write."""
+    shutil.rmtree(pending_folder(folder), ignore_errors=True)
+
+
+def commit_checkpoint(folder: Path, progress: Progress, keep: int) -> None:
+    """Make the pending files a checkpoint of `folder`, then remove all but the `keep` newest.
 
     Raises:
-        OSError: no space; what was there before is as it was.
+        OSError: no space; the earlier checkpoints are as they were.
     """
-    written = part_of(folder) / f"{_PREFIX}{progress.step}"
+    written = pending_folder(folder) / f"{_PREFIX}{progress.step}"
     (written / _PICKLE).unlink(missing_ok=True)
     files = sorted(path for path in written.rglob("*") if path.is_file())
     hashes = {path.relative_to(written).as_posix(): [path.stat().st_size, sha256_of(path)] for path in files}
-    content = {**dataclasses.asdict(progress), "files": hashes}
-    write_json(written / _MANIFEST, content)
+    write_json(written / _MANIFEST, {**dataclasses.asdict(progress), "files": hashes})
     sync_folder(written)
     final = folder / written.name
     shutil.rmtree(final, ignore_errors=True)
     written.rename(final)
-    clear_parts(folder)
-    sync_folder(folder)  # the new name, before an old one goes
-    for path in _by_step(folder)[:-keep]:
+    remove_pending(folder)
+    sync_folder(folder)  # the new name is on disk before an old checkpoint is removed
+    for path in _list_checkpoints(folder)[:-keep]:
         shutil.rmtree(path)
 
 
 def newest_checkpoint(folder: Path, note: Callable[[str], None] = lambda message: None) -> Checkpoint | None:
-    """The newest one that is as it was written. Newer ones are damaged: `note` hears of them, and they lie
-    aside as `damaged-checkpoint-N` from then on, where they take no whole one's place.
+    """Return the newest checkpoint whose files have the sizes and hashes of its manifest, if there is one.
+
+    Newer, damaged ones are renamed to `damaged-checkpoint-N`, so that they do not count as one of the newest;
+    `note` receives a message about each.
     """
-    found = (_verified(path, note) for path in reversed(_by_step(folder)))
-    return next((checkpoint for checkpoint in found if checkpoint is not None), None)
+    for path in reversed(_list_checkpoints(folder)):
+        try:
+            content = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+            files = content.pop("files")
+            progress = Progress(**content)
+            for name, (n_bytes, sha256) in files.items():
+                if (path / name).stat().st_size != n_bytes or sha256_of(path / name) != sha256:
+                    raise ValueError(f"{name} is not what was written")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            note(f"{path.name} is damaged and not used: {error}")
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            continue
+        return Checkpoint(path, progress)
+    return None
 
 
 def refuse_code(checkpoint: Path) -> None:
-    """Refuse a checkpoint that would execute something where DeepSpeed reads it; here it is only looked at.
+    """Refuse a checkpoint that would execute code when DeepSpeed reads it. Nothing is unpickled here.
 
     Raises:
-        UserError: a file of DeepSpeed's names more than DeepSpeed writes.
+        UserError: a DeepSpeed file names a class or function that DeepSpeed does not write.
     """
-    latest = checkpoint / "latest"  # names the folder of the files, and is there where DeepSpeed trains
+    latest = checkpoint / "latest"  # written by DeepSpeed: the name of the folder of its files
     if not latest.is_file():
         return
     folder = (checkpoint / latest.read_text(encoding="utf-8").strip()).resolve()
@@ -97,48 +122,72 @@ def refuse_code(checkpoint: Path) -> None:
     for file in sorted(folder.glob("*.pt")):
         try:
             named = set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-        except Exception as error:  # whatever is wrong with it, it is not one of those that are known
+        except Exception as error:  # a file that torch cannot even scan
             raise UserError(f"{file} is not as DeepSpeed writes it: the run cannot be resumed") from error
-        if named - _OF_DEEPSPEED:
+        if named - _DEEPSPEED_CLASSES:
             raise UserError(
-                f"{file} would execute {', '.join(sorted(named - _OF_DEEPSPEED))}, which DeepSpeed does not "
-                "write: the run cannot be resumed"
+                f"{file} would execute {', '.join(sorted(named - _DEEPSPEED_CLASSES))}, which DeepSpeed does "
+                "not write: the run cannot be resumed"
             )
 
 
-def _verified(path: Path, note: Callable[[str], None]) -> Checkpoint | None:
-    try:
-        content = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        files = content.pop("files")
-        progress = Progress(**content)
-        for name, (n_bytes, sha256) in files.items():
-            if (path / name).stat().st_size != n_bytes or sha256_of(path / name) != sha256:
-                raise ValueError(f"{name} is not what was written")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        note(f"{path.name} is damaged and not used: {error}")
-        aside = path.with_name(f"damaged-{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        return None
-    return Checkpoint(path, progress)
-
-
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str | None:
-    """Write a model folder, whole or not at all: weights, config, tokenizer and the code that loads them
-    without this package. Returns why it is not there, where the disk was full."""
-    failed: list[str] = []
-    with note_no_space(failed.append), atomic_folder(folder) as written:
+    """Write a model folder, complete or absent: weights, config, tokenizer, and the code that loads them
+    without this package.
+
+    Returns:
+        why there is none, where the disk was full; else None.
+    """
+    failures: list[str] = []
+    with note_no_space(failures.append), atomic_folder(folder) as written:
         model.save_pretrained(written)
         tokenizer.save_pretrained(written)
-    return failed[0] if failed else None
+    return failures[0] if failures else None
 
 
-def clear_parts(folder: Path) -> None:
-    """Remove what a run that was killed had begun to write."""
-    shutil.rmtree(part_of(folder), ignore_errors=True)
+class StopRequest:
+    """SIGINT and SIGTERM as a request to stop.
+
+    Within `handled`, a signal raises Stopped for the run in `folder`. Within `deferred`, the first signal
+    only sets `is_made`, and a second one raises. Python delivers signals to the main thread: in another
+    thread, signals are not handled.
+    """
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self.is_made = False
+        self._is_deferred = False
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator[None]:
+        """Handle the signals, and restore the former handlers at the end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = [signal.signal(number, self._receive) for number in _SIGNALS]
+        try:
+            yield
+        finally:
+            for number, handler in zip(_SIGNALS, before, strict=True):
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let the caller end by itself soon after `is_made`."""
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.is_made or not self._is_deferred:
+            raise Stopped(self.folder, None)
+        self.is_made = True
 
 
-def _by_step(folder: Path) -> list[Path]:
+def _list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoint folders, oldest first."""
     if not folder.is_dir():
         return []
     numbered = [

@@ -26,6 +26,7 @@ _FREE = {
     "training.save_total_limit",
     "training.milestone_words",
     "training.report_to",
+    "training.logging_steps",
 }
 _ENDS = {"training.minutes", "training.steps", "training.tokens"}
 

@@ -25,20 +25,22 @@ from hf_genlm.training.budget import Budget
 from hf_genlm.training.callbacks import (
     BudgetCallback,
     CheckpointCallback,
-    HoldRowsCallback,
+    FrozenRowsCallback,
     LogCallback,
     MilestoneCallback,
     Pace,
     ThreadsCallback,
+    ValidationCallback,
+    WordRate,
+    milestone_name,
+    read_milestones,
     write_samples,
 )
-from hf_genlm.training.checkpoints import Checkpoint, write_model
-from hf_genlm.training.lanes import Lanes
-from hf_genlm.training.milestones import WordRate, WordsCallback, name_of, read_milestones
+from hf_genlm.training.carried_state import StateCallback
+from hf_genlm.training.checkpoints import Checkpoint, StopRequest, write_model
 from hf_genlm.training.optimizer import OptimizerFactory
-from hf_genlm.training.private_step import DrawnSteps, PrivateState, PrivateTrainer, the_one
+from hf_genlm.training.private_step import DrawnSteps, PrivateState, PrivateTrainer, unwrap_batch
 from hf_genlm.training.processes import from_first, load_whole
-from hf_genlm.training.signals import StopRequest
 from hf_genlm.training.streamed import StreamCallback, StreamedCorpus
 from hf_genlm.training.tokenized import TokenizedCorpus
 from hf_genlm.training.trainer import BudgetTrainer
@@ -54,16 +56,16 @@ Rows = PackedRows | BalancedRows | PackedStream | DocumentWindows
 
 @dataclasses.dataclass
 class Job:
-    """What a run trains on, and how. `held` (V,): the rows of the embedding that keep their vectors."""
+    """What a run trains on, and how."""
 
     rows: Rows
     corpus: TokenizedCorpus | StreamedCorpus
     recipe: Recipe
     budget: Budget
     arguments: TrainingArguments
-    lanes: Lanes | None = None  # where the rows come in their order, and states are carried
-    words: WordRate | None = None  # where models are kept after so many words
-    held: torch.Tensor | None = None
+    carried: StateCallback | None = None  # of training.carry_state
+    words: WordRate | None = None  # of training.milestone_words
+    frozen_rows: torch.Tensor | None = None  # (V,) rows of the embedding that keep their vectors
     private: PrivateState | None = None  # with a guarantee for each document
 
     @property
@@ -76,7 +78,7 @@ class Job:
                 training.batch_size * training.gradient_accumulation_steps,
                 max(1, self.rows.n_targets),
             )
-        n_rows = self.rows.n_rows if self.lanes is None else len(self.lanes.order)
+        n_rows = self.rows.n_rows if self.carried is None else len(self.carried.sampler)
         return Pace(
             n_rows, training.batch_size * training.gradient_accumulation_steps, training.max_seq_length - 1
         )
@@ -88,9 +90,9 @@ def fit(
     job: Job,
     begin: Checkpoint | None,
     stop: StopRequest,
-    rate_scale: float = 1.0,
+    lr_scale: float = 1.0,
 ) -> GenLMForCausalLM | None:
-    """Train `model`, from the checkpoint `begin` on if there is one, at `rate_scale` of its rate.
+    """Train `model`, from the checkpoint `begin` on if there is one; `lr_scale` multiplies all rates.
 
     Returns:
         the trained model, whole, in the first process; None in the others.
@@ -104,30 +106,30 @@ def fit(
         budget.seconds, budget.steps = begin.progress.seconds, begin.progress.steps
         budget.spent_s = max(budget.spent_s, begin.progress.elapsed_s)
 
-    def look(model: GenLMForCausalLM, step: int) -> None:
+    def validate(model: GenLMForCausalLM, step: int) -> None:
         whole = trainer.whole_model()
-        from_first(lambda: _look(run, whole, job, step))
+        from_first(lambda: _validate_and_sample(run, whole, job, step))
 
-    def keep(model: GenLMForCausalLM, words: int, step: int) -> None:
+    def save(model: GenLMForCausalLM, words: int, step: int) -> None:
         whole = trainer.whole_model()
-        from_first(lambda: _keep(run, whole, job, words, step))
+        from_first(lambda: _save_milestone(run, whole, job, words, step))
 
     trainer = _trainer_of(job)(
         run=run,
         budget=budget,
         recipe=training,
-        lanes=job.lanes,
-        rate_scale=rate_scale,
+        carried=job.carried,
+        lr_scale=lr_scale,
         was_stopped=lambda: stop.is_made,
-        is_rate_halved=rate_scale < 1 or (begin is not None and begin.progress.is_rate_halved),
+        is_rate_halved=lr_scale < 1 or (begin is not None and begin.progress.is_rate_halved),
         model=model,
         args=job.arguments,
         train_dataset=job.rows if job.private is None else DrawnSteps(job.rows, job.private),
-        data_collator=collate if job.private is None else the_one,
+        data_collator=collate if job.private is None else unwrap_batch,
         optimizer_cls_and_kwargs=(OptimizerFactory, {"recipe": training}),
         callbacks=[
-            *_callbacks(run, job, look),
-            *_word_callbacks(run, job, keep, is_second_try=rate_scale < 1),
+            *_callbacks(run, job, validate),
+            *_milestone_callbacks(run, job, save, is_retry=lr_scale < 1),
             _checkpoint_callback(job, lambda: trainer.is_stopped()),
         ],
     )
@@ -167,30 +169,30 @@ def _log_end(run: RunFolder, job: Job, step: int, seconds: float) -> None:
 
 
 def _callbacks(
-    run: RunFolder, job: Job, look: Callable[[GenLMForCausalLM, int], None]
+    run: RunFolder, job: Job, validate: Callable[[GenLMForCausalLM, int], None]
 ) -> list[TrainerCallback]:
     training, budget = job.recipe.training, job.budget
     release = job.recipe.vectors.unfreeze_step
     watching = [ThreadsCallback(run, budget.step_s)] if budget.step_s is not None else []
-    holding = [HoldRowsCallback(job.held, release)] if job.held is not None else []
+    freezing = [FrozenRowsCallback(job.frozen_rows, release)] if job.frozen_rows is not None else []
     streaming = [StreamCallback(job.rows, job.pace.rows_per_step)] if job.recipe.corpus.stream else []
     return [
         BudgetCallback(budget),  # first: the others read its clock
-        LogCallback(run, budget, job.pace),
-        MilestoneCallback(budget, _validations(training, budget), look),
+        LogCallback(run, budget, job.pace, training.logging_steps),
+        ValidationCallback(budget, _validations(training, budget), validate),
         *watching,
-        *holding,
+        *freezing,
         *streaming,
     ]
 
 
-def _word_callbacks(
-    run: RunFolder, job: Job, keep: Callable[[GenLMForCausalLM, int, int], None], is_second_try: bool
+def _milestone_callbacks(
+    run: RunFolder, job: Job, save: Callable[[GenLMForCausalLM, int, int], None], is_retry: bool
 ) -> list[TrainerCallback]:
     if job.words is None:
         return []
     words = read_milestones(job.recipe.training.milestone_words)
-    return [WordsCallback(run, job.budget, job.pace, job.words, words, keep, is_second_try)]
+    return [MilestoneCallback(run, job.budget, job.pace, job.words, words, save, is_retry)]
 
 
 def _checkpoint_callback(job: Job, was_stopped: Callable[[], bool]) -> CheckpointCallback:
@@ -200,9 +202,9 @@ def _checkpoint_callback(job: Job, was_stopped: Callable[[], bool]) -> Checkpoin
     return CheckpointCallback(job.budget, every_s, every_steps, was_stopped)
 
 
-def _keep(run: RunFolder, model: GenLMForCausalLM, job: Job, words: int, step: int) -> None:
+def _save_milestone(run: RunFolder, model: GenLMForCausalLM, job: Job, words: int, step: int) -> None:
     """Write the model into milestones/, ready to generate."""
-    folder = run.milestones / name_of(words)
+    folder = run.milestones / milestone_name(words)
     folder.parent.mkdir(exist_ok=True)
     uses_cache, model.config.use_cache = model.config.use_cache, True
     failure = write_model(model, job.corpus.tokenizer, folder)
@@ -210,10 +212,10 @@ def _keep(run: RunFolder, model: GenLMForCausalLM, job: Job, words: int, step: i
     if failure is None:
         run.log("milestone", step=step, words=words, folder=folder.name)
     else:
-        run.log("note", message=f"{folder.name} was not written: {failure}; training goes on")
+        run.log("note", message=f"{folder.name} was not written: {failure}; training continues")
 
 
-def _look(run: RunFolder, model: GenLMForCausalLM, job: Job, step: int) -> None:
+def _validate_and_sample(run: RunFolder, model: GenLMForCausalLM, job: Job, step: int) -> None:
     """Measure the model on a part of the validation split, and let it write."""
     reached = _reached(job, step)
     found = likelihood_of(model, job.corpus, job.recipe, _PARTIAL_VALIDATION_TOKENS)

@@ -166,7 +166,7 @@ def _count_steps(run: RunFolder, recipe: Recipe, corpus: "TokenizedCorpus", budg
 def diverged_in_private(step: int, recipe: Recipe) -> UserError:
     """Going back would need the noise of the steps twice."""
     return UserError(
-        f"the loss is no finite number after step {step}, and a private run does not go back: start a new "
+        f"the loss became NaN or infinite at step {step}, and a private run does not go back: start a new "
         f"run with a training.learning_rate well below {recipe.training.learning_rate:g}"
     )
 

@@ -84,7 +84,7 @@ class DrawnSteps(Dataset):
         return collate(self.windows.take(drawn, draw_offsets(key, step, len(drawn))))
 
 
-def the_one(steps: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def unwrap_batch(steps: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Collates batches of one step."""
     (step,) = steps
     return step

@@ -21,7 +21,7 @@ from hf_genlm.text.store import Documents
 from hf_genlm.text.streaming import DocumentStream, HeldOut, open_stream
 from hf_genlm.training import processes
 from hf_genlm.training.bigram_init import MAX_COUNTED_TOKENS
-from hf_genlm.training.milestones import WordRate
+from hf_genlm.training.callbacks import WordRate
 from hf_genlm.training.tokenized import tokenizer_of
 from hf_genlm.training.word_vectors import count_words
 
@@ -67,10 +67,9 @@ class StreamedCorpus:
         return rows.first_tokens(MAX_COUNTED_TOKENS)
 
 
-def prepare_stream(run: RunFolder, recipe: Recipe, is_again: bool = False) -> StreamedCorpus:
+def prepare_stream(run: RunFolder, recipe: Recipe, is_resuming: bool = False) -> StreamedCorpus:
     """Open the stream, hold out its validation text, and train the tokenizer on the beginning of the rest;
-    writes corpus.json and tokenizer/. With `is_again`, for a run that has begun: by the tokenizer that lies
-    there.
+    writes corpus.json and tokenizer/. With `is_resuming`, for a run that has begun: by its tokenizer.
 
     Of several processes the first one does, and alone has the validation text; the others open the stream
     too.
@@ -81,7 +80,7 @@ def prepare_stream(run: RunFolder, recipe: Recipe, is_again: bool = False) -> St
     made: list[StreamedCorpus] = []
 
     def make() -> tuple[PreTrainedTokenizerBase, HeldOut]:
-        made.append(_prepare(run, recipe, is_again))
+        made.append(_prepare(run, recipe, is_resuming))
         return made[0].tokenizer, made[0].stream.held
 
     tokenizer, held = processes.from_first(make)
@@ -93,19 +92,19 @@ def prepare_stream(run: RunFolder, recipe: Recipe, is_again: bool = False) -> St
     return StreamedCorpus(tokenizer, stream, nothing, {}, recipe.corpus.shuffle_buffer, run)
 
 
-def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> StreamedCorpus:
+def _prepare(run: RunFolder, recipe: Recipe, is_resuming: bool) -> StreamedCorpus:
     run.tell("progress", task="beginning of the stream", done=0, total=None)
     found = read_stream(recipe.corpus)
     stream, report = found.stream, found.report
     run.log("corpus", **{name: report[name] for name in ("description", "train", "validation")})
-    if is_again:
+    if is_resuming:
         before = read_json(run.corpus)
         check_same(before, report)
         for message in touched(before, report):
             run.log("note", message=message)
     text = beginning(stream, recipe.tokenizer.max_characters)
     n_bytes = max(stream.n_bytes, int(text.n_bytes.sum()))
-    tokenizer = tokenizer_of(run, recipe, text, n_bytes, is_again)
+    tokenizer = tokenizer_of(run, recipe, text, n_bytes, is_resuming)
     validation = encode_documents(tokenizer, found.validation)
     report["validation"]["tokens"] = validation.n_tokens
     write_json(run.corpus, report)

@@ -26,7 +26,7 @@ from hf_genlm.text.store import Documents
 from hf_genlm.text.tokenizer import load_tokenizer, train_tokenizer
 from hf_genlm.text.windows import DocumentWindows
 from hf_genlm.training import processes
-from hf_genlm.training.milestones import WordRate
+from hf_genlm.training.callbacks import WordRate
 from hf_genlm.training.private import public_text
 from hf_genlm.training.word_vectors import count_words
 
@@ -81,10 +81,10 @@ class TokenizedCorpus:
         return self.train.ids
 
 
-def prepare_corpus(run: RunFolder, recipe: Recipe, is_again: bool = False) -> TokenizedCorpus:
+def prepare_corpus(run: RunFolder, recipe: Recipe, is_resuming: bool = False) -> TokenizedCorpus:
     """Read, split and tokenize the corpus; writes corpus.json and tokenizer/.
 
-    With `is_again`, for a run that has begun: by the tokenizer that lies there.
+    With `is_resuming`, for a run that has begun: by the tokenizer that lies there.
 
     Of several processes the first one does. The others wait, and read the training ids that it leaves in the
     run folder for so long: they have no words, and no validation split.
@@ -94,11 +94,11 @@ def prepare_corpus(run: RunFolder, recipe: Recipe, is_again: bool = False) -> To
             another machine does not see.
     """
     if processes.count() == 1:
-        return _prepare(run, recipe, is_again)
+        return _prepare(run, recipe, is_resuming)
     found: list[TokenizedCorpus] = []
 
     def leave() -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
-        found.append(_prepare(run, recipe, is_again))
+        found.append(_prepare(run, recipe, is_resuming))
         _leave(found[0].train, run)
         return found[0].tokenizer, found[0].languages
 
@@ -133,7 +133,7 @@ def _take(run: RunFolder) -> TokenizedDocuments:
     return tokenized_of(file)
 
 
-def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> TokenizedCorpus:
+def _prepare(run: RunFolder, recipe: Recipe, is_resuming: bool) -> TokenizedCorpus:
     def note(message: str) -> None:
         run.log("note", message=message)
 
@@ -148,16 +148,16 @@ def _prepare(run: RunFolder, recipe: Recipe, is_again: bool) -> TokenizedCorpus:
         run.log("languages", languages=corpus.report["languages"])
     for message in notes_on(corpus.report):
         note(message)
-    if is_again:
+    if is_resuming:
         check_same(read_json(run.corpus), corpus.report)
     if canaries is not None:
         write_json(run.canaries, canaries.to_json())
     text, languages = corpus.report["train"], corpus.report.get("languages", {})
     documents, n_bytes = balanced_text(corpus.train, languages), text["bytes"]
-    if recipe.privacy.epsilon is not None and recipe.tokenizer.path is None and not is_again:
+    if recipe.privacy.epsilon is not None and recipe.tokenizer.path is None and not is_resuming:
         documents, n_bytes = public_text(note)
     sha256 = text["sha256"] if documents is corpus.train else count_text(documents)["sha256"]
-    tokenizer = tokenizer_of(run, recipe, documents, n_bytes, is_again, cache, sha256)
+    tokenizer = tokenizer_of(run, recipe, documents, n_bytes, is_resuming, cache, sha256)
     words = count_words(corpus.train) if recipe.vectors.path is not None else {}
     if recipe.training.milestone_words:
         run.tell("progress", task="counting words", done=0, total=None)
@@ -194,13 +194,13 @@ def tokenizer_of(
     recipe: Recipe,
     documents: Documents,
     n_bytes: int,
-    is_again: bool,
+    is_resuming: bool,
     cache: Cache | None = None,
     sha256: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The recipe's own tokenizer, or one that is trained on `documents`, of a text of `n_bytes`; saved to
-    tokenizer/. With `is_again`, the one that lies there."""
-    path = str(run.tokenizer) if is_again else recipe.tokenizer.path
+    tokenizer/. With `is_resuming`, the one that lies there."""
+    path = str(run.tokenizer) if is_resuming else recipe.tokenizer.path
     if path is not None:
         tokenizer = load_tokenizer(path)
         if tokenizer.bos_token is None:
@@ -209,7 +209,7 @@ def tokenizer_of(
         run.tell("progress", task="tokenizer", done=0, total=None)
         tokenizer = train_tokenizer(documents, recipe.tokenizer, n_bytes, cache, sha256)
     recipe.tokenizer.vocab_size = len(tokenizer)
-    if not is_again:  # a kill in mid-writing would take from a run the one that it has
+    if not is_resuming:  # a kill in mid-writing would take from a run the one that it has
         with atomic_folder(run.tokenizer, replace=True) as folder:
             tokenizer.save_pretrained(folder)
     return tokenizer

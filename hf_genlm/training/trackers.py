@@ -1,14 +1,14 @@
-"""Where the log of a run goes besides log.jsonl: `training.report_to`, on this machine alone.
+"""Trackers of `training.report_to`, on this machine alone: they receive what is written to log.jsonl.
 
-Trainer's own integrations hear what Trainer logs: neither tokens and seconds, nor the validations, nor the
-figures of the finished model. A tracker here hears what is written to log.jsonl, and nothing is lost.
+Trainer's own integrations would receive only what Trainer logs: neither tokens and seconds, nor the
+validations, nor the figures of the finished model.
 """
 
 import contextlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 
 from hf_genlm.config.recipe import Recipe
 from hf_genlm.errors import UserError, did_you_mean
@@ -20,23 +20,23 @@ _FLUSH_S = 10
 _NO_CURVE = {"step", "partial", "progress", "left_s"}
 
 
-def numbers_of(event: str, fields: dict[str, Any]) -> dict[str, float]:
-    """The numbers of an event that make curves, by names such as `train/loss`; none for most events."""
-    if event == "evaluated":
-        return {f"final/{measured['name']}": measured["value"] for measured in fields["measurements"]}
-    if event not in _PREFIXES:
-        return {}
-    return {
-        f"{_PREFIXES[event]}/{name}": value
-        for name, value in fields.items()
-        if value is not None and name not in _NO_CURVE
-    }
+class Tracker(Protocol):
+    """What a tracker does with the events of a run."""
+
+    def rewind(self, step: int) -> None:
+        """Discard the steps after `step`, which are trained again."""
+
+    def add(self, step: int, numbers: dict[str, float], text: str | None) -> None:
+        """Add points to curves, and a text that the model generated."""
+
+    def close(self) -> None:
+        """Write what is buffered; no event follows."""
 
 
 class TensorBoard:
-    """Event files in tensorboard/ of the run folder. What a run went back behind is hidden in its curves."""
+    """Event files in tensorboard/ of the run folder; steps that a run repeats are hidden in its curves."""
 
-    def __init__(self, run: RunFolder, recipe: Recipe, is_again: bool):
+    def __init__(self, run: RunFolder, recipe: Recipe, is_resuming: bool):
         self._folder = str(run.tensorboard)
         self._writer = self._open()
         self._writer.add_text("recipe", f"```yaml\n{recipe.to_yaml()}```", 0)
@@ -46,56 +46,56 @@ class TensorBoard:
 
         return SummaryWriter(self._folder, flush_secs=_FLUSH_S, **options)
 
-    def go_back_to(self, step: int) -> None:
-        """The steps beyond come again."""
+    def rewind(self, step: int) -> None:
+        """See `Tracker`."""
         self._writer.close()
         self._writer = self._open(purge_step=step + 1)
 
-    def note(self, step: int, numbers: dict[str, float], text: str | None) -> None:
-        """Points of curves, and a text that the model wrote."""
+    def add(self, step: int, numbers: dict[str, float], text: str | None) -> None:
+        """See `Tracker`."""
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
         if text is not None:
             self._writer.add_text("sample", f"```text\n{text}\n```", step)
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """See `Tracker`."""
         self._writer.close()
 
 
 class Trackio:
     """A run of the project `hf_genlm` in trackio's store on this machine, named as the run folder."""
 
-    def __init__(self, run: RunFolder, recipe: Recipe, is_again: bool):
+    def __init__(self, run: RunFolder, recipe: Recipe, is_resuming: bool):
         import trackio
 
         self._trackio = trackio
-        with contextlib.redirect_stdout(io.StringIO()):  # nothing prints but the command line
+        with contextlib.redirect_stdout(io.StringIO()):  # only the command line prints
             self._run = trackio.init(
                 project="hf_genlm",
                 name=run.path.resolve().name,
                 config=recipe.model_dump(),
-                resume="allow" if is_again else "never",
+                resume="allow" if is_resuming else "never",
                 embed=False,
                 auto_log_gpu=False,
                 auto_log_cpu=False,
             )
 
-    def go_back_to(self, step: int) -> None:
-        """trackio forgets nothing: the curve has those steps twice."""
+    def rewind(self, step: int) -> None:
+        """Do nothing: trackio keeps everything, and the curves have the repeated steps twice."""
 
-    def note(self, step: int, numbers: dict[str, float], text: str | None) -> None:
-        """As `TensorBoard.note`."""
+    def add(self, step: int, numbers: dict[str, float], text: str | None) -> None:
+        """See `Tracker`."""
         words = {} if text is None else {"sample": text}
         self._run.log({**numbers, **words}, step=step)
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """See `Tracker`."""
         with contextlib.redirect_stdout(io.StringIO()):
             self._trackio.finish()
 
 
-TRACKERS: dict[str, Callable[[RunFolder, Recipe, bool], Any]] = {
+TRACKERS: dict[str, Callable[[RunFolder, Recipe, bool], Tracker]] = {
     "tensorboard": TensorBoard,
     "trackio": Trackio,
 }
@@ -104,7 +104,7 @@ TRACKERS: dict[str, Callable[[RunFolder, Recipe, bool], Any]] = {
 def check_trackers(names: Sequence[str]) -> None:
     """
     Raises:
-        UserError: an unknown one, or one that is not installed.
+        UserError: an unknown tracker, or one that is not installed.
     """
     for name in names:
         if name not in TRACKERS:
@@ -117,11 +117,11 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def tracking(run: RunFolder, recipe: Recipe, is_again: bool) -> Iterator[None]:
-    """Meanwhile the trackers that the recipe names hear what `run` logs; `is_again`: it is gone on with."""
+def tracking(run: RunFolder, recipe: Recipe, is_resuming: bool) -> Iterator[None]:
+    """Send what `run` logs meanwhile to the trackers of the recipe."""
     names = recipe.training.report_to if is_first() else []
-    trackers = [TRACKERS[name](run, recipe, is_again) for name in names]
-    run.followers = [_listener_of(tracker) for tracker in trackers]
+    trackers = [TRACKERS[name](run, recipe, is_resuming) for name in names]
+    run.followers = [_follower(tracker) for tracker in trackers]
     try:
         yield
     finally:
@@ -130,17 +130,30 @@ def tracking(run: RunFolder, recipe: Recipe, is_again: bool) -> Iterator[None]:
             tracker.close()
 
 
-def _listener_of(tracker: Any) -> Listener:
+def _follower(tracker: Tracker) -> Listener:
     reached = 0  # the step of events that name none
 
-    def hear(event: str, fields: dict[str, Any]) -> None:
+    def follow(event: str, fields: dict[str, Any]) -> None:
         nonlocal reached
         if event in ("resumed", "diverged"):
-            tracker.go_back_to(fields.get("back_to", fields["step"]))
+            tracker.rewind(fields.get("back_to", fields["step"]))
         reached = fields.get("step", reached)
-        numbers = numbers_of(event, fields)
+        numbers = curve_points(event, fields)
         text = fields["text"] if event == "sample" else None
         if numbers or text is not None:
-            tracker.note(reached, numbers, text)
+            tracker.add(reached, numbers, text)
 
-    return hear
+    return follow
+
+
+def curve_points(event: str, fields: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of an event that make curves, by names such as `train/loss`."""
+    if event == "evaluated":
+        return {f"final/{measured['name']}": measured["value"] for measured in fields["measurements"]}
+    if event not in _PREFIXES:
+        return {}
+    return {
+        f"{_PREFIXES[event]}/{name}": value
+        for name, value in fields.items()
+        if value is not None and name not in _NO_CURVE
+    }

@@ -27,8 +27,9 @@ from hf_genlm.text.windows import DocumentWindows
 from hf_genlm.training import processes
 from hf_genlm.training.bigram_init import MAX_COUNTED_TOKENS, init_from_bigrams
 from hf_genlm.training.budget import Budget, budget_of, resolve
-from hf_genlm.training.callbacks import Diverged
-from hf_genlm.training.checkpoints import Checkpoint, newest_checkpoint, refuse_code, write_model
+from hf_genlm.training.callbacks import Diverged, read_milestones
+from hf_genlm.training.carried_state import StateCallback
+from hf_genlm.training.checkpoints import Checkpoint, StopRequest, newest_checkpoint, refuse_code, write_model
 from hf_genlm.training.configure import (
     adopt_model,
     adopt_unchanged,
@@ -40,8 +41,6 @@ from hf_genlm.training.configure import (
     settle_decay,
 )
 from hf_genlm.training.fit import Job, Rows, fit, likelihood_of
-from hf_genlm.training.lanes import Lanes
-from hf_genlm.training.milestones import read_milestones
 from hf_genlm.training.optimizer import check_optimizer
 from hf_genlm.training.plan import tokens_of_a_step
 from hf_genlm.training.private import (
@@ -53,7 +52,6 @@ from hf_genlm.training.private import (
     write_guarantee,
 )
 from hf_genlm.training.private_step import PrivateState
-from hf_genlm.training.signals import StopRequest
 from hf_genlm.training.streamed import StreamedCorpus, prepare_stream
 from hf_genlm.training.tokenized import TokenizedCorpus, prepare_corpus
 from hf_genlm.training.trackers import check_trackers, tracking
@@ -99,7 +97,7 @@ def train(
         recipe = adopt_model(recipe)
         check(recipe)
     stop = StopRequest(str(out))
-    with _opened(out, listener, resume) as run, stop.heard():
+    with _opened(out, listener, resume) as run, stop.handled():
         if resume:
             return _resume(run, recipe, stop)
         try:
@@ -150,7 +148,7 @@ def _resume(run: RunFolder, stated: Recipe, stop: StopRequest) -> RunFolder:
         return _finish(run, job, _build(run, job), None, stop)
     check(recipe)
     try:
-        corpus = _read(run, recipe, is_again=True)
+        corpus = _read(run, recipe, is_resuming=True)
     except NoSource as error:
         raise UserError(
             f"{error.word!r}, of which this run reads, is not there: bring it back, or start a new run"
@@ -161,7 +159,7 @@ def _resume(run: RunFolder, stated: Recipe, stop: StopRequest) -> RunFolder:
         private = PrivateState.load(begin.path, begin.progress.steps)
     job = _job_of(run, recipe, corpus, budget, private)
     if has_model:
-        with tracking(run, recipe, is_again=True):
+        with tracking(run, recipe, is_resuming=True):
             return _measure(run, job)
     return _finish(run, job, _build(run, job, is_new=False), begin, stop)
 
@@ -247,8 +245,8 @@ def _prepare(run: RunFolder, given: Recipe) -> Job:
     return job
 
 
-def _read(run: RunFolder, recipe: Recipe, is_again: bool = False) -> TokenizedCorpus | StreamedCorpus:
-    return (prepare_stream if recipe.corpus.stream else prepare_corpus)(run, recipe, is_again)
+def _read(run: RunFolder, recipe: Recipe, is_resuming: bool = False) -> TokenizedCorpus | StreamedCorpus:
+    return (prepare_stream if recipe.corpus.stream else prepare_corpus)(run, recipe, is_resuming)
 
 
 def _job_of(
@@ -267,11 +265,11 @@ def _job_of(
     else:
         rows = corpus.rows(training)
     arguments = training_arguments_of(run, training, budget)
-    lanes = Lanes(arguments, rows.n_rows) if recipe.training.carry_state else None
+    carried = StateCallback(arguments, rows.n_rows) if recipe.training.carry_state else None
     words = None
     if recipe.training.milestone_words:
         words = processes.from_first(lambda: corpus.word_rate(rows))
-    return Job(rows, corpus, recipe, budget, arguments, lanes, words, private=private)
+    return Job(rows, corpus, recipe, budget, arguments, carried, words, private=private)
 
 
 def _build(run: RunFolder, job: Job, is_new: bool = True) -> GenLMForCausalLM:
@@ -281,7 +279,7 @@ def _build(run: RunFolder, job: Job, is_new: bool = True) -> GenLMForCausalLM:
     adopt_vocabulary(config, job.corpus.tokenizer)
     set_seed(recipe.training.seed)
     model = GenLMForCausalLM(config)
-    job.held = processes.from_first(lambda: _start(run, model, job, is_new))
+    job.frozen_rows = processes.from_first(lambda: _start(run, model, job, is_new))
     processes.share_weights(model)
     n_rows, max_seq_length = job.rows.n_rows, recipe.training.max_seq_length
     run.log("model", parameters=model.num_parameters(), rows=n_rows, max_seq_length=max_seq_length)
@@ -310,7 +308,7 @@ def _finish(
     run: RunFolder, job: Job, model: GenLMForCausalLM, begin: Checkpoint | None, stop: StopRequest
 ) -> RunFolder:
     """Train, save and measure."""
-    with tracking(run, job.recipe, is_again=begin is not None):
+    with tracking(run, job.recipe, is_resuming=begin is not None):
         if begin is not None:
             run.log("resumed", step=begin.progress.step)
         trained = _fit(run, job, model, begin, stop)
@@ -339,15 +337,15 @@ def _fit(
         job.budget.spent_s = job.budget.elapsed_s
         model = _build(run, job, is_new=back is None)
         try:
-            return fit(run, model, job, back, stop, rate_scale=0.5)
+            return fit(run, model, job, back, stop, lr_scale=0.5)
         except Diverged as again:
             raise _diverged_twice(again.step, rate) from again
 
 
 def _diverged_twice(step: int, rate: float) -> UserError:
     return UserError(
-        f"the loss is no finite number after step {step}, at half of the rate either: start a new run with a "
-        f"training.learning_rate well below {rate:g}"
+        f"the loss became NaN or infinite at step {step}, also at half the learning rate: start a new run "
+        f"with a training.learning_rate well below {rate:g}"
     )
 
 

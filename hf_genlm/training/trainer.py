@@ -1,4 +1,4 @@
-"""Trainer as a run uses it: its arguments, a rate that follows the budget, and what happens between steps."""
+"""Trainer with a budget: learning rate by progress, exact batches over processes, atomic checkpoints."""
 
 import copy
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.balanced import BalancedRows
 from hf_genlm.training.budget import Budget, trapezoid
 from hf_genlm.training.callbacks import Diverged
-from hf_genlm.training.checkpoints import Progress, clear_parts, part_of, seal
-from hf_genlm.training.lanes import Lanes
+from hf_genlm.training.carried_state import StateCallback
+from hf_genlm.training.checkpoints import Progress, commit_checkpoint, pending_folder, remove_pending
 from hf_genlm.training.processes import (
     RowsAndBlank,
     SharedOrder,
@@ -35,10 +35,11 @@ from hf_genlm.training.processes import (
 
 
 class BudgetTrainer(Trainer):
-    """Trainer with the learning rate tied to the budget: it reaches 0 when the time or the steps are up.
+    """Trainer whose learning rate follows the budget: it reaches 0 when the time or the steps are up.
 
-    With `lanes` it takes the rows in their order and carries the recurrent states. Its checkpoints are those
-    of checkpoints.py; on a full disk one is missed, and the run goes on.
+    `carried`, where recurrent states are carried, also gives the order of the rows. Checkpoints are those of
+    checkpoints.py; on a full disk one is left out, and training continues. `lr_scale` multiplies every
+    learning rate, also after a resumption, and `is_rate_halved` is noted in the checkpoints.
     """
 
     def __init__(
@@ -46,29 +47,29 @@ class BudgetTrainer(Trainer):
         run: RunFolder,
         budget: Budget,
         recipe: TrainingRecipe,
-        lanes: Lanes | None = None,
-        rate_scale: float = 1.0,
+        carried: StateCallback | None = None,
+        lr_scale: float = 1.0,
         is_rate_halved: bool = False,
         was_stopped: Callable[[], bool] = lambda: False,
         **kwargs: Any,
     ):
-        self.run, self.budget, self.recipe, self.lanes = run, budget, recipe, lanes
-        self.rate_scale, self.is_rate_halved = rate_scale, is_rate_halved
+        self.run, self.budget, self.recipe, self.carried = run, budget, recipe, carried
+        self.lr_scale, self.is_rate_halved = lr_scale, is_rate_halved
         self.saved_step: int | None = None
         self._was_stopped = was_stopped
         super().__init__(**kwargs)
-        if lanes is not None:
-            self.add_callback(lanes)
+        if carried is not None:
+            self.add_callback(carried)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Over the rows; several processes share a blank one behind them that fills the last step."""
+        """Return the loader of the rows; several processes also read the blank row that fills up a step."""
         if count() > 1 and not isinstance(self.train_dataset, (RowsAndBlank, IterableDataset)):
             self.train_dataset = RowsAndBlank(self.train_dataset)
         return super().get_train_dataloader()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        if self.lanes is not None:
-            return self.lanes.order
+        if self.carried is not None:
+            return self.carried.sampler
         is_shared = isinstance(self.train_dataset, RowsAndBlank)
         rows: Any = getattr(self.train_dataset, "rows", self.train_dataset)  # without the blank one
         draw = rows.order if isinstance(rows, BalancedRows) else None
@@ -78,12 +79,14 @@ class BudgetTrainer(Trainer):
         return SharedOrder(len(rows), n_at_once, self.args.seed, lambda: int(self.state.epoch or 0), draw)
 
     def is_stopped(self) -> bool:
-        """True if one process was asked to stop; all of them must ask together, after a step."""
+        """Return True if a process was asked to stop. Every process must call it, after the same step."""
         return not all_of(not self._was_stopped())
 
     def whole_model(self) -> GenLMForCausalLM | None:
-        """In the first process the model with all of its weights: itself, or where it is sharded a copy. All
-        processes must call this; the others get None."""
+        """Return the model with all of its weights in the first process, None in the others.
+
+        A sharded model is copied. Every process must call it.
+        """
         model: Any = self.model
         if not is_sharded():
             return model if is_first() else None
@@ -96,42 +99,42 @@ class BudgetTrainer(Trainer):
         return whole
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """As Trainer's, at `rate_scale` of the recipe's rates."""
+        """Create the optimizer, with `lr_scale` times the learning rates of the recipe."""
         optimizer = super().create_optimizer(model)
         for group in optimizer.param_groups:
-            group["lr"] *= self.rate_scale
+            group["lr"] *= self.lr_scale
         return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.lanes is not None:
-            self.lanes.load(resume_from_checkpoint)
+        if self.carried is not None:
+            self.carried.load(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         for group in self.optimizer.param_groups:
-            group["lr"] *= self.rate_scale
-            group["initial_lr"] *= self.rate_scale
-        self.lr_scheduler.base_lrs = [rate * self.rate_scale for rate in self.lr_scheduler.base_lrs]
+            group["lr"] *= self.lr_scale
+            group["initial_lr"] *= self.lr_scale
+        self.lr_scheduler.base_lrs = [rate * self.lr_scale for rate in self.lr_scheduler.base_lrs]
 
     def _get_output_dir(self, trial: Any = None) -> str:
-        return str(part_of(self.run.checkpoints))
+        return str(pending_folder(self.run.checkpoints))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         step, folder = self.state.global_step, self.run.checkpoints
         failures: list[str] = []
         self._check_finite(model)
-        from_first(lambda: clear_parts(folder))
+        from_first(lambda: remove_pending(folder))
         with note_no_space(failures.append):
             super()._save_checkpoint(model, trial)
-            self._save_states(part_of(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}")
+            self._save_states(pending_folder(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}")
         budget = self.budget
         progress = Progress(step, budget.elapsed_s, budget.seconds, budget.steps, self.is_rate_halved)
 
         def finish() -> str | None:
             with note_no_space(failures.append):
                 if not failures:
-                    seal(folder, progress, keep=self.recipe.save_total_limit)
+                    commit_checkpoint(folder, progress, keep=self.recipe.save_total_limit)
             return failures[0] if failures else None
 
         if not all_of(not failures):
@@ -141,15 +144,15 @@ class BudgetTrainer(Trainer):
             self.saved_step = step
             self.run.log("checkpoint", step=step)
         else:
-            self.run.log("note", message=f"no checkpoint after step {step}: {failure}; training goes on")
+            self.run.log("note", message=f"no checkpoint after step {step}: {failure}; training continues")
 
     def _save_states(self, folder: Path) -> None:
-        """What goes into a checkpoint besides Trainer's own."""
-        if self.lanes is not None:
-            self.lanes.save(folder)
+        """Write what a checkpoint holds besides Trainer's files."""
+        if self.carried is not None:
+            self.carried.save(folder)
 
     def _check_finite(self, model: torch.nn.Module) -> None:
-        """A checkpoint is one to go back to."""
+        """Refuse to save a state from which nothing can be resumed."""
         values = [self._tr_loss, *(getattr(p, "_local_tensor", p) for p in model.parameters())]
         if not all_of(all(bool(torch.isfinite(value).all()) for value in values)):
             raise Diverged(self.state.global_step)
@@ -165,19 +168,19 @@ class BudgetTrainer(Trainer):
         return self.lr_scheduler
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The loss without logits, which nothing here reads, and with the recipe's own terms."""
-        if self.lanes is not None and model.training:
-            inputs = self.lanes.going_on(inputs)
+        """Compute the loss without logits, which nothing here reads, with the terms of the recipe."""
+        if self.carried is not None and model.training:
+            inputs = self.carried.add_states(inputs)
         terms = {"label_smoothing": self.recipe.label_smoothing_factor, "z_loss": self.recipe.z_loss}
         return super().compute_loss(model, {**inputs, "skip_logits": True, **terms}, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """0: transformers' estimate walks all parameters at every step and is wrong for tied heads."""
+        """Return 0: transformers' estimate is slow, and wrong for tied heads."""
         return 0
 
 
 def training_arguments_of(run: RunFolder, training: TrainingRecipe, budget: Budget) -> TrainingArguments:
-    """What a resolved recipe means to Trainer; the batch is this process's share.
+    """Return Trainer's arguments for a resolved recipe; the batch size is this process's share.
 
     Raises:
         UserError: an unknown dtype, a batch that the processes cannot share, or several GPUs in one process.
@@ -202,7 +205,7 @@ def training_arguments_of(run: RunFolder, training: TrainingRecipe, budget: Budg
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        accelerator_config={"dispatch_batches": False},  # of a stream, each process takes its rows by itself
+        accelerator_config={"dispatch_batches": False},  # each process takes its own rows of a stream
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # no buffer of a model changes in training
@@ -227,5 +230,5 @@ def check_compiler(backend: str | None) -> None:
 
 
 def computes_bfloat16() -> bool:
-    """True if the device multiplies bfloat16 natively; emulated on a CPU it can be 100 times slower."""
+    """Return True if the device multiplies bfloat16 natively: emulation on a CPU can be 100 times slower."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

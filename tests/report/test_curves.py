@@ -27,7 +27,7 @@ from hf_genlm.report.curves import (
 )
 from hf_genlm.report.figures import escape_label
 from hf_genlm.run_folder import RunFolder
-from hf_genlm.training import callbacks, trackers
+from hf_genlm.training import trackers
 from hf_genlm.training.budget import Budget
 from hf_genlm.training.callbacks import LogCallback, Pace
 from hf_genlm.training.trackers import tracking
@@ -76,13 +76,10 @@ def titles(figure) -> list[str]:
 
 
 @pytest.mark.parametrize("n_steps", [100, 20_000])
-def test_a_log_does_not_grow_with_its_run_and_its_losses_are_the_mean_of_all_steps(
-    n_steps, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(callbacks, "_LOG_EVERY_S", 0.0)
+def test_a_log_does_not_grow_with_its_run_and_its_losses_are_the_mean_of_all_steps(n_steps, tmp_path):
     told = []
     run = RunFolder.create(tmp_path / "run", lambda event, fields: told.append(fields))
-    log = LogCallback(run, Budget(steps=n_steps), Pace(None, 4, 16))
+    log = LogCallback(run, Budget(steps=n_steps), Pace(None, 4, 16), every_steps=1)
     state = SimpleNamespace(global_step=0, log_history=[])
     log.on_train_begin(None, state, None)
     true_losses = np.random.default_rng(0).normal(3, 1, n_steps)
@@ -107,10 +104,9 @@ def test_a_log_does_not_grow_with_its_run_and_its_losses_are_the_mean_of_all_ste
         assert event["grad_norm"] is None
 
 
-def test_a_log_that_is_gone_on_with_gets_no_more_than_its_share(tmp_path, monkeypatch):
-    monkeypatch.setattr(callbacks, "_LOG_EVERY_S", 0.0)
+def test_the_log_of_a_resumed_run_gets_no_more_than_its_share(tmp_path):
     run = RunFolder.create(tmp_path / "run")
-    log = LogCallback(run, Budget(steps=100_000), Pace(None, 4, 16))
+    log = LogCallback(run, Budget(steps=100_000), Pace(None, 4, 16), every_steps=1)
     state = SimpleNamespace(global_step=90_000, log_history=[])
     log.on_train_begin(None, state, None)
     for number in range(90_001, 100_001):
@@ -120,12 +116,11 @@ def test_a_log_that_is_gone_on_with_gets_no_more_than_its_share(tmp_path, monkey
     assert 190 <= len(run.read_log()) <= 201
 
 
-def test_the_speed_is_that_of_the_steps_without_what_runs_between_them(tmp_path, monkeypatch):
+def test_the_speed_is_that_of_the_steps_without_what_runs_between_them(tmp_path):
     """Steps of a second; after the second one, half a minute of validation; no event but of 2 and 4."""
     now = 0.0
-    monkeypatch.setattr("hf_genlm.training.budget.time.monotonic", lambda: now)
     run = RunFolder.create(tmp_path / "run")
-    budget = Budget(steps=4)
+    budget = Budget(steps=4, clock=lambda: now)
     budget.start()
     log = LogCallback(run, budget, Pace(None, 4, 16))
     state = SimpleNamespace(global_step=0, log_history=[])
@@ -278,11 +273,9 @@ def test_several_runs_in_one_picture():
 def tracked(text_folder, tmp_path_factory):
     """A run with two validations and two samples at each, and TensorBoard's files."""
     out = tmp_path_factory.mktemp("runs") / "tracked"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(callbacks, "_LOG_EVERY_S", 0.0)
-        more = ("training.num_validations=2", "training.num_samples=2", "training.report_to=tensorboard")
-        settings = [word for setting in more for word in ("--set", setting)]
-        assert main(["train", str(text_folder), "--out", str(out), *ARGUMENTS, *settings]) == 0
+    more = ("training.num_validations=2", "training.num_samples=2", "training.report_to=tensorboard")
+    settings = [word for setting in more for word in ("--set", setting)]
+    assert main(["train", str(text_folder), "--out", str(out), *ARGUMENTS, *settings]) == 0
     return RunFolder.open(out)
 
 
@@ -372,7 +365,7 @@ def test_tensorboard_has_every_number_of_the_log(tracked):
     assert found["final/perplexity"] == {30: pytest.approx(final["perplexity"], rel=1e-6)}
 
 
-def test_a_resumed_run_hides_what_it_went_back_behind(text_folder, tmp_path, every_step):
+def test_a_resumed_run_hides_what_it_went_back_behind(text_folder, tmp_path):
     recipe = load_recipe(
         None,
         [
@@ -414,12 +407,12 @@ def test_trackio_has_the_numbers_in_its_store_without_a_network(tmp_path, monkey
     recipe = Recipe()
     recipe.training.report_to = ["trackio"]
     run = RunFolder.create(tmp_path / "run")
-    with tracking(run, recipe, is_again=False):
+    with tracking(run, recipe, is_resuming=False):
         run.log("step", step=1, loss=2.5, learning_rate=0.1, grad_norm=None, tokens=64, left_s=3.0)
         run.tell("step", step=2, loss=9.0)
         run.log("sample", step=2, prompt="", text="once")
         run.log("evaluated", measurements=[{"name": "bits_per_byte", "value": 1.5}])
-    with tracking(run, recipe, is_again=True):
+    with tracking(run, recipe, is_resuming=True):
         run.log("step", step=3, loss=2.0)
     assert list((tmp_path / "store").glob("hf_genlm*"))
     kept = [
@@ -445,7 +438,7 @@ def test_a_tracker_that_is_not_there_is_named_before_anything_is_read(tmp_path, 
         load_recipe(None, ["training.report_to=tensorbord"])
 
 
-def test_a_signal_closes_the_trackers(text_folder, tmp_path, every_step, monkeypatch):
+def test_a_signal_closes_the_trackers(text_folder, tmp_path, monkeypatch):
     closed = []
     monkeypatch.setattr(trackers.TensorBoard, "close", lambda self: closed.append(self._writer.close()))
     recipe = load_recipe(

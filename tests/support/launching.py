@@ -47,9 +47,8 @@ def start(command: list[str], n: int = 2) -> subprocess.Popen:
 TRAINED = {False: ["DistributedDataParallel", "Parameter"], True: ["FSDPGenLMForCausalLM", "DTensor"]}
 
 
-def compare_with_one(jobs, folder, monkeypatch) -> None:
+def compare_with_one(jobs, folder) -> None:
     """Each job by two processes, and by this one: the same losses, and the same weights to rounding."""
-    monkeypatch.setattr("hf_genlm.training.callbacks._LOG_EVERY_S", 0.0)
     folder.mkdir(exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
     done = start([str(ROOT / "tests" / "support" / "several.py"), str(folder / "jobs.json")])

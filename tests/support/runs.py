@@ -14,6 +14,7 @@ SMALL = [
     "model.num_attention_heads=2",
     "training.max_seq_length=32",
     "training.batch_size=8",
+    "training.logging_steps=1",
     "training.num_samples=0",
     "training.steps=30",
     "training.num_validations=1",
@@ -38,9 +39,3 @@ def small_recipe(text_folder, *assignments: str) -> Recipe:
 
 def losses(run) -> list[float]:
     return [event["loss"] for event in run.read_log() if event["event"] == "step"]
-
-
-@pytest.fixture
-def every_step(monkeypatch):
-    """Log each step instead of twice a second."""
-    monkeypatch.setattr("hf_genlm.training.callbacks._LOG_EVERY_S", 0.0)

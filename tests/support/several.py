@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from hf_genlm.config.recipe import load_recipe
-from hf_genlm.training import callbacks, trainer
+from hf_genlm.training import trainer
 from hf_genlm.training.processes import index, is_first
 from hf_genlm.training.train import train
 
@@ -26,7 +26,6 @@ SHARDED = {
 
 
 def run(jobs: list[dict], folder: Path) -> None:
-    callbacks._LOG_EVERY_S = 0.0  # each step
     for job in jobs:
         for name, value in SHARDED.items():
             os.environ.pop(name, None)

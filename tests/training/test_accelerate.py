@@ -68,9 +68,8 @@ def launched(config: str, *words: str, **more: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_two_launchers_train_what_one_process_trains(text_folder, tmp_path, monkeypatch):
+def test_two_launchers_train_what_one_process_trains(text_folder, tmp_path):
     """As on two machines, which have no memory in common."""
-    monkeypatch.setattr("hf_genlm.training.callbacks._LOG_EVERY_S", 0.0)
     settings = [*SMALL, f"corpus.sources={text_folder}", *SHORT, "training.num_threads=1"]
     one = train(load_recipe(None, settings), tmp_path / "one")
     jobs = [{"name": "several", "sharded": False, "assignments": settings}]
@@ -106,10 +105,9 @@ def run_by_deepspeed(stage: int, folder: Path, **job) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_trains_the_same(text_folder, tmp_path, monkeypatch, stage):
+def test_deepspeed_trains_the_same(text_folder, tmp_path, stage):
     """With a validation and a checkpoint; and one that ends at that, resumed, comes to the same weights."""
     pytest.importorskip("deepspeed", reason="pip install deepspeed")
-    monkeypatch.setattr("hf_genlm.training.callbacks._LOG_EVERY_S", 0.0)
     settings = [*SMALL, f"corpus.sources={text_folder}", *SHORT, "training.save_steps=4"]
     one = train(load_recipe(None, settings), tmp_path / "one")
     assert run_by_deepspeed(stage, tmp_path, name="whole", assignments=settings) == 0

@@ -30,7 +30,7 @@ from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.encoding import TokenizedDocuments
 from hf_genlm.text.packing import PackedRows, collate, position_ids_of
 from hf_genlm.training.budget import Budget, resolve, trapezoid
-from hf_genlm.training.lanes import STATE_FILE, LaneOrder, Lanes
+from hf_genlm.training.carried_state import STATE_FILE, ContiguousSampler, StateCallback
 from hf_genlm.training.optimizer import OptimizerFactory
 from hf_genlm.training.train import train
 from hf_genlm.training.trainer import BudgetTrainer
@@ -196,39 +196,39 @@ def test_a_compiled_model_carries_too(stack, backend):
 # Training
 
 
-@pytest.mark.parametrize(("n_rows", "n_lanes"), [(23, 4), (24, 4), (9, 4), (5, 1), (100, 7)])
-def test_every_lane_reads_rows_one_after_another_and_an_epoch_leaves_out_fewer_than_lanes(n_rows, n_lanes):
-    order = LaneOrder(n_rows, n_lanes, seed=3)
+@pytest.mark.parametrize(("n_rows", "n_sequences"), [(23, 4), (24, 4), (9, 4), (5, 1), (100, 7)])
+def test_every_sequence_reads_contiguous_rows_and_an_epoch_leaves_out_less_than_a_step(n_rows, n_sequences):
+    order = ContiguousSampler(n_rows, n_sequences, seed=3)
     left_out = []
     for epoch in range(40):
         order.epoch = epoch
-        steps = np.array(list(order)).reshape(-1, n_lanes)
+        steps = np.array(list(order)).reshape(-1, n_sequences)
         assert len(order) == steps.size
         assert (np.diff(steps, axis=0) % n_rows == 1).all()
-        assert len(np.unique(steps)) == steps.size > n_rows - n_lanes
+        assert len(np.unique(steps)) == steps.size > n_rows - n_sequences
         left_out.append(tuple(sorted(set(range(n_rows)) - set(steps.flatten()))))
     assert list(order) == list(order)
-    if n_rows % n_lanes:
+    if n_rows % n_sequences:
         assert len(set(left_out)) > 3
 
 
 def test_too_few_rows_are_refused():
     with pytest.raises(UserError, match="7 rows of text are less than two for each of the 4"):
-        LaneOrder(7, 4, seed=0)
+        ContiguousSampler(7, 4, seed=0)
 
 
 @pytest.mark.parametrize(("per_device", "passes"), [(1, 1), (2, 1), (1, 3), (2, 2)])
-def test_each_process_keeps_to_its_lanes(per_device, passes):
-    """Trainer deals batches out by accelerate: pass m of every step must be the same lanes of a process."""
+def test_each_process_keeps_to_its_sequences(per_device, passes):
+    """accelerate distributes Trainer's batches: pass m of every step must have the same sequences."""
     processes, n_rows = 3, 97
-    order = LaneOrder(n_rows, per_device * passes * processes, seed=0)
+    order = ContiguousSampler(n_rows, per_device * passes * processes, seed=0)
     every = []
     for process in range(processes):
         shard = BatchSamplerShard(BatchSampler(order, per_device, False), processes, process)
         rows = np.array(list(shard)).reshape(order.n_steps, passes, per_device)
         assert (np.diff(rows, axis=0) % n_rows == 1).all()
         every.append(rows)
-    # and all lanes of a step, as `Lanes.save` puts them together: passes, processes, rows
+    # and all sequences of a step, as `StateCallback.save` puts them together: passes, processes, rows
     together = np.stack(every, axis=2).reshape(order.n_steps, -1)
     assert together.flatten().tolist() == list(order)
 
@@ -242,8 +242,8 @@ class StopAt(TrainerCallback):
 
 
 RECIPE = TrainingRecipe(learning_rate=0.01, embedding_lr_ratio=1.0, weight_decay=0.1, carry_state=True)
-STEPS = 12  # the rows make 4 steps of an epoch for 4 lanes
-LANES = 4
+STEPS = 12  # the rows make 4 steps of an epoch for 4 sequences
+N_SEQUENCES = 4
 
 
 def trainer_of(
@@ -252,13 +252,13 @@ def trainer_of(
     rows, run = packed(), RunFolder(folder)
     run.path.mkdir(exist_ok=True)
     args = TrainingArguments(
-        folder, max_steps=STEPS, per_device_train_batch_size=LANES // passes // processes, use_cpu=True,
+        folder, max_steps=STEPS, per_device_train_batch_size=N_SEQUENCES // passes // processes, use_cpu=True,
         gradient_accumulation_steps=passes, save_strategy="steps", save_steps=save_steps, disable_tqdm=True,
         remove_unused_columns=False, learning_rate=RECIPE.learning_rate,
     )  # fmt: skip
     return BudgetTrainer(
-        run=run, budget=Budget(steps=STEPS), recipe=RECIPE, lanes=Lanes(args, len(rows)), model=model,
-        args=args, train_dataset=rows, data_collator=collate,
+        run=run, budget=Budget(steps=STEPS), recipe=RECIPE, carried=StateCallback(args, len(rows)),
+        model=model, args=args, train_dataset=rows, data_collator=collate,
         callbacks=[] if stop is None else [StopAt(stop)],
         optimizer_cls_and_kwargs=(OptimizerFactory, {"recipe": RECIPE}),
     )  # fmt: skip
@@ -269,11 +269,11 @@ def by_a_plain_loop(model) -> torch.Tensor:
     rows = packed()
     optimizer = OptimizerFactory()(model.train(), RECIPE)
     rates = [group["lr"] for group in optimizer.param_groups]
-    order = LaneOrder(len(rows), LANES, seed=42)  # Trainer's default
+    order = ContiguousSampler(len(rows), N_SEQUENCES, seed=42)  # Trainer's default
     step = 0
     for order.epoch in range(3):
         carried = CarriedState()
-        for chosen in np.array(list(order)).reshape(-1, LANES):
+        for chosen in np.array(list(order)).reshape(-1, N_SEQUENCES):
             share = trapezoid((step + 0.5) / STEPS, RECIPE.warmup_ratio, RECIPE.decay_ratio)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * share
@@ -289,7 +289,7 @@ def by_a_plain_loop(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["lstm", "bigram"])
-def test_training_equals_a_plain_loop_however_the_lanes_are_accumulated(name, tmp_path):
+def test_training_equals_a_plain_loop_however_the_sequences_are_accumulated(name, tmp_path):
     expected = by_a_plain_loop(recurrent_model(name))
     for passes in (1, 2, 4):
         trainer = trainer_of(recurrent_model(name), tmp_path / str(passes), passes)
@@ -323,7 +323,7 @@ def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(stop, undisturbed, tmp
     assert torch.equal(resume(), undisturbed)
     # the states are part of that, but where an epoch begins
     states = load_file(checkpoint / STATE_FILE)
-    assert all(len(state) == LANES for state in states.values())
+    assert all(len(state) == N_SEQUENCES for state in states.values())
     save_file({name: torch.zeros_like(state) for name, state in states.items()}, checkpoint / STATE_FILE)
     assert torch.equal(resume(), undisturbed) == (stop == 8)
 
@@ -334,14 +334,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     checkpoint = tmp_path / "checkpoints/checkpoint-1"
     args = TrainingArguments(tmp_path, per_device_train_batch_size=2, use_cpu=True)
     with pytest.raises(UserError, match="has the states of 4 rows a step, and this run takes 2"):
-        Lanes(args, 40).load(checkpoint)
+        StateCallback(args, 40).load(checkpoint)
     (checkpoint / STATE_FILE).unlink()
     with pytest.raises(UserError, match="its run carried no states"):
         trainer_of(build_model("gru"), tmp_path).train(resume_from_checkpoint=str(checkpoint))
 
 
 def _as_a_process(folder: str) -> None:
-    """What each of two processes runs: two lanes of the four."""
+    """What each of two processes runs: two sequences of the four."""
     trainer = trainer_of(recurrent_model("bigram"), folder, passes=1, processes=2)
     trainer.train()
     if trainer.args.process_index == 0:

@@ -19,8 +19,7 @@ from hf_genlm.text import store
 from hf_genlm.text.corpus import read_corpus
 from hf_genlm.text.store import Document, as_documents
 from hf_genlm.training.budget import Budget
-from hf_genlm.training.callbacks import Pace
-from hf_genlm.training.milestones import WordRate, WordsCallback, name_of, read_milestones
+from hf_genlm.training.callbacks import MilestoneCallback, Pace, WordRate, milestone_name, read_milestones
 from hf_genlm.training.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -34,14 +33,14 @@ def recipe_of(text: Path, *assignments: str) -> Recipe:
 
 def test_the_schedule_of_the_challenge_and_numbers_of_ones_own():
     found = read_milestones(["babylm"])
-    assert [name_of(words) for words in found] == [
+    assert [milestone_name(words) for words in found] == [
         f"chck_{n}M" for n in (*range(1, 10), *range(10, 100, 10), *range(100, 1001, 100))
     ]
     assert read_milestones(["2M", "500k", "7", "2000000"]) == [7, 500_000, 2 * MILLION]
-    assert [name_of(words) for words in (7, 500_000, 1_500_000, 10**9)] == [
+    assert [milestone_name(words) for words in (7, 500_000, 1_500_000, 10**9)] == [
         "chck_7", "chck_500K", "chck_1500K", "chck_1000M",
     ]  # fmt: skip
-    assert all(re.fullmatch(r"[A-Za-z0-9_]+", name_of(words)) for words in found)
+    assert all(re.fullmatch(r"[A-Za-z0-9_]+", milestone_name(words)) for words in found)
     for word in ("0", "1.5M", "-3", "babylmm", "1T", ""):
         with pytest.raises(UserError, match="is no number such as 500K or 1M"):
             read_milestones([word])
@@ -92,7 +91,7 @@ def test_each_has_the_weights_of_its_step_in_a_run_without_any(kept, text_folder
     assert not plain.milestones.exists()
     assert (plain.model / "model.safetensors").read_bytes() == (kept.model / "model.safetensors").read_bytes()
     for words, step in steps.items():
-        found = load_file(kept.milestones / name_of(words) / "model.safetensors")
+        found = load_file(kept.milestones / milestone_name(words) / "model.safetensors")
         assert found.keys() == weights[step].keys()
         assert all(torch.equal(found[name], weights[step][name]) for name in found)
 
@@ -150,21 +149,21 @@ def test_a_run_that_is_gone_on_with_writes_none_twice(kept, text_folder, tmp_pat
         assert (run.milestones / file).read_bytes() == (kept.milestones / file).read_bytes()
 
 
-def walk(run: RunFolder, budget: Budget, took_s: float, monkeypatch, **options) -> list[tuple[int, int]]:
-    """(words, step) of what the callback keeps in ten steps of 10 words and a second each."""
+def walk(run: RunFolder, took_s: float, is_retry: bool = False, **limit) -> list[tuple[int, int]]:
+    """(words, step) of what the callback saves in ten steps of 10 words and a second each."""
     now = 0.0
-    monkeypatch.setattr("hf_genlm.training.budget.time.monotonic", lambda: now)
-    kept = []
+    saved = []
+    budget = Budget(clock=lambda: now, **limit)
 
-    def keep(model, words, step):
+    def save(model, words, step):
         nonlocal now
         now += took_s
-        kept.append((words, step))
-        (run.milestones / name_of(words)).mkdir(parents=True)
+        saved.append((words, step))
+        (run.milestones / milestone_name(words)).mkdir(parents=True)
 
     budget.start()
-    callback = WordsCallback(
-        run, budget, Pace(None, 2, 5), WordRate(1, 1), [15, 20, 60, 100], keep, **options
+    callback = MilestoneCallback(
+        run, budget, Pace(None, 2, 5), WordRate(1, 1), [15, 20, 60, 100], save, is_retry
     )
     state = SimpleNamespace(global_step=0)
     callback.on_train_begin(None, state, None)
@@ -172,21 +171,21 @@ def walk(run: RunFolder, budget: Budget, took_s: float, monkeypatch, **options) 
         now += 1.0
         state.global_step = step
         callback.on_step_end(None, state, SimpleNamespace(), model=None)
-    return kept
+    return saved
 
 
-def test_a_second_try_takes_the_place_of_the_first(tmp_path, monkeypatch):
+def test_a_retry_writes_the_milestones_again(tmp_path):
     run = RunFolder.create(tmp_path / "run")
     every = [(15, 2), (20, 2), (60, 6), (100, 10)]
-    assert walk(run, Budget(steps=10), 0.0, monkeypatch) == every
-    assert walk(run, Budget(steps=10), 0.0, monkeypatch) == []
-    assert walk(run, Budget(steps=10), 0.0, monkeypatch, is_second_try=True) == every
+    assert walk(run, 0.0, steps=10) == every
+    assert walk(run, 0.0, steps=10) == []
+    assert walk(run, 0.0, is_retry=True, steps=10) == every
 
 
-def test_the_clock_leaves_out_what_it_has_no_time_for(tmp_path, monkeypatch):
+def test_a_milestone_that_there_is_no_time_for_is_left_out(tmp_path):
     """The writings take 2 s each of 14 s; the last would begin at its 16th."""
     run = RunFolder.create(tmp_path / "run")
-    assert walk(run, Budget(seconds=14.0), 2.0, monkeypatch) == [(15, 2), (20, 2), (60, 6)]
+    assert walk(run, 2.0, seconds=14.0) == [(15, 2), (20, 2), (60, 6)]
     assert [event["message"] for event in run.read_log()] == [
         "chck_100 was not written: no time was left for it"
     ]

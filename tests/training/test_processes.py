@@ -196,7 +196,7 @@ MORE = {
 }
 
 
-def test_two_processes_train_what_one_trains(text_folder, five_documents, tmp_path, monkeypatch):
+def test_two_processes_train_what_one_trains(text_folder, five_documents, tmp_path):
     """Whole and sharded by FSDP2: with tied and untied heads, the table of pairs, accumulation, the end of an
     epoch, validation and samples between steps, without a cache, from a stream, and of languages that are
     balanced; with a tracker and models along the way. (Attention is in the long form.)"""
@@ -209,7 +209,7 @@ def test_two_processes_train_what_one_trains(text_folder, five_documents, tmp_pa
     named = f"corpus.languages=eng={text_folder}/[a-b]*.txt,deu={text_folder}/[!a-b]*.txt"
     of_languages = [*SMALL, *short, named, "corpus.temperature=100"]
     jobs.append({"name": "languages", "sharded": False, "assignments": of_languages})
-    compare_with_one(jobs, tmp_path / "runs", monkeypatch)
+    compare_with_one(jobs, tmp_path / "runs")
     for job in jobs:
         run = RunFolder(tmp_path / "runs" / job["name"])
         assert [path.name for path in sorted(run.milestones.iterdir())] == ["chck_100", "chck_300"]
@@ -218,10 +218,10 @@ def test_two_processes_train_what_one_trains(text_folder, five_documents, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
-def test_two_processes_train_what_one_trains_over_many_steps(five_documents, tmp_path, sharded, monkeypatch):
+def test_two_processes_train_what_one_trains_over_many_steps(five_documents, tmp_path, sharded):
     decoders = ["lstm", "gated_linear", "transformer", "hybrid"]
     jobs = jobs_of(five_documents, decoders, {**MORE, "all": ["training.steps=50"]}, sharded)
-    compare_with_one(jobs, tmp_path / "runs", monkeypatch)
+    compare_with_one(jobs, tmp_path / "runs")
 
 
 def loop_of_ones_own():
@@ -234,8 +234,7 @@ def loop_of_ones_own():
 @pytest.mark.parametrize(
     "more", [[], [*LAST_ROWS, "training.label_smoothing_factor=0.1", "model.dropout=0.1"]]
 )
-def test_the_loop_of_ones_own_has_the_same_losses(five_documents, tmp_path, monkeypatch, more):
-    monkeypatch.setattr("hf_genlm.training.callbacks._LOG_EVERY_S", 0.0)
+def test_the_loop_of_ones_own_has_the_same_losses(five_documents, tmp_path, more):
     assignments = [
         *SMALL,
         f"corpus.sources={five_documents}",
@@ -253,8 +252,7 @@ def test_the_loop_of_ones_own_has_the_same_losses(five_documents, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_the_loop_by_two_processes(five_documents, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_genlm.training.callbacks._LOG_EVERY_S", 0.0)
+def test_the_loop_by_two_processes(five_documents, tmp_path):
     run = train(load_recipe(None, [*SMALL, f"corpus.sources={five_documents}", *LAST_ROWS]), tmp_path / "run")
     loop = str(ROOT / "recipes" / "train_loop.py")
     done = start([loop, str(run.recipe), str(tmp_path / "loop")])

@@ -41,7 +41,7 @@ def recipe_of(sources, *assignments: str):
     return load_recipe(None, [*SMALL, "tokenizer.vocab_size=300", *texts, *assignments])
 
 
-def test_a_streamed_run_has_the_losses_of_one_in_memory(sources, tmp_path, every_step, monkeypatch):
+def test_a_streamed_run_has_the_losses_of_one_in_memory(sources, tmp_path, monkeypatch):
     """The same rows in the same order, from the same tokenizer and the same start: every bit is the same."""
     make = train_module.training_arguments_of
 

@@ -25,14 +25,14 @@ from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.model import DECODERS, GenLMForCausalLM
 from hf_genlm.training import budget as budget_module
 from hf_genlm.training.budget import Budget, budget_of, decay_for, resolve, trapezoid
-from hf_genlm.training.callbacks import MilestoneCallback, Pace
+from hf_genlm.training.callbacks import Pace, ValidationCallback
 from hf_genlm.training.optimizer import OptimizerFactory
 from hf_genlm.training.train import train
 from hf_genlm.training.trainer import BudgetTrainer
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_every_decoder_trains_and_is_measured(decoder, text_folder, tmp_path, every_step):
+def test_every_decoder_trains_and_is_measured(decoder, text_folder, tmp_path):
     heard = []
     recipe = small_recipe(text_folder, f"model.decoder={decoder}", "training.num_samples=2")
     run = train(recipe, tmp_path / "run", lambda event, fields: heard.append(event))
@@ -71,7 +71,7 @@ def test_every_decoder_trains_and_is_measured(decoder, text_folder, tmp_path, ev
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
 
 
-def test_accumulation_gives_the_same_losses(text_folder, tmp_path, every_step):
+def test_accumulation_gives_the_same_losses(text_folder, tmp_path):
     curves = {}
     for batch, accumulation in ((8, 1), (4, 2)):
         recipe = small_recipe(
@@ -115,7 +115,7 @@ def test_a_tokenizer_of_ones_own_is_used(text_folder, tmp_path):
     assert read_measurements(again.evaluation) == read_measurements(first.evaluation)
 
 
-def test_samples_and_validations_do_not_change_training(text_folder, tmp_path, every_step):
+def test_samples_and_validations_do_not_change_training(text_folder, tmp_path):
     recipe = small_recipe(text_folder, "training.steps=8", "model.dropout=0.1", "training.num_samples=2")
     with_them = train(recipe, tmp_path / "a")
     recipe.training.num_validations = 0
@@ -123,7 +123,7 @@ def test_samples_and_validations_do_not_change_training(text_folder, tmp_path, e
     assert losses(train(recipe, tmp_path / "b")) == losses(with_them)
 
 
-def test_minutes_end_the_run_with_the_rate_at_zero(text_folder, tmp_path, every_step, monkeypatch):
+def test_minutes_end_the_run_with_the_rate_at_zero(text_folder, tmp_path, monkeypatch):
     """By a clock of our own, which a busy machine does not move."""
     now = itertools.count(0.0, 0.01)
     monkeypatch.setattr(budget_module.time, "monotonic", lambda: next(now))
@@ -187,27 +187,26 @@ def test_pace_counts_the_short_step_at_the_end_of_an_epoch():
     assert [pace.tokens(step) for step in (0, 1, 2, 3, 4)] == [0, 12, 24, 30, 42]
 
 
-def test_milestones_come_once_each_and_never_at_the_end():
+def test_validations_come_once_each_and_never_at_the_end():
     seen, budget = [], Budget(steps=100)
-    callback = MilestoneCallback(budget, 4, lambda model, step: seen.append(step))
+    callback = ValidationCallback(budget, 4, lambda model, step: seen.append(step))
     for step in range(1, 101):
         state = type("State", (), {"global_step": step})
         callback.on_step_end(None, state, TrainerControl())
     assert seen == [20, 40, 60, 80]
 
 
-def test_a_milestone_that_there_is_no_time_for_is_passed_over(monkeypatch):
+def test_a_validation_that_there_is_no_time_for_is_skipped():
     now = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    budget = Budget(seconds=100.0)
+    budget = Budget(seconds=100.0, clock=lambda: now[0])
     budget.start()
     seen = []
 
-    def look(model, step):
+    def validate(model, step):
         seen.append(step)
         now[0] += 7.0
 
-    callback = MilestoneCallback(budget, 4, look)
+    callback = ValidationCallback(budget, 4, validate)
     for step in range(1, 80):
         now[0] += 1.0
         callback.on_step_end(None, type("State", (), {"global_step": step}), TrainerControl())
@@ -294,7 +293,7 @@ def test_recipe_fields_cover_each_other():
     assert names <= {field.name for field in dataclasses.fields(GenLMConfig)}
 
 
-def test_the_loss_of_training_is_that_of_the_plain_path(text_folder, tmp_path, every_step, monkeypatch):
+def test_the_loss_of_training_is_that_of_the_plain_path(text_folder, tmp_path, monkeypatch):
     """Without logits, which are never made, and with every term."""
     terms = (
         "training.z_loss=0.001",
@@ -324,7 +323,7 @@ def test_the_loss_of_training_is_that_of_the_plain_path(text_folder, tmp_path, e
         ["model.decoder=transformer", "model.num_key_value_heads=1"],
     ],
 )
-def test_smaller_models_train(economy, text_folder, tmp_path, every_step):
+def test_smaller_models_train(economy, text_folder, tmp_path):
     run = train(small_recipe(text_folder, *economy), tmp_path / "run")
     curve = losses(run)
     assert sum(curve[-5:]) / 5 < min(curve[0], math.log(400) - 1.0)

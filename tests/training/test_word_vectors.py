@@ -22,7 +22,7 @@ from hf_genlm.text import tokenizer as tokenizer_module
 from hf_genlm.text.sources import Document
 from hf_genlm.text.vector_files import read_vectors
 from hf_genlm.training import train as train_module
-from hf_genlm.training.callbacks import HoldRowsCallback
+from hf_genlm.training.callbacks import FrozenRowsCallback
 from hf_genlm.training.train import train
 from hf_genlm.training.word_vectors import (
     CASE,
@@ -193,24 +193,24 @@ def test_one_factor_for_all_keeps_every_direction(tokenizer):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_clipping_does_not_see_the_rows_that_are_held(tied, tokens):
+def test_clipping_does_not_see_frozen_rows(tied, tokens):
     model = build_model(["gated_linear"], embedding_size=8, tie_word_embeddings=tied)
     weight = model.get_input_embeddings().weight
-    held = torch.zeros(weight.shape[0], dtype=torch.bool)
-    held[::2] = True
-    callback = HoldRowsCallback(held)
+    frozen = torch.zeros(weight.shape[0], dtype=torch.bool)
+    frozen[::2] = True
+    callback = FrozenRowsCallback(frozen)
     callback.on_train_begin(None, TrainerState(), TrainerControl(), model=model)
     for _ in range(2):  # accumulated
         model(tokens, labels=tokens).loss.backward()
-    assert (weight.grad[held] == 0).all()
-    assert weight.grad[~held].norm() > 0
+    assert (weight.grad[frozen] == 0).all()
+    assert weight.grad[~frozen].norm() > 0
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     callback.on_train_end(None, TrainerState(), TrainerControl())
     model.zero_grad()
     for _ in range(2):
         model(tokens, labels=tokens).loss.backward()
-    assert (weight.grad[held] != 0).any()
-    weight.grad[held] = 0
+    assert (weight.grad[frozen] != 0).any()
+    weight.grad[frozen] = 0
     assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) == pytest.approx(float(norm))
 
 
