@@ -1,1 +1,1 @@
-"""Publishing on the Hub: manifest, upload, clean load, Trainer callback."""
+"""Publishing on the Hub: upload manifest, push, Trainer callback."""

@@ -25,22 +25,11 @@ from hf_genlm.run_folder import RunFolder, read_json
 
 # files from which transformers loads a model and its tokenizer
 MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model-?????-of-?????.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-)
+    "config.json", "generation_config.json",
+    "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
+)  # fmt: skip
 # files that belong in a model repository; any other is an `unlisted` finding
 PUBLISHED_FILES = ("README.md", "LICENSE", *MODEL_FILES, "*_genlm.py", "plots/*.png")
 _CHECKPOINT = ("checkpoint*/*", "optimizer.*", "scheduler.*", "rng_state*", "scaler.*", "trainer_state.json")

@@ -6,7 +6,6 @@ A push that failed leaves the repository either unchanged or complete, and the s
 
 import contextlib
 import fnmatch
-import hashlib
 import inspect
 import logging
 import os
@@ -21,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_genlm.errors import UserError, without_secrets
-from hf_genlm.files import sha256_of
+from hf_genlm.files import sha256_of, write_text
 from hf_genlm.hub.manifest import Manifest, ModelSource, build_manifest, check_findings
 from hf_genlm.run_folder import Listener
 
-Content = Path | bytes  # a local file, or the content itself
 MAIN = "main"
 _MAX_TRIES = 5
 _MAX_WAIT_S = 600  # a longer wait that the Hub asks for ends the push
@@ -138,11 +136,13 @@ def push(
         for milestone in milestones:
             name = milestone.folder.name
             show(f"uploading {name}")
-            card = (
+            card = Path(home) / "card.md"
+            write_text(
+                card,
                 f"# {repo_id} after {name.removeprefix('chck_')} words\n\n"
-                f"An intermediate model. The card of the final model is on `{MAIN}`.\n"
+                f"An intermediate model. The card of the final model is on `{MAIN}`.\n",
             )
-            files: dict[str, Content] = {"README.md": card.encode(), **milestone.paths}
+            files = {"README.md": card, **milestone.paths}
             repository.create_branch(name, commit)
             commits[name] = repository.commit(files, f"Model {name} pushed by hf_genlm", branch=name)
             repository.verify(commits[name], files, Path(home))
@@ -197,7 +197,7 @@ class HubRepository:
             )
 
     def commit(
-        self, files: Mapping[str, Content], message: str, branch: str = MAIN, tag: str | None = None
+        self, files: Mapping[str, Path], message: str, branch: str = MAIN, tag: str | None = None
     ) -> str:
         """Commit `files` on top of a branch and return the commit; unchanged files make no commit.
 
@@ -215,10 +215,7 @@ class HubRepository:
         if tagged is not None:
             self._check_tag(tag, tagged == head.sha)
             return tagged
-        operations: list[Any] = [
-            CommitOperationAdd(name, str(content) if isinstance(content, Path) else content)
-            for name, content in files.items()
-        ]
+        operations: list[Any] = [CommitOperationAdd(name, path) for name, path in files.items()]
         present = {sibling.rfilename for sibling in head.siblings}
         operations += [
             CommitOperationDelete(name)
@@ -236,7 +233,7 @@ class HubRepository:
         self.state = f"complete at commit {made.oid[:8]}"
         return made.oid
 
-    def verify(self, commit: str, files: Mapping[str, Content], home: Path, tag: str | None = None) -> None:
+    def verify(self, commit: str, files: Mapping[str, Path], home: Path, tag: str | None = None) -> None:
         """Download a commit into the cache below `home` and compare every file by its sha256.
 
         Raises:
@@ -244,12 +241,12 @@ class HubRepository:
             UserError: `tag` exists and names other files.
         """
         folder = self._ask(self.api.snapshot_download, self.repo_id, revision=commit, cache_dir=home / "hub")
-        different = []
-        for name, sent in files.items():
-            expected = sha256_of(sent) if isinstance(sent, Path) else hashlib.sha256(sent).hexdigest()
-            received = Path(folder) / name
-            if not received.is_file() or sha256_of(received) != expected:
-                different.append(name)
+        received = {name: Path(folder) / name for name in files}
+        different = [
+            name
+            for name, path in received.items()
+            if not path.is_file() or sha256_of(path) != sha256_of(files[name])
+        ]
         if different and tag is not None:
             self._check_tag(tag, tag not in self._tags())
         if different:

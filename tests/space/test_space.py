@@ -1,4 +1,4 @@
-"""Promise: the demo shows what the model computes, stands alone, and works on a laptop and on a phone."""
+"""Promise: the demo shows what the model computes, runs without the package, on laptops and phones."""
 
 import ast
 import html
@@ -41,24 +41,33 @@ from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.model.configuration_genlm import RECURRENT_MIXERS
 from hf_genlm.space.build import build_space
 from hf_genlm.space.files.demo import page
-from hf_genlm.space.files.demo.characters import spell
-from hf_genlm.space.files.demo.inside import attention_of, layers_of, memory_of, states_of
-from hf_genlm.space.files.demo.models import MOST_TOKENS, LanguageModel
-from hf_genlm.space.files.demo.scoring import score_text, shared_pieces
-from hf_genlm.space.files.demo.writing import Settings, prompt_of, write
+from hf_genlm.space.files.demo.layers import (
+    last_token_attention,
+    list_layers,
+    memory_length,
+    recurrent_states,
+)
+from hf_genlm.space.files.demo.models import MAX_PROMPT_TOKENS, LanguageModel, decode_spans
+from hf_genlm.space.files.demo.scoring import (
+    Sampling,
+    encode_prompt,
+    generate,
+    score_text,
+    shared_pieces,
+)
 from hf_genlm.text.store import Document
 from hf_genlm.text.tokenizer import train_tokenizer
 
 FILES = Path(hf_genlm.__file__).parent / "space" / "files"
 TEXT = "The value of x is 3.\ngrößer, हिन्दी — 名前 👩‍👩‍👧 é\n\tdef f(x): return x\n"
-GREEDY = Settings(max_new_tokens=9, temperature=0)
-SAMPLED = Settings(9, temperature=0.9, top_k=40, top_p=0.9, repetition_penalty=1.3, seed=7)
+GREEDY = Sampling(max_new_tokens=9, temperature=0)
+SAMPLED = Sampling(9, temperature=0.9, top_k=40, top_p=0.9, repetition_penalty=1.3, seed=7)
 KINDS = [*STACKS, "gpt2"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Byte-level, of 280 tokens: every character beyond ASCII is split."""
+    """Byte-level, with 280 tokens: every character outside ASCII is split."""
     english = "The value of x is the value of y, and the function returns it.\n" * 20
     return train_tokenizer([Document(english, "a")], TokenizerRecipe(vocab_size=280), len(english))
 
@@ -76,19 +85,19 @@ def language_model(kind: str, tokenizer) -> LanguageModel:
     return LanguageModel(kind, module, tokenizer)
 
 
-def plain_probabilities(model: LanguageModel, ids: list[int]) -> torch.Tensor:
-    """(T, V): of the token after each of `ids`, by one forward pass."""
+def forward_probabilities(model: LanguageModel, ids: list[int]) -> torch.Tensor:
+    """Probabilities (T, V) of the token after each of `ids`, by one forward pass."""
     with torch.no_grad():
         return model.module(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().softmax(dim=-1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_probabilities_ranks_and_alternatives_are_those_of_a_plain_forward_pass(kind, tokenizer):
+def test_token_scores_equal_a_forward_pass(kind, tokenizer):
     model = language_model(kind, tokenizer)
-    prompt = prompt_of(model, "The value of").ids
-    scores = [score for step in write(model, prompt, SAMPLED) for score in step]
+    prompt = encode_prompt(model, "The value of")[0]
+    scores = [score for step in generate(model, prompt, SAMPLED) for score in step]
     ids = [0, *(score.token for score in scores)]
-    probabilities = plain_probabilities(model, ids[:-1])
+    probabilities = forward_probabilities(model, ids[:-1])
     assert [score.token for score in scores][: len(prompt)] == prompt
     assert len(scores) == len(prompt) + 9 or scores[-1].token == 0
     for score, row in zip(scores, probabilities, strict=True):
@@ -102,9 +111,9 @@ def test_probabilities_ranks_and_alternatives_are_those_of_a_plain_forward_pass(
 
 @pytest.mark.parametrize("kind", ["hybrid", "bigram", "gpt2"])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_what_is_written_is_what_generate_gives_under_the_same_seed(kind, sampling, tokenizer):
+def test_generated_tokens_equal_those_of_transformers_generate(kind, sampling, tokenizer):
     model = language_model(kind, tokenizer)
-    prompt = prompt_of(model, "The function").ids
+    prompt = encode_prompt(model, "The function")[0]
     torch.manual_seed(sampling.seed)
     options = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k,
                "top_p": sampling.top_p, "repetition_penalty": sampling.repetition_penalty}  # fmt: skip
@@ -112,38 +121,39 @@ def test_what_is_written_is_what_generate_gives_under_the_same_seed(kind, sampli
         torch.tensor([[0, *prompt]]), max_new_tokens=sampling.max_new_tokens, pad_token_id=1,
         **(options if sampling.temperature else {"do_sample": False}),
     )  # fmt: skip
-    written = [score.token for step in write(model, prompt, sampling) for score in step]
+    written = [score.token for step in generate(model, prompt, sampling) for score in step]
     assert [0, *written] == expected[0].tolist()
 
 
-def test_each_text_has_a_seed_of_its_own_and_the_end_of_text_ends_it(tokenizer):
+def test_each_request_has_its_own_generator_and_stops_at_an_end_token(tokenizer):
     model = language_model("gru", tokenizer)
-    first, second = (write(model, [40], SAMPLED) for _ in range(2))
-    pairs = list(zip(first, second, strict=True))  # in turns, as two visitors' requests run
+    first, second = (generate(model, [40], SAMPLED) for _ in range(2))
+    pairs = list(zip(first, second, strict=True))  # interleaved, like requests of two visitors
     assert all(a == b for a, b in pairs)
-    likeliest = int(plain_probabilities(model, [0, 40])[-1].argmax())
+    likeliest = int(forward_probabilities(model, [0, 40])[-1].argmax())
     model.module.generation_config.eos_token_id = [1, likeliest]
-    steps = list(write(model, [40], GREEDY))
+    steps = list(generate(model, [40], GREEDY))
     assert [score.token for score in steps[-1]] == [likeliest]
     assert len(steps) == 2
 
 
-def test_a_long_prompt_is_cut_at_its_start_and_leaves_room(tokenizer):
+def test_a_long_prompt_is_cut_at_its_start_and_leaves_room_to_generate(tokenizer):
     long = "The value of x. " * 3000
-    for kind, room in (("gpt2", 24), ("gru", MOST_TOKENS)):
+    for kind, room in (("gpt2", 24), ("gru", MAX_PROMPT_TOKENS)):
         model = language_model(kind, tokenizer)
-        prompt = prompt_of(model, long)
-        assert prompt.is_cut
-        assert prompt.ids == model.encode(long)[-room:]
+        ids = model.encode(long)
+        assert encode_prompt(model, long) == (ids[-room:], len(ids))
     model = language_model("gpt2", tokenizer)
-    written = [score for step in write(model, prompt_of(model, long).ids, Settings(400)) for score in step]
-    assert len(written) == 48 - 1  # its positions, and the start token has one
+    written = [
+        score for step in generate(model, encode_prompt(model, long)[0], Sampling(400)) for score in step
+    ]
+    assert len(written) == 48 - 1  # positions left by the start token
     empty = language_model("hybrid", tokenizer)
-    assert next(write(empty, [], GREEDY)) == []
+    assert next(generate(empty, [], GREEDY)) == []
 
 
 @pytest.mark.parametrize("text", [TEXT, "", " ", "\ufffd \ufffd", "a\r\n\tb", "<|endoftext|> & <b>"])
-def test_spans_join_to_the_text_and_split_no_character(text, tokenizer):
+def test_spans_concatenate_to_the_text_and_split_no_character(text, tokenizer):
     check_spans(text, tokenizer)
 
 
@@ -155,14 +165,14 @@ def test_spans_of_any_text(text):
 
 def check_spans(text: str, tokenizer) -> None:
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    spans = spell(tokenizer, ids)
+    spans = decode_spans(tokenizer, ids)
     assert "".join(span.text for span in spans) == text
     assert [span.first for span in spans] + [len(ids)] == [0] + [span.stop for span in spans]
     assert all(span.text for span in spans)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte."""
+    """One token for each byte."""
     vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -173,22 +183,22 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 BYTES = byte_tokenizer()
 
 
-def test_bytes_that_are_no_character_show_as_such_and_hold_nothing_back():
+def test_invalid_bytes_become_replacement_characters_at_once():
     ids = BYTES("é名", add_special_tokens=False).input_ids
-    assert [len(range(s.first, s.stop)) for s in spell(BYTES, ids)] == [2, 3]
-    spans = spell(BYTES, [ids[0], *BYTES("ab").input_ids, *ids[2:4]])
+    assert [len(range(s.first, s.stop)) for s in decode_spans(BYTES, ids)] == [2, 3]
+    spans = decode_spans(BYTES, [ids[0], *BYTES("ab").input_ids, *ids[2:4]])
     assert [span.text for span in spans] == ["\ufffda", "b", "\ufffd"]
 
 
-def test_a_tokenizer_of_words_is_spelled_too():
-    """With spaces as U+2581 and bytes for what it lacks, as SentencePiece does."""
+def test_spans_of_a_sentencepiece_tokenizer():
+    """It writes spaces as U+2581 and falls back to bytes."""
     pieces = ["<unk>", "▁a", "▁word", "s", *(f"<0x{byte:02X}>" for byte in range(256))]
     backend = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[], byte_fallback=True))
     replaced = decoders.Replace("▁", " ")
     backend.decoder = decoders.Sequence([replaced, decoders.ByteFallback(), decoders.Fuse()])
     words = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
     ids = [1, 2, 3, *(4 + byte for byte in "é".encode()), 1]
-    spans = spell(words, ids)
+    spans = decode_spans(words, ids)
     assert [span.text for span in spans] == [" a", " word", "s", "é", " a"]
     assert (spans[3].first, spans[3].stop) == (3, 5)
 
@@ -197,11 +207,11 @@ def text_of(painted: str) -> str:
     return html.unescape(re.sub(r"<[^>]*>", "", painted))
 
 
-def test_painted_text_is_the_exact_text_and_nothing_in_it_is_html(tokenizer):
+def test_painted_text_is_exact_and_escaped(tokenizer):
     model = language_model("lstm", tokenizer)
     text = TEXT + '<script>alert("1")</script> &amp; \'"'
     painter = page.TokenPainter(model)
-    steps = list(write(model, prompt_of(model, text).ids, GREEDY))
+    steps = list(generate(model, encode_prompt(model, text)[0], GREEDY))
     painted = painter.paint(steps[0])
     painted += painter.finish()
     assert text_of(painted) == text
@@ -209,62 +219,62 @@ def test_painted_text_is_the_exact_text_and_nothing_in_it_is_html(tokenizer):
     details = [json.loads(html.unescape(data)) for data in re.findall(r'data-tokens="([^"]*)"', painted)]
     tokens = [token for span in details for token in span]
     assert [token["p"] for token in tokens] == [score.probability for score in steps[0]]
-    assert max(len(span) for span in details) == 4  # an emoji over tokens of a byte each
+    assert max(len(span) for span in details) == 4  # an emoji: one token for each byte
     in_parts = page.TokenPainter(model)
     grown = "".join(in_parts.paint([score]) for score in steps[0]) + in_parts.finish()
     assert grown == painted
 
 
-def test_the_colours_are_those_of_the_legend():
-    assert [page.colour_of(p) for p in (1.0, 0.5, 0.49, 0.05, 0.011, 0.001, 0.0)] == [
+def test_colors_follow_the_legend():
+    assert [page.probability_color(p) for p in (1.0, 0.5, 0.49, 0.05, 0.011, 0.001, 0.0)] == [
         "s0", "s0", "s1", "s2", "s3", "s4", "s5",
     ]  # fmt: skip
-    assert [page.colour_of_share(p) for p in (0.0, 0.005, 0.03, 1.0)] == ["s0", "s1", "s3", "s5"]
-    lightness = [luminance(colour) for colour in colours_of_the_style()]
-    assert lightness == sorted(lightness, reverse=True)  # an order that no kind of colour vision loses
+    assert [page.attention_color(p) for p in (0.0, 0.005, 0.03, 1.0)] == ["s0", "s1", "s3", "s5"]
+    lightness = [luminance(color) for color in style_colors()]
+    assert lightness == sorted(lightness, reverse=True)  # readable with any kind of color vision
     assert all(a / b > 1.2 for a, b in itertools.pairwise(lightness))
 
 
-def colours_of_the_style() -> list[str]:
-    """Of the light page, from likely to unlikely."""
+def style_colors() -> list[str]:
+    """Colors of the light page, from likely to unlikely."""
     style = (FILES / "demo" / "style.css").read_text(encoding="utf-8").partition("}")[0]
     return [re.search(rf"--s{i}: #(\w+)", style)[1] for i in range(1, 6)]
 
 
-def luminance(colour: str) -> float:
-    """Relative, of sRGB (WCAG 2), and the 0.05 that contrasts are taken with."""
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+def luminance(color: str) -> float:
+    """Relative luminance of sRGB plus 0.05, of which ratios are contrasts (WCAG 2)."""
+    channels = [int(color[i : i + 2], 16) / 255 for i in (0, 2, 4)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.05 + float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
 
 
 @pytest.mark.parametrize("kind", [*RECURRENT_MIXERS, "hybrid", "shared", "bigram"])
-def test_states_are_those_that_the_cache_holds_after_each_token(kind, tokenizer):
+def test_states_equal_the_cache_after_each_token(kind, tokenizer):
     model = language_model(kind, tokenizer)
     ids = [0, *model.encode("The value of y is the")]
-    for layer in layers_of(model):
+    for layer in list_layers(model):
         if layer.is_attention:
             continue
         cache, seen = DynamicCache(config=model.module.config), []
         for token in ids:
             with torch.no_grad():
                 model.module(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-            seen.append(cache.layers[layer.place].recurrent_states[0][0].clone())
-        states = states_of(model, ids, layer)
+            seen.append(cache.layers[layer.index].recurrent_states[0][0].clone())
+        states = recurrent_states(model, ids, layer)
         torch.testing.assert_close(states.h_TR, torch.stack(seen), rtol=1e-4, atol=1e-5)
         assert (states.memory_R is None) == (layer.mixer == "elman")
 
 
 @pytest.mark.parametrize("kind", ["gated_linear", "gru", "lstm"])
-def test_memory_is_by_the_gate_that_keeps_the_state(kind, tokenizer):
-    """The gate written out, token by token; and a gate of a known share."""
+def test_memory_length_follows_the_forget_gate(kind, tokenizer):
+    """The gate written out token by token; and a gate of known value."""
     model = language_model(kind, tokenizer)
     ids = [0, *model.encode("The value")]
-    layer = layers_of(model)[1]
+    layer = list_layers(model)[1]
     mixer = model.module.model.layers[1].mixer
     inputs = []
     with mixer.register_forward_pre_hook(lambda module, args: inputs.append(args[0])):
-        states = states_of(model, ids, layer)
+        states = recurrent_states(model, ids, layer)
     before = torch.cat([torch.zeros(1, mixer.recurrent_size), states.h_TR[:-1]])
     rows = slice(
         mixer.recurrent_size, 2 * mixer.recurrent_size
@@ -278,19 +288,19 @@ def test_memory_is_by_the_gate_that_keeps_the_state(kind, tokenizer):
             u = u + (0 if mixer.rec_proj.bias is None else mixer.rec_proj.bias[rows])
     expected = -1 / torch.nn.functional.logsigmoid(u).mean(dim=0)
     torch.testing.assert_close(states.memory_R, expected, rtol=1e-3, atol=1e-4)
-    assert float(memory_of(torch.full((4, 1), math.exp(-1 / 25)))) == pytest.approx(25, rel=1e-4)
+    assert float(memory_length(torch.full((4, 1), math.exp(-1 / 25)))) == pytest.approx(25, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["full_attention", "sliding_attention", "hybrid", "gpt2"])
-def test_attention_is_that_of_the_last_token(kind, tokenizer):
+def test_attention_equals_the_models_for_the_last_token(kind, tokenizer):
     model = language_model(kind, tokenizer)
     ids = [0, *model.encode("The value of x is")]
-    layers = [layer for layer in layers_of(model) if layer.is_attention]
+    layers = [layer for layer in list_layers(model) if layer.is_attention]
     with torch.no_grad():
         plain = model.module(input_ids=torch.tensor([ids]), output_attentions=True).attentions
     assert len(layers) == len(plain)
     for layer, weights in zip(layers, plain, strict=True):
-        seen = attention_of(model, ids, layer)
+        seen = last_token_attention(model, ids, layer)
         assert torch.equal(seen, weights[0, :, -1])
         torch.testing.assert_close(seen.sum(dim=1), torch.ones(len(seen)))
         if layer.mixer == "sliding_attention":
@@ -299,8 +309,8 @@ def test_attention_is_that_of_the_last_token(kind, tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["lstm", "bigram", "gru", "sliding_attention", "gpt2"])
-def test_bits_per_byte_are_those_of_evaluate(kind, tokenizer):
-    """Of a text several times as long as the context."""
+def test_bits_per_byte_equal_evaluate(kind, tokenizer):
+    """For a text several times as long as the context."""
     model = language_model(kind, tokenizer)
     text = TEXT * 3
     ids = np.array(model.encode(text))
@@ -315,63 +325,59 @@ def test_bits_per_byte_are_those_of_evaluate(kind, tokenizer):
     assert (score.n_bytes, score.n_tokens, score.n_scored) == (len(text.encode()), len(ids), len(ids))
 
 
-def test_two_models_are_compared_over_the_pieces_that_both_cut_out(tokenizer):
+def test_two_models_are_compared_at_shared_token_boundaries(tokenizer):
     ours, theirs = language_model("gru", tokenizer), language_model("lstm", BYTES)
     a, b = score_text(ours, TEXT), score_text(theirs, TEXT)
     pieces = shared_pieces(a, b)
     assert "".join(text for text, _, _ in pieces) == TEXT
-    assert [text for text, _, _ in pieces] == [text for text, _ in a.pieces]  # bytes cut out every character
+    assert [text for text, _, _ in pieces] == [text for text, _ in a.pieces]  # bytes have every boundary
     assert [bits for _, bits, _ in pieces] == pytest.approx([bits for _, bits in a.pieces])
     assert sum(bits for _, _, bits in pieces) == pytest.approx(b.bits)
-    assert (
-        text_of(
-            re.findall(r'<div class="written">(.*?)</div>', page.scores_view([("a", a), ("b", b)]), re.S)[0]
-        )
-        == TEXT
-    )
     (chips,) = re.findall(
         r'<div class="written">(.*?)</div>', page.scores_view([("a", a), ("b", b)]), re.DOTALL
     )
     assert text_of(chips) == TEXT
-    assert [page.colour_of_gain(bits) for bits in (4, 2, 0, -2, -4)] == ["g0", "g1", "g2", "g3", "g4"]
+    assert [page.gain_color(bits) for bits in (4, 2, 0, -2, -4)] == ["g0", "g1", "g2", "g3", "g4"]
 
 
-def test_a_model_without_a_start_token_scores_all_but_the_first(tokenizer):
+def test_without_a_start_token_the_first_token_is_not_scored(tokenizer):
     model = language_model("gru", BYTES)
     score = score_text(model, "abc")
-    row = plain_probabilities(model, ids := model.encode("abc"))
+    row = forward_probabilities(model, ids := model.encode("abc"))
     expected = -sum(math.log2(row[t, ids[t + 1]]) for t in range(2))
     assert (score.bits, score.n_scored) == (pytest.approx(expected, rel=1e-4), 2)
     assert "left out" in page.scores_view([("a", score)])
-    first = next(write(model, ids, GREEDY))
+    first = next(generate(model, ids, GREEDY))
     assert first[0].probability is None
     with pytest.raises(ValueError, match="give it a prompt"):
-        next(write(model, [], GREEDY))
+        next(generate(model, [], GREEDY))
 
 
-def test_views_say_what_they_cannot_show(tokenizer):
+def test_views_explain_what_they_cannot_show(tokenizer):
     interface = pytest.importorskip("hf_genlm.space.files.demo.interface", reason="gradio is missing")
     config = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4)
     mamba = LanguageModel("m", MambaForCausalLM(config).eval(), tokenizer)
-    assert "shows neither a recurrent state" in interface.look_inside(mamba, [40], None)
-    *_, (history, (text,), _) = interface.answer([mamba], "The", GREEDY)
+    assert "returns neither a recurrent state" in interface.show_layer(mamba, [40], None)
+    *_, (history, (text,), _) = interface.continue_text([mamba], "The", GREEDY)
     assert len(history[0]) == len(mamba.encode("The")) + 9
     assert text_of(text) == tokenizer.decode(history[0])
     elman = language_model("elman", tokenizer)
-    assert "no gate" in interface.look_inside(elman, [40, 41], layers_of(elman)[0].label)
-    assert "Write something first" in interface.look_inside(elman, [], layers_of(elman)[0].label)
-    assert "nothing to measure" in interface.measure([elman], "")
+    assert "no forget gate" in interface.show_layer(elman, [40, 41], list_layers(elman)[0].label)
+    assert "Write something first" in interface.show_layer(elman, [], list_layers(elman)[0].label)
+    assert "no text to measure" in interface.measure([elman], "")
     assert "The first 20,000 characters" in interface.measure([elman], "a b " * 5001)
-    *_, (_, (text,), _) = interface.answer([elman], "half \ud83d a pair", GREEDY)
+    *_, (_, (text,), _) = interface.continue_text([elman], "half \ud83d a pair", GREEDY)
     assert text_of(text).startswith("half \ufffd a pair")
 
 
-def test_two_models_write_side_by_side_from_one_seed(tokenizer):
+def test_two_models_continue_one_prompt_from_the_same_seed(tokenizer):
     interface = pytest.importorskip("hf_genlm.space.files.demo.interface", reason="gradio is missing")
     both = [language_model(kind, tokenizer) for kind in ("gru", "gpt2")]
-    *updates, (history, texts, _) = interface.answer(both, "The value", SAMPLED)
+    *updates, (history, texts, _) = interface.continue_text(both, "The value", SAMPLED)
     for model, tokens, text in zip(both, history, texts, strict=True):
-        alone = [s.token for step in write(model, prompt_of(model, "The value").ids, SAMPLED) for s in step]
+        alone = [
+            s.token for step in generate(model, encode_prompt(model, "The value")[0], SAMPLED) for s in step
+        ]
         assert tokens == alone
         assert text_of(text) == model.tokenizer.decode(tokens)
     for _, shown, _ in updates:
@@ -380,7 +386,7 @@ def test_two_models_write_side_by_side_from_one_seed(tokenizer):
 
 def saved(folder: Path, kind: str, tokenizer) -> Path:
     module = language_model(kind, tokenizer).module
-    module.generation_config.eos_token_id = None  # it writes as much as it is asked for
+    module.generation_config.eos_token_id = None  # generates as many tokens as requested
     module.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -390,7 +396,7 @@ def front_matter(out: Path) -> dict:
     return yaml.safe_load((out / "README.md").read_text(encoding="utf-8").split("---")[1])
 
 
-def test_the_folder_is_a_space_and_carries_what_loads_the_models_alone(tokenizer, tmp_path, capsys):
+def test_the_folder_is_a_space_and_includes_only_files_that_load_the_models(tokenizer, tmp_path, capsys):
     ours, theirs = saved(tmp_path / "ours", "hybrid", tokenizer), saved(tmp_path / "gpt", "gpt2", tokenizer)
     (ours / "notes.txt").write_text("private")
     (ours / "evil.py").write_text("raise SystemExit")
@@ -402,7 +408,7 @@ def test_the_folder_is_a_space_and_carries_what_loads_the_models_alone(tokenizer
     assert main(["space", str(ours), str(theirs), "--out", str(out), "--title", "Two"]) == 0
     printed = capsys.readouterr().out
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    assert all(f"  {name}\n" in printed for name in files)  # what would leave is shown
+    assert all(f"  {name}\n" in printed for name in files)  # every file that a push sends is listed
     assert not [name for name in files if "evil" in name or "notes" in name or "__pycache__" in name]
     code = (out / "models/ours/modeling_genlm.py").read_text()
     assert code == (FILES.parents[1] / "model/modeling_genlm.py").read_text()
@@ -419,10 +425,10 @@ def test_the_folder_is_a_space_and_carries_what_loads_the_models_alone(tokenizer
     assert str(tmp_path) not in "".join(path.read_text(errors="replace") for path in out.rglob("*.json"))
 
 
-HF = str(Path(sys.executable).parent / "hf")  # the command of huggingface_hub
+HF = str(Path(sys.executable).parent / "hf")
 
 
-def test_ids_of_the_hub_are_named_instead(tokenizer, tmp_path, capsys):
+def test_hub_ids_replace_included_files(tokenizer, tmp_path, capsys):
     ours = saved(tmp_path / "ours", "gru", tokenizer)
     out = tmp_path / "demo"
     assert main(["space", str(ours), "--repo-id", "me/model", "--out", str(out)]) == 0
@@ -439,7 +445,7 @@ def test_ids_of_the_hub_are_named_instead(tokenizer, tmp_path, capsys):
         assert all(word in described for word in words if word.startswith("--"))
 
 
-def test_a_model_of_the_hub_is_asked_for_its_kind(tmp_path, monkeypatch, capsys):
+def test_the_config_of_a_hub_model_is_downloaded(tmp_path, monkeypatch, capsys):
     config = tmp_path / "config.json"
     config.write_text('{"model_type": "gpt2"}')
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo_id, name: str(config))
@@ -447,7 +453,7 @@ def test_a_model_of_the_hub_is_asked_for_its_kind(tmp_path, monkeypatch, capsys)
     (entry,) = json.loads((tmp_path / "demo" / "space.json").read_text())["models"]
     assert entry == {"name": "small-gpt", "source": "owner/small-gpt", "has_own_code": False}
     monkeypatch.undo()
-    assert main(["space", "owner/small-gpt", "--out", str(tmp_path / "x")]) == 2  # the tests have no Hub
+    assert main(["space", "owner/small-gpt", "--out", str(tmp_path / "x")]) == 2  # tests run offline
     assert "no config.json of 'owner/small-gpt'" in last_line(capsys)
 
 
@@ -463,7 +469,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line(mistake, tokenizer, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_reported_in_one_line(mistake, tokenizer, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     saved(tmp_path / "MODEL", "elman", tokenizer)
     arguments, words = MISTAKES[mistake]
@@ -473,7 +479,7 @@ def test_a_mistake_is_one_line(mistake, tokenizer, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("file", sorted(FILES.rglob("*.py")), ids=lambda file: file.name)
-def test_the_demo_needs_nothing_but_what_its_requirements_bring(file):
+def test_the_demo_imports_only_its_requirements(file):
     known = {
         "gradio",
         "torch",
@@ -482,7 +488,8 @@ def test_the_demo_needs_nothing_but_what_its_requirements_bring(file):
         "numpy",
         "PIL",
         "demo",
-    } | sys.stdlib_module_names
+        *sys.stdlib_module_names,
+    }
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= known
@@ -490,7 +497,7 @@ def test_the_demo_needs_nothing_but_what_its_requirements_bring(file):
             assert node.module.split(".")[0] in known
 
 
-# without this package, as on the Hub
+# without this package, like on the Hub
 ALONE = (
     "import sys, runpy; sys.modules['hf_genlm'] = None; sys.path.insert(0, '.');"
     "runpy.run_path('app.py', run_name='__main__')"
@@ -499,7 +506,7 @@ ALONE = (
 
 @contextmanager
 def served(out: Path):
-    """The address of the demo in a process of its own."""
+    """Serve the demo in its own process; yields the address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -546,7 +553,7 @@ def browser():
 
 def new_page(browser, **options):
     view = browser.new_page(**options)
-    view.set_default_timeout(120_000)  # milliseconds, of a machine that does other things too
+    view.set_default_timeout(120_000)  # milliseconds: the machine may be busy
     return view
 
 
@@ -554,7 +561,7 @@ SIZES = {"laptop": (1280, 800), "phone": (390, 844)}
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_page_answers_at_every_width(size, browser, address, tokenizer, tmp_path):
+def test_the_page_works_at_every_width(size, browser, address, tokenizer, tmp_path):
     width, height = SIZES[size]
     view = new_page(browser, viewport={"width": width, "height": height}, has_touch=size == "phone")
     said, asked = [], []
@@ -578,7 +585,7 @@ def test_the_page_answers_at_every_width(size, browser, address, tokenizer, tmp_
     box = view.locator("#token-card").bounding_box()
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= width
-    assert colours_of(view.screenshot(path=tmp_path / "page.png")) > 50
+    assert count_colors(view.screenshot(path=tmp_path / "page.png")) > 50
     view.get_by_role("tab", name="Look inside").click()
     view.wait_for_selector("#inside-0 .heat")
     view.wait_for_selector("#inside-1 .heat")
@@ -589,7 +596,7 @@ def test_the_page_answers_at_every_width(size, browser, address, tokenizer, tmp_
     view.wait_for_selector("#scores .score >> nth=1")
     no_overflow(view)
     assert not said
-    assert all(url.startswith((address, "data:", "blob:")) for url in asked)  # nothing is asked of others
+    assert all(url.startswith((address, "data:", "blob:")) for url in asked)  # no other host
     view.close()
 
 
@@ -597,7 +604,7 @@ def no_overflow(view) -> None:
     assert view.evaluate("document.documentElement.scrollWidth") <= view.viewport_size["width"]
 
 
-def colours_of(png: bytes) -> int:
+def count_colors(png: bytes) -> int:
     import io
 
     from PIL import Image
@@ -605,7 +612,7 @@ def colours_of(png: bytes) -> int:
     return len(Image.open(io.BytesIO(png)).convert("RGB").getcolors(2**24))
 
 
-# the page itself presses the button, however slow the machine is that looks on
+# the page presses the button itself, so that a slow test machine does not matter
 STOP_SOON = """() => {
   const stop = document.querySelector('#stop');
   const watch = setInterval(() => {
@@ -616,7 +623,7 @@ STOP_SOON = """() => {
 }"""
 
 
-def test_writing_stops_when_it_is_told_to(browser, address):
+def test_the_stop_button_stops_generation(browser, address):
     view = new_page(browser)
     view.goto(address)
     view.get_by_text("Sampling").click()

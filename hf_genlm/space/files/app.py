@@ -1,4 +1,4 @@
-"""A small language model in the browser: `python app.py`, or this folder pushed as a Space."""
+"""A small language model in the browser. Run `python app.py`, or push this folder as a Space."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The demo: one or two causal language models, what they write, how sure they are, and what goes on inside.
+"""The demo: text that one or two causal language models generate, token probabilities, states and attention.
 
-It stands alone: gradio, torch and transformers are all that it needs.
+It runs without the package that wrote it; it needs gradio, torch and transformers.
 """

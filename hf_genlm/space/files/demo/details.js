@@ -1,4 +1,4 @@
-// What a token says when it is touched: a card beside it, or at the bottom of a narrow screen.
+// Details of a touched token, in a card beside it, or at the bottom of a narrow screen.
 (() => {
   const percent = (p) => (p >= 0.0995 ? (100 * p).toFixed(0) : p >= 0.001 ? (100 * p).toFixed(1) : (100 * p).toPrecision(1)) + " %";
   let card;
@@ -6,7 +6,7 @@
 
   const element = (tag, text, className) => {
     const made = document.createElement(tag);
-    if (text !== undefined) made.textContent = text;  // never as HTML: a model may write any
+    if (text !== undefined) made.textContent = text;  // not as HTML: a model may generate any text
     if (className) made.className = className;
     return made;
   };
@@ -24,7 +24,7 @@
     const part = element("section");
     const head = element("div", undefined, "head");
     head.append(element("code", token.text));
-    const said = token.p === null ? "not predicted: nothing stands before it" : `${percent(token.p)}, rank ${token.rank.toLocaleString("en")}`;
+    const said = token.p === null ? "not scored: no token before it" : `${percent(token.p)}, rank ${token.rank.toLocaleString("en")}`;
     head.append(element("span", said));
     part.append(head);
     for (const [name, share] of token.others) part.append(bar(name, share, name === token.text));

@@ -1,4 +1,4 @@
-"""How likely a model finds each token of a text, and the text as a whole.
+"""Probabilities of the tokens of a text: of a given one, and of one that the model generates.
 
 Shapes: N tokens, T tokens of a window, V vocabulary.
 """
@@ -7,109 +7,104 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import (
+    Cache,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from .characters import spell
-from .models import LanguageModel
+from .models import MAX_PROMPT_TOKENS, LanguageModel, decode_spans
 
 N_ALTERNATIVES = 5
-_CHUNK = 256  # tokens whose logits are held at a time
+_CHUNK = 256  # tokens per forward pass of a recurrent model
 
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token and what the model thought before it: natural log of its probability, its rank (1: no other is
-    likelier) and the likeliest tokens with their probabilities. The first token of a model without a start
-    token has none."""
+    """A token, its natural log probability, its rank (1: the most likely) and the most likely tokens.
+
+    The first token of a model without a start token has no probability.
+    """
 
     token: int
     log_probability: float | None = None
     rank: int | None = None
-    alternatives: tuple[tuple[int, float], ...] = ()
+    alternatives: tuple[tuple[int, float], ...] = ()  # token, probability
 
     @property
     def probability(self) -> float | None:
-        """From 0 to 1."""
         return None if self.log_probability is None else math.exp(self.log_probability)
 
 
 @dataclass(frozen=True)
 class TextScore:
-    """A text under a model: its pieces of whole characters with their bits, and in all. A token that could
-    not be scored counts as none."""
+    """A text under a model: bits of each span of whole characters, and in total; unscored tokens count 0."""
 
     pieces: tuple[tuple[str, float], ...]
     bits: float
-    n_bytes: int  # of UTF-8
+    n_bytes: int  # in UTF-8
     n_tokens: int
     n_scored: int
 
     @property
     def bits_per_byte(self) -> float:
-        """Compares across tokenizers, since the bytes are those of the text."""
+        """Comparable across tokenizers, because the bytes are those of the text."""
         return self.bits / self.n_bytes
 
 
 def score_tokens(logits_NV: torch.Tensor, tokens: list[int]) -> list[TokenScore]:
-    """Each token by the logits of the position before it."""
+    """Score each token by the logits of the position before it."""
     log_NV = torch.log_softmax(logits_NV.float(), dim=-1)
     chosen_N1 = log_NV.gather(1, torch.tensor(tokens, dtype=torch.long, device=log_NV.device)[:, None])
     ranks = (1 + (log_NV > chosen_N1).sum(dim=-1)).tolist()
     best = log_NV.topk(min(N_ALTERNATIVES, log_NV.shape[-1]), dim=-1)
+    columns = (tokens, chosen_N1[:, 0].tolist(), ranks, best.indices.tolist(), best.values.exp().tolist())
     return [
         TokenScore(token, log, rank, tuple(zip(ids, probabilities, strict=True)))
-        for token, log, rank, ids, probabilities in zip(
-            tokens, chosen_N1[:, 0].tolist(), ranks, best.indices.tolist(), best.values.exp().tolist(),
-            strict=True,
-        )
-    ]  # fmt: skip
-
-
-def log_probabilities(model: LanguageModel, ids: list[int]) -> list[float | None]:
-    """Natural log of the probability of each token of a text given all before it, as far as the model looks
-    back.
-
-    A recurrent decoder reads the text once, its state going from chunk to chunk. Any other reads it in
-    windows of its context that lie half of it apart, each scoring what is not scored yet.
-    """
-    start = model.start_ids
-    scores: list[float | None] = [None] * (1 - len(start)) if ids else []
-    for logits_NV, targets in _windows(model, start + ids):
-        log_NV = torch.log_softmax(logits_NV.float(), dim=-1)
-        scores += log_NV.gather(1, targets[:, None])[:, 0].tolist()
-    return scores
+        for token, log, rank, ids, probabilities in zip(*columns, strict=True)
+    ]
 
 
 def score_text(model: LanguageModel, text: str) -> TextScore:
-    """
+    """Score each token of a text given all tokens before it, as far as the model's context reaches.
+
     Raises:
-        ValueError: there is no text.
+        ValueError: the text is empty.
     """
     if not text:
         raise ValueError("there is no text to score")
     ids = model.encode(text)
-    logs = log_probabilities(model, ids)
-    bits = [None if log is None else -log / math.log(2) for log in logs]
+    start = model.start_ids
+    bits: list[float | None] = [] if start else [None]
+    for logits_NV, targets_N in _windows(model, start + ids):
+        log_NV = torch.log_softmax(logits_NV.float(), dim=-1)
+        bits += (log_NV.gather(1, targets_N[:, None])[:, 0] / -math.log(2)).tolist()
     known = [bit for bit in bits if bit is not None]
-    spans = spell(model.tokenizer, ids)
-    pieces = [(span.text, sum(bit or 0.0 for bit in bits[span.first : span.stop])) for span in spans]
+    pieces = [
+        (span.text, sum(bit or 0.0 for bit in bits[span.first : span.stop]))
+        for span in decode_spans(model.tokenizer, ids)
+    ]
     return TextScore(tuple(pieces), sum(known), len(text.encode("utf-8")), len(ids), len(known))
 
 
 def shared_pieces(a: TextScore, b: TextScore) -> list[tuple[str, float, float]]:
-    """The shortest pieces of one text that both tokenizers cut out, with their bits under each model."""
-    ends_a, ends_b = _bits_by_end(a), _bits_by_end(b)
+    """Split one text at the boundaries that both tokenizers share; text and bits under each model."""
+    bits_until_a, bits_until_b = _cumulative_bits(a), _cumulative_bits(b)
     text = "".join(piece for piece, _ in a.pieces)
-    shared = sorted(ends_a.keys() & ends_b.keys())
     return [
-        (text[start:stop], ends_a[stop] - ends_a[start], ends_b[stop] - ends_b[start])
-        for start, stop in itertools.pairwise(shared)
+        (text[i:j], bits_until_a[j] - bits_until_a[i], bits_until_b[j] - bits_until_b[i])
+        for i, j in itertools.pairwise(sorted(bits_until_a.keys() & bits_until_b.keys()))
     ]
 
 
-def _bits_by_end(score: TextScore) -> dict[int, float]:
-    """Bits of all before each end of a piece, by its place in characters."""
+def _cumulative_bits(score: TextScore) -> dict[int, float]:
+    """Total bits before each piece boundary, by position in characters."""
     ends = itertools.accumulate((len(piece) for piece, _ in score.pieces), initial=0)
     sums = itertools.accumulate((bits for _, bits in score.pieces), initial=0.0)
     return dict(zip(ends, sums, strict=True))
@@ -117,22 +112,98 @@ def _bits_by_end(score: TextScore) -> dict[int, float]:
 
 @torch.inference_mode()
 def _windows(model: LanguageModel, ids: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Logits (N, V) and targets (N,), in order, until each token but the first has been a target once."""
-    row = model.tensor(ids)[0]
+    """Yield logits (N, V) and targets (N,) in order; each token except the first is a target once.
+
+    A recurrent model carries its state from chunk to chunk. Any other model reads overlapping windows of its
+    context, with a stride of half a window.
+    """
+    row_T = model.tensor(ids)[0]
     if model.is_recurrent:
         cache = None
         for begin in range(0, len(ids) - 1, _CHUNK):
-            inputs = row[None, begin : min(begin + _CHUNK, len(ids) - 1)]
+            inputs = row_T[None, begin : min(begin + _CHUNK, len(ids) - 1)]
             output = model.module(input_ids=inputs, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            yield output.logits[0], row[begin + 1 : begin + 1 + inputs.shape[1]]
+            yield output.logits[0], row_T[begin + 1 : begin + 1 + inputs.shape[1]]
         return
     window = model.context or len(ids)
-    scored = 0
+    n_scored = 0
     for begin in range(0, len(ids), max(1, window // 2)):
         stop = min(begin + window, len(ids) - 1)
-        if stop <= scored:
+        if stop <= n_scored:
             return
-        logits_TV = model.module(input_ids=row[None, begin:stop], use_cache=False).logits[0]
-        yield logits_TV[scored - begin :], row[scored + 1 : stop + 1]
-        scored = stop
+        logits_TV = model.module(input_ids=row_T[None, begin:stop], use_cache=False).logits[0]
+        yield logits_TV[n_scored - begin :], row_T[n_scored + 1 : stop + 1]
+        n_scored = stop
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling options. Off: `top_k` 0, `top_p` 1, `repetition_penalty` 1; `temperature` 0 is greedy."""
+
+    max_new_tokens: int = 120
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.95
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def processors(self) -> Any:
+        """Logits processors in the order of `generate`."""
+        chosen = LogitsProcessorList()
+        if self.repetition_penalty != 1:
+            chosen.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.temperature == 0:
+            return chosen
+        chosen.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k > 0:
+            chosen.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            chosen.append(TopPLogitsWarper(self.top_p))
+        return chosen
+
+
+def encode_prompt(model: LanguageModel, text: str) -> tuple[list[int], int]:
+    """Tokens at the end of a prompt that leave half of the model's length free, and the number of all."""
+    ids = model.encode(text)
+    room = min(MAX_PROMPT_TOKENS, max(1, model.max_tokens // 2))
+    return ids[-room:], len(ids)
+
+
+def generate(model: LanguageModel, prompt: list[int], sampling: Sampling) -> Iterator[list[TokenScore]]:
+    """Yield the scored tokens of the prompt, then each generated token.
+
+    The tokens equal those of transformers' `generate` with the same seed. Probabilities are those of the
+    model, before temperature and truncation. Generation stops after an end token, which is yielded too, or at
+    `max_tokens`.
+
+    Raises:
+        ValueError: the prompt is empty and the model has no start token.
+    """
+    ids = model.start_ids + prompt
+    if not ids:
+        raise ValueError("this model has no token for the start of a text: give it a prompt")
+    process = sampling.processors()
+    generator = torch.Generator(model.module.device).manual_seed(sampling.seed)
+    room = min(sampling.max_new_tokens, model.max_tokens - len(ids))
+    logits_TV, cache = _forward(model, ids, None)
+    yield [*([] if model.start_ids else [TokenScore(prompt[0])]), *score_tokens(logits_TV[:-1], ids[1:])]
+    for _ in range(room):
+        scores_1V = process(model.tensor(ids), logits_TV[-1:])
+        if sampling.temperature == 0:
+            chosen = int(scores_1V.argmax())
+        else:
+            chosen = int(torch.multinomial(scores_1V.softmax(dim=-1), 1, generator=generator))
+        yield score_tokens(logits_TV[-1:], [chosen])
+        if chosen in model.end_ids:
+            return
+        ids.append(chosen)
+        # a model without `past_key_values` reads the whole text again
+        logits_TV, cache = _forward(model, ids if cache is None else [chosen], cache)
+
+
+@torch.inference_mode()
+def _forward(model: LanguageModel, ids: list[int], cache: Cache | None) -> tuple[torch.Tensor, Cache | None]:
+    """Logits (T, V) of the tokens after those in the cache."""
+    output = model.module(input_ids=model.tensor(ids), past_key_values=cache, use_cache=True)
+    return output.logits[0].float(), getattr(output, "past_key_values", None)
