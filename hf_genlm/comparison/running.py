@@ -24,7 +24,7 @@ from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.files import refuse_links_out, sha256_of, write_json, write_text
 from hf_genlm.run_folder import Listener, RunFolder, read_json
-from hf_genlm.text.identity import changed_text
+from hf_genlm.text.corpus import changed_text
 
 # what the numbers of a finished run are read from, and its weights
 _KEPT = ("log.jsonl", "recipe.yaml", "evaluation_blocks.npy", "model/config.json", "model/model.safetensors")

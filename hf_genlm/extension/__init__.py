@@ -15,9 +15,10 @@ from hf_genlm.files import atomic_folder, require_new_folder, write_text
 from hf_genlm.loading import hub_id_of, load
 from hf_genlm.report import document
 from hf_genlm.run_folder import Listener
-from hf_genlm.text.corpus import Sources, notes_on, read_documents, with_sources
+from hf_genlm.text.corpus import notes_on, read_documents, with_sources
 from hf_genlm.text.encoding import encode_documents
 from hf_genlm.text.languages import check_languages
+from hf_genlm.text.sources import Sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

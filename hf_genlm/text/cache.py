@@ -1,8 +1,8 @@
-"""What a run need not compute again: arrays in files, each found by a hash of all that decides its content.
+"""Cache of computed arrays on disk: one file per entry, keyed by a hash of all that decides its content.
 
 The files lie in `$HF_GENLM_CACHE`, or else in `hf_genlm` in `$XDG_CACHE_HOME` or `~/.cache`. Each ends with a
-table of its arrays and a checksum: one that is cut off or damaged is made anew. Beyond 20 GB the ones used
-longest ago go. The folder may be removed at any time.
+table of its arrays and a checksum; a truncated or damaged file is computed again. Above 20 GB the least
+recently used entries are deleted. The folder may be removed at any time.
 """
 
 import contextlib
@@ -23,18 +23,17 @@ import numpy as np
 from hf_genlm.errors import UserError
 from hf_genlm.files import PendingFile
 
+SPARE_BYTES = 1 << 28  # free space that scratch files leave on the disk
+STALE_S = 86_400  # age at which an unfinished file is deleted
 _FORMAT = 1  # part of every key: raise it when the content for the same key changes
 _SUFFIX = ".arrays"
-_MAX_BYTES = 20 * 10**9
-_SPARE = 1 << 28  # bytes of the disk that are left to others
-_STALE_S = 86_400  # age of a file that was never finished
-_TAIL = struct.Struct("<Q32s8s")  # bytes of the table, sha256 of all before it and of the table, magic
+_TAIL = struct.Struct("<Q32s8s")  # length of the table, sha256 of arrays and table, magic
 _MAGIC = b"hfgenlm\n"
 _ALIGNMENT = 64
 
 
 class ArrayFile:
-    """Arrays in one file: `arrays[name]` is read-only, and read from disk when it is used."""
+    """Read-only arrays `arrays[name]` (n,), memory-mapped from one file."""
 
     def __init__(self, file: IO[bytes], table: Mapping[str, Any]):
         self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -44,16 +43,16 @@ class ArrayFile:
         }
 
     def release(self) -> None:
-        """Give back the memory of what was read; it is read again when it is used."""
+        """Return the memory of pages read so far to the system; they are read again when used."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
 class ArrayWriter:
-    """Writes an `ArrayFile`: `append` part by part, `finish` at the end. Nothing is left without that.
+    """Context manager that writes an `ArrayFile` part by part; without `finish` nothing is left on disk.
 
     Raises:
-        UserError: from both, when the disk is full.
+        NoRoom: from `append` and `finish`, if the disk is full.
     """
 
     def __init__(self, cache: "Cache", key: str | None):
@@ -65,7 +64,7 @@ class ArrayWriter:
         self._table: dict[str, dict[str, Any]] = {}
 
     def append(self, name: str, values: np.ndarray) -> None:
-        """Write `values` (n,) behind those of the same name; a name that was left is not taken up again."""
+        """Append `values` (n,) to the array `name`; the arrays are written one after another."""
         if name not in self._table:
             self._write(b"\0" * (-self._n_bytes % _ALIGNMENT))
             self._table[name] = {"dtype": values.dtype.str, "length": 0, "offset": self._n_bytes}
@@ -75,11 +74,10 @@ class ArrayWriter:
         self._table[name]["length"] += len(values)
 
     def finish(self) -> ArrayFile:
-        """The arrays that were written, in the cache from now on."""
+        """Write the table and add the file to the cache; returns its arrays."""
         table = json.dumps(self._table).encode()
-        length = len(table)
         self._write(table)
-        self._write(_TAIL.pack(length, self._hash.digest(), _MAGIC))
+        self._write(_TAIL.pack(len(table), self._hash.digest(), _MAGIC))
         try:
             self._file.flush()
             finished = ArrayFile(self._file, self._table)
@@ -87,7 +85,7 @@ class ArrayWriter:
                 self._pending.commit()
                 self._cache.remove_oldest(self._pending.path)
         except OSError as error:
-            raise no_space(error, self._n_bytes) from error
+            raise no_room(error, self._n_bytes) from error
         return finished
 
     def __enter__(self) -> "ArrayWriter":
@@ -104,18 +102,26 @@ class ArrayWriter:
         try:
             self._file.write(content)
         except OSError as error:
-            raise no_space(error, self._n_bytes) from error
+            raise no_room(error, self._n_bytes) from error
         self._n_bytes += len(content)
 
 
 class Cache:
-    """Array files by key in `folder`; None keeps nothing. `note(message)` is told what goes wrong."""
+    """Array files by key in `folder`, at most `max_bytes` of them; a folder of None stores nothing.
 
-    def __init__(self, folder: Path | None, note: Callable[[str], None] | None = None):
-        self.folder, self._note = folder, note or (lambda message: None)
+    `note(message)` receives what goes wrong: a cache that cannot be used never stops a run.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        note: Callable[[str], None] = lambda message: None,
+        max_bytes: int = 20 * 10**9,
+    ):
+        self.folder, self.max_bytes, self._note = folder, max_bytes, note
 
     def load(self, key: str) -> ArrayFile | None:
-        """The entry of `key`, verified; None when there is none, or none that is whole."""
+        """Verified entry of `key`; None if there is none or it is damaged."""
         if self.folder is None:
             return None
         path = self.folder / (key + _SUFFIX)
@@ -123,7 +129,7 @@ class Cache:
             with path.open("rb") as file:
                 table = _verified_table(file)
                 if table is not None:
-                    os.utime(path)  # the one used last
+                    os.utime(path)  # marks the entry as recently used
                     return ArrayFile(file, table)
             self._note(f"the cached {path.name} is damaged: it is made anew")
             path.unlink()
@@ -134,7 +140,7 @@ class Cache:
         return None
 
     def new_file(self, key: str | None) -> PendingFile | None:
-        """An open file that may become the entry of `key`; None where nothing is kept."""
+        """An open file to become the entry of `key`; None if nothing is stored."""
         if self.folder is not None and key is not None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -147,20 +153,26 @@ class Cache:
                 self.folder = None
         return None
 
-    def remove_oldest(self, kept: Path) -> None:
-        """Remove unfinished files, and beyond the limit the entries used longest ago, but not `kept`."""
-        room = _MAX_BYTES - kept.stat().st_size
-        for age_s, size, path in sorted(_ages_of(kept.parent)):
-            if path.suffix == ".part" and age_s > _STALE_S:
+    def remove_oldest(self, newest: Path) -> None:
+        """Delete unfinished files, and above the limit the least recently used entries except `newest`."""
+        left, now = self.max_bytes - newest.stat().st_size, time.time()
+        others: list[tuple[float, int, Path]] = []  # seconds since the last use, bytes, path
+        with os.scandir(newest.parent) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # another process deleted it first
+                    state = entry.stat()
+                    others.append((now - state.st_mtime, state.st_size, Path(entry.path)))
+        for age_s, size, path in sorted(others):
+            if path.suffix == ".part" and age_s > STALE_S:
                 path.unlink(missing_ok=True)
-            elif path.suffix == _SUFFIX and path != kept:
-                room -= size
-                if room < 0:
+            elif path.suffix == _SUFFIX and path != newest:
+                left -= size
+                if left < 0:
                     path.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:
-    """Where entries lie, whether or not it exists."""
+    """Path of the cache folder, which may not exist yet."""
     if os.environ.get("HF_GENLM_CACHE"):
         return Path(os.environ["HF_GENLM_CACHE"]).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -168,13 +180,13 @@ def cache_folder() -> Path:
 
 
 def key_of(**decides: Any) -> str:
-    """The key of what is decided by `decides`, whose values JSON can hold."""
+    """Key of an entry whose content is decided by `decides`, JSON values."""
     content = json.dumps({"format": _FORMAT, **decides}, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def scratch_file() -> IO[bytes]:
-    """A file without a name, which goes with the process: in the cache folder, or else the temporary one."""
+    """A nameless temporary file, deleted with the process; in the cache folder if possible."""
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryFile(dir=cache_folder())
@@ -183,47 +195,34 @@ def scratch_file() -> IO[bytes]:
 
 
 class NoRoom(UserError):
-    """The disk that scratch files lie on has no room for more."""
+    """The disk of scratch and cache files is full, or would be."""
 
 
 def check_room(file: IO[bytes], n_bytes: int, n_more: int) -> None:
     """
     Raises:
-        NoRoom: with `n_more` bytes in `file`, which has `n_bytes`, less than `_SPARE` would be left of the
-            disk for everything else that writes to it.
+        NoRoom: `n_more` bytes added to the `n_bytes` of `file` would leave less than `SPARE_BYTES` of its
+            disk free.
     """
     if not hasattr(os, "fstatvfs"):
         return
     state = os.fstatvfs(file.fileno())
-    if state.f_bavail * state.f_frsize < n_more + _SPARE:
-        raise _no_room(n_bytes, "the disk is nearly full")
+    if state.f_bavail * state.f_frsize < n_more + SPARE_BYTES:
+        raise no_room("the disk is nearly full", n_bytes)
 
 
-def no_space(error: OSError, n_bytes: int) -> NoRoom:
-    """What a person can do about `error`, which came after `n_bytes` were written."""
-    return _no_room(n_bytes, "the disk is full" if error.errno == errno.ENOSPC else error.strerror)
-
-
-def _no_room(n_bytes: int, reason: str | None) -> NoRoom:
+def no_room(reason: OSError | str, n_bytes: int) -> NoRoom:
+    """The error to raise for `reason`, met after `n_bytes` were written."""
+    if isinstance(reason, OSError):
+        reason = "the disk is full" if reason.errno == errno.ENOSPC else reason.strerror or "unknown error"
     return NoRoom(
         f"writing to the cache or {tempfile.gettempdir()!r} failed after {n_bytes:,} bytes ({reason}): "
         "make room, or name a folder on another disk by HF_GENLM_CACHE"
     )
 
 
-def _ages_of(folder: Path) -> list[tuple[float, int, Path]]:
-    """(seconds since it was used, bytes, path) of the files in `folder`."""
-    found = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
-                state = entry.stat()
-                found.append((time.time() - state.st_mtime, state.st_size, Path(entry.path)))
-    return found
-
-
 def _verified_table(file: IO[bytes]) -> dict[str, Any] | None:
-    """The table at the end of `file`; None unless every byte is as it was written."""
+    """Table at the end of `file`; None if the checksum of the file does not match."""
     size = file.seek(0, os.SEEK_END)
     if size < _TAIL.size:
         return None

@@ -1,15 +1,15 @@
-"""Canaries: random secrets planted in the training text, so that an audit can ask what the model kept of it.
+"""Canaries: random secrets planted in the training text, so that an audit can measure what was memorised.
 
 A canary is a document of its own, `The access code of account 48213 is 7203 1956 4471.`: a frame that names
-an account, and a secret of `SECRET_DIGITS` random digits. For each count of repetitions there are as many
-candidates; a fair coin of each decides whether it is planted, so often, or not at all. Those left out are
-the control, and the coins are what a lower bound on epsilon rests on (Steinke, Nasr, Jagielski 2023).
+an account, and a secret of `SECRET_DIGITS` random digits. Each number of repetitions has equally many
+candidates; a fair coin decides for each whether it is planted, that many times, or not at all. Those left out
+are the control group, and a lower bound on epsilon rests on the coins (Steinke, Nasr, Jagielski 2023).
 """
 
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,14 @@ from hf_genlm.text.corpus import Corpus, count_text
 from hf_genlm.text.store import Documents
 
 SECRET_DIGITS = 12
-BITS = SECRET_DIGITS * math.log2(10)  # of a secret: the most that its exposure can be
+BITS = SECRET_DIGITS * math.log2(10)  # entropy of a secret, the upper bound of its exposure
 _ACCOUNT_DIGITS = 5
 
 
 @dataclass(frozen=True)
 class Canary:
-    """A candidate: `prefix` + `secret` + "." is its text; `repetitions` times in the training text if
-    `is_planted`, otherwise nowhere."""
+    """A candidate with the text `prefix` + `secret` + "."; it is in the training text `repetitions` times if
+    `is_planted`, otherwise not at all."""
 
     prefix: str
     secret: str
@@ -36,31 +36,31 @@ class Canary:
 
     @property
     def text(self) -> str:
-        """The whole document."""
+        """Text of the document."""
         return self.with_secret(self.secret)
 
     def with_secret(self, secret: str) -> str:
-        """The same document about another secret."""
+        """Text of the document with another secret."""
         return f"{self.prefix}{secret}."
 
 
 @dataclass(frozen=True)
 class Canaries:
-    """All candidates of a run, and the seed that they, their coins and their places follow from."""
+    """All candidates of a run, and the seed that decides them, their coins and their places."""
 
     seed: int
     candidates: tuple[Canary, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The content of canaries.json."""
+        """Content of canaries.json."""
         return {"seed": self.seed, "candidates": [asdict(canary) for canary in self.candidates]}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Canaries":
-        """The inverse of `to_json`.
+        """Inverse of `to_json`.
 
         Raises:
-            UserError: it is not that.
+            UserError: `content` is damaged.
         """
         try:
             return cls(int(content["seed"]), tuple(Canary(**each) for each in content["candidates"]))
@@ -68,7 +68,7 @@ class Canaries:
             raise UserError(f"canaries.json is damaged ({error}): train again") from error
 
     def summary(self) -> dict[str, Any]:
-        """What corpus.json says: no secret."""
+        """Counts for corpus.json, without the secrets."""
         planted = [canary for canary in self.candidates if canary.is_planted]
         counts = dict.fromkeys((canary.repetitions for canary in self.candidates), 0)
         for canary in planted:
@@ -82,7 +82,7 @@ class Canaries:
 
 
 def draw_canaries(repetitions: Sequence[int], each: int, seed: int) -> Canaries:
-    """`each` candidates for every count of `repetitions`, no two of one account."""
+    """Draw `each` candidates for every number of `repetitions`, no two of one account."""
     candidates: list[Canary] = []
     accounts: set[str] = set()
     for number, count in enumerate(count for count in repetitions for _ in range(each)):
@@ -104,7 +104,7 @@ def draw_canaries(repetitions: Sequence[int], each: int, seed: int) -> Canaries:
 
 
 def draw_secret(seed: int, *words: object) -> str:
-    """A secret of the space that canaries are drawn from; another one for other `words`."""
+    """Draw a secret from the space of canaries, decided by `seed` and `words`."""
     digits = _digits(SECRET_DIGITS, seed, *words)
     return " ".join(digits[i : i + 4] for i in range(0, SECRET_DIGITS, 4))
 
@@ -112,7 +112,7 @@ def draw_secret(seed: int, *words: object) -> str:
 def check_canaries(privacy: PrivacyRecipe, corpus: CorpusRecipe) -> None:
     """
     Raises:
-        UserError: canaries where they cannot be planted, or more of them than there are accounts.
+        UserError: canaries cannot be planted in this corpus, or are more than there are accounts.
     """
     if not privacy.canaries:
         return
@@ -130,10 +130,10 @@ def check_canaries(privacy: PrivacyRecipe, corpus: CorpusRecipe) -> None:
 
 
 def plant(corpus: Corpus, privacy: PrivacyRecipe) -> Canaries | None:
-    """Put the canaries of a recipe into the training text of `corpus`, and count that again in its report.
+    """Plant the canaries of a recipe in the training text of `corpus`, in place, and update its report.
 
-    Every copy is a document at a seeded place. The validation text stays. None, and nothing is done, where
-    the recipe has no canaries.
+    Every copy is a document at a seeded place. The validation text does not change. Returns None if the
+    recipe has no canaries.
     """
     if not privacy.canaries:
         return None
@@ -145,7 +145,7 @@ def plant(corpus: Corpus, privacy: PrivacyRecipe) -> Canaries | None:
 
 
 def _among(documents: Documents, canaries: Canaries) -> Documents:
-    """`documents` and the planted copies between them; copies of one canary are the same bytes."""
+    """Insert the planted copies between `documents`; copies of one canary share their bytes."""
     planted = [canary for canary in canaries.candidates if canary.is_planted]
     starts, stops, characters, places = [], [], [], []
     for number, canary in enumerate(planted):
@@ -159,16 +159,15 @@ def _among(documents: Documents, canaries: Canaries) -> Documents:
             _number(canaries.seed, "place", number, copy) % (len(documents) + 1)
             for copy in range(canary.repetitions)
         ]
-    # a copy with the place i stands before document i
+    # a copy with the place i precedes document i
     order = np.argsort(np.concatenate([places, np.arange(len(documents)) + 0.5]), kind="stable")
-    old = (documents.starts, documents.stops, documents.characters, documents.source_ids)
-    new = (starts, stops, characters, [len(documents.sources)] * len(starts))
-    joined = [
-        np.concatenate([np.array(ours, dtype=np.int64), theirs])[order]
-        for ours, theirs in zip(new, old, strict=True)
-    ]
-    of_each = dict(zip(("starts", "stops", "characters", "source_ids"), joined, strict=True))
-    return Documents(store=documents.store, sources=[*documents.sources, "canary"], **of_each)
+    new = {"starts": starts, "stops": stops, "characters": characters}
+    new["source_ids"] = [len(documents.sources)] * len(starts)
+    joined: dict[str, Any] = {
+        name: np.concatenate([np.array(values, dtype=np.int64), getattr(documents, name)])[order]
+        for name, values in new.items()
+    }
+    return replace(documents, sources=[*documents.sources, "canary"], **joined)
 
 
 def _digits(n: int, seed: int, *words: object) -> str:
@@ -176,6 +175,6 @@ def _digits(n: int, seed: int, *words: object) -> str:
 
 
 def _number(seed: int, *words: object) -> int:
-    """A number below 2^256 that no version of a random generator can change."""
+    """A number below 2^256 that does not depend on the version of a random generator."""
     named = ":".join(map(str, (seed, *words)))
     return int.from_bytes(hashlib.sha256(f"canaries:{named}".encode()).digest(), "big")

@@ -16,10 +16,10 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 if TYPE_CHECKING:
     import tiktoken
 
-# What a token may not cross. After cl100k of tiktoken, with these changes: marks belong to their letters
-# (Indic scripts); a space may precede digits; line ends go with the punctuation before and the indentation
-# after them, but for the last space, which goes with the word. On CPython's library, 4,096 tokens: 3.71 bytes
-# a token, cl100k's pattern 3.44, GPT-2's 3.46.
+# Pre-token pattern: no token crosses its borders. After cl100k of tiktoken, with these changes: marks belong
+# to their letters (Indic scripts); a space may precede digits; line ends go with the punctuation before and
+# the indentation after them, but for the last space, which goes with the word. On CPython's library, 4,096
+# tokens: 3.71 bytes per token, cl100k's pattern 3.44, GPT-2's 3.46.
 _INDENT = r"(?:[ \t]+(?=[ \t]\S))?"
 _WORDS = (
     r"'(?i:[sdmt]|ll|ve|re)",
@@ -33,8 +33,8 @@ _REST = (
     r"\s+",
 )
 PATTERN = "|".join((*_WORDS, *_REST))
-# recipe word -> what a token may not cross. Those of GPT-2 and Qwen3.5 are for models that llama.cpp is to
-# run, which knows them by name; of CPython's library, 4,096 tokens: 9 % more tokens than by our own.
+# recipe word -> pattern. Those of GPT-2 and Qwen3.5 are for models that llama.cpp is to run, which knows them
+# by name; on CPython's library, 4,096 tokens, they give 9 % more tokens than our own.
 PATTERNS = {
     "own": PATTERN,
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -43,16 +43,14 @@ PATTERNS = {
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
 }
-# the own one, but tiktoken's engine is a quarter faster when what looks at nothing ahead stands in one group
+# our own pattern; tiktoken's engine is a quarter faster if the alternatives without lookahead form one group
 GROUPED_PATTERN = "|".join((f"(?:{'|'.join(_WORDS)})", *_REST))
 
-# Documents are joined by this word, which is encoded as a token of its own, and parted again at that token.
-# A text that holds it is left to the other engine.
-_BORDER = "\0<|border|>\0"
-# tiktoken's regex engine keeps a stack that a million spaces overflow: longer pieces are left to the other
-MAX_PIECE = 1 << 19  # characters
-# every class and fold of case that the pattern asks for; the last one matches no single character
-_CLASSES = (
+# joins texts and is encoded as one token, at which their ids are split; a text that holds it is refused
+BORDER = "\0<|border|>\0"
+MAX_PIECE = 1 << 19  # characters: the stack of tiktoken's regex engine overflows at a million spaces
+# every character class and case folding of the pattern; the last one matches no single character
+CLASSES = (
     r"[\p{L}\p{M}]",
     r"\p{N}",
     r"\s",
@@ -68,15 +66,15 @@ _N_CODE_POINTS = 0x110000
 
 
 def pre_tokenizer(pattern: str = PATTERN) -> pre_tokenizers.PreTokenizer:
-    """What cuts a text into words for a tokenizer that is trained here."""
+    """Pre-tokenizer of our own tokenizers."""
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 class FastBPE:
-    """Encodes texts as the tokenizer that `ranks` and `pattern` are of, without special tokens.
+    """Encodes texts by tiktoken with `ranks` and `pattern`, without special tokens.
 
-    May be called from several threads at once, but for `can_encode`.
+    `encode` may be called from several threads at once, `can_encode` may not.
     """
 
     def __init__(self, ranks: dict[bytes, int], pattern: str):
@@ -87,15 +85,15 @@ class FastBPE:
             "hf_genlm",
             pat_str=pattern,
             mergeable_ranks=ranks,
-            special_tokens={_BORDER: self._border_id},
+            special_tokens={BORDER: self._border_id},
         )
-        self._engines = [_class_engines(pattern) for pattern in _CLASSES]
+        self._engines = [class_engines(pattern) for pattern in CLASSES]
         self._known = np.zeros(_N_CODE_POINTS, dtype=np.uint8)  # _SAME or _DIFFERS of the characters met
         self._learn(np.arange(128))
 
     def can_encode(self, text: str) -> bool:
-        """True if the ids of `text` are sure to be those of the saved tokenizer."""
-        if len(text) > MAX_PIECE or _BORDER in text:
+        """True if the ids of `text` are proved equal to those of the saved tokenizer."""
+        if len(text) > MAX_PIECE or BORDER in text:
             return False
         if text.isascii() and not self._ascii_differs:
             return True
@@ -110,8 +108,8 @@ class FastBPE:
         """Ids of each text, each (n,) uint32."""
         if not texts:
             return []
-        joined = _BORDER.join(texts)
-        ids = self._encoding.encode_to_numpy(joined, allowed_special={_BORDER}, disallowed_special=())
+        joined = BORDER.join(texts)
+        ids = self._encoding.encode_to_numpy(joined, allowed_special={BORDER}, disallowed_special=())
         ends = np.flatnonzero(ids == self._border_id)
         starts = np.concatenate([[0], ends + 1])
         return [ids[a:b] for a, b in zip(starts, [*ends, len(ids)], strict=True)]
@@ -125,39 +123,38 @@ class FastBPE:
 
 
 def fast_bpe_of(backend: Tokenizer, pattern: str) -> FastBPE | None:
-    """The second engine for `backend`, whose pre-tokenizer splits by `pattern`; None where its ids might
-    differ."""
+    """`FastBPE` of a tokenizer whose pre-tokenizer splits by `pattern`; None if its ids might differ."""
     ranks = ranks_of(json.loads(backend.to_str()))
     return None if ranks is None else FastBPE(ranks, pattern)
 
 
 def ranks_of(state: Mapping[str, Any]) -> dict[bytes, int] | None:
-    """Rank of each token by its bytes, from a tokenizer's JSON; None where ranks would give other ids.
+    """Ranks for tiktoken, bytes -> id, from a tokenizer's JSON; None if ranks would give other ids.
 
-    The saved tokenizer merges the adjacent pair that stands first in its list of merges; tiktoken the pair
+    The saved tokenizer merges the adjacent pair that comes first in its list of merges; tiktoken the pair
     whose joined bytes are the token of the lowest id. Sufficient for equal ids is that
 
     1. every byte is a token, every merge makes a token of its parts' bytes, and the merges that make a token
-       for the first time stand in the order of the ids they make;
+       for the first time are ordered by the ids that they make;
     2. tiktoken, run on the bytes of each such token with lower ids alone, arrives at the two parts of that
        merge.
 
-    For suppose both have done the same so far, and tiktoken joins x and y to the token of id k. Since x and y
+    Proof: suppose both have done the same so far, and tiktoken joins x and y to the token of id k. As x and y
     cover the bytes of that token, no merge has crossed its borders, and those inside were what tiktoken does
     on these bytes alone: each was the lowest of all, hence the lowest inside. Were one of an id above k among
     them, the run of 2. would have stopped before it, with more than two parts. So x and y are the parts of
     2., which is a merge of the list, and by 1. the first of those that apply, the leftmost too: the saved
-    tokenizer does the same. Where tiktoken finds nothing to join there is no pair of the list either. (A
-    second merge that makes the same token stands later in the list than the first, and never comes first.)
-    A token that is a whole word is found by 2. as well as by looking it up, so `ignore_merges` does not
-    matter; tokens that no merge makes are special ones or never used, and are left out.
+    tokenizer does the same. Where tiktoken finds nothing to join, the list has no pair either. (A second
+    merge that makes the same token comes later in the list than the first, and is never applied.) A token
+    that is a whole word is found by 2. as well as by looking it up, so `ignore_merges` does not matter;
+    tokens that no merge makes are special or never used, and are left out.
     """
     model = state["model"]
     if model["type"] != "BPE" or any(
         model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     ):
         return None
-    byte_of = _byte_of_letter()
+    byte_of = byte_of_letter()
     vocab: dict[str, int] = model["vocab"]
     if not all(letter in vocab for letter in byte_of):
         return None
@@ -183,8 +180,8 @@ def ranks_of(state: Mapping[str, Any]) -> dict[bytes, int] | None:
 def differing_characters(
     characters: str, engines: "Sequence[tuple[tiktoken.Encoding, pre_tokenizers.PreTokenizer]]"
 ) -> set[str]:
-    """Those of `characters` that the two regex engines, which follow different versions of Unicode, put in
-    different classes."""
+    """Those of `characters` that the two regex engines, which follow different versions of Unicode, classify
+    differently."""
     apart = "\n".join(characters)
     different: set[str] = set()
     for ours, theirs in engines:
@@ -194,8 +191,8 @@ def differing_characters(
     return different
 
 
-def _class_engines(pattern: str) -> "tuple[tiktoken.Encoding, pre_tokenizers.PreTokenizer]":
-    """Both engines, made so that what matches `pattern` is kept and all else is dropped."""
+def class_engines(pattern: str) -> "tuple[tiktoken.Encoding, pre_tokenizers.PreTokenizer]":
+    """Both regex engines, set up to keep what matches `pattern` and drop the rest."""
     import tiktoken
 
     ranks = {bytes([byte]): byte for byte in range(256)}
@@ -204,8 +201,7 @@ def _class_engines(pattern: str) -> "tuple[tiktoken.Encoding, pre_tokenizers.Pre
 
 
 def _merged(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, ...]:
-    """What tiktoken makes of `token` by `ranks`: the pair of the lowest rank first, the leftmost of equal
-    ones."""
+    """Merge `token` as tiktoken does: the pair of the lowest rank first, the leftmost of equal ones."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 1:
         found = [(ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]
@@ -216,8 +212,8 @@ def _merged(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, ...]:
     return tuple(parts)
 
 
-def _byte_of_letter() -> dict[str, int]:
-    """The letter that stands for each byte in a byte-level vocabulary (GPT-2's table), and its byte."""
+def byte_of_letter() -> dict[str, int]:
+    """Letter -> byte of a byte-level vocabulary (GPT-2's table)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -1,29 +1,41 @@
-"""One file to its texts, a part at a time: decompression, decoding, and the records of JSONL and parquet."""
+"""Read one file as texts, a part at a time: decoding, and the records of JSONL and parquet.
+
+A new format is a generator of texts and a row of FORMATS.
+"""
 
 import codecs
-import io
 import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import PurePath
-from typing import IO, Any
+from typing import Any
 
 from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.text.compressed import COMPRESSIONS, one_line, only_member, unpacked
-from hf_genlm.text.damage import Damage, LeaveOut, Place
-from hf_genlm.text.store import CHUNK, spooled
+from hf_genlm.text.raw_files import (
+    COMPRESSIONS,
+    Damage,
+    LeaveOut,
+    Place,
+    RawFile,
+    one_line,
+    only_member,
+    unpacked,
+)
+from hf_genlm.text.store import CHUNK, TextStore
 
-Parts = Iterable[str]  # one text, in parts that join to it
+Parts = Iterable[str]  # one text, as strings that join to it
 
 _ESCAPED_BYTE = re.compile(r"[\udc80-\udcff]")
-_BINARY_PROBE = 64 * 1024  # bytes looked at for NUL
+_BINARY_PROBE = 64 * 1024  # bytes searched for NUL
 _PARQUET_ROWS = 512  # decoded at once
-_MAX_LINE = 1 << 28  # characters of a .jsonl line, which is held in memory
-_MOST_NAMES = 8  # of a record's fields, in a message
-_DOCUMENTS = {  # by their first bytes: what people take for text
+_MAX_NAMES = 8  # of a record's fields, in a message
+_BINARY = (  # reason and remedy
+    "is binary (it holds NUL bytes), not text",
+    "leave it out, or name its encoding with --set corpus.encoding=utf-16",
+)
+OTHER_PROGRAMS = {  # first bytes -> kind of a file that people take for text
     b"%PDF-": "a PDF",
     b"PK\x03\x04": "a zip archive, as .docx, .odt and .epub are",
     b"\xd0\xcf\x11\xe0": "a document of an old Office",
@@ -31,17 +43,8 @@ _DOCUMENTS = {  # by their first bytes: what people take for text
 }
 
 
-@dataclass(frozen=True)
-class RawFile:
-    """One file as it lies on disk, at its beginning. `label` names it in messages."""
-
-    label: str
-    name: str  # decides the format by its suffixes
-    stream: IO[bytes]
-
-
 def format_of(name: str) -> tuple[str | None, str | None]:
-    """(`.txt`, `gzip`) for `a.txt.gz`: the known format suffix and the compression, each None when absent."""
+    """(`.txt`, `gzip`) for `a.txt.gz`: format suffix and compression, each None if not known."""
     path = PurePath(name.lower())
     compression = COMPRESSIONS.get(path.suffix)
     if compression is not None:
@@ -50,34 +53,35 @@ def format_of(name: str) -> tuple[str | None, str | None]:
 
 
 def texts_of(file: RawFile, recipe: CorpusRecipe, leave_out: LeaveOut | None = None) -> Iterator[Parts]:
-    """The texts of a file, unchanged: one of a text file, one per record of .jsonl and .parquet.
+    """Texts of a file, unchanged: one of a text file, one per record of .jsonl and .parquet.
 
-    A file of an unknown suffix is text. Records without text are given as empty ones. The parts of a
-    text are to be taken before the next text. `leave_out` is told each damaged record, and the reading goes
-    on behind it; without it, a damaged record is raised.
+    A file of an unknown suffix is read as text. A record without text is an empty text. The parts of a text
+    must be consumed before the next text is asked for. `leave_out` receives each damaged record, and reading
+    continues behind it; without `leave_out`, a damaged record is raised.
 
     Raises:
-        Damage: damaged archive, binary or wrongly encoded text, a record that does not hold the text
-            column. Not before the place of the fault is read: what came before is no whole file then.
-        UserError: a compression that needs another package.
+        Damage: the file is a damaged archive, binary, wrongly encoded, or lacks the text column. It is raised
+            where the fault is read: the texts before it are then not the whole file.
+        UserError: the compression needs a package that is not installed.
     """
+
+    def stop(damage: Damage) -> None:
+        raise damage
+
     suffix, compression = format_of(file.name)
     if compression == "zip" and suffix is None:
         suffix, _ = format_of(only_member(file.label, file.stream))
-    return FORMATS[suffix or ".txt"](file, compression, recipe, leave_out or _stop)
-
-
-def _stop(damage: Damage) -> None:
-    raise damage
+    return FORMATS[suffix or ".txt"](file, compression, recipe, leave_out or stop)
 
 
 def check_encoding(encoding: str) -> None:
     """
     Raises:
-        UserError: Python knows no text encoding of that name.
+        UserError: Python has no text encoding of that name.
     """
     try:
         "a".encode(encoding).decode(encoding)
+        codecs.getincrementaldecoder(encoding)
     except (LookupError, ValueError) as error:
         raise UserError(
             f"corpus.encoding = {encoding!r} is no text encoding that Python knows: "
@@ -85,31 +89,38 @@ def check_encoding(encoding: str) -> None:
         ) from error
 
 
+def _text(
+    file: RawFile, compression: str | None, recipe: CorpusRecipe, leave_out: LeaveOut
+) -> Iterator[Parts]:
+    yield _decoded(file, compression, recipe)
+
+
 def _decoded(
     file: RawFile, compression: str | None, recipe: CorpusRecipe, by_line: bool = False
 ) -> Iterator[str]:
-    """The text of a file in parts, strictly decoded, without newline translation.
+    """Text of a file in parts, strictly decoded, without newline translation.
 
-    `by_line`: bytes that are not UTF-8 come as lone surrogates, and NUL as it is, for `_check_line` to find.
+    With `by_line`, bytes that are not UTF-8 become lone surrogates and NUL stays, so that `_text_of_line` can
+    blame the line that holds them.
     """
     # utf-16 and utf-32 write NUL bytes for plain text
     wide = b"\0" in "a".encode(recipe.encoding, errors="replace")
     escapes = by_line and codecs.lookup(recipe.encoding).name == "utf-8"
-    decoder = _decoder(recipe.encoding, "surrogateescape" if escapes else "strict")
+    make_decoder = codecs.getincrementaldecoder(recipe.encoding)
+    decode = make_decoder("surrogateescape" if escapes else "strict").decode
     n_read = 0
     for content in itertools.chain(unpacked(file.label, file.stream, compression), [b""]):
-        kind = None if n_read or by_line else next((k for k in _DOCUMENTS if content.startswith(k)), None)
+        kind = None if n_read or by_line else next((k for k in OTHER_PROGRAMS if content.startswith(k)), None)
         if kind is not None:
-            raise Damage(
-                Place(file.label), f"is {_DOCUMENTS[kind]}, not text", "save its text as .txt, and name that"
-            )
+            reason = f"is {OTHER_PROGRAMS[kind]}, not text"
+            raise Damage(Place(file.label), reason, "save its text as .txt, and name that")
         if not wide and not by_line and b"\0" in content[: max(0, _BINARY_PROBE - n_read)]:
             raise Damage(Place(file.label), *_BINARY)
         n_read += len(content)
         try:
-            part = decoder(content, not content)
+            part = decode(content, not content)
         except UnicodeError as error:
-            # the decoder has put what it held back before `content`
+            # the decoder puts the bytes that it had kept before `content`
             seen = getattr(error, "object", content) or b"\0"
             start = getattr(error, "start", 0)
             where = f"byte 0x{seen[start]:02x} at offset {n_read - len(seen) + start}"
@@ -118,26 +129,6 @@ def _decoded(
             if not escapes:
                 _check_unicode(Place(file.label), part)
             yield part
-
-
-def _decoder(encoding: str, errors: str) -> Callable[[bytes, bool], str]:
-    """`decode(content, is_last)`, part by part; of an encoding that cannot do that, all at the end."""
-    make = codecs.lookup(encoding).incrementaldecoder
-    if make is not None:
-        return make(errors).decode
-    held = io.BytesIO()
-
-    def decode(content: bytes, is_last: bool) -> str:
-        held.write(content)
-        return held.getvalue().decode(encoding, errors) if is_last else ""
-
-    return decode
-
-
-_BINARY = (
-    "is binary (it holds NUL bytes), not text",
-    "leave it out, or name its encoding with --set corpus.encoding=utf-16",
-)
 
 
 def _wrong_encoding(recipe: CorpusRecipe, where: str) -> tuple[str, str]:
@@ -152,7 +143,7 @@ def _wrong_encoding(recipe: CorpusRecipe, where: str) -> tuple[str, str]:
 def _check_unicode(place: Place, text: str) -> None:
     """
     Raises:
-        Damage: UTF-8 cannot hold `text`.
+        Damage: `text` has no UTF-8 form.
     """
     try:
         text.encode("utf-8")
@@ -164,35 +155,32 @@ def _check_unicode(place: Place, text: str) -> None:
         ) from error
 
 
-def _whole_text(
-    file: RawFile, compression: str | None, recipe: CorpusRecipe, leave_out: LeaveOut
-) -> Iterator[Parts]:
-    yield _decoded(file, compression, recipe)
-
-
 def _jsonl(
     file: RawFile, compression: str | None, recipe: CorpusRecipe, leave_out: LeaveOut
 ) -> Iterator[Parts]:
-    for number, line in enumerate(_lines(_decoded(file, compression, recipe, by_line=True)), start=1):
+    lines = _lines(_decoded(file, compression, recipe, by_line=True), file.max_line)
+    for number, line in enumerate(lines, start=1):
+        place = Place(file.label, "line", number)
         if number == 1 and line is not None:
             line = line.removeprefix("\ufeff")
         if line is not None and not line.strip():
             continue
         try:
-            text = _text_of_line(Place(file.label, "line", number), line, recipe)
+            if line is None:
+                reason = f"has more than {file.max_line:,} characters"
+                raise Damage(place, reason, "cut it into several records")
+            text = _text_of_line(place, line, recipe)
         except Damage as damage:
             leave_out(damage)
             continue
         yield (text,)
 
 
-def _text_of_line(place: Place, line: str | None, recipe: CorpusRecipe) -> str:
+def _text_of_line(place: Place, line: str, recipe: CorpusRecipe) -> str:
     """
     Raises:
-        Damage: the line is no object that holds text.
+        Damage: the line is not a JSON object that holds text.
     """
-    if line is None:
-        raise Damage(place, f"has more than {_MAX_LINE:,} characters", "cut it into several records")
     if "\0" in line:
         raise Damage(place, *_BINARY)
     bad = None if line.isascii() else _ESCAPED_BYTE.search(line)
@@ -213,26 +201,22 @@ def _text_of_line(place: Place, line: str | None, recipe: CorpusRecipe) -> str:
     return text_value(place, record[recipe.text_column], recipe)
 
 
-def _lines(parts: Parts) -> Iterator[str | None]:
-    """What lies between line feeds; None for what has more than `_MAX_LINE` characters."""
+def _lines(parts: Parts, max_line: int) -> Iterator[str | None]:
+    """Lines without their line feed; None for a line of more than `max_line` characters."""
     begun: list[str] = []
     n_begun = 0
-
-    def whole() -> str | None:
-        return "".join(begun) if n_begun <= _MAX_LINE else None
-
     for part in parts:
         first, *others = part.split("\n")
         n_begun += len(first)
-        if n_begun <= _MAX_LINE:
+        if n_begun <= max_line:
             begun.append(first)
         else:
             begun.clear()
         if others:
-            yield whole()
-            yield from (line if len(line) <= _MAX_LINE else None for line in others[:-1])
+            yield "".join(begun) if n_begun <= max_line else None
+            yield from (line if len(line) <= max_line else None for line in others[:-1])
             begun, n_begun = [others[-1]], len(others[-1])
-    yield whole()
+    yield "".join(begun) if n_begun <= max_line else None
 
 
 def _parquet(
@@ -242,8 +226,12 @@ def _parquet(
     from pyarrow import parquet
 
     stream, place = file.stream, Place(file.label)
-    if compression is not None:
-        stream = spooled(unpacked(file.label, stream, compression))
+    if compression is not None:  # parquet is read at its end first
+        store = TextStore()
+        for content in unpacked(file.label, stream, compression):
+            store.append(content)
+        store.file.seek(0)
+        stream = store.file
     n_rows = 0
     try:
         table = parquet.ParquetFile(
@@ -263,10 +251,27 @@ def _parquet(
         ) from error
 
 
+def _values(column: Any) -> Iterable[Any]:
+    """Python values of a pyarrow array; a text that is not UTF-8 comes as bytes."""
+    import pyarrow as pa
+
+    def as_text(content: bytes | None) -> str | bytes | None:
+        try:
+            return content if content is None else content.decode("utf-8")
+        except UnicodeDecodeError:
+            return content
+
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        binary = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
+        return map(as_text, column.cast(binary).to_pylist())
+
+
 def texts_of_rows(
     label: str, values: Iterable[Any], recipe: CorpusRecipe, leave_out: LeaveOut, n_before: int = 0
 ) -> Iterator[Parts]:
-    """The text of each value of a column, of which `n_before` came before."""
+    """Text of each value of a column; `n_before` rows of the same source came before."""
     for number, value in enumerate(values, start=n_before + 1):
         try:
             text = text_value(Place(label, "row", number), value, recipe)
@@ -276,24 +281,6 @@ def texts_of_rows(
         yield (text,)
 
 
-def _values(column: Any) -> Iterable[Any]:
-    """Of a pyarrow array; a text that is not UTF-8 comes as its bytes."""
-    import pyarrow as pa
-
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        binary = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
-        return [_as_text(value) for value in column.cast(binary).to_pylist()]
-
-
-def _as_text(content: bytes | None) -> str | bytes | None:
-    try:
-        return content if content is None else content.decode("utf-8")
-    except UnicodeDecodeError:
-        return content
-
-
 def check_column(place: Place, names: Iterable[str], recipe: CorpusRecipe) -> None:
     """
     Raises:
@@ -301,8 +288,8 @@ def check_column(place: Place, names: Iterable[str], recipe: CorpusRecipe) -> No
     """
     names = list(names)
     if recipe.text_column not in names:
-        shown = ", ".join(map(repr, names[:_MOST_NAMES])) or "none"
-        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        shown = ", ".join(map(repr, names[:_MAX_NAMES])) or "none"
+        more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
         raise Damage(
             place,
             f"has no field {recipe.text_column!r}, it has {shown}{more}",
@@ -311,7 +298,7 @@ def check_column(place: Place, names: Iterable[str], recipe: CorpusRecipe) -> No
 
 
 def text_value(place: Place, value: Any, recipe: CorpusRecipe) -> str:
-    """The text of a record; null is the empty text.
+    """Text of a record; null is the empty text.
 
     Raises:
         Damage: `value` is not text.
@@ -329,9 +316,9 @@ def text_value(place: Place, value: Any, recipe: CorpusRecipe) -> str:
 
 
 FORMATS: dict[str, Callable[[RawFile, str | None, CorpusRecipe, LeaveOut], Iterator[Parts]]] = {
-    ".txt": _whole_text,
-    ".md": _whole_text,
-    ".py": _whole_text,
+    ".txt": _text,
+    ".md": _text,
+    ".py": _text,
     ".jsonl": _jsonl,
     ".parquet": _parquet,
 }

@@ -1,9 +1,8 @@
-"""Text by language: what a person may say of it, where each language's documents stand, and how often they
-are read.
+"""Text by language: checks of the recipe, positions and counts, byte premiums, and balanced training rows.
 
-The documents of a split stand language by language, in the order in which the languages were named. So how
-many each has tells where they are, and the report on a corpus says it:
-`report["languages"][code]["train"]["documents"]`.
+The documents of a split are ordered by language, as the languages were named. So the number of documents of
+each language, `report["languages"][code]["train"]["documents"]` in the report on a corpus, gives their
+positions.
 """
 
 import hashlib
@@ -16,10 +15,18 @@ import numpy as np
 
 from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError, did_you_mean
-from hf_genlm.text.store import Documents
+from hf_genlm.text.encoding import TokenizedDocuments
+from hf_genlm.text.packing import PackedRows
+from hf_genlm.text.store import Documents, cut_blocks
+
+_BLOCK_CHARACTERS = 500  # a fraction of a text is taken in blocks of this length
+_MIN_BLOCKS, _MAX_BLOCKS = (
+    32,
+    1 << 14,
+)  # of a language: in a small text blocks are shorter, in a large one longer
 
 # RFC 5646, section 2.1: language, script, region and variants, each in its usual case so that a language has
-# one name; extensions and private use left out
+# one name; without extensions and private use
 _CODE = re.compile(
     r"[a-z]{2,3}(?:-[A-Z][a-z]{3})?(?:-(?:[A-Z]{2}|[0-9]{3}))?(?:-(?:[a-z0-9]{5,8}|[0-9][a-z0-9]{3}))*"
 )
@@ -28,12 +35,16 @@ _CODE = re.compile(
 def check_languages(recipe: CorpusRecipe) -> None:
     """
     Raises:
-        UserError: fields of the corpus section about languages that do not fit each other.
+        UserError: fields of the corpus section about languages contradict each other.
     """
     known = recipe.languages
     for field, stated in (("languages", known), ("parallel", recipe.parallel)):
         for code in stated:
-            _check_code(f"corpus.{field}", code)
+            if not _CODE.fullmatch(code):
+                raise UserError(
+                    f"corpus.{field}: {code!r} is no language code: write one of ISO 639 or BCP 47, as fra, "
+                    "pt-BR or zh-Hans"
+                )
     if known and recipe.sources:
         raise UserError(
             f"{recipe.sources[0]!r} names no language and {next(iter(known))!r} is one: name every source's "
@@ -62,10 +73,10 @@ def check_languages(recipe: CorpusRecipe) -> None:
 
 
 def by_language(words: Sequence[str], languages: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Sources by language, of words `CODE=SOURCE` that name each of `languages`.
+    """Parse words `CODE=SOURCE` into sources by language.
 
     Raises:
-        UserError: a word names none of them, or one of them is missing.
+        UserError: a word names none of `languages`, or one of them has no word.
     """
     found: dict[str, list[str]] = {code: [] for code in languages}
     for word in words:
@@ -83,16 +94,16 @@ def by_language(words: Sequence[str], languages: Mapping[str, Any]) -> dict[str,
 
 
 def spans(counts: Mapping[str, int]) -> dict[str, slice]:
-    """Where the documents of each language stand, from how many each has."""
+    """Positions of the documents of each language, from their numbers."""
     stops = np.cumsum(list(counts.values())).tolist()
     return {code: slice(stop - n, stop) for (code, n), stop in zip(counts.items(), stops, strict=True)}
 
 
 def counts_after(counts: Mapping[str, int], kept: np.ndarray) -> dict[str, int]:
-    """How many documents of each language are left by a mask (n,).
+    """Documents of each language that a mask (n,) keeps.
 
     Raises:
-        UserError: none of one.
+        UserError: a language has none left.
     """
     left = {code: int(kept[part].sum()) for code, part in spans(counts).items()}
     for code, n in left.items():
@@ -107,8 +118,8 @@ def counts_after(counts: Mapping[str, int], kept: np.ndarray) -> dict[str, int]:
 def report_on(
     recipe: CorpusRecipe, splits: Mapping[str, tuple[Documents, Mapping[str, int]]]
 ) -> dict[str, dict[str, Any]]:
-    """By language, of each split {documents, bytes, characters}, and how it is read in training: `share`,
-    `repeats` and `byte_premium` of `balance`."""
+    """By language: {documents, bytes, characters} of each split, and `share`, `repeats` and `byte_premium` of
+    `balance`, which say how it is read in training."""
     report: dict[str, dict[str, Any]] = {code: {} for code in recipe.languages}
     for name, (documents, counts) in splits.items():
         for code, span in spans(counts).items():
@@ -132,16 +143,16 @@ def report_on(
 def balance(
     n_bytes: Sequence[int], premiums: Sequence[float], temperature: float
 ) -> tuple[list[float], list[float]]:
-    """(shares, repeats): how much of what is read is of each language, and how often its text is read when
-    all text is read once on the average.
+    """(shares, repeats): the share of each language in an epoch, and how often its text is read while all
+    text is read once on average.
 
-    The size of a language is its content n_l, bytes over byte premium; its share of the content that is read
+    The size of a language is its content n_l, bytes over byte premium; its share of the content of an epoch
     is p_l ~ n_l^(1/T) (Conneau and Lample, 2019, Cross-lingual language model pretraining, with alpha = 1/T =
     0.5; multilingual BERT has 0.7, XLM-R 0.3). T = 1 repeats nothing, whatever the premiums; at a large T
-    every language has as much content, not as many bytes. The byte premium of a language is what its text
-    needs in UTF-8 bytes relative to another language for the same content (Arnett, Chang and Bergen, 2024, A
-    bit of a problem: measurement disparities in dataset sizes across languages); which other one does not
-    matter here.
+    all languages have equal content, not equal bytes. The byte premium of a language is the UTF-8 bytes that
+    its text needs relative to another language for the same content (Arnett, Chang and Bergen, 2024, A bit of
+    a problem: measurement disparities in dataset sizes across languages); any common reference gives the
+    same balance.
     """
     size = np.asarray(n_bytes, dtype=np.float64)
     premium = np.asarray(premiums, dtype=np.float64)
@@ -155,22 +166,25 @@ def balance(
 
 
 def premiums_of(recipe: CorpusRecipe) -> dict[str, float]:
-    """The byte premium of each language: as stated, or measured on the parallel text, else 1."""
+    """Byte premium of each language: stated, or measured on the parallel text, else 1."""
     if recipe.byte_premiums:
         return {code: recipe.byte_premiums.get(code, 1.0) for code in recipe.languages}
     if not recipe.parallel:
         return dict.fromkeys(recipe.languages, 1.0)
-    n_bytes = {code: sum(map(_n_bytes, lines)) for code, lines in read_parallel(recipe).items()}
+    n_bytes = {
+        code: sum(len(line.encode("utf-8")) for line in lines)
+        for code, lines in read_parallel(recipe).items()
+    }
     reference = n_bytes[reference_of(n_bytes)]
     return {code: n_bytes.get(code, reference) / reference for code in recipe.languages}
 
 
 def read_parallel(recipe: CorpusRecipe) -> dict[str, list[str]]:
-    """The sentences of each language of `corpus.parallel`, equally many; those empty in one are left out of
-    all.
+    """Sentences of each language of `corpus.parallel`, equally many; a line that is empty in one language is
+    left out of all.
 
     Raises:
-        UserError: a file that cannot be read, or not as many lines as the others.
+        UserError: a file cannot be read, or has more or fewer lines than the others.
     """
     lines: dict[str, list[str]] = {}
     for code, name in recipe.parallel.items():
@@ -195,7 +209,7 @@ def read_parallel(recipe: CorpusRecipe) -> dict[str, list[str]]:
 
 
 def trained_parallel(recipe: CorpusRecipe, files: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The languages whose parallel text is also one of the `files` that are trained on, by its hash."""
+    """Languages whose parallel text is also one of the training `files`, by its hash."""
     hashes = {file["sha256"] for file in files}
 
     def is_trained_on(name: str) -> bool:
@@ -206,16 +220,156 @@ def trained_parallel(recipe: CorpusRecipe, files: Sequence[Mapping[str, Any]]) -
 
 
 def reference_of(codes: Mapping[str, Any]) -> str:
-    """The language that the others are compared with: English where it is among them, else the first."""
+    """Reference language of comparisons: English if it is among `codes`, else the first."""
     return next((code for code in codes if code.partition("-")[0] in ("eng", "en")), next(iter(codes)))
 
 
-def _check_code(field: str, code: str) -> None:
-    if not _CODE.fullmatch(code):
-        raise UserError(
-            f"{field}: {code!r} is no language code: write one of ISO 639 or BCP 47, as fra, pt-BR or zh-Hans"
-        )
+def repeat_documents(
+    documents: Documents, counts: Mapping[str, int], repeats: Mapping[str, float]
+) -> Documents:
+    """Repeat the documents of each language `repeats` times: whole for the integer part, and for the fraction
+    blocks that are spread evenly over the text. No text is copied."""
+    parts = []
+    for code, span in spans(counts).items():
+        of_language = documents[span]
+        n_whole, rest = divmod(repeats[code], 1)
+        parts += [of_language] * int(n_whole)
+        if rest > 0:
+            parts.append(_evenly(of_language, rest))
+    return Documents.join(parts)
 
 
-def _n_bytes(line: str) -> int:
-    return len(line.encode("utf-8"))
+def repeats_of(languages: Mapping[str, Mapping[str, Any]]) -> dict[str, float] | None:
+    """`repeats` of each language in corpus.json; None if every language is read once."""
+    repeats = {code: of_language["repeats"] for code, of_language in languages.items()}
+    return None if all(n == 1 for n in repeats.values()) else repeats
+
+
+def balanced_text(documents: Documents, languages: Mapping[str, Mapping[str, Any]]) -> Documents:
+    """Training documents, each language repeated as corpus.json says."""
+    repeats = repeats_of(languages)
+    if repeats is None:
+        return documents
+    counts = {code: of_language["train"]["documents"] for code, of_language in languages.items()}
+    return repeat_documents(documents, counts, repeats)
+
+
+def _evenly(documents: Documents, fraction: float) -> Documents:
+    """About `fraction` of the bytes, in blocks that end at line ends."""
+    n_characters = documents.n_characters
+    length = max(1, n_characters // _MAX_BLOCKS, min(_BLOCK_CHARACTERS, n_characters // _MIN_BLOCKS))
+    reach = max(length, _BLOCK_CHARACTERS)
+    blocks = [block for i in range(len(documents)) for block in cut_blocks(documents, i, length, reach)]
+    taken = []
+    n_passed = n_taken = 0
+    for block in blocks:
+        size = block.stop - block.start
+        n_passed += size
+        if abs(n_taken + size - fraction * n_passed) < abs(n_taken - fraction * n_passed):
+            taken.append(block)
+            n_taken += size
+    return documents.take_blocks(taken)
+
+
+class BalancedRows:
+    """Rows of one language each, and the order in which an epoch reads them: some repeatedly, some not.
+
+    An epoch has as many rows as the text: R_l repeats_l of language l, which has R_l rows (rounded). Epoch
+    after epoch they are taken from one endless walk over all rows of the language, shuffled anew each time:
+    no row is read twice more than another.
+
+    Items are those of `PackedRows`; the last row of each language is padded.
+    """
+
+    def __init__(
+        self,
+        documents: TokenizedDocuments,
+        counts: Mapping[str, int],
+        repeats: Mapping[str, float],
+        max_seq_length: int,
+        eos_id: int,
+        pad_id: int,
+    ):
+        """
+        Raises:
+            UserError: a language has less than one row of text.
+        """
+        self.max_seq_length = max_seq_length
+        self.parts: dict[str, PackedRows] = {}
+        for code, span in spans(counts).items():
+            of_language = documents[span]
+            if of_language.n_tokens + len(of_language) + 1 < max_seq_length:
+                raise UserError(
+                    f"training.max_seq_length = {max_seq_length}: the text of {code!r} has less than one "
+                    f"row, {of_language.n_tokens} tokens; give more of it, or a smaller max_seq_length"
+                )
+            self.parts[code] = PackedRows(of_language, max_seq_length, eos_id, pad_id)
+        self._n_rows = np.array([len(part) for part in self.parts.values()])
+        self._stops = np.cumsum(self._n_rows)
+        wanted = self._n_rows * np.array([repeats[code] for code in self.parts])
+        self.rows_per_epoch = _rounded(wanted, int(self._stops[-1]))  # (L,)
+
+    @property
+    def n_targets(self) -> int:
+        """Labels of all rows once."""
+        return sum(part.n_targets for part in self.parts.values())
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of one epoch, and of the text."""
+        return int(self._stops[-1])
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {key: value[0] for key, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """A whole batch: each value (B, T) int64."""
+        chosen = range(len(self))
+        index_B = np.array([chosen[index] for index in indices], dtype=np.int64)
+        language_B = np.searchsorted(self._stops, index_B, side="right")
+        row_B = index_B - (self._stops - self._n_rows)[language_B]
+        names, shape = ("input_ids", "position_ids", "labels"), (len(index_B), self.max_seq_length)
+        batch = {name: np.empty(shape, dtype=np.int64) for name in names}
+        for number, part in enumerate(self.parts.values()):
+            here = np.flatnonzero(language_B == number)
+            if len(here):
+                for name, values in part.__getitems__(row_B[here]).items():
+                    batch[name][here] = values
+        return batch
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """Row numbers (n_rows,) of `epoch` (from 0), shuffled."""
+        found = []
+        begins = self._stops - self._n_rows
+        for number, (n, n_wanted) in enumerate(zip(self._n_rows, self.rows_per_epoch, strict=True)):
+            first, stop = epoch * n_wanted, (epoch + 1) * n_wanted
+            walks = range(int(first // n), int(-(-stop // n)))
+            walk = [np.random.default_rng((seed, number, k)).permutation(n) for k in walks]
+            rows = np.concatenate([np.zeros(0, dtype=np.int64), *walk])
+            found.append(begins[number] + rows[first - walks.start * n : stop - walks.start * n])
+        return np.random.default_rng((seed, len(found), epoch)).permutation(np.concatenate(found))
+
+    def first_tokens(self, count: int) -> np.ndarray:
+        """About `count` tokens from the beginnings of all languages, in their shares of an epoch; a short
+        one is repeated."""
+        count = min(count, self.n_targets)
+        parts = []
+        for part, n in zip(self.parts.values(), self.rows_per_epoch, strict=True):
+            n_wanted = int(count * n // self.n_rows)
+            parts.append(np.resize(part.first_tokens(n_wanted), n_wanted))
+        return np.concatenate(parts)
+
+
+def _rounded(wanted: np.ndarray, total: int) -> np.ndarray:
+    """Round `wanted` (L,), scaled to the sum `total`, to integers of at least 1 with that sum, by the largest
+    remainders."""
+    exact = wanted / wanted.sum() * total
+    found = np.maximum(1, np.floor(exact)).astype(np.int64)
+    while found.sum() != total:
+        step = 1 if found.sum() < total else -1
+        behind = np.where((step > 0) | (found > 1), step * (exact - found), -np.inf)
+        found[behind.argmax()] += step
+    return found

@@ -1,8 +1,8 @@
-"""A stream of documents as rows for the trainer: encoded and packed while it is read, shuffled in blocks.
+"""A stream of documents as training rows: encoded and packed while it is read, shuffled in blocks.
 
 The rows are those of `PackedRows` over the same documents. Every process walks through the whole stream and
-trains on its part of each batch (accelerate's `IterableDatasetShard`), so that the rows of a step are the
-same for any number of processes; each pays for the reading.
+trains on its part of each batch (accelerate's `IterableDatasetShard`), so the rows of a step are the same for
+any number of processes, and each process pays for the reading.
 """
 
 import hashlib
@@ -23,36 +23,33 @@ from hf_genlm.text.streaming import DocumentStream, Piece
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_BATCH = 1 << 20  # characters encoded at once
-_REMEMBERED = 1 << 16  # rows that may lie between the last one given out and the last one trained on
 _PADDING = -1  # among ids
 _ENDLESS = 1 << 62
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where rows are made from: a position of the documents, and what is left of the row that was begun."""
+    """Where rows are built from: a position in the documents, and the tokens of the row that was begun."""
 
-    row: int  # the number of the next one
-    tail: list[int]  # its tokens
-    documents: dict[str, Any] | None
-    is_exact: bool  # the tokenizer's own library encodes
+    row: int  # number of the next row
+    tail: list[int]
+    documents: dict[str, Any] | None  # position of a walk; None: the beginning
+    is_exact: bool  # encoded by the tokenizer's own library
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows (n, T) that follow from one place; the last one may be padded, with `_PADDING`."""
+    """Consecutive rows (n, T) built from `place`; the last one may be padded, with `_PADDING`."""
 
     place: _Place
     rows: np.ndarray
     ends_pass: bool
-    n_passes: int  # that every lane has ended
+    n_passes: int  # epochs that every lane has finished
 
 
 @dataclass(frozen=True)
 class _Mark:
-    """Where a block of rows that are shuffled among each other begins: at row `row`, which is found from
-    `place`."""
+    """Start of a block of rows that are shuffled together: row `row`, to be rebuilt from `place`."""
 
     number: int  # of the block
     row: int
@@ -60,20 +57,21 @@ class _Mark:
 
 
 class PackedStream(IterableDataset):
-    """Rows of `max_seq_length` tokens over the stream `eos d1 eos d2 ...`, without end; see `PackedRows`.
+    """Endless rows of `max_seq_length` tokens over the stream `eos d1 eos d2 ...`; see `PackedRows`.
 
-    A pass ends with a padded row, as there, and another one follows; a mixture of several lanes has no end.
-    Rows are shuffled in blocks of `shuffle_buffer` of them, none over the end of a pass; 0: not shuffled.
+    An epoch ends with a padded row, as in `PackedRows`, and the next one follows; a mixture of several lanes
+    has no epochs. Rows are shuffled in blocks of `shuffle_buffer` rows, which never span two epochs; 0: not
+    shuffled.
 
     An item holds `input_ids`, `position_ids` and `labels`, each (T,) int64. `state_after(n)` is all that is
-    needed to go on behind n rows, in JSON; what a DataLoader has fetched beyond them does not matter. To be
-    read by one loader without workers.
+    needed to resume behind n rows, as JSON, whatever a DataLoader has prefetched beyond them. To be read by
+    one loader without workers.
 
     Raises:
-        UserError: while it is read: a record that cannot be read, or a first pass shorter than one row.
+        UserError: from iteration: a record cannot be read, or the first epoch is shorter than one row.
     """
 
-    n_rows = None  # not known
+    n_rows = None  # unknown
 
     def __init__(
         self,
@@ -83,21 +81,29 @@ class PackedStream(IterableDataset):
         shuffle_buffer: int = 0,
         seed: int = 0,
         note: Callable[[str], None] = lambda message: None,
+        batch: int = 1 << 20,
+        max_remembered: int = 1 << 16,
     ):
-        """`note(message)` is told what goes otherwise than it should."""
-        self.documents = documents
+        """
+        Args:
+            note: receives a message if tiktoken cannot be used.
+            batch: characters encoded at once.
+            max_remembered: rows that may lie between the last row given out and that of `state_after`.
+        """
+        self.documents, self.batch, self.max_remembered = documents, batch, max_remembered
         self.max_seq_length, self.shuffle_buffer, self.seed = max_seq_length, shuffle_buffer, seed
         self.eos_id, self.pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         self._note = note
         self._encoder = Encoder(tokenizer.backend_tokenizer, _ENDLESS)
-        self._decided_by = {  # what a state cannot change
+        self._decided_by = {  # must be the same when a state is loaded
             "max_seq_length": max_seq_length,
             "shuffle_buffer": shuffle_buffer,
             "seed": seed,
             "tokenizer": hashlib.sha256(self._encoder.state.encode()).hexdigest(),
             "text": documents.sha256,
         }
-        self._begin = _Mark(0, 0, _Place(0, [self.eos_id], None, is_exact=False))
+        self._start = _Place(0, [self.eos_id], None, is_exact=False)
+        self._begin = _Mark(0, 0, self._start)
         self._n_before = self._n_given = 0  # rows, before an iteration and so far
         self._marks = deque([self._begin])
 
@@ -109,34 +115,44 @@ class PackedStream(IterableDataset):
         for mark, rows in self._blocks(self._begin):
             if mark.row > self._begin.row:
                 self._marks.append(mark)
-            while len(self._marks) > 1 and self._marks[1].row <= mark.row - _REMEMBERED:
+            while len(self._marks) > 1 and self._marks[1].row <= mark.row - self.max_remembered:
                 self._marks.popleft()
-            for i in self._order(mark.number, len(rows))[max(0, self._n_before - mark.row) :]:
+            order = np.arange(len(rows))
+            if self.shuffle_buffer:
+                order = np.random.default_rng((self.seed, mark.number)).permutation(len(rows))
+            for i in order[max(0, self._n_before - mark.row) :]:
                 self._n_given += 1
-                yield self._item(rows[i])
+                ids_T = rows[i].astype(np.int64)
+                is_padding_T = ids_T == _PADDING
+                input_ids_T = np.where(is_padding_T, self.pad_id, ids_T)
+                yield {
+                    "input_ids": input_ids_T,
+                    "position_ids": position_ids_of(input_ids_T, self.eos_id),
+                    "labels": np.where(is_padding_T, IGNORED, ids_T),
+                }
 
     def state_after(self, n_rows: int) -> dict[str, Any]:
-        """The state behind `n_rows` rows, all since the first counted; known for the last 65,536."""
+        """State behind `n_rows` rows, counted from the very first; known for the last `max_remembered`."""
         known = [mark for mark in self._marks if mark.row <= n_rows]
         assert known, f"row {n_rows} is too long ago"
         return {"rows": n_rows, "mark": asdict(known[-1]), "of": self._decided_by}
 
     def state_dict(self) -> dict[str, Any]:
-        """The state behind the rows that were given out."""
+        """State behind the rows that were given out."""
         return self.state_after(self._n_given)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state, in the next iteration.
+        """Resume from a state in the next iteration.
 
         Raises:
-            UserError: it is of a stream of other rows.
+            UserError: the state is of a stream of other rows.
         """
         for name, value in self._decided_by.items():
             if state["of"][name] != value:
                 raise UserError(
                     f"the stream of this checkpoint had another {name.replace('_', ' ')} "
                     f"({state['of'][name]!r}, now {value!r}): "
-                    "go on with the sources and the recipe that it was made with"
+                    "resume with the sources and the recipe that it was made with"
                 )
         mark = state["mark"]
         self._begin = _Mark(mark["number"], mark["row"], _Place(**mark["place"]))
@@ -144,75 +160,71 @@ class PackedStream(IterableDataset):
         self._marks = deque([self._begin])
 
     def first_tokens(self, count: int) -> np.ndarray:
-        """(n,) int32: the beginning of the stream, at most `count` tokens of its first pass."""
+        """The first tokens of the stream (n,) int32, at most `count`, of its first epoch."""
         parts: list[np.ndarray] = []
         n_targets = 0
-        for found in self._made(_Place(0, [self.eos_id], None, is_exact=False)):
+        for found in self._built(self._start):
             parts.append(found.rows[:, :-1].ravel())
             n_targets += int((found.rows[:, 1:] != _PADDING).sum())
             if found.n_passes or n_targets >= count:
                 break
         return np.concatenate(parts)[: min(count, n_targets)]
 
-    def _order(self, number: int, n_rows: int) -> np.ndarray:
-        """(n,): the order in which the rows of a block are given out."""
-        if not self.shuffle_buffer:
-            return np.arange(n_rows)
-        return np.random.default_rng((self.seed, number)).permutation(n_rows)
-
-    def _item(self, ids_T: np.ndarray) -> dict[str, np.ndarray]:
-        ids_T = ids_T.astype(np.int64)
-        is_padding_T = ids_T == _PADDING
-        input_ids_T = np.where(is_padding_T, self.pad_id, ids_T)
-        return {
-            "input_ids": input_ids_T,
-            "position_ids": position_ids_of(input_ids_T, self.eos_id),
-            "labels": np.where(is_padding_T, IGNORED, ids_T),
-        }
-
     def _blocks(self, begin: _Mark) -> Iterator[tuple[_Mark, np.ndarray]]:
-        """Blocks of rows (n, T), the first one that at `begin`."""
+        """Blocks of rows (n, T) to shuffle, from the block at `begin` on."""
         size = self.shuffle_buffer or _ENDLESS
-        number, n_held = begin.number, 0
-        held: list[np.ndarray] = []
-        for found in self._made(begin.place):
+        number, n_pending = begin.number, 0
+        pending: list[np.ndarray] = []
+        for found in self._built(begin.place):
             first = max(found.place.row, begin.row)
             rows = found.rows[first - found.place.row :]
-            is_end = found.ends_pass or not self.shuffle_buffer
             while len(rows):
-                if not held:
+                if not pending:
                     mark = _Mark(number, first, found.place)
-                held.append(rows[: size - n_held])
-                first, n_held, rows = first + len(held[-1]), n_held + len(held[-1]), rows[len(held[-1]) :]
-                if n_held == size:
-                    yield mark, np.concatenate(held)
-                    number, n_held, held = number + 1, 0, []
-            if is_end and held:
-                yield mark, np.concatenate(held)
-                number, n_held, held = number + 1, 0, []
+                pending.append(rows[: size - n_pending])
+                n = len(pending[-1])
+                first, n_pending, rows = first + n, n_pending + n, rows[n:]
+                if n_pending == size:
+                    yield mark, np.concatenate(pending)
+                    number, n_pending, pending = number + 1, 0, []
+            if pending and (found.ends_pass or not self.shuffle_buffer):
+                yield mark, np.concatenate(pending)
+                number, n_pending, pending = number + 1, 0, []
 
-    def _made(self, place: _Place) -> Iterator[_Rows]:
-        """All rows from `place` on, some at a time."""
+    def _built(self, place: _Place) -> Iterator[_Rows]:
+        """All rows from `place` on, a batch of text at a time."""
         if place.is_exact:
             self._encoder.slow_down()
         walk = self.documents.walk(place.documents)
-        pieces = walk.pieces(self._encoder.cuts)
+        pieces = walk.pieces(self._encoder.can_cut)
         with ThreadPoolExecutor(n_cores()) as pool:
             while True:
-                taken, ends_pass = _batch_of(pieces)
-                rows, tail = self._cut(np.array(place.tail, np.int32), self._encoded(taken, pool), ends_pass)
+                taken, ends_pass = self._next_batch(pieces)
+                rows, tail = self._cut(np.array(place.tail, np.int32), self._encode(taken, pool), ends_pass)
                 if ends_pass and place.row == 0 and (rows[0] == _PADDING).any():
                     raise UserError(
                         f"training.max_seq_length = {self.max_seq_length}: all the text has less than one "
                         "row; give more, or a smaller max_seq_length"
                     )
                 yield _Rows(place, rows, ends_pass, walk.passes)
-                place = _Place(
-                    place.row + len(rows), tail.tolist(), walk.position, is_exact=self._encoder.fast is None
-                )
+                is_exact = self._encoder.fast is None
+                place = _Place(place.row + len(rows), tail.tolist(), walk.position, is_exact)
 
-    def _encoded(self, pieces: list[Piece], pool: ThreadPoolExecutor) -> list[np.ndarray]:
-        """Ids of the pieces, an end-of-text token behind each document."""
+    def _next_batch(self, pieces: Iterator[Piece]) -> tuple[list[Piece], bool]:
+        """(the next pieces, about `batch` characters, True if an epoch ends behind them)."""
+        taken: list[Piece] = []
+        size = 0
+        for piece in pieces:
+            if piece.ends_pass:
+                return taken, True
+            taken.append(piece)
+            size += len(piece.text)
+            if size >= self.batch:
+                break
+        return taken, False
+
+    def _encode(self, pieces: list[Piece], pool: ThreadPoolExecutor) -> list[np.ndarray]:
+        """Ids of the pieces, with an end-of-text token behind each document."""
         texts = [piece.text for piece in pieces]
         if not texts:
             return []
@@ -232,7 +244,7 @@ class PackedStream(IterableDataset):
     def _cut(
         self, tail: np.ndarray, parts: list[np.ndarray], ends_pass: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (n, T) of the tokens `tail` and `parts`, and what is left of them for the next."""
+        """(rows (n, T) of the tokens `tail` and `parts`, the tokens left for the next rows)."""
         tokens = np.concatenate([tail, *parts]).astype(np.int32)
         width = self.max_seq_length - 1
         n_rows = (len(tokens) - 1) // width
@@ -243,17 +255,3 @@ class PackedStream(IterableDataset):
         starts = np.arange(n_rows)[:, None] * width
         rows = tokens[starts + np.arange(self.max_seq_length)]
         return rows, np.array([self.eos_id], np.int32) if ends_pass else left
-
-
-def _batch_of(pieces: Iterator[Piece]) -> tuple[list[Piece], bool]:
-    """The next pieces, about `_BATCH` characters, and whether a pass ends behind them."""
-    taken: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        if piece.ends_pass:
-            return taken, True
-        taken.append(piece)
-        size += len(piece.text)
-        if size >= _BATCH:
-            break
-    return taken, False

@@ -1,4 +1,7 @@
-"""Documents end to end in rows of one length: what the trainer sees."""
+"""Training rows of one length: documents concatenated end to end, or a window of one document each.
+
+Shapes: B rows of a batch, T tokens of a row (max_seq_length), k documents.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,14 +14,14 @@ from hf_genlm.text.encoding import TokenizedDocuments
 if TYPE_CHECKING:
     import torch
 
-_ROWS_AT_ONCE = 8192  # where more are read than a batch holds
-_ROWS_IN_MEMORY = 1024  # each keeps the 64 KiB around it of a file of ids
-IGNORED = -100  # the label that cross-entropy leaves out
+IGNORED = -100  # the label that cross-entropy ignores
+_ROWS_AT_ONCE = 8192  # built at once by `first_tokens`
+_ROWS_IN_MEMORY = 1024  # each keeps 64 KiB of the mapped file of ids in memory
 
 
 def position_ids_of(rows: np.ndarray, eos_id: int, first: int = 0) -> np.ndarray:
-    """Positions (..., T) int64 within documents of rows (..., T): 0 at every end-of-text token, and `first`
-    where a row begins in mid-document."""
+    """Positions (..., T) int64 of tokens of rows (..., T) in their documents: 0 at every end-of-text token,
+    `first` at the start of a row that begins inside a document."""
     steps = np.arange(rows.shape[-1], dtype=np.int64)
     starts = np.where(rows == eos_id, steps, -first)
     return steps - np.maximum.accumulate(starts, axis=-1)
@@ -27,16 +30,17 @@ def position_ids_of(rows: np.ndarray, eos_id: int, first: int = 0) -> np.ndarray
 class PackedRows:
     """Rows of `max_seq_length` tokens over the stream `eos d1 eos d2 ... eos dn eos`, a map-style dataset.
 
-    Row i is stream[i * (T - 1) : i * (T - 1) + T] with T = max_seq_length: neighbours share the one token
-    that the second only reads, so every token but the first of the stream is a label exactly once (models
-    shift the labels inside). The last row is filled up with `pad_id`, labelled -100.
+    Row i is stream[i * (T - 1) : i * (T - 1) + T]: neighbours share one token, the last label of the first
+    row, so every token but the first of the stream is a label exactly once (models shift the labels inside).
+    The last row is padded with `pad_id`, labelled -100.
 
-    An item holds `input_ids`, `position_ids` and `labels`, each (T,) int64. No attention mask: with none,
-    transformers finds the documents of a row by their positions. With `goes_on`, for models that carry a
-    state from row to row, position 0 means the start of a document alone: other rows begin at position 1.
+    An item holds `input_ids`, `position_ids` and `labels`, each (T,) int64. There is no attention mask:
+    without one, transformers finds the documents of a row by their positions. With `carries_state`, for
+    models that carry a state from row to row, only the start of a document has position 0: a row that begins
+    inside a document starts at position 1.
 
-    The stream is never built: a row is found in the ids of the documents, which may lie on disk, when it is
-    asked for. A DataLoader asks for a whole batch at once.
+    The stream is never built: a row is gathered from the ids of the documents, which may lie on disk, when it
+    is indexed. A DataLoader fetches a whole batch at once.
     """
 
     def __init__(
@@ -45,11 +49,11 @@ class PackedRows:
         max_seq_length: int,
         eos_id: int,
         pad_id: int,
-        goes_on: bool = False,
+        carries_state: bool = False,
     ):
         """
         Raises:
-            UserError: the stream is shorter than one row, or a row shorter than two tokens.
+            UserError: the stream is shorter than one row, or a row is shorter than two tokens.
         """
         if max_seq_length < 2:
             raise UserError(
@@ -59,10 +63,10 @@ class PackedRows:
         self.max_seq_length = max_seq_length
         self.eos_id = eos_id
         self.pad_id = pad_id
-        self.goes_on = goes_on
+        self.carries_state = carries_state
         self.documents = documents
-        self._n_fetched = 0  # rows since the memory of the ids was given back
-        # where the end-of-text tokens stand in the stream (n + 1,)
+        self._n_fetched = 0  # rows since the memory of the ids was released
+        # positions of the end-of-text tokens in the stream (n + 1,)
         self._eos_at = documents.offsets + np.arange(len(documents) + 1)
         self._length = documents.n_tokens + len(documents) + 1
         if self._length < max_seq_length:
@@ -74,7 +78,7 @@ class PackedRows:
 
     @property
     def n_targets(self) -> int:
-        """Labels trained on in one epoch."""
+        """Labels of one epoch."""
         return self._length - 1
 
     @property
@@ -97,12 +101,12 @@ class PackedRows:
         input_ids_BT[is_padding_BT] = self.pad_id
         return {
             "input_ids": input_ids_BT,
-            "position_ids": position_ids_of(input_ids_BT, self.eos_id, first=int(self.goes_on)),
+            "position_ids": position_ids_of(input_ids_BT, self.eos_id, first=int(self.carries_state)),
             "labels": np.where(is_padding_BT, IGNORED, input_ids_BT),
         }
 
     def first_tokens(self, count: int) -> np.ndarray:
-        """The beginning of the stream, at most `count` tokens, its very last one left out."""
+        """The first `count` tokens of the stream, at most all but its last one."""
         width = self.max_seq_length - 1
         n_rows = min(len(self), -(-count // width))
         parts = [
@@ -113,16 +117,16 @@ class PackedRows:
         return stream[: min(count, self.n_targets)]
 
     def _stream_at(self, starts_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The stream from each start on, (B, T) int64, and how many of these tokens it has, (B,)."""
+        """T tokens of the stream from each start (B, T) int64, and how many of them exist (B,)."""
         stops_B = np.minimum(starts_B + self.max_seq_length, self._length)
-        # the end-of-text tokens of each row, as one list over all rows
+        # the end-of-text tokens of each row, as one flat list over all rows
         first_B = np.searchsorted(self._eos_at, starts_B)
         n_eos_B = np.searchsorted(self._eos_at, stops_B) - first_B
         row_N = np.repeat(np.arange(len(starts_B)), n_eos_B)
         nth_N = np.arange(len(row_N)) - np.repeat(np.cumsum(n_eos_B) - n_eos_B, n_eos_B)
         is_eos_BT = np.zeros((len(starts_B), self.max_seq_length), dtype=bool)
         is_eos_BT[row_N, self._eos_at[first_B[row_N] + nth_N] - starts_B[row_N]] = True
-        # all tokens before this one that are of documents
+        # document tokens before each token, which is its index in `ids`
         index_BT = (starts_B - first_B)[:, None] + np.cumsum(~is_eos_BT, axis=1) - 1
         tokens_BT = self.documents.take(index_BT).astype(np.int64)
         self._n_fetched += len(starts_B)
@@ -133,8 +137,52 @@ class PackedRows:
         return tokens_BT, stops_B - starts_B
 
 
+class DocumentWindows:
+    """Windows of at most `max_seq_length` tokens, each of one document, for differentially private training.
+
+    A window begins uniformly anywhere in `eos document eos`; a document that fits is taken whole. As in
+    packed rows, the first token has position 0 and is no label. Shorter windows are padded at the end,
+    labelled -100: what follows a token does not change its logits.
+    """
+
+    def __init__(self, documents: TokenizedDocuments, max_seq_length: int, eos_id: int, pad_id: int):
+        self.documents, self.max_seq_length = documents, max_seq_length
+        self.eos_id, self.pad_id = eos_id, pad_id
+        self._lengths = np.diff(documents.offsets) + 2
+
+    @property
+    def n_rows(self) -> int:
+        """Documents, one row each."""
+        return len(self.documents)
+
+    @property
+    def n_targets(self) -> int:
+        """Mean number of labels of a window."""
+        return round(float(np.minimum(self._lengths, self.max_seq_length).mean())) - 1
+
+    def take(self, chosen: np.ndarray, places: np.ndarray) -> dict[str, np.ndarray]:
+        """`input_ids`, `position_ids` and `labels`, each (k, T) int64, of the documents `chosen` (k,), sorted
+        by length; `places` (k,) are uniform integers that decide where each window begins."""
+        order = np.argsort(self._lengths[chosen], kind="stable")
+        chosen, places = chosen[order], places[order].astype(np.uint64)
+        lengths = self._lengths[chosen]
+        n_places = np.maximum(1, lengths - self.max_seq_length + 1)
+        starts = (places % n_places.astype(np.uint64)).astype(np.int64)
+        at_kT = starts[:, None] + np.arange(self.max_seq_length)
+        ids_kT = self.documents.take(self.documents.offsets[chosen][:, None] + at_kT - 1).astype(np.int64)
+        is_end_kT = (at_kT == 0) | (at_kT == lengths[:, None] - 1)
+        is_padding_kT = at_kT >= lengths[:, None]
+        ids_kT[is_end_kT], ids_kT[is_padding_kT] = self.eos_id, self.pad_id
+        self.documents.release()
+        return {
+            "input_ids": ids_kT,
+            "position_ids": np.broadcast_to(np.arange(self.max_seq_length), ids_kT.shape).copy(),
+            "labels": np.where(is_padding_kT, IGNORED, ids_kT),
+        }
+
+
 def collate(rows: "dict[str, np.ndarray] | Sequence[dict[str, np.ndarray]]") -> "dict[str, torch.Tensor]":
-    """Items of `PackedRows`, or a batch of them, as tensors: each value (B, T) int64."""
+    """Tensors (B, T) int64 of items of `PackedRows`, or of a batch of them."""
     import torch
 
     if not isinstance(rows, dict):

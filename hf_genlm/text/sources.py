@@ -1,85 +1,74 @@
-"""From the words a person names as sources to documents: files, folders, globs, Hub ids, the default."""
+"""Read the sources that a person names, files, folders, globs and Hub data sets, into documents."""
 
 import contextlib
 import glob
 import hashlib
+import itertools
 import os
 import re
 import stat
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from hf_genlm.config.recipe import CorpusRecipe
-from hf_genlm.errors import NoSource, UserError, without_secrets
+from hf_genlm.errors import NoSource, UserError
 from hf_genlm.text.cache import NoRoom
-from hf_genlm.text.damage import Damage, LeaveOut, LeftOut, Place
-from hf_genlm.text.formats import Parts, RawFile, check_column, format_of, texts_of, texts_of_rows
+from hf_genlm.text.formats import Parts, check_column, format_of, text_value, texts_of, texts_of_rows
+from hf_genlm.text.raw_files import Damage, LeaveOut, LeftOut, Place, RawFile, one_line
 from hf_genlm.text.scrubbing import Scrubber, Tally, scrubber_of
-from hf_genlm.text.store import CHUNK, Document, DocumentWriter
+from hf_genlm.text.store import CHUNK, DocumentWriter
 
-__all__ = [
-    "Document",
-    "FoundFile",
-    "Located",
-    "Reading",
-    "locate",
-    "open_hub",
-    "opened",
-    "read_sources",
-    "read_standard_library",
-]
+Sources = Sequence[str] | Mapping[str, Sequence[str]]  # words, or words by language
 
-# what CPython brings beside its library: its tests, and what was installed into it
+# comes with CPython beside its library: its tests, and installed packages
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _TOPICS_FILE = "pydoc_data/topics.py"
-_BUILD_FILE = "_sysconfigdata_"  # what the build wrote: paths of the machine that built this Python
+_BUILD_FILE = "_sysconfigdata_"  # holds paths of the machine that built this Python
+_SAMPLES = 16  # blocks of a streamed file that are hashed
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
 
 @dataclass
 class Reading:
-    """Documents in the order of the sources, and what a report tells about their files."""
+    """Documents in the order of the sources, and the facts on their files for corpus.json."""
 
     writer: DocumentWriter = field(default_factory=DocumentWriter)
-    files: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # name, bytes, sha256 (both as on disk), documents
+    files: list[dict[str, Any]] = field(default_factory=list)  # name, bytes and sha256 on disk, documents
     empty_skipped: int = 0  # empty records, and empty files inside folders
-    files_skipped: int = 0  # files inside folders whose suffix is not a text's, and what is no file
-    links_out: int = 0  # files that a link inside a folder leads to, out of it
+    files_skipped: int = 0  # inside folders: files of another suffix, and what is no regular file
+    links_out: int = 0  # links inside a folder to a file outside it
     left_out: LeftOut = field(default_factory=LeftOut)  # damaged records, and damaged files inside folders
-    languages: dict[str, int] = field(default_factory=dict)  # documents of each, where they are named
+    languages: dict[str, int] = field(default_factory=dict)  # documents by language, if languages are named
     scrubber: Scrubber | None = None
-    scrubbed: Tally = field(default_factory=Tally)  # what it replaced
+    scrubbed: Tally = field(default_factory=Tally)
 
     def add(
         self, name: str, texts: Iterable[Parts], n_bytes: int | None = None, sha256: str | None = None
     ) -> int:
-        """Take in the texts of one file; how many are not empty. No `n_bytes` where no file is on this
-        disk.
+        """Add the texts of one file; returns how many are not empty. `n_bytes` is None for a Hub data set.
 
         Raises:
-            Damage: the file is no whole one; nothing of it is taken in then.
+            Damage: the file is damaged; nothing of it is added.
         """
-        n_texts, before, of_file = 0, len(self.writer), Tally()
+        n_texts, n_before, tally = 0, len(self.writer), Tally()
         try:
             for parts in texts:
-                self.writer.add(self.cleaned(parts, of_file), name)
+                self.writer.add(self.scrub(parts, tally), name)
                 n_texts += 1
         except Damage:
-            self.writer.keep(before)
+            self.writer.truncate(n_before)
             raise
-        self.scrubbed.join(of_file)
-        n_kept = len(self.writer) - before
-        self.empty_skipped += n_texts - n_kept
-        self.files.append({"name": name, "bytes": n_bytes, "sha256": sha256, "documents": n_kept})
-        return n_kept
+        self.scrubbed.update(tally)
+        n_added = len(self.writer) - n_before
+        self.empty_skipped += n_texts - n_added
+        self.files.append({"name": name, "bytes": n_bytes, "sha256": sha256, "documents": n_added})
+        return n_added
 
-    def cleaned(self, parts: Parts, tally: Tally) -> Parts:
-        """A text as it is taken in."""
+    def scrub(self, parts: Parts, tally: Tally) -> Parts:
+        """A text without the personal data that the recipe removes."""
         return parts if self.scrubber is None else self.scrubber.scrub_parts(parts, tally)
 
 
@@ -89,69 +78,62 @@ class FoundFile:
 
     path: Path
     name: str
-    named: bool  # by the person, not met inside a folder or through a glob
-    links_out: bool = False  # a link inside a folder, to a file elsewhere
+    is_named: bool  # by the person, not found in a folder or by a glob
+    links_out: bool = False  # a link inside a folder to a file outside it
 
 
 @dataclass(frozen=True)
 class Located:
-    """What a source stands for: files, and the number of others skipped; or a Hub data set."""
+    """What a source refers to: files, and the number of files skipped; or a Hub data set."""
 
     files: list[FoundFile]
     n_skipped: int = 0
     is_hub: bool = False
 
 
-def read_sources(
-    words: Iterable[str] | Mapping[str, Iterable[str]], recipe: CorpusRecipe, split: str
-) -> Reading:
+def read_sources(words: Sources, recipe: CorpusRecipe, split: str) -> Reading:
     """Read every source once, in the order given; folders and globs in the order of their names.
 
-    `words` may be by language. `split` ("train" or "validation") is the one to take of a Hub data set that
-    has several. A file is read to its end or left out: of one that turns out to be damaged in the middle
-    nothing is taken.
+    `split` ("train" or "validation") is preferred of a Hub data set that has several. A file that turns out
+    to be damaged in the middle is left out whole.
 
     Raises:
-        UserError: a source is missing, unreadable, or not text; or, with `corpus.damaged` "stop", a record
-            or a file of it is damaged; or there is no text of a language.
+        UserError: a source is missing, unreadable or not text; it is damaged and `corpus.damaged` is "stop";
+            or a language has no text.
     """
     reading = Reading(scrubber=scrubber_of(recipe))
     seen: set[str] = set()
-    if not isinstance(words, Mapping):
-        _take_sources(words, recipe, split, reading, seen)
-        return reading
-    for code, of_language in words.items():
+    for code, of_language in words.items() if isinstance(words, Mapping) else [(None, words)]:
         n_documents, n_files = len(reading.writer), len(reading.files)
-        _take_sources(of_language, recipe, split, reading, seen)
+        for word in of_language:
+            located = locate(word)
+            reading.files_skipped += located.n_skipped
+            if located.is_hub:
+                batches = open_hub(word, recipe, split).iter(batch_size=1000)
+                values = (value for batch in batches for value in batch[recipe.text_column])
+                leave_out = _leave_out(reading.left_out, word, recipe)
+                reading.add(word, texts_of_rows(word, values, recipe, leave_out))
+            for file in located.files:
+                identity = os.path.realpath(file.path)
+                if identity not in seen:
+                    seen.add(identity)
+                    reading.links_out += file.links_out
+                    _read_file(file, recipe, reading)
+        if code is None:
+            continue
         reading.languages[code] = len(reading.writer) - n_documents
         if not reading.languages[code]:
             raise UserError(
                 f"no text of {code!r} was found in {', '.join(map(repr, of_language))} that is not of a "
                 "language before it: name other sources"
             )
-        for file in reading.files[n_files:]:
-            file["language"] = code
+        for entry in reading.files[n_files:]:
+            entry["language"] = code
     return reading
 
 
-def _take_sources(
-    words: Iterable[str], recipe: CorpusRecipe, split: str, reading: Reading, seen: set[str]
-) -> None:
-    for word in words:
-        located = locate(word)
-        reading.files_skipped += located.n_skipped
-        if located.is_hub:
-            _read_hub(word, recipe, split, reading)
-        for file in located.files:
-            identity = os.path.realpath(file.path)
-            if identity not in seen:
-                seen.add(identity)
-                reading.links_out += file.links_out
-                _read_file(file, recipe, reading)
-
-
 def read_standard_library(recipe: CorpusRecipe) -> Reading:
-    """The embedded default: the library source that this CPython brings, and its reference topics.
+    """Read the embedded default corpus: the library source of this CPython, and its reference topics.
 
     Raises:
         UserError: this Python comes without the source of its library.
@@ -169,13 +151,13 @@ def read_standard_library(recipe: CorpusRecipe) -> Reading:
         if name == _TOPICS_FILE:
             texts = {f"topics:{topic}": text for topic, text in sorted(topics.topics.items()) if text}
             for topic, text in texts.items():
-                reading.writer.add(reading.cleaned((text,), reading.scrubbed), topic)
+                reading.writer.add(reading.scrub((text,), reading.scrubbed), topic)
             reading.add(name, [], *of_file)
             reading.files[-1]["documents"] = len(texts)
         elif content:
             try:
                 reading.add(name, [(content.decode("utf-8"),)], *of_file)
-            except UnicodeDecodeError:  # a file with another encoding declared; none in CPython 3.10 to 3.14
+            except UnicodeDecodeError:  # declares another encoding; no file of CPython 3.10 to 3.14 does
                 reading.files_skipped += 1
     if not len(reading.writer):
         raise UserError(
@@ -185,22 +167,20 @@ def read_standard_library(recipe: CorpusRecipe) -> Reading:
 
 
 def locate(word: str) -> Located:
-    """What a source stands for.
+    """Find the files or the Hub data set that a source refers to.
 
     Raises:
         UserError: nothing is there, and `word` is no id of a Hub data set either.
     """
     path = Path(os.path.expanduser(word))
-    if word and os.path.isdir(
-        path
-    ):  # pathlib's own questions raise on a name too long or a closed parent folder
+    # os.path answers False where pathlib raises: for a name too long, or a closed parent folder
+    if word and os.path.isdir(path):
         return _in_folder(word, path)
     if word and os.path.lexists(path):
-        return Located([FoundFile(path, _shown(path), named=True)])
+        return Located([FoundFile(path, _shown(path), is_named=True)])
     if glob.has_magic(word):
-        matches = sorted(glob.glob(os.path.expanduser(word), recursive=True))
-        parts = [locate(match) for match in matches]
-        found = [replace(file, named=False) for part in parts for file in part.files]
+        parts = [locate(match) for match in sorted(glob.glob(os.path.expanduser(word), recursive=True))]
+        found = [replace(file, is_named=False) for part in parts for file in part.files]
         if found:
             return Located(found, sum(part.n_skipped for part in parts))
         raise NoSource(word, f"no file matches {word!r}: check the pattern and the folder it starts from")
@@ -223,22 +203,20 @@ def _in_folder(word: str, folder: Path) -> Located:
             "or .parquet there, also compressed, or name a file of another suffix itself"
         )
     base, inside = _shown(folder), os.path.realpath(folder)
+
+    def links_out(path: Path) -> bool:
+        return path.is_symlink() and os.path.commonpath([inside, os.path.realpath(path)]) != inside
+
     found = [
-        FoundFile(path, f"{base}{path.relative_to(folder).as_posix()}", False, _leads_out(path, inside))
+        FoundFile(path, f"{base}{path.relative_to(folder).as_posix()}", False, links_out(path))
         for path in known
     ]
     return Located(found, n_skipped)
 
 
-def _leads_out(path: Path, folder: str) -> bool:
-    """True if a path inside `folder` is a link to a file elsewhere."""
-    return path.is_symlink() and os.path.commonpath([folder, os.path.realpath(path)]) != folder
-
-
 def _walk(folder: Path, pruned: Iterable[str] = ()) -> tuple[list[Path], int]:
-    """Regular files below `folder`, but hidden ones and `pruned` folders, sorted by relative path; and how
-    many pipes, devices, links to folders and links to nothing stand among them. Links to files are followed.
-    """
+    """Regular files below `folder`, without hidden ones and `pruned` folders, sorted by relative path; and
+    the number of pipes, devices, links to folders and broken links. Links to files are followed."""
 
     def stop(error: OSError) -> NoReturn:
         raise UserError(
@@ -255,59 +233,67 @@ def _walk(folder: Path, pruned: Iterable[str] = ()) -> tuple[list[Path], int]:
         regular = [path for path in found if path.is_file()]
     except OSError as error:  # a folder that may be listed but not entered
         stop(error)
-    by_name = sorted(regular, key=lambda path: path.relative_to(folder).as_posix())
-    return by_name, n_others + len(found) - len(regular)
+    regular.sort(key=lambda path: path.relative_to(folder).as_posix())
+    return regular, n_others + len(found) - len(regular)
 
 
 def _shown(path: Path) -> str:
-    """A name for people: a relative path as given, the last part of any other. A folder ends with `/`."""
-    within = not path.is_absolute() and ".." not in path.parts
-    name = path.as_posix() if within else path.resolve().name
+    """Name for people: a relative path as given, the last part of any other. A folder ends with `/`."""
+    is_within = not path.is_absolute() and ".." not in path.parts
+    name = path.as_posix() if is_within else path.resolve().name
     if not path.is_dir():
         return name
     return "" if name == "." else f"{name}/"
 
 
 def _read_file(file: FoundFile, recipe: CorpusRecipe, reading: Reading) -> None:
-    label, of_file = str(file.path), LeftOut()
-    leave_out = _leave_out(of_file, file.name, recipe)
-    n_bytes = 0
+    label, left_out = str(file.path), LeftOut()
+    n_bytes, digest = 0, hashlib.sha256()
     try:
         with opened(file) as stream:
-            n_bytes, sha256 = _measure(stream)
-            texts = texts_of(RawFile(label, file.path.name, stream), recipe, leave_out) if n_bytes else [()]
-            n_kept = reading.add(file.name, texts, n_bytes, sha256)
+            while content := stream.read(CHUNK):
+                digest.update(content)
+                n_bytes += len(content)
+            stream.seek(0)
+            raw = RawFile(label, file.path.name, stream)
+            texts = texts_of(raw, recipe, _leave_out(left_out, file.name, recipe)) if n_bytes else [()]
+            n_added = reading.add(file.name, texts, n_bytes, digest.hexdigest())
     except NoRoom as error:
         raise NoRoom(f"{label!r}, which has {n_bytes:,} bytes, holds more text than fits: {error}") from error
     except Damage as damage:
-        if file.named and damage.place.unit is None:
+        if file.is_named and damage.place.unit is None:
             raise
         _leave_out(reading.left_out, file.name, recipe)(damage)
         return
-    reading.left_out.join(of_file)
-    if file.named and not n_kept:
-        _refuse_hollow(file, of_file)
+    reading.left_out.update(left_out)
+    if file.is_named and not n_added:
+        if not left_out.records:
+            raise empty_file(file)
+        raise UserError(
+            f"{label!r} holds no text that can be used: {left_out.records:,} records are damaged, "
+            f"the first one {left_out.places[0]['reason']}; mend the file, or leave it out"
+        )
 
 
 def _leave_out(left_out: LeftOut, name: str, recipe: CorpusRecipe) -> LeaveOut:
-    """What is done with damage in the file `name`."""
+    """A function that counts damage in the file `name`, or raises it if the recipe says so."""
 
     def take(damage: Damage) -> None:
         if recipe.damaged == "stop":
             raise UserError(
                 f"{damage}; or leave out what is damaged with --set corpus.damaged=skip"
             ) from damage
-        left_out.take(name, damage)
+        left_out.add(name, damage)
 
     return take
 
 
 @contextlib.contextmanager
 def opened(file: FoundFile) -> Iterator[IO[bytes]]:
-    """The bytes of a file.
+    """Open a file for reading bytes.
 
     Raises:
-        UserError: it is no regular file, or opening or what is done inside meets an OSError.
+        UserError: it is no regular file, or an OSError is met while it is opened or read.
     """
     label = str(file.path)
     try:
@@ -323,55 +309,29 @@ def opened(file: FoundFile) -> Iterator[IO[bytes]]:
         ) from error
 
 
-def _refuse_hollow(file: FoundFile, left_out: LeftOut) -> NoReturn:
-    if left_out.records:
-        raise UserError(
-            f"{str(file.path)!r} holds no text that can be used: {left_out.records:,} records are damaged, "
-            f"the first one {left_out.places[0]['reason']}; mend the file, or leave it out"
-        )
-    raise empty_file(file)
-
-
 def empty_file(file: FoundFile) -> UserError:
-    """What to raise at a named file without text."""
+    """The error to raise for a named file without text."""
     return UserError(f"{str(file.path)!r} is empty: a source must hold text, leave it out or fill it")
 
 
-def _measure(stream: IO[bytes]) -> tuple[int, str]:
-    """Bytes and sha256 of a file, which is left at its beginning."""
-    digest, n_bytes = hashlib.sha256(), 0
-    while content := stream.read(CHUNK):
-        digest.update(content)
-        n_bytes += len(content)
-    stream.seek(0)
-    return n_bytes, digest.hexdigest()
-
-
-def _read_hub(word: str, recipe: CorpusRecipe, split: str, reading: Reading) -> None:
-    """A data set of the Hub, one document a record."""
-    batches = open_hub(word, recipe, split).iter(batch_size=1000)
-    values = (value for batch in batches for value in batch[recipe.text_column])
-    reading.add(word, texts_of_rows(word, values, recipe, _leave_out(reading.left_out, word, recipe)))
-
-
 def open_hub(word: str, recipe: CorpusRecipe, split: str, streaming: bool = False) -> Any:
-    """The text column of a split of a Hub data set: a `datasets.Dataset`, or its `IterableDataset`.
+    """Text column of a split of a Hub data set: a `datasets.Dataset`, or an `IterableDataset`.
 
     Raises:
         UserError: it cannot be loaded, has no such split, or is known to lack the column.
     """
     import datasets
+    from huggingface_hub import HfApi, constants
 
     name, _, config = word.partition(":")
     try:
-        _check_reachable(name)
+        if not constants.HF_HUB_OFFLINE:  # load_dataset asks an unreachable Hub for half a minute
+            HfApi().dataset_info(name, timeout=10)
         options = {"streaming": True} if streaming else {}
         splits = datasets.load_dataset(name, config or None, **options)
-    except Exception as error:  # whatever goes wrong inside lies with the id or the way to the Hub
-        # a part of a token would not be known for one: it goes before the end is cut off
-        reason = without_secrets(" ".join(str(error).split()))[:200] or type(error).__name__
+    except Exception as error:  # any error in there is one of the id or of the network
         raise UserError(
-            f"{word!r} is no path here, and as a Hub dataset it cannot be loaded ({reason}): "
+            f"{word!r} is no path here, and as a Hub dataset it cannot be loaded ({one_line(error)}): "
             "check the path, or the id owner/name:config and the network (HF_HUB_OFFLINE=1 uses a "
             "downloaded copy)"
         ) from error
@@ -384,14 +344,85 @@ def open_hub(word: str, recipe: CorpusRecipe, split: str, streaming: bool = Fals
             f"{word!r} has no split {split!r}, it has {', '.join(splits)}: save the one you mean to a "
             ".jsonl file"
         )
-    if splits[chosen].column_names is not None:  # a stream may know them from its first record alone
+    if splits[chosen].column_names is not None:  # a stream may learn them from its first record
         check_column(Place(word), splits[chosen].column_names, recipe)
     return splits[chosen].select_columns([recipe.text_column])
 
 
-def _check_reachable(name: str) -> None:
-    """One quick question: `load_dataset` alone asks an unreachable Hub again and again for half a minute."""
-    from huggingface_hub import HfApi, constants
+@dataclass(frozen=True)
+class FileShard:
+    """A local file; its state is the number of records read. `texts` raises at a record that is damaged."""
 
-    if not constants.HF_HUB_OFFLINE:
-        HfApi().dataset_info(name, timeout=10)
+    file: FoundFile
+    recipe: CorpusRecipe
+    sample_bytes = 1 << 16  # of each block that is hashed
+
+    @property
+    def name(self) -> str:
+        return self.file.name
+
+    @property
+    def n_bytes(self) -> int:
+        with opened(self.file):
+            return self.file.path.stat().st_size
+
+    def fingerprint(self) -> dict[str, Any]:
+        """`samples_sha256` of 16 blocks of 64 KiB, the first and the last among them, which is all of a file
+        of 1 MiB; for a larger file also the time it was `modified`, in nanoseconds."""
+        digest = hashlib.sha256()
+        with opened(self.file) as stream:
+            about = self.file.path.stat()
+            for number in range(_SAMPLES):
+                stream.seek(max(0, about.st_size - self.sample_bytes) * number // (_SAMPLES - 1))
+                digest.update(stream.read(self.sample_bytes))
+        found: dict[str, Any] = {"samples_sha256": digest.hexdigest()}
+        return found | (
+            {"modified": about.st_mtime_ns} if about.st_size > _SAMPLES * self.sample_bytes else {}
+        )
+
+    def texts(self, state: int | None) -> Iterator[tuple[Parts, int]]:
+        if not self.n_bytes:
+            if self.file.is_named:
+                raise empty_file(self.file)
+            return
+        with opened(self.file) as stream:
+            raw = RawFile(str(self.file.path), self.file.path.name, stream)
+            for number, parts in enumerate(texts_of(raw, self.recipe), start=1):
+                if number > (state or 0):
+                    yield parts, number
+
+
+@dataclass(frozen=True)
+class HubShard:
+    """A Hub data set, of which nothing is stored on disk; `datasets` retries when the network fails."""
+
+    name: str
+    recipe: CorpusRecipe
+    n_bytes: int | None = None
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {}
+
+    def texts(self, state: dict[str, Any] | None) -> Iterator[tuple[Parts, dict[str, Any]]]:
+        dataset = open_hub(self.name, self.recipe, "train", streaming=True)
+        if state is not None:
+            dataset.load_state_dict(state["dataset"])
+        records = iter(dataset)
+        for number in itertools.count(1 if state is None else state["record"] + 1):
+            place = Place(self.name, "row", number)
+            try:
+                record = next(records, None)
+            except Exception as error:  # of the network, of a decoder, of the data set's own reader
+                raise UserError(
+                    f"{str(place)!r} cannot be read ({one_line(error)}): check the network and the data set"
+                ) from error
+            if record is None:
+                return
+            check_column(place, record, self.recipe)
+            text = text_value(place, record[self.recipe.text_column], self.recipe)
+            yield (text,), {"record": number, "dataset": dataset.state_dict()}
+
+
+# a part of a source: its name, its bytes on disk (None if it is not there), facts for corpus.json that tell a
+# changed shard, and `texts(state)`: (text, JSON state behind it) from a state on, None for the beginning
+Shard = FileShard | HubShard

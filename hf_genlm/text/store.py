@@ -1,6 +1,6 @@
-"""Texts behind one another in one place: written once, as they are read, and read again a part at a time.
+"""Append-only document store: texts are written once, as they are read, and read back a part at a time.
 
-Up to 64 MB they stay in memory, more go to a nameless file: memory does not grow with the text.
+A store of more than 64 MB lies in a nameless file, so memory does not grow with the text.
 """
 
 import codecs
@@ -9,23 +9,23 @@ import itertools
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import IO, Any, overload
+from dataclasses import dataclass, replace
+from typing import IO, Any, NamedTuple, overload
 
 import numpy as np
 
-from hf_genlm.text.cache import check_room, no_space, scratch_file
+from hf_genlm.text.cache import check_room, no_room, scratch_file
 
 CHUNK = 1 << 20  # bytes read or written at once
-_IN_MEMORY = 1 << 26  # bytes; a larger text goes to disk
-_ROOM_EVERY = 1 << 26  # bytes after which the room on the disk is looked at again
 _SPACE = re.compile(r"\s+")
-_BLOCK = 4096  # documents whose borders are looked up at once
+_LOOK_AHEAD = 1 << 12  # bytes searched for a line end at once
+_AT_ONCE = 4096  # documents whose borders are converted to Python at once
+_ARRAYS = ("starts", "stops", "characters", "source_ids")  # of Documents
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text, exactly as it was read. `source` is shown to people and never an absolute path."""
+    """One text, exactly as it was read. `source` names its file in messages and is never an absolute path."""
 
     text: str
     source: str
@@ -36,59 +36,64 @@ class Document:
         return len(self.text.encode("utf-8"))
 
 
+class Block(NamedTuple):
+    """A part of a document: the bytes [start, stop) of its store."""
+
+    document: int
+    start: int
+    stop: int
+    characters: int
+
+
 class TextStore:
-    """UTF-8 bytes that are appended and read by their place. The file goes when nothing refers to it.
+    """Append-only bytes with random access, in memory up to `max_in_memory` and then in a nameless file.
+
+    `chunk_bytes` is how much readers take at once.
 
     Raises:
         NoRoom: from `append`, before the disk is full: a small compressed file may hold any amount of text.
     """
 
-    def __init__(self) -> None:
+    max_in_memory = 1 << 26  # bytes
+    check_room_every = 1 << 26  # bytes written between two looks at the free space
+
+    def __init__(self, chunk_bytes: int = CHUNK) -> None:
+        self.chunk_bytes = chunk_bytes
         self.file: IO[bytes] = io.BytesIO()
         self.n_bytes = 0
-        self._checked_to = 0  # bytes that the disk has room for
+        self._checked_to = 0  # the disk has room for so many bytes
 
     def append(self, content: bytes) -> None:
-        """Write `content` behind what is there."""
+        n_after = self.n_bytes + len(content)
         try:
-            if isinstance(self.file, io.BytesIO) and self.n_bytes + len(content) > _IN_MEMORY:
+            if isinstance(self.file, io.BytesIO) and n_after > self.max_in_memory:
                 in_memory, self.file = self.file, scratch_file()
                 self.file.write(in_memory.getbuffer())
-            if self.n_bytes + len(content) > max(_IN_MEMORY, self._checked_to):
-                check_room(self.file, self.n_bytes, _ROOM_EVERY + len(content))
-                self._checked_to = self.n_bytes + len(content) + _ROOM_EVERY
+            if n_after > max(self.max_in_memory, self._checked_to):
+                check_room(self.file, self.n_bytes, self.check_room_every + len(content))
+                self._checked_to = n_after + self.check_room_every
             self.file.seek(self.n_bytes)
             self.file.write(content)
         except OSError as error:
-            raise no_space(error, self.n_bytes) from error
-        self.n_bytes += len(content)
+            raise no_room(error, self.n_bytes) from error
+        self.n_bytes = n_after
 
-    def cut(self, n_bytes: int) -> None:
-        """Keep the first `n_bytes`."""
+    def truncate(self, n_bytes: int) -> None:
         self.file.truncate(n_bytes)
         self.n_bytes = n_bytes
 
     def read(self, start: int, stop: int) -> bytes:
-        """The bytes [start, stop)."""
+        """Bytes [start, stop)."""
         self.file.seek(start)
         return self.file.read(stop - start)
 
 
-def spooled(chunks: Iterable[bytes]) -> IO[bytes]:
-    """A file to move about in, of the content that `chunks` join to."""
-    store = TextStore()
-    for content in chunks:
-        store.append(content)
-    store.file.seek(0)
-    return store.file
-
-
 @dataclass(frozen=True, eq=False)
 class Documents(Sequence[Document]):
-    """n documents of a store, each read when it is asked for.
+    """n documents of a store, each read when it is indexed.
 
-    Document i is the bytes [starts[i], stops[i]) of `store`, `characters[i]` of them, and comes from
-    `sources[source_ids[i]]`; each array is (n,).
+    Document i is the bytes [starts[i], stops[i]) of `store`, which hold `characters[i]` characters, and comes
+    from `sources[source_ids[i]]`; each array is (n,) int64. Slices and `take` copy no text.
     """
 
     store: TextStore
@@ -117,51 +122,63 @@ class Documents(Sequence[Document]):
     def __getitem__(self, index: slice) -> "Documents": ...
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return self.take(np.arange(len(self))[index])
+            return self.take(index)
         i = range(len(self))[index]
         text = self.store.read(int(self.starts[i]), int(self.stops[i])).decode("utf-8")
         return Document(text, self.sources[self.source_ids[i]])
 
-    def take(self, indices: np.ndarray) -> "Documents":
-        """The documents at `indices`, or those where a mask is true."""
-        starts, stops, characters, source_ids = (
-            values[indices] for values in (self.starts, self.stops, self.characters, self.source_ids)
-        )
-        return Documents(self.store, starts, stops, characters, self.sources, source_ids)
+    def take(self, indices: np.ndarray | slice) -> "Documents":
+        """Documents at `indices`, or where a mask (n,) is true."""
+        arrays: dict[str, Any] = {name: getattr(self, name)[indices] for name in _ARRAYS}
+        return replace(self, **arrays)
 
     @staticmethod
     def join(parts: "Sequence[Documents]") -> "Documents":
-        """The documents of parts of one store behind one another."""
+        """Concatenate documents of one store."""
         first = parts[0]
         assert all(part.store is first.store and part.sources is first.sources for part in parts)
-        joined = (
-            np.concatenate([getattr(part, name) for part in parts])
-            for name in ("starts", "stops", "characters", "source_ids")
-        )
-        starts, stops, characters, source_ids = joined
-        return Documents(first.store, starts, stops, characters, first.sources, source_ids)
+        arrays: dict[str, Any] = {
+            name: np.concatenate([getattr(part, name) for part in parts]) for name in _ARRAYS
+        }
+        return replace(first, **arrays)
+
+    def take_blocks(self, blocks: Sequence[Block]) -> "Documents":
+        """Each block of these documents as a document of its own."""
+        index, starts, stops, characters = np.array(blocks, dtype=np.int64).reshape(-1, 4).T
+        source_ids = self.source_ids[index]
+        return replace(self, starts=starts, stops=stops, characters=characters, source_ids=source_ids)
 
     def contents(self) -> Iterator[tuple[int, bytes]]:
-        """(number of the document, bytes) in order; one longer than `CHUNK` comes in parts."""
-        for first, starts, stops in self._neighbours():
-            if stops[0] - starts[0] > CHUNK:
-                for start in range(starts[0], stops[0], CHUNK):
-                    yield first, self.store.read(start, min(start + CHUNK, stops[0]))
-                continue
-            content = self.store.read(starts[0], stops[-1])
-            for i, (start, stop) in enumerate(zip(starts, stops, strict=True), first):
-                yield i, content[start - starts[0] : stop - starts[0]]
+        """(index of the document, bytes) in order; a document above `chunk_bytes` comes in several parts."""
+        chunk = self.store.chunk_bytes
+        for first in range(0, len(self), _AT_ONCE):
+            starts, stops = (
+                values[first : first + _AT_ONCE].tolist() for values in (self.starts, self.stops)
+            )
+            i = 0
+            while i < len(starts):
+                j = i + 1
+                if stops[i] - starts[i] > chunk:
+                    for start in range(starts[i], stops[i], chunk):
+                        yield first + i, self.store.read(start, min(start + chunk, stops[i]))
+                else:  # one read for all adjacent documents that fit
+                    while j < len(starts) and stops[j - 1] <= starts[j] and stops[j] - starts[i] <= chunk:
+                        j += 1
+                    content = self.store.read(starts[i], stops[j - 1])
+                    for k in range(i, j):
+                        yield first + k, content[starts[k] - starts[i] : stops[k] - starts[i]]
+                i = j
 
     def texts(self) -> Iterator[tuple[int, str]]:
-        """As `contents`, decoded."""
+        """`contents`, decoded."""
         for i, parts in itertools.groupby(self.contents(), key=lambda part: part[0]):
             decoder = codecs.getincrementaldecoder("utf-8")()
             for _, content in parts:
                 yield i, decoder.decode(content)
 
     def count_words(self) -> np.ndarray:
-        """(n,) int64: one more than there are runs of white space, as lm-evaluation-harness counts the words
-        of each text (`len(re.split(r"\\s+", text))`)."""
+        """Words of each document (n,) int64, as lm-evaluation-harness counts them: `len(re.split(r"\\s+",
+        text))`, one more than there are runs of white space."""
         words = np.ones(len(self), dtype=np.int64)
         last, in_space = -1, False
         for i, text in self.texts():
@@ -171,7 +188,7 @@ class Documents(Sequence[Document]):
         return words
 
     def total_words(self) -> int:
-        """Words between white space, as `str.split` has them, of all documents."""
+        """Words of all documents, as `str.split` finds them."""
         n, before, ends_within = 0, -1, False
         for i, text in self.texts():
             n += len(text.split())
@@ -180,55 +197,93 @@ class Documents(Sequence[Document]):
             before, ends_within = i, not text[-1:].isspace()
         return n
 
-    def _neighbours(self) -> Iterator[tuple[int, list[int], list[int]]]:
-        """(first document, starts, stops) of documents that one read of at most `CHUNK` bytes gets, or of a
-        single longer one."""
-        for first in range(0, len(self), _BLOCK):
-            starts, stops = (values[first : first + _BLOCK].tolist() for values in (self.starts, self.stops))
-            i = 0
-            while i < len(starts):
-                j = i + 1
-                while j < len(starts) and stops[j - 1] <= starts[j] and stops[j] - starts[i] <= CHUNK:
-                    j += 1
-                yield first + i, starts[i:j], stops[i:j]
-                i = j
+
+def cut_blocks(documents: Documents, index: int, length: int, max_reach: int) -> Iterator[Block]:
+    """Cut document `index` into blocks of about `length` characters.
+
+    Each block ends at the first line end behind `length` characters, or exactly there if no line end follows
+    within `max_reach` more. A last block shorter than half of `length` is left with its neighbour.
+    """
+    store, start, stop = documents.store, int(documents.starts[index]), int(documents.stops[index])
+    left = int(documents.characters[index])
+    while left > 1.5 * length:
+        at_least = _skip(store, start, stop, length - 1)  # the last character that must be in it
+        end, n_more = _line_end(store, at_least, stop, max_reach + 1)
+        if n_more == 0:
+            end, n_more = _skip(store, at_least, stop, 1), 1
+        yield Block(index, start, end, length - 1 + n_more)
+        start, left = end, left - (length - 1 + n_more)
+    if left:
+        yield Block(index, start, stop, left)
+
+
+def _skip(store: TextStore, start: int, stop: int, n_characters: int) -> int:
+    """Byte at which the character `n_characters` after that at `start` begins; at most `stop`."""
+    while n_characters and start < stop:
+        # no more bytes than the characters can have
+        content = store.read(start, min(stop, start + min(store.chunk_bytes, 4 * n_characters)))
+        begins = np.flatnonzero(_begins_character(content))
+        if len(begins) > n_characters:
+            return start + int(begins[n_characters])
+        start, n_characters = start + len(content), n_characters - len(begins)
+    while start < stop and not _begins_character(store.read(start, start + 1))[0]:
+        start += 1
+    return start
+
+
+def _line_end(store: TextStore, start: int, stop: int, n_characters: int) -> tuple[int, int]:
+    """(byte behind the first line end, characters up to and with it) among the next `n_characters`; 0
+    characters if there is none."""
+    n_passed = 0
+    while n_passed < n_characters and start < stop:
+        content = store.read(start, min(stop, start + min(store.chunk_bytes, _LOOK_AHEAD)))
+        at = content.find(b"\n")
+        n_passed += int(_begins_character(content[: at + 1] if at >= 0 else content).sum())
+        if at >= 0:
+            return (start + at + 1, n_passed) if n_passed <= n_characters else (start, 0)
+        start += len(content)
+    return start, 0
+
+
+def _begins_character(content: bytes) -> np.ndarray:
+    """Mask (n,) of the bytes of UTF-8 that are the first of a character."""
+    return (np.frombuffer(content, dtype=np.uint8) & 0xC0) != 0x80
 
 
 class DocumentWriter:
-    """Takes documents in, one after the other."""
+    """Builds `Documents` one text at a time."""
 
-    def __init__(self) -> None:
-        self._store = TextStore()
+    def __init__(self, store: TextStore | None = None) -> None:
+        self._store = store or TextStore()
         self._sources: list[str] = []
         self._stops, self._characters, self._source_ids = array("q"), array("q"), array("q")
 
     def __len__(self) -> int:
         return len(self._stops)
 
-    def add(self, parts: Iterable[str], source: str) -> bool:
-        """Take in the text that `parts` join to; False, and nothing is added, if it is empty."""
+    def add(self, parts: Iterable[str], source: str, keep_empty: bool = False) -> None:
+        """Add the text that `parts` join to; an empty one is dropped unless `keep_empty`."""
         start, characters = self._store.n_bytes, 0
         for part in parts:
             self._store.append(part.encode("utf-8"))
             characters += len(part)
-        if self._store.n_bytes == start:
-            return False
+        if self._store.n_bytes == start and not keep_empty:
+            return
         if not self._sources or self._sources[-1] != source:
             self._sources.append(source)
         self._stops.append(self._store.n_bytes)
         self._characters.append(characters)
         self._source_ids.append(len(self._sources) - 1)
-        return True
 
-    def keep(self, n: int) -> None:
-        """Let go of all but the first `n` documents, and of one that was begun."""
-        self._store.cut(self._stops[n - 1] if n else 0)
+    def truncate(self, n: int) -> None:
+        """Remove all but the first `n` documents, and a document whose `add` was interrupted."""
+        self._store.truncate(self._stops[n - 1] if n else 0)
         for values in (self._stops, self._characters, self._source_ids):
             del values[n:]
         del self._sources[self._source_ids[-1] + 1 if n else 0 :]
 
     def documents(self) -> Documents:
-        """All that was taken in."""
+        """All documents added so far."""
         stops, characters, source_ids = (
             np.array(values, dtype=np.int64) for values in (self._stops, self._characters, self._source_ids)
         )
@@ -236,30 +291,11 @@ class DocumentWriter:
         return Documents(self._store, starts, stops, characters, self._sources, source_ids)
 
 
-def as_documents(documents: Iterable[Document]) -> Documents:
-    """Documents in a store; those that lie in one already are given back."""
+def as_documents(documents: Iterable[Document], store: TextStore | None = None) -> Documents:
+    """`documents` in a store, empty ones included; `Documents` are returned as they are."""
     if isinstance(documents, Documents):
         return documents
-    writer = DocumentWriter()
-    empty: list[int] = []
+    writer = DocumentWriter(store)
     for document in documents:
-        if not writer.add((document.text,), document.source):
-            empty.append(len(writer) + len(empty))
-    found = writer.documents()
-    if not empty:
-        return found
-    # empty ones are no part of a corpus, but a caller's list keeps its numbers
-    where = np.zeros(len(found) + len(empty), dtype=bool)
-    where[empty] = True
-    starts, stops, characters = (
-        _spread(values, ~where) for values in (found.starts, found.stops, found.characters)
-    )
-    source_ids = _spread(found.source_ids, ~where, len(found.sources))
-    return Documents(found.store, starts, stops, characters, [*found.sources, ""], source_ids)
-
-
-def _spread(values: np.ndarray, where: np.ndarray, other: int = 0) -> np.ndarray:
-    """`values` at the places that `where` (n,) marks, `other` elsewhere."""
-    spread = np.full(len(where), other, dtype=np.int64)
-    spread[where] = values
-    return spread
+        writer.add((document.text,), document.source, keep_empty=True)
+    return writer.documents()

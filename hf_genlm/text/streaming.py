@@ -1,7 +1,7 @@
-"""The documents of sources as a stream: read while they are used, and never held, on disk or in memory.
+"""Documents as a stream: read while they are used; only the validation text is held in memory.
 
-A walk through a stream can begin at any position that another one had, which is a few numbers for each
-source. A file is read from its beginning to get there, a data set of the Hub as `datasets` does it.
+A walk through a stream can resume at any position of another walk, a few numbers per source. To get there, a
+file is read again from its beginning; a Hub data set resumes as `datasets` does.
 """
 
 import hashlib
@@ -9,133 +9,37 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from hf_genlm.config.recipe import CorpusRecipe
-from hf_genlm.errors import UserError, without_secrets
-from hf_genlm.text.damage import Place as RecordPlace
+from hf_genlm.errors import UserError
+from hf_genlm.text.corpus import count_text, describe_files, read_documents, share_of
 from hf_genlm.text.encoding import pieces_of_parts
-from hf_genlm.text.formats import Parts, RawFile, check_column, check_encoding, text_value, texts_of
+from hf_genlm.text.formats import Parts, check_encoding
 from hf_genlm.text.scrubbing import Scrubber, scrubber_of
-from hf_genlm.text.sources import FoundFile, empty_file, locate, open_hub, opened
-from hf_genlm.text.store import Document
+from hf_genlm.text.sources import FileShard, HubShard, Shard, locate
+from hf_genlm.text.store import Document, Documents, DocumentWriter
 
-_SAMPLES, _SAMPLE = 16, 1 << 16  # of a file: blocks, and the bytes of each
-
-
-class Shard(Protocol):
-    """A part of a source: a file, or a data set. `n_bytes` as it lies on disk, None where it does not."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def n_bytes(self) -> int | None: ...
-    def sampled(self) -> dict[str, Any]:
-        """What tells it from another of its size without reading all of it, for corpus.json."""
-        ...
-
-    def texts(self, state: Any) -> Iterator[tuple[Parts, Any]]:
-        """Each text from a state on (None: all of them), and the state behind it, which JSON can hold."""
-        ...
-
-
-@dataclass(frozen=True)
-class FileShard:
-    """A local file; its state is the number of records that were read.
-
-    Raises:
-        UserError: from `texts`, at a record that cannot be read.
-    """
-
-    file: FoundFile
-    recipe: CorpusRecipe
-
-    @property
-    def name(self) -> str:
-        return self.file.name
-
-    @property
-    def n_bytes(self) -> int:
-        with opened(self.file):
-            return self.file.path.stat().st_size
-
-    def sampled(self) -> dict[str, Any]:
-        """`samples_sha256` of 16 blocks of 64 KiB, the first and the last among them: of all of a file of 1
-        MiB. Of a larger one, when it was `modified` too, in nanoseconds."""
-        digest = hashlib.sha256()
-        with opened(self.file) as stream:
-            about = self.file.path.stat()
-            for number in range(_SAMPLES):
-                stream.seek(max(0, about.st_size - _SAMPLE) * number // (_SAMPLES - 1))
-                digest.update(stream.read(_SAMPLE))
-        found: dict[str, Any] = {"samples_sha256": digest.hexdigest()}
-        return found | ({"modified": about.st_mtime_ns} if about.st_size > _SAMPLES * _SAMPLE else {})
-
-    def texts(self, state: int | None) -> Iterator[tuple[Parts, int]]:
-        if not self.n_bytes:
-            if self.file.named:
-                raise empty_file(self.file)
-            return
-        with opened(self.file) as stream:
-            raw = RawFile(str(self.file.path), self.file.path.name, stream)
-            for number, parts in enumerate(texts_of(raw, self.recipe), start=1):
-                if number > (state or 0):
-                    yield parts, number
-
-
-@dataclass(frozen=True)
-class HubShard:
-    """A data set of the Hub, of which nothing is kept on disk; a network that fails is asked again by
-    `datasets`.
-
-    Raises:
-        UserError: from `texts`, at a record that cannot be read.
-    """
-
-    name: str
-    recipe: CorpusRecipe
-    n_bytes: int | None = None
-
-    def sampled(self) -> dict[str, Any]:
-        return {}
-
-    def texts(self, state: dict[str, Any] | None) -> Iterator[tuple[Parts, dict[str, Any]]]:
-        dataset = open_hub(self.name, self.recipe, "train", streaming=True)
-        if state is not None:
-            dataset.load_state_dict(state["dataset"])
-        records = iter(dataset)
-        for number in itertools.count(1 if state is None else state["record"] + 1):
-            where = RecordPlace(self.name, "row", number)
-            try:
-                record = next(records, None)
-            except Exception as error:  # of the network, of a decoder, of the data set's own reader
-                reason = without_secrets(" ".join(str(error).split()))[:200] or type(error).__name__
-                raise UserError(
-                    f"{str(where)!r} cannot be read ({reason}): check the network and the data set"
-                ) from error
-            if record is None:
-                return
-            check_column(where, record, self.recipe)
-            text = text_value(where, record[self.recipe.text_column], self.recipe)
-            yield (text,), {"record": number, "dataset": dataset.state_dict()}
+_MAX_HELD_SHARE = 0.25  # of `validation_bytes`: a longer document is trained on
+_SEARCH_FACTOR = 4  # times the text in which the validation text is expected to be found
 
 
 class HeldOut:
-    """The texts that are never trained on: those of `documents`."""
+    """Set of texts that are never trained on."""
 
     def __init__(self, documents: Iterable[Document] = ()):
-        self._digests: dict[int, set[bytes]] = {}  # by their characters
+        self._digests: dict[int, set[bytes]] = {}  # length in characters -> digests
         for document in documents:
             self.add(document.text)
 
     def add(self, text: str) -> None:
-        self._digests.setdefault(len(text), set()).add(digest_of(text))
+        self._digests.setdefault(len(text), set()).add(_digest(text))
 
     def __contains__(self, text: str) -> bool:
-        return len(text) in self._digests and digest_of(text) in self._digests[len(text)]
+        return len(text) in self._digests and _digest(text) in self._digests[len(text)]
 
-    def unless_held(self, parts: Parts) -> Parts | None:
-        """The same text; None where it is held out, or empty."""
+    def filter(self, parts: Parts) -> Parts | None:
+        """The text that `parts` join to; None if it is held out or empty."""
         longest = max(self._digests, default=0)
         parts, begun, size = iter(parts), [], 0
         for part in parts:
@@ -148,14 +52,18 @@ class HeldOut:
 
     @property
     def sha256(self) -> str:
-        """Of all digests."""
+        """Hash of the set."""
         digests = sorted(itertools.chain.from_iterable(self._digests.values()))
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
 @dataclass(frozen=True)
-class Place:
-    """Where a lane stands: before record `state` of a shard, in its pass number `passes` (from 0)."""
+class Position:
+    """A position in a lane: before record `state` of a shard, in epoch `passes` (from 0)."""
 
     shard: int = 0
     state: Any = None
@@ -163,21 +71,21 @@ class Place:
 
 
 class Lane:
-    """The texts of some shards, one after the other, again and again."""
+    """The texts of some shards, one shard after another, epoch after epoch."""
 
     def __init__(
-        self, shards: Sequence[Shard], held: HeldOut, place: Place, scrubber: Scrubber | None = None
+        self, shards: Sequence[Shard], held: HeldOut, at: Position, scrubber: Scrubber | None = None
     ):
         self.shards, self.held, self.scrubber = shards, held, scrubber
-        self.before = self.behind = place  # around the text that was given last
+        self.before = self.behind = at  # positions around the last text
 
     def texts(self) -> Iterator[Parts | None]:
-        """Each text, and None at the end of each pass.
+        """Each text, and None at the end of each epoch.
 
         Raises:
-            UserError: a whole pass has none.
+            UserError: a whole epoch has no text.
         """
-        is_empty = self.behind == Place(passes=self.behind.passes)
+        is_empty = self.behind == Position(passes=self.behind.passes)
         while True:
             begin = self.behind
             for number in range(begin.shard, len(self.shards)):
@@ -185,9 +93,9 @@ class Lane:
                 for parts, behind in self.shards[number].texts(state):
                     if self.scrubber is not None:
                         parts = self.scrubber.scrub_parts(parts)
-                    text = self.held.unless_held(parts)
+                    text = self.held.filter(parts)
                     if text is not None:
-                        self.before, self.behind = self.behind, Place(number, behind, begin.passes)
+                        self.before, self.behind = self.behind, Position(number, behind, begin.passes)
                         is_empty = False
                         yield text
             if is_empty:
@@ -196,22 +104,22 @@ class Lane:
                     f"no training text was found in {names}: every record is empty or held out, "
                     "name other sources"
                 )
-            self.before = self.behind = Place(passes=begin.passes + 1)
+            self.before = self.behind = Position(passes=begin.passes + 1)
             is_empty = True
             yield None
 
 
 class Piece(NamedTuple):
-    """A part of a document as it is encoded."""
+    """A part of a document, to be encoded by itself; or the end of an epoch, with an empty text."""
 
     text: str
     ends_document: bool
-    ends_pass: bool = False  # then it is not of a document
+    ends_pass: bool = False
 
 
 @dataclass(frozen=True)
 class DocumentStream:
-    """What the sources hold, again and again. `weights` are the shares of the lanes in the characters."""
+    """Endless stream of the documents of some lanes, mixed by `weights`, their shares of the characters."""
 
     lanes: Sequence[Sequence[Shard]]
     weights: Sequence[float]
@@ -224,90 +132,86 @@ class DocumentStream:
 
     @property
     def n_bytes(self) -> int:
-        """Of the files on disk."""
+        """Bytes of the files on disk."""
         return sum(shard.n_bytes or 0 for shard in self.shards)
 
     @property
     def sha256(self) -> str:
-        """Of what decides the texts and their order, but for what files hold."""
+        """Hash of all that decides the texts and their order, except the content of the files."""
         files = [[(shard.name, shard.n_bytes) for shard in lane] for lane in self.lanes]
         scrubbed = [] if self.scrubber is None else [self.scrubber.to_json(None)]
         content = json.dumps([files, list(self.weights), self.held.sha256, *scrubbed])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def walk(self, position: dict[str, Any] | None = None) -> "Walk":
-        """From a position on that another walk had; None: from the beginning."""
+        """Start a walk, at `position` of another walk or at the beginning."""
         return Walk(self, position)
-
-    def without(self, held: HeldOut) -> "DocumentStream":
-        """The same with other texts held out."""
-        return replace(self, held=held)
 
 
 class Walk:
-    """A way through a stream. The next text is of the lane that is furthest behind its share."""
+    """A walk through a stream. The next text comes from the lane that is furthest behind its share."""
 
     def __init__(self, stream: DocumentStream, position: dict[str, Any] | None):
         position = position or {
             "lane": 0,
             "pieces": 0,
-            "lanes": [{**asdict(Place()), "taken": 0}] * len(stream.lanes),
+            "lanes": [{**asdict(Position()), "taken": 0}] * len(stream.lanes),
         }
         self._weights = stream.weights
         self._lane: int = position["lane"]
-        self._pieces: int = position["pieces"]  # of the document that was begun
+        self._pieces: int = position["pieces"]  # taken of the document that was begun
         self._taken: list[int] = [lane["taken"] for lane in position["lanes"]]  # characters
         self._taken_before = 0  # by this lane, when its document began
-        places = [Place(lane["shard"], lane["state"], lane["passes"]) for lane in position["lanes"]]
+        starts = [Position(lane["shard"], lane["state"], lane["passes"]) for lane in position["lanes"]]
         self._lanes = [
-            Lane(shards, stream.held, place, stream.scrubber)
-            for shards, place in zip(stream.lanes, places, strict=True)
+            Lane(shards, stream.held, start, stream.scrubber)
+            for shards, start in zip(stream.lanes, starts, strict=True)
         ]
         self._texts = [lane.texts() for lane in self._lanes]
 
     @property
     def position(self) -> dict[str, Any]:
-        """Where a walk has to begin to go on from here; JSON can hold it."""
-        lanes = [
-            {**asdict(lane.behind), "taken": taken}
-            for lane, taken in zip(self._lanes, self._taken, strict=True)
-        ]
+        """Where a walk must start to continue here, as JSON."""
+        taken = zip(self._lanes, self._taken, strict=True)
+        lanes = [{**asdict(lane.behind), "taken": n_characters} for lane, n_characters in taken]
         if self._pieces:  # then its document is read again
             lanes[self._lane] = {**asdict(self._lanes[self._lane].before), "taken": self._taken_before}
         return {"lane": self._lane, "pieces": self._pieces, "lanes": lanes}
 
     @property
     def passes(self) -> int:
-        """How many times every lane has been read to its end."""
+        """Epochs that every lane has finished."""
         return min(lane.behind.passes for lane in self._lanes)
 
-    def pieces(self, cuts: bool) -> Iterator[Piece]:
-        """All documents as they are encoded; with `cuts`, long ones in several pieces."""
+    def pieces(self, can_cut: bool) -> Iterator[Piece]:
+        """All documents for encoding; with `can_cut`, long ones in several pieces."""
         for parts in self.texts():
             if parts is None:
                 yield Piece("", ends_document=False, ends_pass=True)
                 continue
-            n_before = self._pieces
-            for number, (text, is_last) in enumerate(_with_last(pieces_of_parts(parts, cuts)), start=1):
+            n_before, number = self._pieces, 0
+            texts = pieces_of_parts(parts, can_cut)
+            text: str | None = next(texts)
+            while text is not None:
+                following = next(texts, None)
+                number += 1
                 if number > n_before:
-                    self._pieces = 0 if is_last else number
-                    yield Piece(text, is_last)
+                    self._pieces = 0 if following is None else number
+                    yield Piece(text, ends_document=following is None)
+                text = following
 
     def texts(self) -> Iterator[Parts | None]:
-        """The parts of each document, all to be taken before the next; None at the end of a pass."""
+        """Parts of each document, to be consumed before the next; None at the end of an epoch of one lane."""
         while True:
             if not self._pieces:
-                self._lane = self._furthest_behind()
+                shares = [taken / weight for taken, weight in zip(self._taken, self._weights, strict=True)]
+                self._lane = shares.index(min(shares))
             self._taken_before = self._taken[self._lane]
             parts = next(self._texts[self._lane])
             if parts is not None:
                 yield self._counted(parts)
             elif len(self._lanes) == 1:
                 yield None
-
-    def _furthest_behind(self) -> int:
-        shares = [taken / weight for taken, weight in zip(self._taken, self._weights, strict=True)]
-        return shares.index(min(shares))
 
     def _counted(self, parts: Parts) -> Iterator[str]:
         for part in parts:
@@ -316,10 +220,10 @@ class Walk:
 
 
 def open_stream(recipe: CorpusRecipe) -> DocumentStream:
-    """The stream of a recipe's sources, nothing held out yet.
+    """Open the stream of a recipe's sources, with nothing held out yet.
 
     Raises:
-        UserError: a source that does not exist, or fields that do not fit each other.
+        UserError: a source does not exist, or fields contradict each other.
     """
     check_stream(recipe)
     check_encoding(recipe.encoding)
@@ -344,19 +248,17 @@ def open_stream(recipe: CorpusRecipe) -> DocumentStream:
 def check_stream(recipe: CorpusRecipe) -> None:
     """
     Raises:
-        UserError: fields of the corpus section that do not make a stream.
+        UserError: fields of the corpus section do not make a stream.
     """
-    n_sources = len(recipe.sources)
+    n_sources, weights = len(recipe.sources), recipe.weights
     if not n_sources:
         raise UserError("--stream needs a SOURCE: the text that Python brings is small, leave --stream out")
-    if recipe.weights is not None and len(recipe.weights) != n_sources:
+    if weights is not None and len(weights) != n_sources:
         raise UserError(
-            f"corpus.weights has {len(recipe.weights)} numbers for {n_sources} sources: give one for each"
+            f"corpus.weights has {len(weights)} numbers for {n_sources} sources: give one for each"
         )
-    if any(not 0 < weight < float("inf") for weight in recipe.weights or ()):
-        raise UserError(
-            f"corpus.weights = {recipe.weights}: each must be more than 0, or leave its source out"
-        )
+    if any(not 0 < weight < float("inf") for weight in weights or ()):
+        raise UserError(f"corpus.weights = {weights}: each must be more than 0, or leave its source out")
     if recipe.near_duplicates is not None:
         raise UserError(
             f"corpus.near_duplicates = {recipe.near_duplicates:g} compares all documents, and --stream has "
@@ -369,15 +271,117 @@ def check_stream(recipe: CorpusRecipe) -> None:
         )
 
 
-def digest_of(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
+@dataclass
+class StreamedText:
+    """A stream without its validation text, that text, and the content of corpus.json."""
+
+    stream: DocumentStream
+    validation: Documents
+    report: dict[str, Any]
 
 
-def _with_last(texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Each text, and whether it is the last."""
-    texts = iter(texts)
-    text = next(texts)
-    for following in texts:
-        yield text, False
-        text = following
-    yield text, True
+def read_stream(recipe: CorpusRecipe) -> StreamedText:
+    """Open the stream of a recipe, and read its validation text: `recipe.validation`, or what is held out.
+
+    The same recipe over the same files gives the same text. None of it is trained on, wherever it occurs.
+
+    Raises:
+        UserError: a source cannot be used, or nothing can be held out.
+    """
+    stream = open_stream(recipe)
+    if recipe.validation:
+        validation, read = read_documents(recipe.validation, recipe, "validation")
+        files = read["files"]
+    else:
+        validation, files = hold_out(stream, recipe), []
+    shards = [
+        {"name": shard.name, "bytes": shard.n_bytes, "sha256": None, "documents": None, **shard.fingerprint()}
+        for shard in stream.shards
+    ]
+    report = {
+        "sources": list(recipe.sources),
+        "description": describe_files(shards),
+        "python": None,
+        "encoding": recipe.encoding,
+        "stream": {"weights": recipe.weights, "shuffle_buffer": recipe.shuffle_buffer},
+        "split": {
+            "method": "given" if recipe.validation else "hash",
+            "seed": recipe.split_seed,
+            "fraction": recipe.validation_fraction,
+        },
+        "train": dict.fromkeys(("documents", "bytes", "characters", "tokens", "sha256")),
+        "validation": count_text(validation),
+        "files": [*shards, *files],
+    }
+    if stream.scrubber is not None:
+        report["scrubbed"] = stream.scrubber.to_json(None)
+    return StreamedText(replace(stream, held=HeldOut(validation)), validation, report)
+
+
+def hold_out(stream: DocumentStream, recipe: CorpusRecipe) -> Documents:
+    """Take the validation text from the beginning of a stream: documents whose hash is low, up to
+    `validation_bytes`.
+
+    A text is held out once, however often it occurs, and `HeldOut` keeps all its copies from training.
+    Documents longer than a quarter of `validation_bytes` are left to training. If no hash is low, the
+    document with the lowest is taken.
+
+    Raises:
+        UserError: there are not two different documents that are short enough.
+    """
+    writer, held = DocumentWriter(), HeldOut()
+    walk = stream.walk()
+    longest = int(_MAX_HELD_SHARE * recipe.validation_bytes)
+    lowest: tuple[float, str] | None = None
+    n_bytes = n_walked = n_different = 0
+    max_walked = _SEARCH_FACTOR * recipe.validation_bytes / recipe.validation_fraction
+    for parts in walk.texts():
+        if parts is None or walk.passes or n_walked > max_walked:
+            break
+        text, is_whole = _up_to(parts, longest)
+        n_walked += len(text)
+        is_new = text not in held
+        n_different += is_new
+        if not is_whole or len(text.encode()) > longest or not is_new:
+            continue
+        share = share_of(_digest(text), recipe.split_seed)
+        if lowest is None or share < lowest[0]:
+            lowest = share, text
+        if share < recipe.validation_fraction:
+            n_bytes += len(text.encode())
+            if n_bytes > recipe.validation_bytes:
+                break
+            held.add(text)
+            writer.add((text,), "stream")
+    if not len(writer) and lowest is not None:
+        writer.add((lowest[1],), "stream")
+    if not len(writer) or n_different < 2:
+        raise UserError(
+            f"nothing can be held out of the first {n_walked:,} characters: there are not two documents, one "
+            f"of them of at most {longest:,} bytes; hold out a file of your own by --validation FILE"
+        )
+    return writer.documents()
+
+
+def beginning(stream: DocumentStream, n_characters: int) -> Documents:
+    """The first `n_characters` of a stream, at most its first epoch, for the training of a tokenizer."""
+    writer, walk, left = DocumentWriter(), stream.walk(), n_characters
+    for parts in walk.texts():
+        if parts is None or walk.passes or left <= 0:
+            break
+        text, _ = _up_to(parts, left)
+        left -= len(text)
+        writer.add((text,), "stream")
+    return writer.documents()
+
+
+def _up_to(parts: Parts, n_characters: int) -> tuple[str, bool]:
+    """(at most `n_characters` of a text, True if that is all of it)."""
+    taken: list[str] = []
+    left = n_characters
+    for part in parts:
+        taken.append(part[:left])
+        if len(part) > left:
+            return "".join(taken), False
+        left -= len(part)
+    return "".join(taken), True

@@ -19,20 +19,20 @@ from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.files import atomic_folder, require_new_folder
 from hf_genlm.memory import give_back_memory
 from hf_genlm.run_folder import Listener
-from hf_genlm.text.balanced import balanced_text
 from hf_genlm.text.cache import ArrayWriter, Cache, key_of
-from hf_genlm.text.corpus import Sources, notes_on, read_documents, with_sources
+from hf_genlm.text.corpus import notes_on, read_documents, with_sources
 from hf_genlm.text.encoding import encode_documents
 from hf_genlm.text.fast_bpe import PATTERNS, pre_tokenizer
-from hf_genlm.text.languages import check_languages
+from hf_genlm.text.languages import balanced_text, check_languages
+from hf_genlm.text.sources import Sources
 from hf_genlm.text.store import Document, Documents, as_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-END_OF_TEXT = "<|endoftext|>"  # stands before and after every document: both bos and eos
+END_OF_TEXT = "<|endoftext|>"  # before and after every document: both bos and eos
 PAD = "<|pad|>"
-# a plain language model knows no roles: a conversation is one document, a line a message, and it goes on
+# a plain language model has no roles: a conversation is one document, a line per message, without an end
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
     "{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
@@ -114,10 +114,10 @@ def train_tokenizer_on(
 
 
 def choose_vocab_size(n_bytes: int) -> int:
-    """Vocabulary for a corpus of `n_bytes` UTF-8 bytes: it doubles when the corpus grows fourfold.
+    """Vocabulary size for a corpus of `n_bytes` UTF-8 bytes: it doubles when the corpus grows fourfold.
 
-    1,024 from 0.8 MB, 2,048 from 3.2 MB, 4,096 from 12.8 MB, and so on from 512 to 32,768: a larger one is
-    met too seldom by a small corpus, and costs a small model more than it saves in length.
+    1,024 from 0.8 MB, 2,048 from 3.2 MB, 4,096 from 12.8 MB, and so on from 512 to 32,768: in a small corpus
+    the tokens of a larger vocabulary are too rare, and cost a small model more than shorter texts save.
     """
     exponent = math.floor(10 + math.log2(max(n_bytes, 1) / 0.8e6) / 2)
     return min(max(2**exponent, _MIN_CHOSEN_VOCAB_SIZE), MAX_CHOSEN_VOCAB_SIZE)
@@ -130,17 +130,19 @@ def train_tokenizer(
     cache: Cache | None = None,
     sha256: str | None = None,
 ) -> "PreTrainedTokenizerFast":
-    """Learn a byte-level BPE vocabulary from at most `recipe.max_characters`, taken evenly from all of the
-    text.
+    """Train a byte-level BPE tokenizer on at most `recipe.max_characters`, taken evenly from all of the text.
 
-    `n_bytes` is the size of the corpus, from which the vocabulary is chosen when `recipe.vocab_size` is None;
-    a text too small to fill a chosen one gets what it can fill. Encoding adds no special token by itself
-    (GPT-2's convention). `model_max_length` is left for the caller to set on the result. One that was trained
-    before on the same text, of which `sha256` is the hash, with the same settings, is found in `cache`.
+    Encoding adds no special token by itself (GPT-2's convention). `model_max_length` is left to the caller.
+
+    Args:
+        n_bytes: size of the corpus, which decides the vocabulary size if `recipe.vocab_size` is None; a text
+            too small to fill that gets a smaller vocabulary.
+        cache, sha256: where a tokenizer of the same text and settings is looked up and stored, and the hash
+            of the text.
 
     Raises:
-        UserError: `vocab_size` below 258, or more than the text can fill; `max_characters` below 1; an
-            unknown `pattern`.
+        UserError: `vocab_size` is below 258 or more than the text can fill, `max_characters` is below 1, or
+            `pattern` is unknown.
     """
     check_vocab_size(recipe.vocab_size)
     if recipe.pattern not in PATTERNS:
@@ -152,10 +154,17 @@ def train_tokenizer(
     vocab_size = recipe.vocab_size or choose_vocab_size(n_bytes)
     key = None
     if cache is not None and sha256 is not None:
-        key = _key_of(vocab_size, recipe, sha256)
+        key = key_of(
+            kind="tokenizer",
+            text=sha256,
+            vocab_size=vocab_size,
+            max_characters=recipe.max_characters,
+            rules=[PATTERNS[recipe.pattern], END_OF_TEXT, PAD, _SAMPLE_PIECE],
+            library=tokenizers.__version__,
+        )
         found = cache.load(key)
         if found is not None:
-            return _wrap(Tokenizer.from_str(found.arrays["json"].tobytes().decode("utf-8")))
+            return wrap_tokenizer(Tokenizer.from_str(found.arrays["json"].tobytes().decode("utf-8")))
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizer(PATTERNS[recipe.pattern])
     backend.decoder = decoders.ByteLevel()
@@ -180,13 +189,13 @@ def train_tokenizer(
         with ArrayWriter(cache, key) as writer:
             writer.append("json", np.frombuffer(backend.to_str().encode("utf-8"), dtype=np.uint8))
             writer.finish()
-    return _wrap(backend)
+    return wrap_tokenizer(backend)
 
 
 def check_vocab_size(vocab_size: int | None) -> None:
     """
     Raises:
-        UserError: fewer tokens than a vocabulary of our own holds; None is chosen later.
+        UserError: `vocab_size` is less than 256 bytes and 2 special tokens; None is chosen later.
     """
     if vocab_size is not None and vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
@@ -196,7 +205,7 @@ def check_vocab_size(vocab_size: int | None) -> None:
 
 
 def sample_evenly(documents: Iterable[Document], max_characters: int) -> Iterator[str]:
-    """All texts if they hold at most `max_characters`, otherwise pieces at even distances, as many as fit."""
+    """All texts if they have at most `max_characters`, otherwise evenly spaced pieces, as many as fit."""
     documents = as_documents(documents)
     total = documents.n_characters
     if total <= max_characters:
@@ -204,15 +213,15 @@ def sample_evenly(documents: Iterable[Document], max_characters: int) -> Iterato
         return
     piece = max(1, min(_SAMPLE_PIECE, max_characters // 16))
     passed = taken = 0
-    for text in _evenly_cut(documents, piece):
+    for text in _pieces(documents, piece):
         passed += len(text)
         if (taken + len(text)) * total <= max_characters * passed:
             taken += len(text)
             yield text
 
 
-def _evenly_cut(documents: Documents, length: int) -> Iterator[str]:
-    """Every document in pieces of `length` characters, but for its last."""
+def _pieces(documents: Documents, length: int) -> Iterator[str]:
+    """Cut every document into pieces of `length` characters; its last piece may be shorter."""
     for _, parts in itertools.groupby(documents.texts(), key=lambda part: part[0]):
         rest = ""
         for _, part in parts:
@@ -225,11 +234,11 @@ def _evenly_cut(documents: Documents, length: int) -> Iterator[str]:
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
-    """A tokenizer folder to use instead of training one.
+    """Load a tokenizer folder, to use instead of training one.
 
     Raises:
-        UserError: nothing loads from `path`, or the tokenizer lacks an end-of-text token or a pad token of
-            its own.
+        UserError: nothing loads from `path`, or the tokenizer lacks an end-of-text token or a separate pad
+            token.
     """
     from transformers import AutoTokenizer
 
@@ -261,19 +270,8 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
-def _key_of(vocab_size: int, recipe: TokenizerRecipe, sha256: str) -> str:
-    """The key of a trained tokenizer. A vocabulary that was asked for and not filled is never kept."""
-    return key_of(
-        kind="tokenizer",
-        text=sha256,
-        vocab_size=vocab_size,
-        max_characters=recipe.max_characters,
-        rules=[PATTERNS[recipe.pattern], END_OF_TEXT, PAD, _SAMPLE_PIECE],
-        library=tokenizers.__version__,
-    )
-
-
-def _wrap(backend: Tokenizer) -> "PreTrainedTokenizerFast":
+def wrap_tokenizer(backend: Tokenizer) -> "PreTrainedTokenizerFast":
+    """The tokenizer of transformers, with our special tokens, around a trained `backend`."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(

@@ -17,10 +17,9 @@ from hf_genlm.files import append_file, note_no_space
 from hf_genlm.memory import keeping_memory
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.run_folder import RunFolder
-from hf_genlm.text.balanced import BalancedRows
+from hf_genlm.text.languages import BalancedRows
 from hf_genlm.text.packed_stream import PackedStream
-from hf_genlm.text.packing import PackedRows, collate
-from hf_genlm.text.windows import DocumentWindows
+from hf_genlm.text.packing import DocumentWindows, PackedRows, collate
 from hf_genlm.training.budget import Budget
 from hf_genlm.training.callbacks import (
     BudgetCallback,

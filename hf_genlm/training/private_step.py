@@ -21,8 +21,7 @@ from hf_genlm.files import write_bytes
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.privacy.dp.mechanism import KEY_BYTES, NOISES, Guarantee, draw_documents, draw_offsets
 from hf_genlm.privacy.dp.per_example import PerExampleGradients
-from hf_genlm.text.packing import IGNORED, collate
-from hf_genlm.text.windows import DocumentWindows
+from hf_genlm.text.packing import IGNORED, DocumentWindows, collate
 from hf_genlm.training.optimizer import OptimizerFactory
 from hf_genlm.training.trainer import BudgetTrainer
 

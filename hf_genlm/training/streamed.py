@@ -13,12 +13,11 @@ from hf_genlm.config.recipe import Recipe, TrainingRecipe
 from hf_genlm.errors import UserError
 from hf_genlm.files import write_json
 from hf_genlm.run_folder import RunFolder, read_json
+from hf_genlm.text.corpus import check_same, touched
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents
-from hf_genlm.text.held_out import beginning, read_stream
-from hf_genlm.text.identity import check_same, touched
 from hf_genlm.text.packed_stream import PackedStream
 from hf_genlm.text.store import Documents
-from hf_genlm.text.streaming import DocumentStream, HeldOut, open_stream
+from hf_genlm.text.streaming import DocumentStream, HeldOut, beginning, open_stream, read_stream
 from hf_genlm.training import processes
 from hf_genlm.training.bigram_init import MAX_COUNTED_TOKENS
 from hf_genlm.training.callbacks import WordRate
@@ -87,7 +86,7 @@ def prepare_stream(run: RunFolder, recipe: Recipe, is_resuming: bool = False) ->
     if made:
         return made[0]
     recipe.tokenizer.vocab_size = len(tokenizer)
-    stream, none = open_stream(recipe.corpus).without(held), np.zeros(0, dtype=np.int64)
+    stream, none = dataclasses.replace(open_stream(recipe.corpus), held=held), np.zeros(0, dtype=np.int64)
     nothing = TokenizedDocuments(none, np.zeros(1, dtype=np.int64), none)
     return StreamedCorpus(tokenizer, stream, nothing, {}, recipe.corpus.shuffle_buffer, run)
 

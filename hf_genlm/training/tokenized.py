@@ -14,17 +14,14 @@ from hf_genlm.evaluation.languages import documents_of, tokenization_of
 from hf_genlm.evaluation.measurement import write_measurements
 from hf_genlm.files import atomic_folder, write_json
 from hf_genlm.run_folder import RunFolder, read_json
-from hf_genlm.text.balanced import BalancedRows, balanced_text, repeats_of
 from hf_genlm.text.cache import ArrayWriter, Cache, cache_folder
 from hf_genlm.text.canaries import plant
-from hf_genlm.text.corpus import Corpus, count_text, notes_on, read_corpus
+from hf_genlm.text.corpus import Corpus, check_same, count_text, notes_on, read_corpus
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents, tokenized_of
-from hf_genlm.text.identity import check_same
-from hf_genlm.text.languages import spans
-from hf_genlm.text.packing import PackedRows
+from hf_genlm.text.languages import BalancedRows, balanced_text, repeats_of, spans
+from hf_genlm.text.packing import DocumentWindows, PackedRows
 from hf_genlm.text.store import Documents
 from hf_genlm.text.tokenizer import load_tokenizer, train_tokenizer
-from hf_genlm.text.windows import DocumentWindows
 from hf_genlm.training import processes
 from hf_genlm.training.callbacks import WordRate
 from hf_genlm.training.private import public_text
@@ -69,7 +66,7 @@ class TokenizedCorpus:
         ids = {"eos_id": self.tokenizer.eos_token_id, "pad_id": self.tokenizer.pad_token_id}
         repeats = repeats_of(self.languages)
         if repeats is None:
-            return PackedRows(self.train, max_seq_length, **ids, goes_on=training.carry_state)
+            return PackedRows(self.train, max_seq_length, **ids, carries_state=training.carry_state)
         return BalancedRows(self.train, documents_of(self.languages, "train"), repeats, max_seq_length, **ids)
 
     def word_rate(self, rows: PackedRows | BalancedRows) -> WordRate:

@@ -20,10 +20,10 @@ from hf_genlm.loading import hub_id_of
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.run_folder import FollowedRun, Listener, RunFolder, describe_environment
 from hf_genlm.text.canaries import check_canaries
+from hf_genlm.text.duplicates import check_near_duplicates
 from hf_genlm.text.languages import check_languages
-from hf_genlm.text.near_duplicates import check_near_duplicates
+from hf_genlm.text.packing import DocumentWindows
 from hf_genlm.text.scrubbing import check_scrubbing
-from hf_genlm.text.windows import DocumentWindows
 from hf_genlm.training import processes
 from hf_genlm.training.bigram_init import MAX_COUNTED_TOKENS, init_from_bigrams
 from hf_genlm.training.budget import Budget, budget_of, resolve

@@ -16,7 +16,7 @@ from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.files import note_no_space
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.run_folder import RunFolder
-from hf_genlm.text.balanced import BalancedRows
+from hf_genlm.text.languages import BalancedRows
 from hf_genlm.training.budget import Budget, trapezoid
 from hf_genlm.training.callbacks import Diverged
 from hf_genlm.training.carried_state import StateCallback

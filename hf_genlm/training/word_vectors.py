@@ -22,8 +22,8 @@ from hf_genlm.config.recipe import Recipe
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.files import write_json
 from hf_genlm.run_folder import RunFolder
-from hf_genlm.text.damage import DAMAGED
 from hf_genlm.text.encoding import pieces
+from hf_genlm.text.raw_files import DAMAGED
 from hf_genlm.text.store import Document, as_documents
 from hf_genlm.text.vector_files import WordVectors, peek_dimension, read_vectors
 

@@ -11,9 +11,8 @@ import time
 
 from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.text.corpus import read_documents
-from hf_genlm.text.detectors import DETECTORS
-from hf_genlm.text.near_duplicates import find_near_duplicates
-from hf_genlm.text.scrubbing import Scrubber, Tally
+from hf_genlm.text.duplicates import find_near_duplicates
+from hf_genlm.text.scrubbing import DETECTORS, Scrubber, Tally
 from hf_genlm.text.store import Documents
 
 _AROUND = 20  # characters that `--show` prints beside a place

@@ -23,10 +23,17 @@ from hf_genlm.evaluation.languages import measure_parallel, over_languages
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.evaluation.measurement import Measurement, read_measurements
 from hf_genlm.evaluation.tokenization import SCRIPTS, measure_tokenization, scripts_of
-from hf_genlm.text.balanced import BalancedRows, repeat_documents
 from hf_genlm.text.corpus import notes_on, read_corpus
 from hf_genlm.text.encoding import TokenizedDocuments
-from hf_genlm.text.languages import balance, check_languages, premiums_of, read_parallel, spans
+from hf_genlm.text.languages import (
+    BalancedRows,
+    balance,
+    check_languages,
+    premiums_of,
+    read_parallel,
+    repeat_documents,
+    spans,
+)
 from hf_genlm.text.packing import PackedRows
 from hf_genlm.training.processes import SharedOrder
 from hf_genlm.training.train import train
@@ -210,13 +217,13 @@ def test_every_pass_has_each_language_in_its_share_and_no_row_waits_for_another(
     n_rows = [len(part) for part in rows.parts.values()]
     wanted = np.array(n_rows) * [0.5, 2.0, 4.0]
     exact = wanted / wanted.sum() * len(rows)
-    assert np.abs(rows.rows_of_a_pass - exact).max() < 1
+    assert np.abs(rows.rows_per_epoch - exact).max() < 1
     language = np.repeat(np.arange(3), n_rows)
     read = np.zeros(len(rows), dtype=int)
     for epoch in range(7):
         order = rows.order(5, epoch)
         assert len(order) == len(rows)
-        assert (np.bincount(language[order], minlength=3) == rows.rows_of_a_pass).all()
+        assert (np.bincount(language[order], minlength=3) == rows.rows_per_epoch).all()
         read += np.bincount(order, minlength=len(rows))
         for k in range(3):
             assert np.ptp(read[language == k]) <= 1
@@ -225,7 +232,7 @@ def test_every_pass_has_each_language_in_its_share_and_no_row_waits_for_another(
     assert len(rows.first_tokens(60)) == pytest.approx(60, abs=3)
     tokens = rows.first_tokens(10**6)
     shares = [(tokens // 10 == k + 1).sum() / (tokens > 1).sum() for k in range(3)]
-    assert shares == pytest.approx(rows.rows_of_a_pass / len(rows), abs=0.03)
+    assert shares == pytest.approx(rows.rows_per_epoch / len(rows), abs=0.03)
 
 
 def test_several_processes_read_the_same_order_filled_to_whole_steps(balanced):

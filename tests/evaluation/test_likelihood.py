@@ -22,7 +22,7 @@ from hf_genlm.evaluation.measurement import (
     update_measurements,
     write_measurements,
 )
-from hf_genlm.text.store import Document, as_documents
+from hf_genlm.text.store import Document, TextStore, as_documents
 
 START, VOCAB, CONTEXT = 0, 29, 12
 
@@ -383,8 +383,7 @@ class TestWords:
         assert "word_perplexity" not in measure(model, documents)
         assert list(found)[:-1] == list(measure(model, documents)), "and nothing else changes"
 
-    def test_are_counted_as_lm_eval_counts_them(self, monkeypatch):
-        monkeypatch.setattr("hf_genlm.text.store.CHUNK", 8)  # longer texts are read in parts
+    def test_are_counted_as_lm_eval_counts_them(self):
         texts = [
             "a",
             " a b ",
@@ -392,7 +391,8 @@ class TestWords:
             "\u3000no\u00a0break \x1d",
             "x" * 30 + " " * 30,
         ]
-        counted = as_documents([Document(text, "x") for text in texts]).count_words()
+        documents = [Document(text, "x") for text in texts]
+        counted = as_documents(documents, TextStore(chunk_bytes=8)).count_words()  # longer ones in parts
         assert counted.tolist() == [len(re.split(r"\s+", text)) for text in texts]
 
 

@@ -27,7 +27,7 @@ from hf_genlm.config.recipe import CorpusRecipe, Recipe, load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.model import DECODERS, MIXER_TYPES, GenLMConfig, GenLMForCausalLM
 from hf_genlm.text.corpus import read_documents
-from hf_genlm.text.formats import _DOCUMENTS
+from hf_genlm.text.formats import OTHER_PROGRAMS
 from hf_genlm.training.budget import resolve
 from hf_genlm.training.configure import build_config, mixer_types_of
 
@@ -331,7 +331,7 @@ def check_file(name: str, packed: bytes, is_whole: bool, content: bytes, kind: s
     assert ("skip", False) in found  # a damaged file never stops the reading of its folder then
     taken = {tuple(texts) for texts in found.values() if texts}
     if is_whole and kind in (".txt", ".md"):
-        is_document = content.startswith(tuple(_DOCUMENTS))  # of another program: refused by name
+        is_document = content.startswith(tuple(OTHER_PROGRAMS))  # of another program: refused by name
         wanted = "" if is_document else naive_text(content)
         assert taken == ({(wanted,)} if wanted else set())
     if is_whole and kind == ".jsonl":

@@ -24,14 +24,16 @@ sys.argv[0] = "hf-genlm"  # the rooms of text alone, not our model
 import numpy as np
 from tokenizers import Tokenizer, models
 from hf_genlm.config.recipe import CorpusRecipe
-from hf_genlm.text import cache, encoding, store
+from hf_genlm.text import encoding
+from hf_genlm.text.cache import ArrayFile
 from hf_genlm.text.corpus import read_corpus
 from hf_genlm.text.packing import PackedRows
+from hf_genlm.text.store import TextStore
 from hf_genlm.text.tokenizer import pre_tokenizer, sample_evenly
 
-store._IN_MEMORY = 10**9 if fault == "text is held" else 1 << 20
+TextStore.max_in_memory = 10**9 if fault == "text is held" else 1 << 20
 if fault == "ids are held":
-    cache.ArrayFile.release = lambda self: None
+    ArrayFile.release = lambda self: None
 encoding.Encoder.encode = lambda self, texts, pool: [np.full(len(text), 9, self.dtype) for text in texts]
 backend = Tokenizer(models.BPE())
 backend.pre_tokenizer = pre_tokenizer()

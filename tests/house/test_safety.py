@@ -21,8 +21,7 @@ from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import CorpusRecipe, Recipe, TokenizerRecipe
 from hf_genlm.errors import UserError
 from hf_genlm.text import cache as cache_module
-from hf_genlm.text import store
-from hf_genlm.text.sources import Document
+from hf_genlm.text.store import Document, TextStore
 from hf_genlm.text.tokenizer import load_tokenizer, train_tokenizer
 from hf_genlm.text.vector_files import read_vectors
 from hf_genlm.training.checkpoints import refuse_code
@@ -252,13 +251,13 @@ def test_the_name_of_a_member_is_no_path(tmp_path, name):
 
 def test_a_text_that_would_fill_the_disk_is_refused_before_it_does(tmp_path, monkeypatch):
     bomb = write(tmp_path / "data/bomb.txt.gz", gzip.compress(b"0" * 5_000_000))
-    monkeypatch.setattr(store, "_IN_MEMORY", 1000)
-    monkeypatch.setattr(store, "_ROOM_EVERY", 100_000)
+    monkeypatch.setattr(TextStore, "max_in_memory", 1000)
+    monkeypatch.setattr(TextStore, "check_room_every", 100_000)
     room = [3_000_000]
 
     def disk(handle):
         used = os.fstat(handle).st_size
-        return os.statvfs_result((1, 1, 0, 0, cache_module._SPARE + room[0] - used, 0, 0, 0, 0, 255))
+        return os.statvfs_result((1, 1, 0, 0, cache_module.SPARE_BYTES + room[0] - used, 0, 0, 0, 0, 255))
 
     monkeypatch.setattr(os, "fstatvfs", disk)
     for source in (bomb, bomb.parent):
@@ -282,7 +281,7 @@ def test_unpacking_takes_bounded_memory(tmp_path, suffix):
 
     import zstandard
 
-    from hf_genlm.text.compressed import COMPRESSIONS, unpacked
+    from hf_genlm.text.raw_files import COMPRESSIONS, unpacked
 
     zeros = bytes(200_000_000)
     packed = io.BytesIO()

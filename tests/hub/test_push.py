@@ -22,7 +22,7 @@ from hf_genlm.files import write_json
 from hf_genlm.hub.manifest import ModelSource, build_manifest, check_findings
 from hf_genlm.hub.push import PushFailed, PushResult, load_in_clean_process, push
 from hf_genlm.run_folder import RunFolder
-from hf_genlm.text.sources import Document
+from hf_genlm.text.store import Document
 from hf_genlm.text.tokenizer import train_tokenizer
 
 REPO = "me/tale"

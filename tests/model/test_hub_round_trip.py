@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import hf_genlm.model
 from hf_genlm.config.recipe import TokenizerRecipe
 from hf_genlm.model import GenLMConfig, GenLMForCausalLM, GenLMModel
-from hf_genlm.text.sources import Document
+from hf_genlm.text.store import Document
 from hf_genlm.text.tokenizer import train_tokenizer
 
 

@@ -23,12 +23,10 @@ from hf_genlm.privacy.dp.mechanism import (
     plan_guarantee,
 )
 from hf_genlm.run_folder import RunFolder, read_json
-from hf_genlm.text.corpus import read_corpus
+from hf_genlm.text.corpus import read_corpus, split_by_hash
 from hf_genlm.text.encoding import TokenizedDocuments
-from hf_genlm.text.identity import split_by_hash
-from hf_genlm.text.packing import IGNORED, collate
+from hf_genlm.text.packing import IGNORED, DocumentWindows, collate
 from hf_genlm.text.store import Document, as_documents
-from hf_genlm.text.windows import DocumentWindows
 from hf_genlm.training.budget import Budget, resolve
 from hf_genlm.training.private import begin_private, check_private, tokens_to_plan_by, write_guarantee
 from hf_genlm.training.private_step import DrawnSteps, PrivateState, PrivateTrainer, private_gradient

@@ -1,10 +1,9 @@
-"""Helpers shared by tests: streams."""
+"""Texts, files and recipes for tests of streams."""
 
 import json
 import random
 
 import pyarrow as pa
-import pytest
 from pyarrow import parquet
 
 from hf_genlm.config.recipe import CorpusRecipe
@@ -33,21 +32,18 @@ def write_jsonl(path, seeds, n_words: int = 30) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Files of every kind, empty records, and one text that is read and encoded in several parts."""
-    folder = tmp_path_factory.mktemp("stream")
+def write_files_of_every_kind(folder) -> None:
+    """Write empty records too, and one text that is read and encoded in several parts."""
     write_jsonl(folder / "a.jsonl", range(60))
     (folder / "b.txt").write_text("\n".join(text_of(seed, 9) for seed in range(24_000)), encoding="utf-8")
     (folder / "c.txt").write_text("", encoding="utf-8")
     values = [text_of(seed, 5) if seed % 3 else None for seed in range(100, 140)]
     parquet.write_table(pa.table({"text": values}), folder / "d.parquet")
     (folder / "e.md").write_text(text_of(7, 50), encoding="utf-8")
-    return folder
 
 
 def lanes(folder) -> CorpusRecipe:
-    """Three sources to be mixed, one of them far shorter."""
+    """Recipe that mixes three sources, one of them far shorter."""
     for name, seeds in (("one", range(50)), ("two", range(200, 210)), ("three", range(300, 340))):
         write_jsonl(folder / f"{name}.jsonl", seeds)
     sources = [str(folder / f"{name}.jsonl") for name in ("one", "two", "three")]

@@ -13,9 +13,9 @@ import pytest
 from hf_genlm.config.recipe import TokenizerRecipe, load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.run_folder import RunFolder
-from hf_genlm.text import cache as cache_module
-from hf_genlm.text import encoding, tokenizer
-from hf_genlm.text.cache import ArrayWriter, Cache, cache_folder, key_of
+from hf_genlm.text import tokenizer
+from hf_genlm.text.cache import STALE_S, ArrayWriter, Cache, cache_folder, key_of
+from hf_genlm.text.encoding import Encoder
 from hf_genlm.training.tokenized import prepare_corpus
 
 
@@ -34,13 +34,13 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def work(monkeypatch) -> list[str]:
-    """What was computed rather than found."""
+    """Names of what was computed instead of read from the cache."""
     done = []
-    train_merges, encode = tokenizer.sample_evenly, encoding._encode
+    train_merges, encode = tokenizer.sample_evenly, Encoder.encode
     monkeypatch.setattr(
         tokenizer, "sample_evenly", lambda *args: done.append("merges") or train_merges(*args)
     )
-    monkeypatch.setattr(encoding, "_encode", lambda *args: done.append("ids") or encode(*args))
+    monkeypatch.setattr(Encoder, "encode", lambda *args: done.append("ids") or encode(*args))
     return done
 
 
@@ -95,13 +95,13 @@ def test_other_settings_are_another_entry(tmp_path, text, folder, work, assignme
 
 
 def test_a_given_tokenizer_is_part_of_the_key(tmp_path, text, folder, work):
-    prepare(tmp_path, text)
+    first = prepare(tmp_path, text)
+    (given,) = tmp_path.glob("run*/tokenizer")
     small = prepare(tmp_path, text, "tokenizer.vocab_size=280")
-    given = next(path / "tokenizer" for path in sorted(tmp_path.glob("run*")) if b"" != None)
+    assert small[0] != first[0]
     work.clear()
-    prepare(tmp_path, text, f"tokenizer.path={given}")
-    assert work == []  # the same vocabulary by another way
-    assert small[3] != (given / "tokenizer.json").read_bytes()
+    assert prepare(tmp_path, text, f"tokenizer.path={given}")[0] == first[0]
+    assert work == []  # the ids of the same vocabulary, named by its folder
 
 
 def test_it_can_be_turned_off(tmp_path, text, folder, work):
@@ -189,12 +189,11 @@ def test_a_full_disk_is_one_line(folder, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_the_folder_is_bounded(folder, monkeypatch):
-    monkeypatch.setattr(cache_module, "_MAX_BYTES", 25_000)
-    cache = Cache(folder)
+def test_the_folder_is_bounded(folder):
+    cache = Cache(folder, max_bytes=25_000)
     folder.mkdir()
     stale, fresh = folder / "x.part", folder / "y.part"
-    for path, age in ((stale, 10 * cache_module._STALE_S), (fresh, 10)):
+    for path, age in ((stale, 10 * STALE_S), (fresh, 10)):
         path.write_bytes(b"unfinished")
         os.utime(path, (path.stat().st_mtime - age,) * 2)
     for i in range(4):
@@ -232,7 +231,7 @@ def test_a_vocabulary_that_cannot_be_filled_is_refused_again(tmp_path, text, fol
 
 
 def test_the_tokenizer_comes_back_as_it_was(text, folder):
-    from hf_genlm.text.corpus import Document
+    from hf_genlm.text.store import Document
 
     documents = [Document(text.read_text(), "x")]
     made, found = (

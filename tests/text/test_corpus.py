@@ -15,9 +15,8 @@ from support.corpora import COMPRESSORS, complaint, corpus_of, parquet_of, read,
 
 from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.text import corpus as corpus_module
-from hf_genlm.text import store
-from hf_genlm.text.corpus import Document, cut, notes_on, read_corpus, split_documents
+from hf_genlm.text.corpus import Document, notes_on, read_corpus, split_documents
+from hf_genlm.text.store import TextStore, as_documents, cut_blocks
 
 
 def many_texts(n: int) -> list[str]:
@@ -337,15 +336,13 @@ def naive_cut(text: str, length: int, reach: int) -> list[str]:
     st.integers(4, 9),
 )
 def test_blocks_are_cut_in_the_file_as_in_memory(texts, length, reach, chunk):
-    with pytest.MonkeyPatch.context() as patch:  # every border of a read is met
-        patch.setattr(corpus_module, "CHUNK", chunk)
-        patch.setattr(corpus_module, "_LOOK_AHEAD", chunk)
-        documents = store.as_documents(Document(text, "x") for text in texts)
-        for i, text in enumerate(texts):
-            blocks = list(cut(documents, i, length, reach))
-            found = [documents.store.read(block.start, block.stop).decode() for block in blocks]
-            assert found == naive_cut(text, length, reach)
-            assert [block.characters for block in blocks] == list(map(len, found))
+    # small reads, so that every border of a read is met
+    documents = as_documents([Document(text, "x") for text in texts], TextStore(chunk_bytes=chunk))
+    for i, text in enumerate(texts):
+        blocks = list(cut_blocks(documents, i, length, reach))
+        found = [documents.store.read(block.start, block.stop).decode() for block in blocks]
+        assert found == naive_cut(text, length, reach)
+        assert [block.characters for block in blocks] == list(map(len, found))
 
 
 def test_text_without_line_ends_is_split_too():

@@ -10,9 +10,10 @@ from support.corpora import COMPRESSORS, complaint, parquet_of, read, texts, wri
 from support.runs import SMALL
 
 from hf_genlm.cli.main import main
-from hf_genlm.config.recipe import load_recipe
-from hf_genlm.text import formats, store
-from hf_genlm.text.damage import PLACES
+from hf_genlm.config.recipe import CorpusRecipe, load_recipe
+from hf_genlm.text.formats import texts_of
+from hf_genlm.text.raw_files import MAX_PLACES, RawFile
+from hf_genlm.text.store import TextStore
 
 BAD_LINES = {
     b'{"text": "cut': "is not JSON",
@@ -58,22 +59,26 @@ def test_damaged_records_are_left_out_and_counted(tmp_path):
 def test_the_first_places_are_named_and_the_rest_counted(tmp_path):
     lines = ['{"text": "good"}'] + ["bad"] * 50
     _, report = read(write(tmp_path / "a.jsonl", "\n".join(lines)), damaged="skip")
-    assert [place["line"] for place in report["damaged"]["places"]] == list(range(2, 2 + PLACES))
+    assert [place["line"] for place in report["damaged"]["places"]] == list(range(2, 2 + MAX_PLACES))
     assert report["damaged"]["records"] == 50
-    assert report["damaged"]["more_places"] == 50 - PLACES
+    assert report["damaged"]["more_places"] == 50 - MAX_PLACES
 
 
 @pytest.mark.parametrize("chunk", [3, 7, 1 << 20])
-def test_a_line_too_long_to_hold_is_one_damaged_record(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(formats, "_MAX_LINE", 40)
-    monkeypatch.setattr("hf_genlm.text.compressed.CHUNK", chunk)
+def test_a_line_too_long_to_hold_is_one_damaged_record(chunk):
+    class InParts(io.BytesIO):
+        def read(self, n=-1):
+            return super().read(min(n, chunk))
+
     good = json.dumps({"text": "x" * 28})
     assert len(good) == 40
-    path = write(tmp_path / "a.jsonl", "\n".join([good, "y" * 41, good, "z" * 500, "", good, "w" * 99]))
-    assert "line 2' has more than 40 characters" in complaint(path)
-    documents, report = read(path, damaged="skip")
-    assert texts(documents) == ["x" * 28] * 3
-    assert [place["line"] for place in report["damaged"]["places"]] == [2, 4, 7]
+    lines = [good, "y" * 41, good, "z" * 500, "", good, "w" * 99]
+    file = RawFile("a.jsonl", "a.jsonl", InParts("\n".join(lines).encode()), max_line=40)
+    damaged = []
+    found = list(texts_of(file, CorpusRecipe(), damaged.append))
+    assert ["".join(parts) for parts in found] == ["x" * 28] * 3
+    assert [damage.place.number for damage in damaged] == [2, 4, 7]
+    assert "line 2' has more than 40 characters" in str(damaged[0])
 
 
 def damaged_files() -> dict[str, bytes]:
@@ -97,7 +102,7 @@ def damaged_files() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("in_memory", [1 << 26, 100])
 def test_a_damaged_file_in_a_folder_is_left_out_whole(tmp_path, monkeypatch, in_memory):
-    monkeypatch.setattr(store, "_IN_MEMORY", in_memory)
+    monkeypatch.setattr(TextStore, "max_in_memory", in_memory)
     files = damaged_files()
     for name, content in files.items():
         write(tmp_path / "data" / name, content)

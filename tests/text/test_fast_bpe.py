@@ -21,7 +21,7 @@ from hf_genlm.text.fast_bpe import (
     fast_bpe_of,
     ranks_of,
 )
-from hf_genlm.text.tokenizer import END_OF_TEXT, PAD, _wrap, train_tokenizer
+from hf_genlm.text.tokenizer import END_OF_TEXT, PAD, train_tokenizer, wrap_tokenizer
 
 TEXTS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"])),
@@ -30,7 +30,7 @@ TEXTS = st.one_of(
         st.sampled_from(
             ["\r\n", "\n\n", " ", "    ", "\t", "\x0b", "\x1c", "\x85", "\u2028", "\u00a0", "self", "def ",
              "'ll", "'VE", "12345", "\u0661\u0662", "_x", "):", "\u00e9", "e\u0301", "हिन्दी", "日本", "😀",
-             "\ufdd0", END_OF_TEXT, PAD, fast_bpe._BORDER, "\U000e0001", "\u1c89", "\ua7cb"]
+             "\ufdd0", END_OF_TEXT, PAD, fast_bpe.BORDER, "\U000e0001", "\u1c89", "\ua7cb"]
         ),
         max_size=40,
     ).map("".join),
@@ -61,7 +61,7 @@ def pool():
 @pytest.fixture(autouse=True)
 def worthwhile(monkeypatch):
     """The second engine for short texts too."""
-    monkeypatch.setattr(encoding, "_WORTHWHILE", 0)
+    monkeypatch.setattr(Encoder, "min_fast", 0)
 
 
 def as_text(*texts: str) -> list[Document]:
@@ -125,8 +125,8 @@ def test_a_saved_limit_of_length_cuts_nothing_off(tokenizer):
     backend.enable_truncation(3)
     backend.enable_padding(length=64)
     text = "one two three four five six seven"
-    for word in (text, text + fast_bpe._BORDER):  # through both engines
-        assert ids_of(_wrap(backend), word) == saved_ids(tokenizer, word)
+    for word in (text, text + fast_bpe.BORDER):  # through both engines
+        assert ids_of(wrap_tokenizer(backend), word) == saved_ids(tokenizer, word)
     assert backend.truncation["max_length"] == 3  # the person's own tokenizer is left as it was
 
 
@@ -173,7 +173,7 @@ def test_what_the_proof_refuses_would_differ(merges, order, text):
     backend = with_merges(merges, order)
     state = json.loads(backend.to_str())
     assert ranks_of(state) is None
-    byte_of = fast_bpe._byte_of_letter()
+    byte_of = fast_bpe.byte_of_letter()
     ranks = {
         bytes(byte_of[letter] for letter in word): i
         for word, i in state["model"]["vocab"].items()
@@ -213,7 +213,7 @@ def test_other_rules_of_cutting_are_refused(tokenizer):
         backend = Tokenizer.from_str(json.dumps(changed(tokenizer, change)))
         assert Encoder(backend, 10**9).fast is None
         text = "a SELF of self"
-        assert ids_of(_wrap(backend), text) == [backend.encode(text, add_special_tokens=False).ids]
+        assert ids_of(wrap_tokenizer(backend), text) == [backend.encode(text, add_special_tokens=False).ids]
 
 
 def test_tokens_of_no_merge_are_never_used(tokenizer):
@@ -224,7 +224,7 @@ def test_tokens_of_no_merge_are_never_used(tokenizer):
 
     backend = Tokenizer.from_str(json.dumps(changed(tokenizer, unused)))
     assert Encoder(backend, 10**9).fast is not None
-    assert ids_of(_wrap(backend), "zqzq") == [backend.encode("zqzq").ids]
+    assert ids_of(wrap_tokenizer(backend), "zqzq") == [backend.encode("zqzq").ids]
 
 
 # characters on which the engines disagree, and the spot check
@@ -232,18 +232,18 @@ def test_tokens_of_no_merge_are_never_used(tokenizer):
 
 def test_the_engines_agree_on_every_character_of_today():
     """Nothing rests on it: it says that the fast way is taken for all text, with these versions."""
-    engines = [fast_bpe._class_engines(pattern) for pattern in fast_bpe._CLASSES]
+    engines = [fast_bpe.class_engines(pattern) for pattern in fast_bpe.CLASSES]
     assert not differing_characters("".join(map(chr, range(0x3000))), engines)
 
 
 def test_characters_of_different_classes_are_left_to_the_tokenizer(tokenizer, monkeypatch):
     """As if the two followed different versions of Unicode: ß is a letter to one of them alone."""
-    make = fast_bpe._class_engines
+    make = fast_bpe.class_engines
 
     def older(pattern):
         return (make(pattern)[0], make(pattern.replace(r"\p{M}", r"\p{M}&&[^ß]"))[1])
 
-    monkeypatch.setattr(fast_bpe, "_class_engines", older)
+    monkeypatch.setattr(fast_bpe, "class_engines", older)
     fast = Encoder(tokenizer.backend_tokenizer, 10**9).fast
     assert fast.can_encode("Maße" * 10) is False
     assert fast.can_encode("Masse é" * 10) is True
@@ -268,16 +268,16 @@ def test_a_difference_that_is_seen_turns_to_the_tokenizer(tokenizer, documents, 
 def test_the_fast_engine_is_the_one_that_runs(tokenizer, documents, monkeypatch):
     """All of a plain text goes through it, but for the spot checks."""
     exact = []
-    encode_exactly = Encoder._encode_exactly
+    encode_exactly = Encoder.encode_exactly
     monkeypatch.setattr(
-        Encoder, "_encode_exactly", lambda self, texts: exact.extend(texts) or encode_exactly(self, texts)
+        Encoder, "encode_exactly", lambda self, texts: exact.extend(texts) or encode_exactly(self, texts)
     )
     encode_documents(tokenizer, documents)
-    assert 0 < sum(map(len, exact)) <= encoding._SPOTS * encoding._SPOT
+    assert 0 < sum(map(len, exact)) <= encoding.SPOTS * encoding.SPOT
 
 
 def test_a_text_may_hold_the_word_that_joins_texts(tokenizer):
-    texts = ["one", f"two{fast_bpe._BORDER}three", "", "four"]
+    texts = ["one", f"two{fast_bpe.BORDER}three", "", "four"]
     assert ids_of(tokenizer, *texts) == saved_ids(tokenizer, *texts)
 
 

@@ -13,20 +13,20 @@ from hypothesis import strategies as st
 
 from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.text import scrubbing
 from hf_genlm.text.corpus import read_corpus, read_documents
-from hf_genlm.text.detectors import (
-    _CARDS,
-    _ISSUERS,
+from hf_genlm.text.scrubbing import (
+    CARDS,
     DETECTORS,
     IBAN_LENGTHS,
+    ISSUERS,
     PLUGINS,
-    _secret_patterns,
+    Scrubber,
+    Tally,
     iban_remainder,
     luhn_sum,
+    secret_patterns,
 )
-from hf_genlm.text.held_out import beginning, read_stream
-from hf_genlm.text.scrubbing import Scrubber, Tally
+from hf_genlm.text.streaming import beginning, read_stream
 from hf_genlm.training.train import check
 
 pytest.importorskip("detect_secrets")
@@ -150,7 +150,7 @@ def test_luhn_is_its_definition(digits):
 
 @st.composite
 def card_numbers(draw):
-    first, last, lengths = draw(st.sampled_from(_ISSUERS))
+    first, last, lengths = draw(st.sampled_from(ISSUERS))
     head = str(draw(st.integers(int(first), int(last))))
     length = draw(st.sampled_from(lengths))
     body = head + draw(
@@ -237,11 +237,11 @@ def test_windows_find_what_the_whole_text_does(text, regions):
 def test_the_words_of_a_secret_stand_in_every_one():
     """A pattern is only tried where one of its words stands: each positive has one, by the pattern itself."""
     texts = list(FOUND["secret"])
-    for pattern, words in _secret_patterns():
+    for pattern, words in secret_patterns():
         for text in texts:
             if pattern.search(text):
                 assert any(word in text.lower() for word in words), pattern.pattern
-    assert len(_secret_patterns()) > len(PLUGINS)
+    assert len(secret_patterns()) > len(PLUGINS)
 
 
 POSITIVES = [text for rows in FOUND.values() for text in rows]
@@ -256,28 +256,24 @@ WITHIN_REACH = [text for text in POSITIVES if ("-----BEGIN" in text) == ("-----E
 @settings(max_examples=60, deadline=None)
 def test_parts_do_not_matter(texts, data):
     text = "\n".join(texts)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scrubbing, "_PIECE", 400)
-        patch.setattr(scrubbing, "_REACH", 390)
-        whole = "".join(ALL.scrub_parts([text]))
-        cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
-        parts = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        assert "".join(ALL.scrub_parts(parts)) == whole
+    in_pieces = Scrubber(ALL.recipe, piece_length=400, max_lookback=390)
+    whole = "".join(in_pieces.scrub_parts([text]))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=5)))
+    parts = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert "".join(in_pieces.scrub_parts(parts)) == whole
     assert whole == ALL.scrub(text), "a piece ends where nothing is cut"
 
 
-def test_a_piece_ends_before_the_first_of_keys_that_have_begun(monkeypatch):
-    monkeypatch.setattr(scrubbing, "_PIECE", 400)
-    monkeypatch.setattr(scrubbing, "_REACH", 390)
+def test_a_piece_ends_before_the_first_of_keys_that_have_begun():
+    in_pieces = Scrubber(ALL.recipe, piece_length=400, max_lookback=390)
     text = "a line of text\n" * 20 + UNENDED + KEY
     assert len(text) > 400 > text.rindex("-----BEGIN")
-    assert "".join(ALL.scrub_parts([text])) == ALL.scrub(text) == "a line of text\n" * 20 + "<SECRET>"
+    assert "".join(in_pieces.scrub_parts([text])) == ALL.scrub(text) == "a line of text\n" * 20 + "<SECRET>"
 
 
-def test_a_line_without_end_takes_bounded_memory(monkeypatch):
-    monkeypatch.setattr(scrubbing, "_PIECE", 1000)
-    monkeypatch.setattr(scrubbing, "_REACH", 100)
-    pieces = list(ALL.scrub_parts("x" * 10 for _ in range(1000)))
+def test_a_line_without_end_takes_bounded_memory():
+    in_pieces = Scrubber(ALL.recipe, piece_length=1000, max_lookback=100)
+    pieces = list(in_pieces.scrub_parts("x" * 10 for _ in range(1000)))
     assert "".join(pieces) == "x" * 10_000
     assert max(map(len, pieces)) == 1000
 
@@ -414,4 +410,4 @@ def test_the_library_of_python_keeps_its_code():
 def test_the_card_patterns_are_anchored():
     generator = random.Random(0)
     digits = "".join(generator.choice(string.digits) for _ in range(5000))
-    assert not any(pattern.search(digits) for pattern in _CARDS)
+    assert not any(pattern.search(digits) for pattern in CARDS)

@@ -7,23 +7,29 @@ import sys
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 from accelerate.data_loader import prepare_data_loader
-from support.streams import lanes, text_of, write_jsonl
+from support.streams import lanes, text_of, write_files_of_every_kind, write_jsonl
 from torch.utils.data import DataLoader
 
 from hf_genlm.config.recipe import CorpusRecipe, TokenizerRecipe, load_recipe
 from hf_genlm.errors import UserError
-from hf_genlm.text import packed_stream
 from hf_genlm.text.corpus import read_documents
 from hf_genlm.text.encoding import encode_documents
-from hf_genlm.text.held_out import beginning, hold_out, read_stream
 from hf_genlm.text.packed_stream import PackedStream
 from hf_genlm.text.packing import PackedRows, collate
 from hf_genlm.text.store import Document
-from hf_genlm.text.streaming import HeldOut, open_stream
+from hf_genlm.text.streaming import HeldOut, beginning, hold_out, open_stream, read_stream
 from hf_genlm.text.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stream")
+    write_files_of_every_kind(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +38,7 @@ def tokenizer():
     return train_tokenizer(documents, TokenizerRecipe(vocab_size=300), 10_000)
 
 
-@pytest.fixture
-def small_batches(monkeypatch):
-    """Many places to go on from, instead of one a megabyte."""
-    monkeypatch.setattr(packed_stream, "_BATCH", 200)
+SMALL_BATCH = 200  # characters: many places to resume from, instead of one per megabyte
 
 
 def taken(stream, count: int) -> list[dict]:
@@ -71,11 +74,11 @@ def test_rows_are_those_of_a_text_in_memory(max_seq_length, folder, tokenizer):
     assert stream.first_tokens(100).tolist() == rows.first_tokens(100).tolist()
 
 
-def test_rows_in_small_batches(folder, tokenizer, small_batches):
+def test_rows_in_small_batches(folder, tokenizer):
     """As above, where a batch ends nearly everywhere."""
     recipe = CorpusRecipe(sources=[str(folder / name) for name in ("a.jsonl", "d.parquet", "e.md")])
     rows = rows_in_memory(recipe, tokenizer, 33)
-    stream = PackedStream(open_stream(recipe), tokenizer, 33)
+    stream = PackedStream(open_stream(recipe), tokenizer, 33, batch=SMALL_BATCH)
     assert_same_rows(taken(stream, len(rows)), [rows[i] for i in range(len(rows))])
 
 
@@ -93,7 +96,7 @@ def test_a_tokenizer_that_is_not_cut(folder, tokenizer):
     recipe = CorpusRecipe(sources=[str(folder / name) for name in ("a.jsonl", "b.txt", "e.md")])
     rows = rows_in_memory(recipe, other, 65)
     stream = PackedStream(open_stream(recipe), other, 65)
-    assert not stream._encoder.cuts
+    assert not stream._encoder.can_cut
     assert_same_rows(taken(stream, len(rows)), [rows[i] for i in range(len(rows))])
 
 
@@ -120,13 +123,13 @@ def test_shuffled_blocks_are_those_rows_in_another_order(folder, tokenizer):
 
 @pytest.mark.parametrize("shuffle_buffer", [0, 1, 16, 1000])
 @pytest.mark.parametrize("is_mixed", [False, True])
-def test_a_stream_goes_on_at_any_row(shuffle_buffer, is_mixed, tmp_path, tokenizer, small_batches):
+def test_a_stream_goes_on_at_any_row(shuffle_buffer, is_mixed, tmp_path, tokenizer):
     recipe = lanes(tmp_path)
     if not is_mixed:
         recipe.weights = None
 
     def opened():
-        return PackedStream(open_stream(recipe), tokenizer, 9, shuffle_buffer, seed=1)
+        return PackedStream(open_stream(recipe), tokenizer, 9, shuffle_buffer, seed=1, batch=SMALL_BATCH)
 
     undisturbed = opened()
     rows = taken(undisturbed, 3000)  # several passes
@@ -142,22 +145,20 @@ def test_a_stream_goes_on_at_any_row(shuffle_buffer, is_mixed, tmp_path, tokeniz
         assert_same_rows(taken(third, 20), rows[n + 60 : n + 80])
 
 
-def test_a_stream_goes_on_inside_a_long_text(folder, tokenizer, monkeypatch):
-    monkeypatch.setattr(packed_stream, "_BATCH", 1 << 16)
+def test_a_stream_goes_on_inside_a_long_text(folder, tokenizer):
     recipe = CorpusRecipe(sources=[str(folder / "b.txt"), str(folder / "e.md")])
-    undisturbed = PackedStream(open_stream(recipe), tokenizer, 129, 8)
+    undisturbed = PackedStream(open_stream(recipe), tokenizer, 129, 8, batch=1 << 16)
     rows = taken(undisturbed, 5000)
     states = [undisturbed.state_after(n) for n in (1500, 3001, 4444)]
     assert any(state["mark"]["place"]["documents"]["pieces"] for state in states)
     for state in states:
-        again = PackedStream(open_stream(recipe), tokenizer, 129, 8)
+        again = PackedStream(open_stream(recipe), tokenizer, 129, 8, batch=1 << 16)
         again.load_state_dict(state)
         assert_same_rows(taken(again, 50), rows[state["rows"] : state["rows"] + 50])
 
 
-def test_old_states_are_forgotten_and_the_others_stay_small(tmp_path, tokenizer, small_batches, monkeypatch):
-    monkeypatch.setattr(packed_stream, "_REMEMBERED", 100)
-    stream = PackedStream(open_stream(lanes(tmp_path)), tokenizer, 9)
+def test_old_states_are_forgotten_and_the_others_stay_small(tmp_path, tokenizer):
+    stream = PackedStream(open_stream(lanes(tmp_path)), tokenizer, 9, batch=SMALL_BATCH, max_remembered=100)
     for _ in taken(stream, 5000):
         assert len(stream._marks) < 50
     assert len(json.dumps(stream.state_after(4900))) < 2000
@@ -167,7 +168,7 @@ def test_a_state_of_other_rows_is_refused(tmp_path, tokenizer):
     recipe = lanes(tmp_path)
     stream = PackedStream(open_stream(recipe), tokenizer, 9, 4)
     state = stream.state_dict()
-    with pytest.raises(UserError, match=r"another row length \(9, now 10\)"):
+    with pytest.raises(UserError, match=r"another max seq length \(9, now 10\)"):
         PackedStream(open_stream(recipe), tokenizer, 10, 4).load_state_dict(state)
     with pytest.raises(UserError, match="another shuffle buffer"):
         PackedStream(open_stream(recipe), tokenizer, 9, 5).load_state_dict(state)
@@ -193,12 +194,12 @@ def test_a_mixture_keeps_its_shares_of_the_text(tmp_path):
 
 @pytest.mark.parametrize("shuffle_buffer", [0, 32])
 @pytest.mark.parametrize("split_batches", [False, True])
-def test_processes_share_the_rows_of_one(shuffle_buffer, split_batches, tmp_path, tokenizer, small_batches):
+def test_processes_share_the_rows_of_one(shuffle_buffer, split_batches, tmp_path, tokenizer):
     """As Trainer prepares a loader with dispatch_batches=False: together, each step has the same rows."""
     recipe = lanes(tmp_path)
 
     def batches(n_processes, process, size):
-        stream = PackedStream(open_stream(recipe), tokenizer, 9, shuffle_buffer)
+        stream = PackedStream(open_stream(recipe), tokenizer, 9, shuffle_buffer, batch=SMALL_BATCH)
         loader = prepare_data_loader(
             DataLoader(stream, batch_size=size, collate_fn=collate),
             num_processes=n_processes,
@@ -268,10 +269,10 @@ def test_the_beginning_is_bounded(folder):
 
 def test_texts_are_compared_whole():
     held = HeldOut([Document("abc", "x")])
-    assert held.unless_held(iter(["a", "b", "c"])) is None
-    assert held.unless_held(iter([])) is None
-    assert "".join(held.unless_held(iter(["abc", "d", "e"]))) == "abcde"
-    assert "".join(held.unless_held(iter(["ab"]))) == "ab"
+    assert held.filter(iter(["a", "b", "c"])) is None
+    assert held.filter(iter([])) is None
+    assert "".join(held.filter(iter(["abc", "d", "e"]))) == "abcde"
+    assert "".join(held.filter(iter(["ab"]))) == "ab"
 
 
 @pytest.fixture
@@ -287,21 +288,21 @@ def hub(tmp_path, monkeypatch):
         return load("json", data_files=files, **options)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("hf_genlm.text.sources._check_reachable", lambda name: None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # the Hub is not asked
     return asked
 
 
-def test_a_data_set_of_the_hub_is_streamed(hub, tmp_path, tokenizer, small_batches):
+def test_a_data_set_of_the_hub_is_streamed(hub, tmp_path, tokenizer):
     recipe = CorpusRecipe(sources=["owner/name:part"])
     local = CorpusRecipe(sources=[str(tmp_path / "shard-*.jsonl")])
-    undisturbed = PackedStream(open_stream(recipe), tokenizer, 9, 16)
+    undisturbed = PackedStream(open_stream(recipe), tokenizer, 9, 16, batch=SMALL_BATCH)
     rows = taken(undisturbed, 700)
     assert hub
     assert all(call == ("owner/name", "part", {"streaming": True}) for call in hub)
-    assert_same_rows(rows, taken(PackedStream(open_stream(local), tokenizer, 9, 16), 700))
+    assert_same_rows(rows, taken(PackedStream(open_stream(local), tokenizer, 9, 16, batch=SMALL_BATCH), 700))
     assert len(hub) == 2  # the second pass
     for n in (0, 5, 123, 301, 640):
-        again = PackedStream(open_stream(recipe), tokenizer, 9, 16)
+        again = PackedStream(open_stream(recipe), tokenizer, 9, 16, batch=SMALL_BATCH)
         again.load_state_dict(json.loads(json.dumps(undisturbed.state_after(n))))
         assert_same_rows(taken(again, 50), rows[n : n + 50])
 
@@ -369,7 +370,7 @@ import re, sys
 sys.argv[0] = "hf-genlm"  # the rooms of text alone, not our model
 from pathlib import Path
 from hf_genlm.config.recipe import CorpusRecipe, TokenizerRecipe
-from hf_genlm.text.held_out import beginning, read_stream
+from hf_genlm.text.streaming import beginning, read_stream
 from hf_genlm.text.packed_stream import PackedStream
 from hf_genlm.text.tokenizer import train_tokenizer
 

@@ -14,9 +14,9 @@ from transformers.models.qwen3_5 import tokenization_qwen3_5
 
 from hf_genlm.config.recipe import CorpusRecipe, TokenizerRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.text import encoding, store
 from hf_genlm.text.corpus import Document, read_documents
-from hf_genlm.text.encoding import cuts_are_exact, encode_documents, pieces_of
+from hf_genlm.text.encoding import cuts_are_exact, encode_documents, pieces, pieces_of
+from hf_genlm.text.store import TextStore, as_documents
 from hf_genlm.text.tokenizer import (
     END_OF_TEXT,
     PAD,
@@ -210,10 +210,9 @@ def test_tokenized_documents(tokenizer, documents):
         tokens[len(documents)]
 
 
-def test_batches_leave_nothing_out(tokenizer, documents, monkeypatch):
+def test_batches_leave_nothing_out(tokenizer, documents):
     whole = encode_documents(tokenizer, documents)
-    monkeypatch.setattr("hf_genlm.text.encoding._BATCH", 20_000)
-    batched = encode_documents(tokenizer, documents)
+    batched = encode_documents(tokenizer, documents, batch=20_000)
     assert batched.ids.tolist() == whole.ids.tolist()
     assert batched.offsets.tolist() == whole.offsets.tolist()
 
@@ -263,10 +262,10 @@ WORDS = [
 def test_cutting_a_text_changes_no_id(tokenizer, text, length):
     backend = tokenizer.backend_tokenizer
     assert cuts_are_exact(backend)
-    pieces = list(pieces_of(text, length))
-    assert "".join(pieces) == text
+    found = list(pieces_of(text, length))
+    assert "".join(found) == text
     whole = backend.pre_tokenizer.pre_tokenize_str(text)
-    cut = [word for piece in pieces for word, _ in backend.pre_tokenizer.pre_tokenize_str(piece)]
+    cut = [word for piece in found for word, _ in backend.pre_tokenizer.pre_tokenize_str(piece)]
     assert cut == [word for word, _ in whole]
 
 
@@ -279,11 +278,9 @@ def test_cutting_a_text_changes_no_id(tokenizer, text, length):
 def test_a_document_that_is_read_in_parts_is_cut_as_well(tokenizer, texts, chunk, length):
     pre_tokenize = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str
     found = [[] for _ in texts]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "CHUNK", chunk)
-        patch.setattr(encoding, "_PIECE", length)
-        for i, piece in encoding.pieces(store.as_documents(Document(text, "x") for text in texts)):
-            found[i].append(piece)
+    documents = as_documents([Document(text, "x") for text in texts], TextStore(chunk_bytes=chunk))
+    for i, piece in pieces(documents, length=length):
+        found[i].append(piece)
     assert ["".join(parts) for parts in found] == texts
     for text, parts in zip(texts, found, strict=True):
         cut = [word for part in parts for word, _ in pre_tokenize(part)]
@@ -292,9 +289,9 @@ def test_a_document_that_is_read_in_parts_is_cut_as_well(tokenizer, texts, chunk
 
 def test_a_text_of_one_line_is_cut_too():
     text = "some words in a line that never ends, " * 50_000
-    pieces = list(pieces_of(text))
-    assert len(pieces) > 5
-    assert max(map(len, pieces)) < 300_000
+    found = list(pieces_of(text))
+    assert len(found) > 5
+    assert max(map(len, found)) < 300_000
 
 
 def test_a_long_document_is_cut_and_gives_the_ids_of_the_whole(tokenizer):

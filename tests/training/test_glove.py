@@ -11,7 +11,7 @@ import pytest
 
 from hf_genlm.config.recipe import TokenizerRecipe
 from hf_genlm.text.encoding import encode_documents
-from hf_genlm.text.sources import Document
+from hf_genlm.text.store import Document
 from hf_genlm.text.tokenizer import train_tokenizer
 from hf_genlm.text.vector_files import read_vectors
 from hf_genlm.training.word_vectors import (

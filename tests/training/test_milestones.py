@@ -15,9 +15,8 @@ from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.run_folder import RunFolder, read_json
-from hf_genlm.text import store
 from hf_genlm.text.corpus import read_corpus
-from hf_genlm.text.store import Document, as_documents
+from hf_genlm.text.store import Document, TextStore, as_documents
 from hf_genlm.training.budget import Budget
 from hf_genlm.training.callbacks import MilestoneCallback, Pace, WordRate, milestone_name, read_milestones
 from hf_genlm.training.train import train
@@ -46,12 +45,12 @@ def test_the_schedule_of_the_challenge_and_numbers_of_ones_own():
             read_milestones([word])
 
 
-def test_words_are_counted_across_the_parts_of_a_long_document(monkeypatch):
+def test_words_are_counted_across_the_parts_of_a_long_document():
     texts = ["one two", "three", " a\u3000b\n\nc ", "   ", "long " * 50 + "end", "x" * 100 + " y"]
     expected = sum(len(text.split()) for text in texts)
     for chunk in (1 << 20, 16, 7):
-        monkeypatch.setattr(store, "CHUNK", chunk)
-        assert as_documents(Document(text, "t") for text in texts).total_words() == expected
+        documents = as_documents([Document(text, "t") for text in texts], TextStore(chunk_bytes=chunk))
+        assert documents.total_words() == expected
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +215,7 @@ def test_a_stream_counts_the_words_of_its_beginning(text_folder, tmp_path):
     (event,) = (event for event in run.read_log() if event["event"] == "milestone")
     recipe = load_recipe(run.recipe)
     tokenizer = AutoTokenizer.from_pretrained(run.tokenizer)
-    from hf_genlm.text.held_out import read_stream
+    from hf_genlm.text.streaming import read_stream
 
     texts = []
     walked = read_stream(recipe.corpus).stream.walk()

@@ -19,6 +19,7 @@ from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.run_folder import RunFolder, read_json
 from hf_genlm.text.packed_stream import PackedStream
 from hf_genlm.text.packing import collate
+from hf_genlm.text.sources import FileShard
 from hf_genlm.text.store import Document
 from hf_genlm.text.streaming import open_stream
 from hf_genlm.text.tokenizer import train_tokenizer
@@ -101,15 +102,14 @@ def curve(trainer) -> list[tuple]:
 
 
 @pytest.mark.parametrize("shuffle_buffer", [0, 40])
-def test_resuming_in_mid_stream_is_bit_equal(shuffle_buffer, tmp_path, monkeypatch):
+def test_resuming_in_mid_stream_is_bit_equal(shuffle_buffer, tmp_path):
     """A mixture that begins again and again, with dropout and accumulation; twice resumed."""
-    monkeypatch.setattr("hf_genlm.text.packed_stream._BATCH", 500)
     recipe = lanes(tmp_path)
     texts = [Document(text_of(seed, 100), "x") for seed in range(20)]
     tokenizer = train_tokenizer(texts, TokenizerRecipe(vocab_size=300), 10_000)
 
     def opened():
-        return PackedStream(open_stream(recipe), tokenizer, 17, shuffle_buffer)
+        return PackedStream(open_stream(recipe), tokenizer, 17, shuffle_buffer, batch=500)
 
     undisturbed = trainer_of(opened(), tmp_path / "a")
     undisturbed.train()
@@ -238,7 +238,7 @@ def test_an_edited_file_of_the_same_size_is_refused_by_name_at_resuming(tmp_path
 
 def test_of_a_large_file_samples_are_compared_and_a_later_date_is_told(tmp_path, monkeypatch):
     """Sixteen blocks, evenly: what lies between them is told by the date alone."""
-    monkeypatch.setattr("hf_genlm.text.streaming._SAMPLE", 64)
+    monkeypatch.setattr(FileShard, "sample_bytes", 64)
     path, recipe = stopped_stream(tmp_path)
     before = path.read_bytes()
     for block in (0, 7, 15):

@@ -19,7 +19,7 @@ from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.text import tokenizer as tokenizer_module
-from hf_genlm.text.sources import Document
+from hf_genlm.text.store import Document
 from hf_genlm.text.vector_files import read_vectors
 from hf_genlm.training import train as train_module
 from hf_genlm.training.callbacks import FrozenRowsCallback
@@ -66,7 +66,7 @@ def tokenizer():
     backend.pre_tokenizer = tokenizer_module.pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([tokenizer_module.END_OF_TEXT, tokenizer_module.PAD])
-    return tokenizer_module._wrap(backend)
+    return tokenizer_module.wrap_tokenizer(backend)
 
 
 def compose(tokenizer, words: dict[str, list[float]], counts: dict[str, int], seed: int = 0):

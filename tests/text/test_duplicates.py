@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from hf_genlm.config.recipe import CorpusRecipe, Recipe, load_recipe
 from hf_genlm.errors import UserError
-from hf_genlm.text import near_duplicates as module
 from hf_genlm.text.corpus import read_corpus
-from hf_genlm.text.near_duplicates import (
-    MOST_MISSED,
+from hf_genlm.text.duplicates import (
+    MAX_MISS_RATE,
     PERMUTATIONS,
+    ShingledDocuments,
     bands_of,
     find_near_duplicates,
-    similarity,
+    shingles_of,
     units_of,
 )
 from hf_genlm.text.store import Document, as_documents
@@ -32,6 +32,10 @@ WORDS = [f"word{i}" for i in range(2000)]
 
 def documents_of(texts):
     return as_documents([Document(text, "here") for text in texts])
+
+
+def similarity(one: str, other: str) -> float:
+    return ShingledDocuments(documents_of([one]), documents_of([other])).similarity(0, 1)
 
 
 def some_text(generator: random.Random, n: int = 120) -> str:
@@ -125,27 +129,26 @@ def test_bands_miss_no_more_than_they_say():
     for threshold in np.linspace(0.05, 1, 40):
         bands, rows = bands_of(threshold)
         assert bands * rows <= PERMUTATIONS
-        assert (1 - threshold**rows) ** bands <= MOST_MISSED or rows == 1
+        assert (1 - threshold**rows) ** bands <= MAX_MISS_RATE or rows == 1
     assert bands_of(0.8) == (25, 5)
 
 
 def test_candidates_alone_take_nothing_out(monkeypatch):
     """The signatures may say what they like: the documents themselves decide."""
-    monkeypatch.setattr(module, "bands_of", lambda threshold: (PERMUTATIONS, 1))
-    monkeypatch.setattr(module, "_MARGIN", 1000)
     generator = random.Random(2)
     text = some_text(generator, 60)
     train = [text, changed(text, 6, generator), changed(text, 12, generator)]
     assert 0.2 < similarity(train[0], train[1]) < 0.8
     compared = Counter()
-    exact = module._InOrder.similarity
+    exact = ShingledDocuments.similarity
 
     def counted(self, i, j):
         compared["pairs"] += 1
         return exact(self, i, j)
 
-    monkeypatch.setattr(module._InOrder, "similarity", counted)
-    found = find_near_duplicates(documents_of(train), documents_of([]), 0.8)
+    monkeypatch.setattr(ShingledDocuments, "similarity", counted)
+    bands = PERMUTATIONS, 1
+    found = find_near_duplicates(documents_of(train), documents_of([]), 0.8, bands=bands, margin=1000)
     assert found.kept.all()
     assert compared["pairs"] == 3
 
@@ -182,27 +185,25 @@ def test_parts_do_not_matter():
         text = "".join(generator.choices(letters, k=generator.randrange(40)))
         cuts = sorted(generator.randrange(len(text) + 1) for _ in range(generator.randrange(5)))
         parts = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        whole, by_parts = ([h for run in module._shingles(each) for h in run] for each in ([text], parts))
+        whole, by_parts = ([h for run in shingles_of(each) for h in run] for each in ([text], parts))
         assert whole == by_parts
         assert len(whole) == max(len(units_of(text)) - 4, min(1, len(units_of(text))))
 
 
-def test_long_documents_are_compared_by_classes(monkeypatch):
+def test_long_documents_are_compared_by_classes():
     generator = random.Random(3)
     text = some_text(generator, 3000)
     other = changed(text, 60, generator)
-    documents = module._InOrder(documents_of([text]), documents_of([other]))
-    whole = documents.similarity(0, 1)
-    monkeypatch.setattr(module, "_AT_ONCE", 1000)
-    sizes, unique = [], module._unique
+    sizes = []
 
-    def noted(parts):
-        found = unique(parts)
-        sizes.append(len(found))
-        return found
+    class Noted(ShingledDocuments):
+        def hashes(self, *args):
+            found = super().hashes(*args)
+            sizes.append(len(found))
+            return found
 
-    monkeypatch.setattr(module, "_unique", noted)
-    assert documents.similarity(0, 1) == whole == by_sets(text, other)
+    documents = Noted(documents_of([text]), documents_of([other]), max_bytes=1000)
+    assert documents.similarity(0, 1) == similarity(text, other) == by_sets(text, other)
     assert max(sizes) < 400, "of some 3,000 shingles"
 
 
