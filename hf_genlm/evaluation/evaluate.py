@@ -237,8 +237,8 @@ def _read_text(
 ) -> None:
     """Fill `material` with the texts or sources that were given, or with both splits of the run."""
     from hf_genlm.text.corpus import Corpus, notes_on, read_corpus, read_documents
-    from hf_genlm.text.held_out import read_stream
     from hf_genlm.text.store import Document, as_documents
+    from hf_genlm.text.streaming import read_stream
 
     if texts is not None:
         material.texts = as_documents([Document(text, "given") for text in texts])

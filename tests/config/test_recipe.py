@@ -197,8 +197,8 @@ def test_the_page_of_settings_is_current():
 def test_choices_are_the_tables_that_act_on_them():
     from hf_genlm.model import DECODERS, MIXER_TYPES
     from hf_genlm.model.configuration_genlm import POSITION_TYPES
-    from hf_genlm.text.damage import DAMAGED
-    from hf_genlm.text.detectors import DETECTORS
+    from hf_genlm.text.raw_files import DAMAGED
+    from hf_genlm.text.scrubbing import DETECTORS
     from hf_genlm.text.tokenizer import PATTERNS
     from hf_genlm.training.optimizer import OPTIMIZERS
     from hf_genlm.training.trackers import TRACKERS
