@@ -19,7 +19,7 @@ from hf_genlm.config.recipe import Recipe, TokenizerRecipe
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.model.attention_genlm import GenLMAttention
 from hf_genlm.run_folder import describe_environment
-from hf_genlm.text.tokenizer import check_vocab_size, load_tokenizer
+from hf_genlm.text.tokenizer import load_tokenizer
 from hf_genlm.training.budget import resolve
 from hf_genlm.training.configure import build_config, mixer_types_of
 from hf_genlm.training.trainer import computes_bfloat16
@@ -329,8 +329,6 @@ def _stored_mixers(model: GenLMForCausalLM) -> list[str]:
 
 def _vocab_size_of(recipe: TokenizerRecipe) -> int | None:
     """As given, or of the tokenizer that the recipe names, or None."""
-    if recipe.path is None:
-        check_vocab_size(recipe.vocab_size)
     if recipe.vocab_size is None and recipe.path is not None:
         return len(load_tokenizer(recipe.path))
     return recipe.vocab_size

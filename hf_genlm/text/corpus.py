@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hf_genlm.config.recipe import CorpusRecipe
-from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.errors import UserError
 from hf_genlm.text.duplicates import (
     Progress,
     check_near_duplicates,
@@ -27,7 +27,7 @@ from hf_genlm.text.languages import (
     spans,
     trained_parallel,
 )
-from hf_genlm.text.raw_files import DAMAGED, LeftOut, left_out_line
+from hf_genlm.text.raw_files import LeftOut, left_out_line
 from hf_genlm.text.scrubbing import Tally
 from hf_genlm.text.sources import Reading, Sources, read_sources, read_standard_library
 from hf_genlm.text.store import Block, Document, Documents, as_documents, cut_blocks
@@ -58,11 +58,6 @@ def read_corpus(recipe: CorpusRecipe, on_progress: Progress | None = None) -> Co
     Raises:
         UserError: a source cannot be used, or one of the splits would be empty.
     """
-    if not 0.0 < recipe.validation_fraction < 1.0:
-        raise UserError(
-            f"corpus.validation_fraction = {recipe.validation_fraction}: "
-            "it is a share of the bytes between 0 and 1, such as 0.05"
-        )
     check_languages(recipe)
     check_near_duplicates(recipe)
     sources: Sources = recipe.languages or recipe.sources
@@ -142,8 +137,6 @@ def read_documents(
 
 def _read(sources: Sources, recipe: CorpusRecipe, split: str) -> Reading:
     check_encoding(recipe.encoding)
-    if recipe.damaged not in DAMAGED:
-        raise UserError(f"unknown corpus.damaged {recipe.damaged!r}{did_you_mean(recipe.damaged, DAMAGED)}")
     reading = read_sources(sources, recipe, split) if sources else read_standard_library(recipe)
     if not len(reading.writer):
         lost = left_out_line(reading.left_out.to_json())
@@ -300,7 +293,7 @@ def _facts_on(readings: Sequence[Reading]) -> dict[str, Any]:
 
 
 def _scrubbing_facts(readings: Sequence[Reading]) -> dict[str, Any]:
-    """What was replaced; nothing if the recipe replaces nothing."""
+    """Counts of replacements; nothing if the recipe replaces nothing."""
     scrubber, total = readings[0].scrubber, Tally()
     for reading in readings:
         total.update(reading.scrubbed)

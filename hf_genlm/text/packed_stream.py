@@ -29,7 +29,7 @@ _ENDLESS = 1 << 62
 
 @dataclass(frozen=True)
 class _Place:
-    """Where rows are built from: a position in the documents, and the tokens of the row that was begun."""
+    """Start of building rows: a position in the documents, and the tokens of the row that was begun."""
 
     row: int  # number of the next row
     tail: list[int]

@@ -19,7 +19,6 @@ from typing import IO, Any
 from hf_genlm.errors import UserError, without_secrets
 from hf_genlm.text.store import CHUNK
 
-DAMAGED = ("stop", "skip")  # a damaged record stops the reading, or is left out and counted
 MAX_PLACES = 20  # damaged records and files that a report names
 # 2 KB of zstd hold up to 500 blocks of 128 KB, 4 KB of bz2 in zip up to 90 blocks of 900 KB
 _SIP = 1 << 11

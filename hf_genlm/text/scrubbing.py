@@ -24,7 +24,6 @@ from hf_genlm.errors import (
     GOOGLE,
     HUB,
     UserError,
-    did_you_mean,
 )
 
 ALL = "all"
@@ -124,11 +123,8 @@ def scrubber_of(recipe: CorpusRecipe) -> Scrubber | None:
 def check_scrubbing(recipe: CorpusRecipe) -> None:
     """
     Raises:
-        UserError: an unknown type or region, or a library is not installed.
+        UserError: a region is unknown, or a library is not installed.
     """
-    for name in recipe.scrub:
-        if name not in DETECTORS and name != ALL:
-            raise UserError(f"unknown corpus.scrub {name!r}{did_you_mean(name, [*DETECTORS, ALL])}")
     for name in _types_of(recipe):
         if name in LIBRARIES and importlib.util.find_spec(LIBRARIES[name][0]) is None:
             raise UserError(

@@ -84,7 +84,7 @@ class FoundFile:
 
 @dataclass(frozen=True)
 class Located:
-    """What a source refers to: files, and the number of files skipped; or a Hub data set."""
+    """Target of a source: files, and the number of files skipped; or a Hub data set."""
 
     files: list[FoundFile]
     n_skipped: int = 0

@@ -171,7 +171,7 @@ class Walk:
 
     @property
     def position(self) -> dict[str, Any]:
-        """Where a walk must start to continue here, as JSON."""
+        """JSON from which a new walk continues here."""
         taken = zip(self._lanes, self._taken, strict=True)
         lanes = [{**asdict(lane.behind), "taken": n_characters} for lane, n_characters in taken]
         if self._pieces:  # then its document is read again
@@ -257,8 +257,6 @@ def check_stream(recipe: CorpusRecipe) -> None:
         raise UserError(
             f"corpus.weights has {len(weights)} numbers for {n_sources} sources: give one for each"
         )
-    if any(not 0 < weight < float("inf") for weight in weights or ()):
-        raise UserError(f"corpus.weights = {weights}: each must be more than 0, or leave its source out")
     if recipe.near_duplicates is not None:
         raise UserError(
             f"corpus.near_duplicates = {recipe.near_duplicates:g} compares all documents, and --stream has "

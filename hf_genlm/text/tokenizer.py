@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from hf_genlm.config.recipe import CorpusRecipe, TokenizerRecipe
-from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.errors import UserError
 from hf_genlm.files import atomic_folder, require_new_folder
 from hf_genlm.memory import give_back_memory
 from hf_genlm.run_folder import Listener
@@ -37,7 +37,6 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
     "{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
 )
-MIN_VOCAB_SIZE = 258  # 256 bytes and the two special tokens
 MAX_CHOSEN_VOCAB_SIZE = 32768
 _MIN_CHOSEN_VOCAB_SIZE = 512
 
@@ -141,16 +140,8 @@ def train_tokenizer(
             of the text.
 
     Raises:
-        UserError: `vocab_size` is below 258 or more than the text can fill, `max_characters` is below 1, or
-            `pattern` is unknown.
+        UserError: `vocab_size` is more than the text can fill.
     """
-    check_vocab_size(recipe.vocab_size)
-    if recipe.pattern not in PATTERNS:
-        raise UserError(
-            f"unknown tokenizer.pattern {recipe.pattern!r}{did_you_mean(recipe.pattern, PATTERNS)}"
-        )
-    if recipe.max_characters < 1:
-        raise UserError(f"tokenizer.max_characters = {recipe.max_characters}: it must be at least 1")
     vocab_size = recipe.vocab_size or choose_vocab_size(n_bytes)
     key = None
     if cache is not None and sha256 is not None:
@@ -190,18 +181,6 @@ def train_tokenizer(
             writer.append("json", np.frombuffer(backend.to_str().encode("utf-8"), dtype=np.uint8))
             writer.finish()
     return wrap_tokenizer(backend)
-
-
-def check_vocab_size(vocab_size: int | None) -> None:
-    """
-    Raises:
-        UserError: `vocab_size` is less than 256 bytes and 2 special tokens; None is chosen later.
-    """
-    if vocab_size is not None and vocab_size < MIN_VOCAB_SIZE:
-        raise UserError(
-            f"tokenizer.vocab_size = {vocab_size}: 256 bytes and 2 special tokens need at least "
-            f"{MIN_VOCAB_SIZE}, or leave it out to have it chosen"
-        )
 
 
 def sample_evenly(documents: Iterable[Document], max_characters: int) -> Iterator[str]:

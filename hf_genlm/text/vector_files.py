@@ -23,9 +23,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.errors import UserError
 from hf_genlm.text.cache import check_room
-from hf_genlm.text.raw_files import DAMAGED, one_line
+from hf_genlm.text.raw_files import one_line
 
 _PROGRESS_EVERY = 1 << 14  # words
 _HEAD_BYTES = 1 << 18  # searched to recognise the format
@@ -104,8 +104,6 @@ def read_vectors(
     Raises:
         UserError: the file is refused by `peek_dimension`, or is damaged; the message names the line or word.
     """
-    if damaged not in DAMAGED:
-        raise UserError(f"unknown vectors.damaged {damaged!r}{did_you_mean(damaged, DAMAGED)}")
     layout = _layout_of(Path(path))
     entries, vector_of = FORMATS[layout.format]
     found = _Collector(layout, wanted, damaged)
@@ -309,7 +307,7 @@ def _text_vector(fields: list[bytes], is_wanted: bool) -> np.ndarray | None:
     if b"".join(fields).translate(None, _NUMBER_BYTES):
         bad = next(field for field in fields if field.translate(None, _NUMBER_BYTES))
         reason = "not_finite" if _is_number(bad) else "not_a_number"
-        raise _BadEntry(reason, f"{_shown(bad)} is no finite number")
+        raise _BadEntry(reason, f"{_shown(bad)} is not a finite number")
     if not is_wanted:
         return None
     try:
@@ -317,7 +315,7 @@ def _text_vector(fields: list[bytes], is_wanted: bool) -> np.ndarray | None:
             vector = np.array([float(field) for field in fields]).astype(np.float32)
     except ValueError as error:
         bad = next(field for field in fields if not _is_number(field))
-        raise _BadEntry("not_a_number", f"{_shown(bad)} is no finite number") from error
+        raise _BadEntry("not_a_number", f"{_shown(bad)} is not a finite number") from error
     return _finite(vector)
 
 
@@ -432,7 +430,7 @@ class _Cursor:
 
 def _finite(vector: np.ndarray) -> np.ndarray:
     if not np.isfinite(vector).all():
-        raise _BadEntry("not_finite", f"{vector[~np.isfinite(vector)][0]} is no finite number")
+        raise _BadEntry("not_finite", f"{vector[~np.isfinite(vector)][0]} is not a finite number")
     return vector
 
 

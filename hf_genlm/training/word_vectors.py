@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_genlm.config.recipe import Recipe
-from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.errors import UserError
 from hf_genlm.files import write_json
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.encoding import pieces
-from hf_genlm.text.raw_files import DAMAGED
 from hf_genlm.text.store import Document, as_documents
 from hf_genlm.text.vector_files import WordVectors, peek_dimension, read_vectors
 
@@ -48,10 +47,6 @@ def adopt_dimension(recipe: Recipe) -> None:
             file without word vectors.
     """
     vectors, model = recipe.vectors, recipe.model
-    if vectors.damaged not in DAMAGED:
-        raise UserError(
-            f"unknown vectors.damaged {vectors.damaged!r}{did_you_mean(vectors.damaged, DAMAGED)}"
-        )
     if vectors.unfreeze_step is not None and not vectors.frozen:
         raise UserError(
             f"vectors.unfreeze_step = {vectors.unfreeze_step} releases frozen rows, and none are frozen: "

@@ -197,7 +197,6 @@ def test_the_page_of_settings_is_current():
 def test_choices_are_the_tables_that_act_on_them():
     from hf_genlm.model import DECODERS, MIXER_TYPES
     from hf_genlm.model.configuration_genlm import POSITION_TYPES
-    from hf_genlm.text.raw_files import DAMAGED
     from hf_genlm.text.scrubbing import DETECTORS
     from hf_genlm.text.tokenizer import PATTERNS
     from hf_genlm.training.optimizer import OPTIMIZERS
@@ -206,7 +205,6 @@ def test_choices_are_the_tables_that_act_on_them():
     assert tuple(DECODERS) == sections.DECODERS
     assert sections.MIXERS == MIXER_TYPES
     assert sections.POSITIONS == POSITION_TYPES
-    assert sections.DAMAGED == DAMAGED
     assert set(sections.PERSONAL) == {*DETECTORS, "all"}
     assert tuple(PATTERNS) == sections.PATTERNS
     assert tuple(OPTIMIZERS) == sections.OPTIMIZERS

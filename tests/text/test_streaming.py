@@ -330,7 +330,7 @@ def test_a_record_that_cannot_be_read_is_named(tmp_path, tokenizer):
     [
         ({"sources": []}, "--stream needs a SOURCE"),
         ({"weights": [1.0, 2.0]}, "corpus.weights has 2 numbers for 1 sources"),
-        ({"weights": [0.0]}, r"corpus.weights = \[0.0\]: each must be more than 0"),
+        ({"weights": [0.0]}, r"corpus.weights = \[0.0\]: it must be more than 0"),
         ({"damaged": "skip"}, "corpus.damaged = 'skip' is not for a stream"),
         ({"encoding": "utf-99"}, "corpus.encoding = 'utf-99'"),
         ({"sources": ["nowhere.txt"]}, "'nowhere.txt' does not exist"),
