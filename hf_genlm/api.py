@@ -215,8 +215,7 @@ def run_training(
     The command line and `train` both call this. Raises as `train` does. In a group of processes every process
     calls it; only the first one writes.
     """
-    from hf_genlm.card.card import write_card
-    from hf_genlm.card.hub_rules import check_card
+    from hf_genlm.card import check_card, write_card
 
     check_card(recipe.card)
     from hf_genlm.report.curves import write_curves

@@ -6,6 +6,7 @@ the old file or the whole new one, and a link at the place is replaced, not foll
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -15,10 +16,11 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from hf_genlm.errors import UserError
 
+Schema = TypeVar("Schema")
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW
 _APPEND = os.O_RDWR | os.O_CREAT | os.O_APPEND | _NO_FOLLOW
@@ -176,9 +178,92 @@ def write_text(path: str | Path, content: str) -> None:
     write_bytes(path, content.encode("utf-8", "replace"))
 
 
-def write_json(path: str | Path, content: Any) -> None:
-    """Write `content` as JSON, in lines."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: str | Path, content: Any, schema: Any = None) -> None:
+    """Write `content` as JSON, in lines.
+
+    Raises:
+        pydantic.ValidationError: it does not fit `schema`, which is a fault of this package.
+        WriteError: the file cannot be written.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    if schema is not None:
+        _adapter_of(schema).validate_json(text.encode("utf-8", "replace"), strict=True)
+    write_text(path, text)
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Read a file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+
+
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 file.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return read_bytes(path).decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise _damaged(path, f"byte {error.start:,} is not UTF-8") from error
+
+
+def read(path: str | Path, schema: type[Schema]) -> Schema:
+    """Read a JSON file as an instance of `schema`, a dataclass. Unknown keys are ignored.
+
+    Raises:
+        UserError: the file is missing or does not fit; the message names the file and the field.
+    """
+    return parse(read_text(path), schema, path)
+
+
+def read_json(path: str | Path, schema: Any = None) -> Any:
+    """Read a JSON file as lists and dicts, checked against `schema` if there is one.
+
+    Raises:
+        UserError: the file is missing or does not fit; the message names the file and the field.
+    """
+    text = read_text(path)
+    if schema is not None:
+        parse(text, schema, path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def parse(text: str, schema: type[Schema], path: str | Path) -> Schema:
+    """Parse JSON as an instance of `schema`. `path` is where it was read, for the message.
+
+    Raises:
+        UserError: the text does not fit.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _adapter_of(schema).validate_json(text, strict=True)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise _damaged(path, f"{place}: {first['msg']}" if place else first["msg"]) from error
+
+
+@functools.cache
+def _adapter_of(schema: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(schema)
+
+
+def _damaged(path: str | Path, reason: str) -> UserError:
+    return UserError(f"{str(path)!r} is damaged: {reason}")
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from hf_genlm.errors import UserError
-from hf_genlm.files import WriteError, append_file, is_private_name, refuse_links_out, remove_private
+from hf_genlm.files import (
+    WriteError,
+    append_file,
+    is_private_name,
+    parse,
+    read_bytes,
+    refuse_links_out,
+    remove_private,
+)
+from hf_genlm.run_schemas import EVENTS, Event
 
 Listener = Callable[[str, dict[str, Any]], None]
 # all that a run killed in its first moment leaves; the two .jsonl hold texts that were given in Python
@@ -154,13 +163,25 @@ class RunFolder:
             self.listener(event, fields)
 
     def read_log(self) -> list[dict[str, Any]]:
-        """All logged events, oldest first, but for lines that a kill or a full disk cut off."""
+        """All logged events, oldest first. Lines that a kill or a full disk cut off are left out.
+
+        Raises:
+            UserError: a line is no event, or lacks what its kind of event has.
+        """
+        if not self.log_file.exists():
+            return []
         events: list[dict[str, Any]] = []
-        if not self.log_file.is_file():
-            return events
-        for line in self.log_file.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with contextlib.suppress(json.JSONDecodeError):
-                events.append(json.loads(line))
+        for number, line in enumerate(read_bytes(self.log_file).split(b"\n"), 1):
+            text = line.decode("utf-8", "replace")
+            try:
+                event = json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+            place = f"{self.log_file}:{number}"
+            kind = parse(text, Event, place).event
+            if kind in EVENTS:
+                parse(text, EVENTS[kind], place)
+            events.append(event)
         return events
 
     def has_stopped(self) -> bool:
@@ -187,20 +208,6 @@ class FollowedRun(RunFolder):
 
     def tell(self, event: str, **fields: Any) -> None:
         """Left to the one that made it."""
-
-
-def read_json(path: Path) -> Any:
-    """Content of a file of the run folder.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{str(path)!r} is damaged: {error}") from error
 
 
 def describe_environment() -> dict[str, Any]:

@@ -16,12 +16,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from hf_genlm.card.card import card_of
-from hf_genlm.card.measured import figures, interval
+from hf_genlm.card import render_card
+from hf_genlm.card.wording import figures, interval
 from hf_genlm.config.recipe import load_recipe
 from hf_genlm.evaluation.measurement import read_measurements
+from hf_genlm.files import read_json
 from hf_genlm.report.curves import CURVES_FILE
-from hf_genlm.run_folder import RunFolder, read_json
+from hf_genlm.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES, CARDS = ROOT / "recipes", ROOT / "model_cards"
@@ -67,7 +68,9 @@ def write_results(run: RunFolder, recipe: Path, cards: Path, is_kept: bool) -> P
     picture.parent.mkdir(parents=True, exist_ok=True)
     with Image.open(run.model / CURVES_FILE) as curves:  # few colours: a quarter of the bytes
         curves.convert("RGB").quantize(_COLOURS).save(picture, optimize=True)
-    text = card_of(run, f"{name}/model", picture=f"plots/{name}.png", recipe_file=f"recipes/{recipe.name}")
+    text = render_card(
+        run, f"{name}/model", picture=f"plots/{name}.png", recipe_file=f"recipes/{recipe.name}"
+    )
     card.write_text(text, encoding="utf-8")
     if is_kept:
         lines = recipe.read_text(encoding="utf-8").splitlines(keepends=True)

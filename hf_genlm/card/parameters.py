@@ -1,16 +1,15 @@
-"""The parts of a model by name, and where its parameters are: counted in the header of its safetensors file,
-without reading a weight."""
+"""Parameters of a model by part, counted in the header of its safetensors file without reading a weight."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-from safetensors import SafetensorError, safe_open
 
 from hf_genlm.errors import UserError
 
 _MIXER = "mixer"
-# The first of these words in a tensor's dotted name says which part it belongs to.
+_OTHER = "other"
+# the first of these words in the dotted name of a tensor -> the part that it belongs to
 _PART_OF = {
     "embed_tokens": "token embedding",
     "embed_proj": "embedding projection",
@@ -23,11 +22,10 @@ _PART_OF = {
     "mlp": "MLP",
     "lm_head": "output head",
 }
-_OTHER = "other"
 
 
 class Part(NamedTuple):
-    """One row of the table: a kind of part, and how many tensors and parameters of it are stored."""
+    """One row of the table: a kind of part, and the stored tensors and parameters of it."""
 
     name: str
     n_tensors: int
@@ -35,11 +33,13 @@ class Part(NamedTuple):
 
 
 def read_sizes(path: Path) -> dict[str, int]:
-    """The number of parameters in each tensor of a safetensors file, by name. A tied tensor is stored once.
+    """Number of parameters of each tensor in a safetensors file, by name. A tied tensor is stored once.
 
     Raises:
         UserError: the file is missing or damaged.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="numpy") as file:
             return {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -49,10 +49,10 @@ def read_sizes(path: Path) -> dict[str, int]:
         ) from error
 
 
-def parts_of(sizes: dict[str, int], mixer_types: list[str]) -> list[Part]:
-    """The tensors of `read_sizes` added up by part, in the order in which the model computes them.
+def parts_of(sizes: dict[str, int], mixer_types: Sequence[str]) -> list[Part]:
+    """Sum the sizes of `read_sizes` by part, in the order in which the model computes the parts.
 
-    `mixer_types` is the mixer's word for each layer that is stored.
+    `mixer_types` holds the mixer of each stored layer.
     """
     counts: dict[str, list[int]] = {}
     for name, size in sizes.items():
@@ -62,7 +62,7 @@ def parts_of(sizes: dict[str, int], mixer_types: list[str]) -> list[Part]:
     ]
 
 
-def part_names(mixer_types: list[str]) -> list[str]:
+def part_names(mixer_types: Sequence[str]) -> list[str]:
     """Every part that a model of these mixers can have, in the order in which it computes them."""
     order = [*_PART_OF.values(), _OTHER]
     at = order.index(_MIXER)
@@ -70,10 +70,12 @@ def part_names(mixer_types: list[str]) -> list[str]:
     return list(dict.fromkeys(order))
 
 
-def part_of(name: str, mixer_types: list[str]) -> str:
-    """The part that a tensor or module belongs to, by its dotted name in the model."""
+def part_of(name: str, mixer_types: Sequence[str]) -> str:
+    """The part that a tensor or module belongs to, by its dotted name; `other` for an unknown name."""
     words = name.split(".")
     part = next((_PART_OF[word] for word in words if word in _PART_OF), _OTHER)
     if part != _MIXER:
         return part
-    return f"{_MIXER} {mixer_types[int(words[words.index('layers') + 1])]}"
+    layer = words[words.index("layers") + 1] if "layers" in words[:-1] else ""
+    is_known = layer.isdecimal() and int(layer) < len(mixer_types)
+    return f"{_MIXER} {mixer_types[int(layer)]}" if is_known else _OTHER

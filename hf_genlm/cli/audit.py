@@ -9,7 +9,7 @@ from hf_genlm.cli.display import Display, table
 def run(options: argparse.Namespace) -> None:
     with Display() as display:
         display.show("loading torch and transformers")
-        from hf_genlm.card.privacy import LIMITS, sentences
+        from hf_genlm.card.privacy import LIMITS, describe_audit
         from hf_genlm.privacy.audit import audit
         from hf_genlm.report.audit_plot import write_audit_figure
         from hf_genlm.run_folder import RunFolder
@@ -36,13 +36,13 @@ def run(options: argparse.Namespace) -> None:
                 folder.path, result.measurements, result.roc_curves, folder.model if is_own else None
             )
             if is_own:
-                from hf_genlm.card.card import write_card
+                from hf_genlm.card import write_card
 
                 write_card(folder)
     if options.json:
         print(json.dumps({"measurements": [m.to_json() for m in result.measurements]}, indent=2))
         return
     print(table(result.measurements))
-    print("\n" + "\n".join([*sentences(result.measurements, result.guarantee), LIMITS]))
+    print("\n" + "\n".join([*describe_audit(result.measurements, result.guarantee), LIMITS]))
     if result.path is not None:
         print(f"\naudit:    {result.path}" + (f"\npicture:  {picture}" if picture else ""))

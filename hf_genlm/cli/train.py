@@ -4,7 +4,7 @@ import argparse
 import shlex
 import time
 
-from hf_genlm.card.hub_rules import check_card
+from hf_genlm.card import check_card
 from hf_genlm.cli.arguments import TRAIN_FIELDS
 from hf_genlm.cli.display import Display, table
 from hf_genlm.cli.launch import check_processes, complain, is_first, is_launched, launch, use_one_gpu
@@ -69,9 +69,10 @@ def _train_and_tell(recipe: Recipe, out: str, resume: bool) -> None:
 
     with Display() as display:
         display.show("loading torch and transformers")
-        from hf_genlm.card.card import write_card
+        from hf_genlm.card import write_card
+        from hf_genlm.files import read_json
         from hf_genlm.report.curves import write_curves
-        from hf_genlm.run_folder import RunFolder, read_json
+        from hf_genlm.run_folder import RunFolder
         from hf_genlm.training.train import train
 
         try:

@@ -18,7 +18,7 @@ from hf_genlm.errors import UserError
 from hf_genlm.files import append_file
 from hf_genlm.run_folder import Listener
 
-_PRELOADED = ["hf_genlm.training.train", "hf_genlm.card.card"]
+_PRELOADED = ["hf_genlm.training.train", "hf_genlm.card"]
 _GPU_DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/dev/kfd"))
 
 

@@ -9,8 +9,8 @@ from hf_genlm.comparison.pictures import draw_curves, draw_scores
 from hf_genlm.comparison.plan import Plan
 from hf_genlm.comparison.results import CandidateResult, Results, p_words, plan_run, verdict
 from hf_genlm.comparison.running import ComparisonFolder
+from hf_genlm.files import read_json
 from hf_genlm.report.document import Block, Code, Heading, Lead, Picture, Table, Text, write_report
-from hf_genlm.run_folder import read_json
 
 _UNKNOWN = "unknown"
 _ALIKE = 0.01  # quantities that differ by less are called equal

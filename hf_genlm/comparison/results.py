@@ -13,8 +13,8 @@ from hf_genlm.comparison.statistics import Estimate, difference_in_bits, holm, m
 from hf_genlm.config.recipe import load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.blocks import BlockSums
-from hf_genlm.files import write_json
-from hf_genlm.run_folder import RunFolder, read_json
+from hf_genlm.files import read_json, write_json
+from hf_genlm.run_folder import RunFolder
 
 SIGNIFICANT = 0.05
 MIN_DOCUMENT_CLUSTERS = 20  # from so many on, documents are the pieces of text that are paired

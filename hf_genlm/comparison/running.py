@@ -22,8 +22,8 @@ from hf_genlm.comparison.plan import Plan, Run
 from hf_genlm.config.recipe import Recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements
-from hf_genlm.files import refuse_links_out, sha256_of, write_json, write_text
-from hf_genlm.run_folder import Listener, RunFolder, read_json
+from hf_genlm.files import read_json, refuse_links_out, sha256_of, write_json, write_text
+from hf_genlm.run_folder import Listener, RunFolder
 from hf_genlm.text.corpus import changed_text
 
 # what the numbers of a finished run are read from, and its weights
@@ -142,7 +142,7 @@ def _prepare_here(plan: Plan, path: Path, listener: Listener) -> dict[str, dict[
 
 def _train_here(recipe: Recipe, path: Path, is_by_clock: bool, listener: Listener) -> None:
     """As `_prepare_here`: a new run, or the rest of one."""
-    from hf_genlm.card.card import write_card
+    from hf_genlm.card import write_card
     from hf_genlm.training.train import train
 
     run = RunFolder(path)

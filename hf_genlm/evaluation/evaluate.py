@@ -13,8 +13,10 @@ import numpy as np
 from hf_genlm.config.recipe import EvaluationRecipe, Recipe, load_recipe, set_field
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.evaluation.measurement import Measurement, update_measurements
+from hf_genlm.files import read
 from hf_genlm.loading import load
-from hf_genlm.run_folder import Listener, RunFolder, read_json
+from hf_genlm.run_folder import Listener, RunFolder
+from hf_genlm.run_schemas import CorpusFile
 
 if TYPE_CHECKING:
     from hf_genlm.evaluation.languages import Languages
@@ -251,7 +253,7 @@ def _read_text(
         material.split, material.texts, report = "validation", corpus.validation, corpus.report
         material.training = corpus.train if isinstance(corpus, Corpus) else None
         material.languages = report.get("languages", {})
-        if read_json(run.corpus)["validation"]["sha256"] != report["validation"]["sha256"]:
+        if read(run.corpus, CorpusFile).validation.sha256 != report["validation"]["sha256"]:
             raise UserError(
                 f"the sources of {str(run.path)!r} have changed since it was trained: "
                 "name the text to measure on"

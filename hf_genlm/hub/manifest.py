@@ -20,8 +20,8 @@ from hf_genlm.errors import (
     did_you_mean,
     without_secrets,
 )
-from hf_genlm.files import refuse_links_out
-from hf_genlm.run_folder import RunFolder, read_json
+from hf_genlm.files import read_json, refuse_links_out
+from hf_genlm.run_folder import RunFolder
 
 # files from which transformers loads a model and its tokenizer
 MODEL_FILES = (

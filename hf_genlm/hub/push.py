@@ -100,7 +100,7 @@ def push(
         UserError: there is no model, it holds something that must not be published, or `tag` is taken.
         PushFailed: network, Hub or access token failed, or the Hub returned other files than were sent.
     """
-    from hf_genlm.card.card import write_card
+    from hf_genlm.card import write_card
 
     tell = listener or (lambda event, fields: None)
     _check_names(repo_id, tag)

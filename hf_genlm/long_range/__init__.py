@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_genlm.errors import UserError, did_you_mean
-from hf_genlm.files import refuse_links_out, write_json
+from hf_genlm.files import read_json, refuse_links_out, write_json
 from hf_genlm.long_range.tasks import TASKS
-from hf_genlm.run_folder import Listener, read_json
+from hf_genlm.run_folder import Listener
 
 if TYPE_CHECKING:
     from hf_genlm.long_range.report import Outcome

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 from hf_genlm.config.recipe import Recipe, load_recipe, set_field
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.evaluation.measurement import Measurement
-from hf_genlm.files import refuse_links_out, write_json
+from hf_genlm.files import read, refuse_links_out, write_json
 from hf_genlm.loading import load
 from hf_genlm.privacy.attacks.exposure import measure_canaries
 from hf_genlm.privacy.attacks.extraction import measure_extraction
 from hf_genlm.privacy.attacks.membership import measure_membership
 from hf_genlm.privacy.attacks.target import Evidence, Findings, Progress, TargetModel
-from hf_genlm.run_folder import Listener, RunFolder, read_json
+from hf_genlm.run_folder import Listener, RunFolder
+from hf_genlm.run_schemas import CorpusFile, GuaranteeFile
 from hf_genlm.text.canaries import Canaries, plant
 from hf_genlm.text.corpus import Corpus, notes_on, read_corpus, read_documents
 from hf_genlm.text.encoding import encode_documents
@@ -53,7 +54,7 @@ class AuditResult:
     measurements: list[Measurement]
     roc_curves: dict[str, tuple[list[float], list[float]]]  # attack -> (false positive, true positive rates)
     made_with: dict[str, object]  # attacks, seed and limits: the same ones give the same measurements
-    guarantee: dict[str, Any] | None  # content of the run's privacy.json
+    guarantee: GuaranteeFile | None
     path: Path | None
 
 
@@ -116,14 +117,14 @@ def audit(
     texts = _read_texts(run, settings, train, held_out, notify)
     report("loading the model")
     target = _load(model, settings, settings.training.max_seq_length if is_run else None)
-    canaries = read_json(run.canaries) if run and run.canaries.is_file() else None
-    guarantee = read_json(run.privacy) if run and run.privacy.is_file() else None
+    canaries = read(run.canaries, Canaries) if run and run.canaries.is_file() else None
+    guarantee = read(run.privacy, GuaranteeFile) if run and run.privacy.is_file() else None
     evidence = Evidence(
         train=encode(target, texts[0]),
         held_out=encode(target, texts[1]),
-        canaries=None if canaries is None else Canaries.from_json(canaries),
+        canaries=canaries,
         reference=None if reference is None else _load(reference, Recipe(), None),
-        delta=Evidence.delta if guarantee is None else guarantee["delta"],
+        delta=Evidence.delta if guarantee is None else guarantee.delta,
         limit=limit,
         seed=seed,
     )
@@ -217,9 +218,9 @@ def _read_texts(
 def _check_unchanged(run: RunFolder, recipe: Recipe, corpus: Corpus) -> None:
     """Compare with the hashes of corpus.json, which are those of the text with its canaries."""
     plant(corpus, recipe.privacy)
-    recorded = read_json(run.corpus)
+    recorded = read(run.corpus, CorpusFile)
     for split in ("train", "validation"):
-        if recorded[split]["sha256"] != corpus.report[split]["sha256"]:
+        if getattr(recorded, split).sha256 != corpus.report[split]["sha256"]:
             raise UserError(
                 f"the {split} text of {str(run.path)!r} has changed since it was trained: bring it back, or "
                 "name what it was trained on by --train, and text that it has not seen by --held-out"

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from hf_genlm.config.recipe import CardRecipe, load_recipe
 from hf_genlm.errors import UserError, without_secrets
-from hf_genlm.files import atomic_folder, copy_file, require_new_folder, write_json, write_text
+from hf_genlm.files import atomic_folder, copy_file, read_json, require_new_folder, write_json, write_text
 from hf_genlm.hub.manifest import MODEL_FILES
 from hf_genlm.loading import source_of
-from hf_genlm.run_folder import RunFolder, read_json
+from hf_genlm.run_folder import RunFolder
 
 DEFAULT_PORT = 7860
 _PINNED = ("gradio", "torch", "transformers")  # required at the versions installed here

@@ -8,8 +8,8 @@ are the control group, and a lower bound on epsilon rests on the coins (Steinke,
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,22 +50,6 @@ class Canaries:
 
     seed: int
     candidates: tuple[Canary, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Content of canaries.json."""
-        return {"seed": self.seed, "candidates": [asdict(canary) for canary in self.candidates]}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Canaries":
-        """Inverse of `to_json`.
-
-        Raises:
-            UserError: `content` is damaged.
-        """
-        try:
-            return cls(int(content["seed"]), tuple(Canary(**each) for each in content["candidates"]))
-        except (KeyError, TypeError) as error:
-            raise UserError(f"canaries.json is damaged ({error}): train again") from error
 
     def summary(self) -> dict[str, Any]:
         """Counts for corpus.json, without the secrets."""

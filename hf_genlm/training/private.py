@@ -12,6 +12,7 @@ from hf_genlm.errors import UserError
 from hf_genlm.files import write_json
 from hf_genlm.privacy.dp.mechanism import KEY_BYTES, check_installed, choose_delta, plan_guarantee
 from hf_genlm.run_folder import RunFolder
+from hf_genlm.run_schemas import GuaranteeFile
 from hf_genlm.text.corpus import read_corpus
 from hf_genlm.text.store import Documents
 from hf_genlm.training import processes
@@ -186,4 +187,4 @@ def write_guarantee(run: RunFolder, private: "PrivateState", recipe: Recipe) -> 
         not_covered.append("the text that its tokenizer was learned from")
     elif not (recipe.corpus.sources or recipe.corpus.languages):
         not_covered.append("the vocabulary, which was learned from the same text, as everyone has it")
-    write_json(run.privacy, private.guarantee.to_json(steps, not_covered))
+    write_json(run.privacy, private.guarantee.to_json(steps, not_covered), GuaranteeFile)

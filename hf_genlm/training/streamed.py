@@ -11,8 +11,9 @@ from transformers.trainer_callback import ExportableState
 
 from hf_genlm.config.recipe import Recipe, TrainingRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.files import write_json
-from hf_genlm.run_folder import RunFolder, read_json
+from hf_genlm.files import read_json, write_json
+from hf_genlm.run_folder import RunFolder
+from hf_genlm.run_schemas import CorpusFile
 from hf_genlm.text.corpus import check_same, touched
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents
 from hf_genlm.text.packed_stream import PackedStream
@@ -97,7 +98,7 @@ def _prepare(run: RunFolder, recipe: Recipe, is_resuming: bool) -> StreamedCorpu
     stream, report = found.stream, found.report
     run.log("corpus", **{name: report[name] for name in ("description", "train", "validation")})
     if is_resuming:
-        before = read_json(run.corpus)
+        before = read_json(run.corpus, CorpusFile)
         check_same(before, report)
         for message in touched(before, report):
             run.log("note", message=message)
@@ -106,7 +107,7 @@ def _prepare(run: RunFolder, recipe: Recipe, is_resuming: bool) -> StreamedCorpu
     tokenizer = tokenizer_of(run, recipe, text, n_bytes, is_resuming)
     validation = encode_documents(tokenizer, found.validation)
     report["validation"]["tokens"] = validation.n_tokens
-    write_json(run.corpus, report)
+    write_json(run.corpus, report, CorpusFile)
     run.log(
         "tokenized",
         vocab_size=len(tokenizer),

@@ -12,10 +12,11 @@ from hf_genlm.config.recipe import Recipe, TrainingRecipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.languages import documents_of, tokenization_of
 from hf_genlm.evaluation.measurement import write_measurements
-from hf_genlm.files import atomic_folder, write_json
-from hf_genlm.run_folder import RunFolder, read_json
+from hf_genlm.files import atomic_folder, read_json, write_json
+from hf_genlm.run_folder import RunFolder
+from hf_genlm.run_schemas import CorpusFile
 from hf_genlm.text.cache import ArrayWriter, Cache, cache_folder
-from hf_genlm.text.canaries import plant
+from hf_genlm.text.canaries import Canaries, plant
 from hf_genlm.text.corpus import Corpus, check_same, count_text, notes_on, read_corpus
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents, tokenized_of
 from hf_genlm.text.languages import BalancedRows, balanced_text, repeats_of, spans
@@ -146,9 +147,9 @@ def _prepare(run: RunFolder, recipe: Recipe, is_resuming: bool) -> TokenizedCorp
     for message in notes_on(corpus.report):
         note(message)
     if is_resuming:
-        check_same(read_json(run.corpus), corpus.report)
+        check_same(read_json(run.corpus, CorpusFile), corpus.report)
     if canaries is not None:
-        write_json(run.canaries, canaries.to_json())
+        write_json(run.canaries, dataclasses.asdict(canaries), Canaries)
     text, languages = corpus.report["train"], corpus.report.get("languages", {})
     documents, n_bytes = balanced_text(corpus.train, languages), text["bytes"]
     if recipe.privacy.epsilon is not None and recipe.tokenizer.path is None and not is_resuming:
@@ -169,7 +170,7 @@ def _prepare(run: RunFolder, recipe: Recipe, is_resuming: bool) -> TokenizedCorp
         train_words=corpus.report["train"].get("words"),
         languages=languages,
     )
-    write_json(run.corpus, corpus.report)
+    write_json(run.corpus, corpus.report, CorpusFile)
     if languages:
         write_measurements(
             run.languages, tokenization_of(tokenizer, corpus.validation, languages, recipe.corpus)

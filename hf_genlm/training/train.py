@@ -19,6 +19,7 @@ from hf_genlm.files import atomic_folder, write_json, write_text
 from hf_genlm.loading import hub_id_of
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.run_folder import FollowedRun, Listener, RunFolder, describe_environment
+from hf_genlm.run_schemas import EnvironmentFile
 from hf_genlm.text.canaries import check_canaries
 from hf_genlm.text.duplicates import check_near_duplicates
 from hf_genlm.text.languages import check_languages
@@ -241,7 +242,7 @@ def _prepare(run: RunFolder, given: Recipe) -> Job:
             corpus.tokenizer.save_pretrained(folder)
         write_text(run.recipe, recipe.to_yaml())
         machine = {"device": _describe(job.arguments.device), "processes": processes.count()}
-        write_json(run.environment, {**describe_environment(), **machine})
+        write_json(run.environment, {**describe_environment(), **machine}, EnvironmentFile)
     return job
 
 

@@ -22,6 +22,7 @@ from hf_genlm.config.recipe import Recipe
 from hf_genlm.errors import UserError
 from hf_genlm.files import write_json
 from hf_genlm.run_folder import RunFolder
+from hf_genlm.run_schemas import VectorsFile
 from hf_genlm.text.encoding import pieces
 from hf_genlm.text.store import Document, as_documents
 from hf_genlm.text.vector_files import WordVectors, peek_dimension, read_vectors
@@ -184,7 +185,7 @@ def start_from_vectors(
         weight.copy_(torch.from_numpy(table))
     report = coverage(read, kind, ids, Path(recipe.vectors.path).name)
     report |= {"frozen": recipe.vectors.frozen, "unfreeze_step": recipe.vectors.unfreeze_step}
-    write_json(run.vectors, report)
+    write_json(run.vectors, report, VectorsFile)
     run.log("vectors", **report)
     return kind != DRAWN
 

@@ -32,7 +32,7 @@ SETTINGS = (
 def main() -> None:
     from hf_genlm.config.recipe import load_recipe
     from hf_genlm.evaluation.measurement import read_measurements
-    from hf_genlm.run_folder import read_json
+    from hf_genlm.files import read_json
     from hf_genlm.training.train import train
 
     parser = argparse.ArgumentParser(description=__doc__)

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from support.cards import MEASURED, SHAPES, make_run, tables
 from support.hub_metadata import faults_of, front_matter_of
 
-from hf_genlm.card.card import write_card
+from hf_genlm.card import write_card
 from hf_genlm.config.recipe import Recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import Measurement, write_measurements

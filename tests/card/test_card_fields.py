@@ -9,10 +9,10 @@ import pytest
 from support.cards import MEASURED, make_run, tables
 from support.hub_metadata import faults_of, front_matter_of
 
-from hf_genlm.card.card import card_of, is_by_hand, write_card
-from hf_genlm.card.citation import model_entry
-from hf_genlm.card.hub_rules import LICENSES, check_card
-from hf_genlm.card.told import counted_layers, duration
+from hf_genlm.card import check_card, render_card, write_card
+from hf_genlm.card.card import is_edited
+from hf_genlm.card.front_matter import LICENSES
+from hf_genlm.card.wording import cite_model, describe_layers, duration
 from hf_genlm.cli.arguments import build_parser
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import Recipe, load_recipe
@@ -55,13 +55,13 @@ def test_what_the_recipe_says_of_the_card_stands_on_it(tmp_path):
 
 def test_hub_data_sets_are_named_by_their_ids(tmp_path):
     files = [{"name": "owner/tales:fr", "bytes": None, "sha256": None, "documents": 5}]
-    data = front_matter_of(card_of(make_run(tmp_path, files=files)))
+    data = front_matter_of(render_card(make_run(tmp_path, files=files)))
     assert data["datasets"] == ["owner/tales"]
     dataset = data["model-index"][0]["results"][0]["dataset"]
     assert (dataset["type"], dataset["config"], dataset["split"]) == ("owner/tales", "fr", "validation")
     assert faults_of(data) == []
     local = [{"name": "a.txt", "bytes": 3, "sha256": "ab" * 32, "documents": 1}]
-    data = front_matter_of(card_of(make_run(tmp_path, files=[*files, *local], name="both")))
+    data = front_matter_of(render_card(make_run(tmp_path, files=[*files, *local], name="both")))
     assert data["datasets"] == ["owner/tales"]
     assert data["model-index"][0]["results"][0]["dataset"]["type"] == "text", "it is of both"
 
@@ -72,7 +72,7 @@ def test_what_it_was_trained_further_from_is_told(tmp_path, base):
     recipe.model.init_from = base or str(tmp_path / "alice" / "older")
     run = make_run(tmp_path, recipe=recipe)
     run.log("started", base_model=base)
-    text = card_of(run)
+    text = render_card(run)
     assert front_matter_of(text).get("base_model") == base
     assert f"further from `{base or 'older'}`" in text
     assert "alice" not in text
@@ -111,7 +111,7 @@ def test_an_extended_model_has_a_valid_card():
 def test_languages_of_the_sources_are_those_that_the_hub_knows(tmp_path):
     recipe = Recipe()
     recipe.corpus.languages = {"sr-Latn": ["a"], "xx": ["b"], "sr-Cyrl": ["c"]}
-    data = front_matter_of(card_of(make_run(tmp_path, recipe=recipe)))
+    data = front_matter_of(render_card(make_run(tmp_path, recipe=recipe)))
     assert data["language"] == ["sr"]
     assert data["language_bcp47"] == ["sr-Latn", "sr-Cyrl"]
     assert faults_of(data) == []
@@ -150,7 +150,7 @@ def test_what_the_hub_would_refuse_is_refused_before(tmp_path, stated, words):
 def test_every_field_that_passes_is_valid_on_the_hub(tmp_path):
     for i, code in enumerate(["code", "multilingual", "sw", "swh"]):
         recipe = load_recipe(None, [f"card.language={code}", "card.license=cc-by-4.0"])
-        assert faults_of(front_matter_of(card_of(make_run(tmp_path, recipe=recipe, name=str(i))))) == []
+        assert faults_of(front_matter_of(render_card(make_run(tmp_path, recipe=recipe, name=str(i))))) == []
     assert {"apache-2.0", "mit", "cc-by-sa-4.0", "openrail++", "other"} <= LICENSES
     assert all(license == license.lower() and " " not in license for license in LICENSES)
 
@@ -164,7 +164,7 @@ def test_every_field_that_passes_is_valid_on_the_hub(tmp_path):
     ],
 )  # fmt: skip
 def test_the_check_of_the_front_matter_can_fail(tmp_path, key, value):
-    data = front_matter_of(card_of(make_run(tmp_path, recipe=load_recipe(None, CARD_FIELDS))))
+    data = front_matter_of(render_card(make_run(tmp_path, recipe=load_recipe(None, CARD_FIELDS))))
     assert faults_of(data) == []
     assert faults_of({**data, key: value})
     data["model-index"][0]["results"][0]["metrics"][0]["value"] = math.nan
@@ -174,20 +174,20 @@ def test_the_check_of_the_front_matter_can_fail(tmp_path, key, value):
 def test_a_card_that_was_changed_by_hand_stays(tmp_path):
     run = make_run(tmp_path)
     path = write_card(run)
-    assert not is_by_hand(path)
+    assert not is_edited(path)
     write_measurements(run.evaluation, MEASURED[:1])
     write_card(run)
     assert "Top-1" not in path.read_text(encoding="utf-8"), "our own is written anew"
     ours = path.read_text(encoding="utf-8")
     for theirs in (ours.replace("# run", "# My run"), f"{ours}\nMore.\n", "# My card\n", f"{ours}{ours}x"):
         path.write_text(theirs, encoding="utf-8")
-        assert is_by_hand(path)
+        assert is_edited(path)
         write_card(run)
         assert path.read_text(encoding="utf-8") == theirs
-    write_card(run, force=True)
+    write_card(run, if_edited="overwrite")
     assert path.read_text(encoding="utf-8") == ours
     path.unlink()
-    assert not is_by_hand(path)
+    assert not is_edited(path)
 
 
 def test_the_verb_fills_the_card_after_training(tmp_path, capsys):
@@ -203,7 +203,7 @@ def test_the_verb_fills_the_card_after_training(tmp_path, capsys):
     assert (run.path / "plots" / "curves.png").is_file()
     kept = run.recipe.read_bytes()
     for wrong, words in (
-        ("training.steps=3", "card.KEY=VALUE alone"),
+        ("training.steps=3", "give card.KEY=VALUE"),
         ("card.license=apache", "did you mean 'apache-2.0'?"),
         ("card.licence=mit", "did you mean 'card.license'?"),
     ):
@@ -227,37 +227,39 @@ def test_a_wrong_license_stops_training_before_it_begins(tmp_path, capsys):
 def test_what_was_taken_out_of_the_text_is_counted(tmp_path):
     scrubbed = {"documents": 1200, "types": {"email": 1234, "phone": 1}}
     near = {"removed": 1012, "clusters": 3, "threshold": 0.8, "shingle": 5}
-    text = card_of(make_run(tmp_path, corpus={"scrubbed": scrubbed, "near_duplicates": near}))
+    text = render_card(make_run(tmp_path, corpus={"scrubbed": scrubbed, "near_duplicates": near}))
     assert "measured, in 1,200 documents: `email` 1,234, `phone` 1." in text
     assert "Near-duplicates removed: 1,012, of 3 documents (similarity of at least 0.8" in text
-    text = card_of(make_run(tmp_path, name="without"))
+    text = render_card(make_run(tmp_path, name="without"))
     assert "Personal data" not in text
     assert "Near-duplicates" not in text
 
 
 def test_the_command_that_repeats_it_is_shown_and_understood(tmp_path):
     run = make_run(tmp_path, name="my run")
-    (command,) = re.findall(r"```bash\n(.*?)\n```", card_of(run), flags=re.S)
+    (command,) = re.findall(r"```bash\n(.*?)\n```", render_card(run), flags=re.S)
     assert command == "hf-genlm train --recipe recipe.yaml --out 'my run'"
     assert build_parser().parse_args(shlex.split(command)[1:]).out == "my run"
     recipe = load_recipe(None, ["training.minutes=2"])
-    text = card_of(make_run(tmp_path, recipe=recipe), recipe_file="recipes/x.yaml")
+    text = render_card(make_run(tmp_path, recipe=recipe), recipe_file="recipes/x.yaml")
     assert "```bash\nhf-genlm train --recipe recipes/x.yaml --out run\n```" in text
     assert "With `--steps 321` it takes as many as here." in text
     assert "the same weights" not in text
 
 
 def test_the_headline_is_the_measurement(tmp_path):
-    text = card_of(make_run(tmp_path))
+    text = render_card(make_run(tmp_path))
     assert "**1.7346 bits for each byte** of text of the same kind that it never saw (95 % interval" in text
     given = {"split": {"method": "given", "seed": 7, "fraction": 0.05}}
-    assert "of the text that was held out (95 %" in card_of(make_run(tmp_path, corpus=given, name="given"))
+    assert "of the text that was held out (95 %" in render_card(
+        make_run(tmp_path, corpus=given, name="given")
+    )
 
 
 def test_nothing_is_left_for_the_reader_to_guess(tmp_path):
     """Whatever is unknown is left out or said in a sentence of its own."""
     for name, recipe in (("bare", Recipe()), ("full", load_recipe(None, CARD_FIELDS))):
-        text = card_of(make_run(tmp_path, recipe=recipe, name=name))
+        text = render_card(make_run(tmp_path, recipe=recipe, name=name))
         outside = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", text, flags=re.S | re.M)
         for word in (
             "ore information",
@@ -277,7 +279,7 @@ def test_nothing_is_left_for_the_reader_to_guess(tmp_path):
 
 def test_entries_of_bibtex_are_whole():
     hostile = "a}{b\\ $x$ & 50% #1 _u_ ~ ^ \n@misc{"
-    entry = model_entry(hostile, authors=[hostile, "Doe, Jane"], year=2026, url=None, version="1")
+    entry = cite_model(hostile, authors=[hostile, "Doe, Jane"], year=2026, url=None, version="1")
     plain = re.sub(r"\\[{}]", "", entry)
     assert plain.count("{") == plain.count("}")
     assert entry.startswith("@misc{a-b-x-50-1-u-misc-2026,\n")
@@ -296,7 +298,7 @@ def test_durations_in_words(seconds, words):
 
 
 def test_layers_in_words():
-    assert counted_layers(["gru"]) == "1 layer of a GRU"
-    assert counted_layers(["gru", "full_attention", "gru", "new"]) == (
+    assert describe_layers(["gru"]) == "1 layer of a GRU"
+    assert describe_layers(["gru", "full_attention", "gru", "new"]) == (
         "2 layers of a GRU, 1 of causal attention and 1 of new"
     )

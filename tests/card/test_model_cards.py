@@ -11,7 +11,7 @@ from support.cards import tables
 from support.hub_metadata import faults_of, front_matter_of
 from support.runs import SMALL
 
-from hf_genlm.card.measured import DEFINITIONS
+from hf_genlm.card.wording import DEFINITIONS
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.report.document import prose

@@ -13,7 +13,7 @@ from support.launching import compare_with_one
 from support.models import EOS, build_model
 from support.resuming import at_step, weights_of
 
-from hf_genlm.card.card import write_card
+from hf_genlm.card import write_card
 from hf_genlm.cli.arguments import TRAIN_FIELDS, build_parser
 from hf_genlm.cli.main import main
 from hf_genlm.cli.recipes import recipe_of

@@ -13,7 +13,7 @@ MAX_MODULES = 150
 MAX_LINES = 25_000
 
 # room -> the rooms of hf_genlm that it may import; a room may always import itself
-BASE = {"errors", "memory", "files", "run_folder", "config"}
+BASE = {"errors", "memory", "files", "run_schemas", "run_folder", "config"}
 TEXT_AND_MODEL = {*BASE, "text", "model", "loading"}
 MEASURING = {*TEXT_AND_MODEL, "decoding", "evaluation"}
 SHOWING = {*BASE, "loading", "model", "evaluation.measurement", "report", "card"}
@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "errors": set(),
     "memory": set(),
     "files": {"errors"},
-    "run_folder": {"errors", "files"},
+    "run_schemas": set(),
+    "run_folder": {"errors", "files", "run_schemas"},
     "model": set(),
     "config": {"errors", "files", "run_folder", "model"},
     "loading": {"errors", "model"},

@@ -16,19 +16,19 @@ from scipy.integrate import quad
 from support.models import build_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from hf_genlm.card.privacy import privacy_section, sentences
+from hf_genlm.card.privacy import describe_audit, privacy_section
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import CorpusRecipe, PrivacyRecipe, Recipe, load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import Measurement, read_measurements
-from hf_genlm.files import write_json
+from hf_genlm.files import read, read_json, write_json
 from hf_genlm.privacy.attacks import exposure, statistics
 from hf_genlm.privacy.attacks.exposure import CanaryLosses, null_mean, null_p_value, skew_normal_exposure
 from hf_genlm.privacy.attacks.extraction import count_copies, count_matched_tokens
 from hf_genlm.privacy.attacks.membership import SCORES, Passages
 from hf_genlm.privacy.attacks.target import Passage, Span, TargetModel, draw_spans, passage_of
 from hf_genlm.report.curves import CURVES_FILE, write_curves
-from hf_genlm.run_folder import RunFolder, read_json
+from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.canaries import BITS, Canaries, check_canaries, draw_canaries, plant
 from hf_genlm.text.corpus import count_text, read_corpus
 from hf_genlm.text.encoding import TokenizedDocuments
@@ -136,9 +136,9 @@ def test_a_fresh_model_gives_nothing_away(fresh):
 
 
 def test_the_card_and_the_terminal_say_it(overtrained, fresh, capsys):
-    said = " ".join(sentences(read_measurements(overtrained.audit)))
-    assert "the model has kept them" in said
-    assert "no sign that it kept them" in " ".join(sentences(read_measurements(fresh.audit)))
+    said = " ".join(describe_audit(read_measurements(overtrained.audit)))
+    assert "the model memorised them" in said
+    assert "no sign that it memorised them" in " ".join(describe_audit(read_measurements(fresh.audit)))
     card = (overtrained.model / "README.md").read_text()
     assert "## Privacy" in card
     assert "No privacy audit was made" not in card
@@ -151,7 +151,7 @@ def test_the_card_and_the_terminal_say_it(overtrained, fresh, capsys):
 
 
 def test_no_secret_leaves_the_run_folder(overtrained):
-    canaries = Canaries.from_json(read_json(overtrained.canaries))
+    canaries = read(overtrained.canaries, Canaries)
     published = [file for file in overtrained.model.rglob("*") if file.is_file()]
     published += [overtrained.corpus, overtrained.audit, overtrained.recipe]
     assert overtrained.canaries.name not in {file.name for file in published[:-3]}
@@ -221,7 +221,7 @@ def test_canaries_stand_in_the_training_text_alone(text, tmp_path):
     corpus = read_corpus(CorpusRecipe(sources=[str(text)]))
     before = [document.text for document in corpus.train]
     canaries = plant(corpus, privacy)
-    assert canaries == draw_canaries([1, 4], 10, 0) == Canaries.from_json(canaries.to_json())
+    assert canaries == draw_canaries([1, 4], 10, 0)
     assert canaries.candidates != draw_canaries([1, 4], 10, 1).candidates
     train = [document.text for document in corpus.train]
     held = "".join(document.text for document in corpus.validation)
@@ -602,13 +602,13 @@ def test_a_blind_attack_sees_that_splits_differ():
     passages = Passages([""] * 40, ids, [], np.repeat([True, False], 20), None)
     scores = SCORES["blind_tokens"](passages)
     assert statistics.auc(scores[:20], scores[20:])[0] == 1.0
-    said = sentences(
+    said = describe_audit(
         [
             Measurement("membership_auc/loss", 0.9, "auc", 40, 0.01, "x", False, (0.8, 1.0)),
             Measurement("membership_auc/blind_tokens", 1.0, "auc", 40, 0.01, "x", False, (0.9, 1.0)),
         ]
     )
-    assert "the splits differ by themselves" in said[0]
+    assert "the splits themselves differ" in said[0]
 
 
 def test_a_guarantee_stands_on_the_card(overtrained, tmp_path):

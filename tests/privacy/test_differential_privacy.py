@@ -13,6 +13,7 @@ from support.models import build_model
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import PrivacyRecipe, TrainingRecipe, load_recipe
 from hf_genlm.errors import Stopped, UserError
+from hf_genlm.files import read_json
 from hf_genlm.privacy.dp.mechanism import (
     NOISES,
     Guarantee,
@@ -22,7 +23,7 @@ from hf_genlm.privacy.dp.mechanism import (
     find_noise_multiplier,
     plan_guarantee,
 )
-from hf_genlm.run_folder import RunFolder, read_json
+from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.corpus import read_corpus, split_by_hash
 from hf_genlm.text.encoding import TokenizedDocuments
 from hf_genlm.text.packing import IGNORED, DocumentWindows, collate

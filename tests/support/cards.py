@@ -1,6 +1,5 @@
 """Helpers shared by tests: cards."""
 
-import json
 import re
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from hf_genlm.config.recipe import Recipe
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.files import write_json
 from hf_genlm.run_folder import RunFolder, describe_environment
+from hf_genlm.run_schemas import CorpusFile
 
 MEASURED = [
     Measurement("nats_per_token", 3.2171234, "nats/token", 41234, 0.0123456, "validation", False),
@@ -56,7 +56,7 @@ def make_run(path: Path, *, files=None, samples="", recipe=None, corpus=None, na
         "train": {"documents": 30, "bytes": 2345678, "characters": 9, "sha256": "cd" * 32, "tokens": 876543},
         "validation": {"documents": 4, "bytes": 98765, "characters": 9, "sha256": "ef" * 32, "tokens": 41234},
     }
-    run.corpus.write_text(json.dumps({**report, **(corpus or {})}), encoding="utf-8")
+    write_json(run.corpus, {**report, **(corpus or {})}, CorpusFile)
     run.log("step", step=1, loss=5.0, learning_rate=1e-3, tokens=64, tokens_per_s=100.0, elapsed_s=0.6)
     run.log("trained", steps=321, tokens=1753086, seconds=123.46, tokens_per_s=14200)
     write_measurements(run.evaluation, MEASURED)

@@ -312,7 +312,8 @@ def test_a_threshold_is_a_share(value):
 
 def test_the_command_the_card_and_resuming(tmp_path, capsys):
     from hf_genlm.cli.main import main
-    from hf_genlm.run_folder import RunFolder, read_json
+    from hf_genlm.files import read_json
+    from hf_genlm.run_folder import RunFolder
 
     write_texts(tmp_path)
     with (tmp_path / "a.jsonl").open("a") as file:

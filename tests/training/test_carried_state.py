@@ -391,7 +391,7 @@ def test_who_can_carry_a_state_is_told_before_anything_is_read():
 
 
 def test_a_run_carries_from_recipe_to_card(tmp_path):
-    from hf_genlm.card.card import write_card
+    from hf_genlm.card import write_card
 
     text = tmp_path / "text"
     text.mkdir()

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.errors import UserError
-from hf_genlm.run_folder import RunFolder, read_json
+from hf_genlm.files import read_json
+from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.corpus import read_corpus
 from hf_genlm.text.store import Document, TextStore, as_documents
 from hf_genlm.training.budget import Budget

@@ -16,7 +16,8 @@ from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import TokenizerRecipe, load_recipe
 from hf_genlm.errors import Stopped, UserError
 from hf_genlm.evaluation.measurement import read_measurements
-from hf_genlm.run_folder import RunFolder, read_json
+from hf_genlm.files import read_json
+from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.packed_stream import PackedStream
 from hf_genlm.text.packing import collate
 from hf_genlm.text.sources import FileShard

@@ -14,7 +14,7 @@ from support.vectors import text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState
 
-from hf_genlm.card.card import write_card
+from hf_genlm.card import write_card
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import load_recipe
 from hf_genlm.errors import UserError

@@ -1,0 +1,263 @@
+"""Schemas of the files of a run folder, one dataclass each; `files.read` and `files.write_json` check them.
+
+Counts are bounded by 64 bits and numbers are finite, so that no damaged file overflows a computation.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import Field, JsonValue
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Number = Annotated[float, Field(allow_inf_nan=False, gt=-1e150, lt=1e150)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Time = Annotated[float, Field(ge=0, lt=250_000_000_000)]  # seconds since 1970, up to the year 9,892
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    """Counts of one split; None where a stream was read and not counted. `sha256` is of all texts."""
+
+    documents: Count | None
+    bytes: Count | None
+    sha256: str | None
+    characters: Count | None = None
+    tokens: Count | None = None
+    words: Count | None = None
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file that was read, or a Hub data set, whose bytes on disk are None."""
+
+    name: str
+    bytes: Count | None
+    sha256: str | None
+    documents: Count | None
+    samples_sha256: str | None = None
+    modified: Count | None = None
+
+
+@dataclass(frozen=True)
+class SplitMethod:
+    """How the validation split was held out."""
+
+    method: str
+    seed: int
+    fraction: Number
+
+
+@dataclass(frozen=True)
+class NearDuplicateCounts:
+    """Documents that were removed as near-duplicates."""
+
+    removed: Count
+    clusters: Count
+    threshold: Number
+    shingle: Count
+
+
+@dataclass(frozen=True)
+class DamageCounts:
+    """Damaged records and files that were left out."""
+
+    records: Count
+    files: Count
+
+
+@dataclass(frozen=True)
+class ScrubbedCounts:
+    """Replacements of personal data by type; None where a stream was not counted."""
+
+    types: dict[str, Count | None]
+    documents: Count | None
+
+
+@dataclass(frozen=True)
+class LanguageCounts:
+    """Text of one language, and how often training reads it in an epoch."""
+
+    train: SplitCounts
+    validation: SplitCounts
+    repeats: Number
+    share: Number | None = None
+    byte_premium: Number | None = None
+
+
+@dataclass(frozen=True)
+class PlantedCounts:
+    """Canaries in the training text."""
+
+    candidates: Count
+    planted: Count
+    documents: Count
+    planted_by_repetitions: dict[str, Count]
+
+
+@dataclass(frozen=True)
+class CorpusFile:
+    """corpus.json: what was read, split and left out."""
+
+    description: str
+    files: list[SourceFile]
+    split: SplitMethod
+    train: SplitCounts
+    validation: SplitCounts
+    sources: list[str] = field(default_factory=list)
+    python: str | None = None
+    encoding: str | None = None
+    duplicates_removed: Count | None = None
+    empty_skipped: Count | None = None
+    files_skipped: Count | None = None
+    stream: dict[str, JsonValue] | None = None
+    near_duplicates: NearDuplicateCounts | None = None
+    damaged: DamageCounts | None = None
+    scrubbed: ScrubbedCounts | None = None
+    languages: dict[str, LanguageCounts] = field(default_factory=dict)
+    canaries: PlantedCounts | None = None
+
+
+@dataclass(frozen=True)
+class EnvironmentFile:
+    """environment.json: versions and machine."""
+
+    python: str
+    platform: str
+    cpu_count: Count | None
+    packages: dict[str, str | None]
+    device: str | None = None
+    processes: Count = 1
+
+
+@dataclass(frozen=True)
+class VectorWords:
+    """Words of a file of vectors: all, and those left out by reason."""
+
+    read: Count
+    skipped: dict[str, Count]
+
+
+@dataclass(frozen=True)
+class VectorsFile:
+    """vectors.json: the word vectors that the embedding began with."""
+
+    file: str
+    sha256: str
+    dimension: Count
+    words: VectorWords
+    tokens: dict[str, Count]
+    share_of_text: dict[str, Number]
+    frozen: bool
+    unfreeze_step: Count | None = None
+
+
+@dataclass(frozen=True)
+class GuaranteeFile:
+    """privacy.json: the guarantee of differentially private training."""
+
+    epsilon: Number
+    delta: Number
+    unit: str
+    sampling_rate: Number | None = None
+    noise_multiplier: Number | None = None
+    clip_norm: Number | None = None
+    steps: Count | None = None
+    accountant: str | None = None
+    covered: list[str] = field(default_factory=list)
+    not_covered: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ModelConfigFile:
+    """model/config.json: the fields that the card shows."""
+
+    mixer_types: Annotated[list[str], Field(min_length=1)]
+    hidden_size: Count
+    vocab_size: Count
+    max_position_embeddings: Count
+    shared_layers: Count = 1
+
+
+@dataclass(frozen=True)
+class _AtStep:
+    step: Count
+    elapsed_s: Number | None = None
+
+
+@dataclass(frozen=True)
+class _Step:
+    step: Count
+    tokens: Count
+    elapsed_s: Number
+    loss: Number | None
+    learning_rate: Number | None = None
+    grad_norm: Number | None = None
+    tokens_per_s: Number | None = None
+
+
+@dataclass(frozen=True)
+class _Validation:
+    step: Count
+    elapsed_s: Number | None = None
+    seen_tokens: Count | None = None
+    nats_per_token: Number | None = None
+    bits_per_byte: Number | None = None
+
+
+@dataclass(frozen=True)
+class _Sample:
+    step: Count
+    text: str
+    elapsed_s: Number
+
+
+@dataclass(frozen=True)
+class _Started:
+    base_model: str | None = None
+
+
+@dataclass(frozen=True)
+class _Diverged:
+    step: Count
+    back_to: Count
+
+
+@dataclass(frozen=True)
+class _Trained:
+    steps: Count
+    tokens: Count
+    seconds: Number
+    tokens_per_s: Number
+    epochs: Number | None = None
+
+
+@dataclass(frozen=True)
+class _Value:
+    name: str
+    value: Number | None
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    measurements: list[_Value]
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line of log.jsonl that no verb reads further."""
+
+    event: str
+    time: Time | None = None
+
+
+# event of log.jsonl -> its fields, as far as they are read
+EVENTS: dict[str, Any] = {
+    "step": _Step,
+    "validation": _Validation,
+    "sample": _Sample,
+    "started": _Started,
+    "resumed": _AtStep,
+    "diverged": _Diverged,
+    "trained": _Trained,
+    "evaluated": _Evaluated,
+}
