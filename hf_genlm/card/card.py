@@ -47,6 +47,7 @@ def write_card(
     *,
     assignments: Sequence[str] = (),
     if_edited: Literal["keep", "refuse", "overwrite"] = "keep",
+    redraw: bool = False,
 ) -> Path:
     """Write model/README.md of a finished run, without touching the network.
 
@@ -55,6 +56,7 @@ def write_card(
         repo_id: Hub id for the loading example; None: the example loads the folder that holds the card.
         assignments: words `card.KEY=VALUE`, which are also written into the run's recipe.
         if_edited: what happens to a card that a person wrote or edited.
+        redraw: first draw the training curves again, which the card shows.
 
     Returns:
         The path of the card.
@@ -78,11 +80,10 @@ def write_card(
                 f"{str(path)!r} was written or edited by hand and is not overwritten: --force overwrites it"
             )
         return path
-    if run.model.is_dir():
-        if assignments:
-            write_text(run.recipe, recipe.to_yaml())
-        if not (run.model / CURVES_FILE).is_file():
-            write_curves(run)
+    if run.model.is_dir() and assignments:
+        write_text(run.recipe, recipe.to_yaml())
+    if run.model.is_dir() and redraw:
+        write_curves(run)
     write_text(path, render_card(run, repo_id))
     return path
 
