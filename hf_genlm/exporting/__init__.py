@@ -38,14 +38,14 @@ def export(
     from hf_genlm.loading import load, source_of
 
     source = Path(source_of(str(model)))  # a wrong name is refused before torch is loaded
-    from hf_genlm.exporting.targets import export_model, target_of
+    from hf_genlm.exporting.targets import export_model, select_target
     from hf_genlm.files import require_new_folder
 
     def report(task: str) -> None:
         if listener is not None:
             listener("progress", {"task": task, "done": 0, "total": None})
 
-    target_of(to, dtype)
+    select_target(to, dtype)
     require_new_folder(output_dir)
     report("loading the model")
     loaded, tokenizer = load(str(model))

@@ -1,7 +1,7 @@
-"""A GGUF file, the format of llama.cpp: weights, config and tokenizer in one.
+"""GGUF files, the format of llama.cpp: weights, config and tokenizer in one file.
 
-Names of keys and tensors, the order of rotated pairs and the pre-tokenizers are those of llama.cpp's
-documentation and loader (docs/ and src/llama-vocab.cpp of github.com/ggml-org/llama.cpp).
+Keys, tensor names, the order of rotated pairs and the pre-tokenizers are those of docs/ and
+src/llama-vocab.cpp in github.com/ggml-org/llama.cpp.
 """
 
 import json
@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_genlm.exporting.layouts import LAYOUTS, Layout, convert, misfits_of
-from hf_genlm.exporting.misfits import Misfit
+from hf_genlm.exporting.layouts import LAYOUTS, Layout, convert, find_misfits
 from hf_genlm.model import GenLMConfig, GenLMForCausalLM
 from hf_genlm.text.tokenizer import PATTERNS, pre_tokenizer
 
-# word of --dtype -> the type of matrices; vectors stay in float32
-DTYPES = {"float32": "F32", "float16": "F16", "q8_0": "Q8_0"}
+# dtype of matrices -> (its word in a file name, its llama.cpp file type); vectors stay in float32
+DTYPES = {"float32": ("F32", "ALL_F32"), "float16": ("F16", "MOSTLY_F16"), "q8_0": ("Q8_0", "MOSTLY_Q8_0")}
 _BLOCK = 32  # weights of a row that share a scale in q8_0
-# recipe word -> llama.cpp's name for the same pre-tokenizer; it has none for our own
+# tokenizer.pattern -> llama.cpp's name of the same pre-tokenizer; it has none for "own"
 _PRE_TOKENIZERS = {"gpt2": "gpt-2", "qwen35": "qwen35"}
+# matrix or norm of a layer in transformers -> its name in llama.cpp
 _TENSORS = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -40,39 +40,46 @@ _TENSORS = {
 
 
 def file_name(dtype: str) -> str:
-    """As llama.cpp's own converter calls it."""
-    return f"model-{DTYPES[dtype]}.gguf"
+    """Name of the file, as llama.cpp's own converter gives it."""
+    return f"model-{DTYPES[dtype][0]}.gguf"
 
 
-def architecture_of(config: GenLMConfig) -> str:
-    """The one of llama.cpp's architectures that has this kind of attention; a row of `LAYOUTS`."""
-    return "qwen3" if config.qk_norm else "llama"
+def choose_layout(config: GenLMConfig) -> tuple[str, Layout]:
+    """(llama.cpp's architecture with this kind of attention, its row of `LAYOUTS`)."""
+    architecture = "qwen3" if config.qk_norm else "llama"
+    return architecture, LAYOUTS[architecture]
 
 
-def layout_of(config: GenLMConfig) -> Layout:
-    """What llama.cpp computes of `architecture_of`."""
-    layout = LAYOUTS[architecture_of(config)]
-    return replace(layout, has_window=False, has_rope_scaling=False, activation="silu")
-
-
-def misfits_of_gguf(model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase, dtype: str) -> list[Misfit]:
-    """Every reason why llama.cpp would not give the logits of `model`, or not the ids of `tokenizer`."""
+def find_gguf_misfits(model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase, dtype: str) -> list[str]:
+    """Every reason why llama.cpp would not give the logits of `model` or the ids of `tokenizer`."""
     config = model.config
-    found = misfits_of(model, layout_of(config))
-    widths = (config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim)
+    _, layout = choose_layout(config)
+    in_llama_cpp = replace(layout, has_window=False, has_rope_scaling=False, activation="silu")
+    found = find_misfits(model, in_llama_cpp)
+    sizes = (config.intermediate_size, config.num_attention_heads, config.head_dim)
+    mlp_width, n_heads, head_dim = (size or 0 for size in sizes)  # no None: the config derives them
+    widths = (config.hidden_size, mlp_width, n_heads * head_dim)
     if dtype == "q8_0" and any(width % _BLOCK for width in widths):
-        reason = (
-            f"q8_0 needs widths that are multiples of {_BLOCK}, and these are {', '.join(map(str, widths))}"
+        found.append(
+            f"q8_0 needs widths that are multiples of {_BLOCK}, and these are {', '.join(map(str, widths))} "
+            "(export with --dtype float16)"
         )
-        found.append(Misfit(reason, "export with --dtype float16"))
-    return found + _misfits_of_tokenizer(tokenizer)
+    state = _tokenizer_state(tokenizer)
+    if state["model"]["type"] != "BPE" or state["normalizer"] is not None:
+        found.append("the tokenizer is no byte-level BPE (train with one made by hf-genlm)")
+    elif _pattern_of(state) not in _PRE_TOKENIZERS:  # llama.cpp knows pre-tokenizers by name, not by pattern
+        found.append(
+            "llama.cpp has no pre-tokenizer that splits words like this one; the nearest, llama-bpe, splits "
+            "marks from letters, numbers from the space before them, indentation from the line end before it "
+            "(train with tokenizer.pattern=gpt2, or qwen35, which keeps marks with their letters)"
+        )
+    return found
 
 
 def write_gguf(model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
-    """The file alone; `misfits_of_gguf` must find nothing."""
-    architecture = architecture_of(model.config)
-    converted = convert(model, LAYOUTS[architecture])
-    write_converted(converted, folder / file_name(dtype), architecture, tokenizer, dtype)
+    """Write the file to `folder`; `find_gguf_misfits` must find nothing."""
+    architecture, layout = choose_layout(model.config)
+    write_converted(convert(model, layout), folder / file_name(dtype), architecture, tokenizer, dtype)
 
 
 def write_converted(
@@ -82,16 +89,16 @@ def write_converted(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "float32",
 ) -> None:
-    """A model of transformers' own class for a row of `LAYOUTS`; without a tokenizer it takes ids alone."""
+    """Write a model of transformers' own class, a row of `LAYOUTS`; without a tokenizer it takes only ids."""
     import gguf
 
     writer = gguf.GGUFWriter(str(file), architecture)
-    _add_config(writer, model.config, getattr(gguf.LlamaFileType, _FILE_TYPES[dtype]))
+    _add_config(writer, model.config, getattr(gguf.LlamaFileType, DTYPES[dtype][1]))
     if tokenizer is None:
         writer.add_tokenizer_model("no_vocab")
     else:
         _add_tokenizer(writer, tokenizer, model.config.vocab_size)
-    for name, weight in _tensors(model, turns_neighbours=architecture == "llama"):
+    for name, weight in _tensors(model, rotates_neighbours=architecture == "llama"):
         if weight.ndim < 2 or dtype == "float32":
             writer.add_tensor(name, weight)
         elif dtype == "float16":
@@ -105,27 +112,13 @@ def write_converted(
     writer.close()
 
 
-_FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
-
-
-def _misfits_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[Misfit]:
-    """llama.cpp knows pre-tokenizers by name, not by their pattern."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    if state["model"]["type"] != "BPE" or state["normalizer"] is not None:
-        return [Misfit("the tokenizer is no byte-level BPE", "train with one that hf-genlm makes")]
-    if _pattern_of(state) in _PRE_TOKENIZERS:
-        return []
-    return [
-        Misfit(
-            "llama.cpp has no pre-tokenizer that parts words as this one; the nearest, llama-bpe, cuts marks "
-            "from letters, numbers from the space before them, indentation from the line end before it",
-            "train with tokenizer.pattern=gpt2, or qwen35, which keeps marks with their letters",
-        )
-    ]
+def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Content of its tokenizer.json."""
+    return json.loads(tokenizer.backend_tokenizer.to_str())
 
 
 def _pattern_of(state: dict[str, Any]) -> str | None:
-    """The row of `PATTERNS` by which the tokenizer of this JSON parts words."""
+    """The tokenizer.pattern (a row of `PATTERNS`) of a tokenizer's JSON; None if it has another one."""
     for word, pattern in PATTERNS.items():
         if state["pre_tokenizer"] == json.loads(pre_tokenizer(pattern).__getstate__()):
             return word
@@ -149,10 +142,10 @@ def _add_config(writer: Any, config: Any, file_type: int) -> None:
 
 
 def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Vocabulary, merges and special tokens; a text begins with bos, as `hf-genlm generate` has it."""
+    """Add vocabulary, merges and special tokens; a text begins with bos, as in `hf-genlm generate`."""
     import gguf
 
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state = _tokenizer_state(tokenizer)
     word_of = {number: word for word, number in tokenizer.get_vocab().items()}
     added = {token["id"]: token["special"] for token in state["added_tokens"]}
     kinds = {
@@ -162,7 +155,9 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: 
     }
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")  # byte-level BPE
-    writer.add_tokenizer_pre(_PRE_TOKENIZERS[_pattern_of(state)])
+    pattern = _pattern_of(state)
+    assert pattern is not None, "find_gguf_misfits found nothing"
+    writer.add_tokenizer_pre(_PRE_TOKENIZERS[pattern])
     writer.add_token_list([word_of.get(number, f"[UNUSED{number}]") for number in range(vocab_size)])
     writer.add_token_types(
         [
@@ -181,8 +176,9 @@ def _add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: 
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _tensors(model: PreTrainedModel, turns_neighbours: bool) -> Iterator[tuple[str, np.ndarray]]:
-    """By llama.cpp's names. Its Llama turns neighbouring pairs of a head, transformers' the two halves."""
+def _tensors(model: PreTrainedModel, rotates_neighbours: bool) -> Iterator[tuple[str, np.ndarray]]:
+    """(name in llama.cpp, weight). Its Llama rotates neighbouring pairs of a head, transformers' rotates the
+    first half with the second, so the rows of queries and keys are reordered."""
     config = model.config
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     weights = {name: weight.numpy() for name, weight in model.state_dict().items()}
@@ -193,18 +189,22 @@ def _tensors(model: PreTrainedModel, turns_neighbours: bool) -> Iterator[tuple[s
     for layer in range(config.num_hidden_layers):
         for ours, theirs in _TENSORS.items():
             weight = weights.get(f"model.layers.{layer}.{ours}.weight")
-            if weight is None:  # the norms of queries and keys
+            if weight is None:  # norms of queries and keys, which a Llama lacks
                 continue
-            if turns_neighbours and theirs in heads:
+            if rotates_neighbours and theirs in heads:
                 halves = weight.reshape(heads[theirs], 2, -1, weight.shape[1])
                 weight = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
             yield f"blk.{layer}.{theirs}.weight", weight
 
 
 def read_back(folder: Path, model: GenLMForCausalLM, dtype: str) -> PreTrainedModel:
-    """The file as transformers reads it, which knows no head_dim of llama.cpp's Qwen3: it gets the config."""
-    layout = LAYOUTS[architecture_of(model.config)]
-    config = convert(model, layout).config
+    """Load the file by transformers: weights, rotary base, norm epsilon and sizes are those of the file.
+
+    Only head_dim is given: transformers does not read that of a Qwen3.
+    """
+    _, layout = choose_layout(model.config)
+    config = AutoConfig.from_pretrained(folder, gguf_file=file_name(dtype))
+    config.head_dim = model.config.head_dim
     return layout.model_class.from_pretrained(
         folder, gguf_file=file_name(dtype), config=config, dtype=torch.float32
     ).eval()

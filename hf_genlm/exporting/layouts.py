@@ -1,8 +1,8 @@
-"""A decoder of attention layers as a plain Llama or Qwen3 of transformers, with the same logits.
+"""Conversion of a decoder of attention layers to a plain Llama or Qwen3 of transformers with equal logits.
 
-What is folded, exactly but for the rounding of products: the embedding E W + b to one table, and the head
-that is tied through W to E W; a product of two matrices in the MLP to one; layers that share weights to
-copies; and the squared ReLU to a gated ReLU of one matrix twice, relu(W x) * (W x) = relu(W x)^2.
+Folded, exactly except for the rounding of products: the embedding E W + b to one table, and the head tied
+through W to E W; a product of two matrices in the MLP to one; layers that share weights to copies; and the
+squared ReLU to a gated ReLU with one matrix twice, relu(W x) * (W x) = relu(W x)^2.
 
 Shapes: V vocabulary, D hidden_size.
 """
@@ -22,7 +22,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from hf_genlm.exporting.misfits import Misfit
 from hf_genlm.model import GenLMConfig, GenLMForCausalLM
 from hf_genlm.model.configuration_genlm import ATTENTION_MIXERS
 from hf_genlm.model.mlp_genlm import GenLMLowRankLinear
@@ -30,7 +29,7 @@ from hf_genlm.model.mlp_genlm import GenLMLowRankLinear
 
 @dataclass(frozen=True)
 class Layout:
-    """A class of transformers, and what a runtime computes of it."""
+    """A model class of transformers, and the variants of it that a runtime computes."""
 
     name: str
     config_class: Callable[..., PreTrainedConfig]
@@ -38,7 +37,7 @@ class Layout:
     has_qk_norm: bool
     has_window: bool = False
     has_rope_scaling: bool = True
-    activation: str | None = None  # of the MLP, which is gated then; None: any
+    activation: str | None = None  # of a gated MLP, the only kind; None: any activation, gated or not
 
 
 LAYOUTS = {
@@ -47,12 +46,13 @@ LAYOUTS = {
 }
 
 
-def misfits_of(model: GenLMForCausalLM, layout: Layout) -> list[Misfit]:
-    """Every reason why `layout` cannot give the logits of `model`; none: it can."""
+def find_misfits(model: GenLMForCausalLM, layout: Layout) -> list[str]:
+    """Every reason, with its remedy, why `layout` cannot give the logits of `model`; empty if it can."""
     config, bias = model.config, model.lm_head.bias
+    mixers = config.mixer_types or []
     other = "qwen3" if config.qk_norm else "llama"
-    foreign = sorted(set(config.mixer_types) - set(ATTENTION_MIXERS))
-    windows = "sliding_attention" in config.mixer_types and not layout.has_window
+    foreign = sorted(set(mixers) - set(ATTENTION_MIXERS))
+    windows = "sliding_attention" in mixers and not layout.has_window
     rope = config.rope_parameters["rope_type"] if config.has_rotary_positions else "default"
     gates = config.gated_mlp and layout.activation in (None, config.hidden_act)
     folds = not config.gated_mlp and config.hidden_act == "relu2" and layout.activation is None
@@ -60,12 +60,12 @@ def misfits_of(model: GenLMForCausalLM, layout: Layout) -> list[Misfit]:
     rules = (
         (
             bool(foreign),
-            f"{' and '.join(foreign)} layers, where {layout.name} has attention alone",
+            f"{' and '.join(foreign)} layers, where {layout.name} has only attention",
             "train with --decoder transformer, or export --to onnx, which takes every model",
         ),
         (
             windows,
-            f"layers that see a window of {config.sliding_window} tokens, which {layout.name} has not",
+            f"layers with a window of {config.sliding_window} tokens, which {layout.name} lacks",
             "train with --decoder transformer, or export with model.qk_norm=true --to qwen3",
         ),
         (
@@ -99,17 +99,14 @@ def misfits_of(model: GenLMForCausalLM, layout: Layout) -> list[Misfit]:
             "train with the default rope_type",
         ),
     )
-    return [Misfit(reason, remedy) for applies, reason, remedy in rules if applies]
+    return [f"{reason} ({remedy})" for applies, reason, remedy in rules if applies]
 
 
 def convert(model: GenLMForCausalLM, layout: Layout) -> PreTrainedModel:
-    """The same model as transformers' own class, on the CPU in float32.
-
-    `misfits_of` must find nothing.
-    """
+    """Convert to transformers' own class, on the CPU in float32; `find_misfits` must find nothing."""
     weights = fold(model, layout)
     is_tied = torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
-    converted = layout.model_class(config_of(model.config, layout, is_tied)).eval()
+    converted = layout.model_class(_convert_config(model.config, layout, is_tied)).eval()
     if is_tied:
         del weights["lm_head.weight"]
     missing, unexpected = converted.load_state_dict(weights, strict=False)
@@ -119,7 +116,7 @@ def convert(model: GenLMForCausalLM, layout: Layout) -> PreTrainedModel:
     return converted
 
 
-def config_of(config: GenLMConfig, layout: Layout, is_tied: bool) -> PreTrainedConfig:
+def _convert_config(config: GenLMConfig, layout: Layout, is_tied: bool) -> PreTrainedConfig:
     """The config of `layout` for the folded weights."""
     same = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -128,11 +125,12 @@ def config_of(config: GenLMConfig, layout: Layout, is_tied: bool) -> PreTrainedC
     )  # fmt: skip
     windows = {}
     if layout.has_window:
-        is_sliding = "sliding_attention" in config.mixer_types
+        mixers = config.mixer_types or []
+        is_sliding = "sliding_attention" in mixers
         windows = {
             "use_sliding_window": is_sliding,
             "sliding_window": config.sliding_window if is_sliding else None,
-            "layer_types": list(config.mixer_types),
+            "layer_types": list(mixers),
         }
     return layout.config_class(
         **{name: getattr(config, name) for name in same},
@@ -145,12 +143,12 @@ def config_of(config: GenLMConfig, layout: Layout, is_tied: bool) -> PreTrainedC
 
 @torch.no_grad()
 def fold(model: GenLMForCausalLM, layout: Layout) -> dict[str, torch.Tensor]:
-    """Weights by the names of `layout`, in float32; products are computed in float64."""
+    """Weights in float32 by the names of `layout`; products are computed in float64."""
     decoder, config = model.model, model.config
     table, head = decoder.embed_tokens.weight.double(), model.lm_head.weight.double()
     if decoder.embed_proj is not None:
         projection = decoder.embed_proj
-        if decoder.reads_out:  # the head is E, behind W: (h W^T) E^T = h (E W)^T
+        if decoder.reads_out:  # the head is E after W: (h W^T) E^T = h (E W)^T
             head = head @ projection.weight.double().t()
         table = table @ projection.weight.double().t() + projection.bias.double()
     weights = {
@@ -158,9 +156,9 @@ def fold(model: GenLMForCausalLM, layout: Layout) -> dict[str, torch.Tensor]:
         "model.norm.weight": decoder.norm.weight,
         "lm_head.weight": head,
     }
-    for number in range(config.num_hidden_layers):
+    for number in range(len(config.layer_types)):
         layer = decoder.layers[number % len(decoder.layers)]
-        up = full_matrix(layer.mlp.up_proj)
+        up = _full_matrix(layer.mlp.up_proj)
         parts = {
             "input_layernorm": layer.mixer_norm.weight,
             "post_attention_layernorm": layer.mlp_norm.weight,
@@ -168,18 +166,19 @@ def fold(model: GenLMForCausalLM, layout: Layout) -> dict[str, torch.Tensor]:
             "self_attn.k_proj": layer.mixer.k_proj.weight,
             "self_attn.v_proj": layer.mixer.v_proj.weight,
             "self_attn.o_proj": layer.mixer.out_proj.weight,
-            "mlp.gate_proj": full_matrix(layer.mlp.gate_proj) if config.gated_mlp else up,
+            "mlp.gate_proj": _full_matrix(layer.mlp.gate_proj) if config.gated_mlp else up,
             "mlp.up_proj": up,
-            "mlp.down_proj": full_matrix(layer.mlp.down_proj),
+            "mlp.down_proj": _full_matrix(layer.mlp.down_proj),
         }
-        if layout.has_qk_norm:  # ours has no weights
+        if layout.has_qk_norm:  # ours is without weights
+            assert config.head_dim is not None
             parts |= {f"self_attn.{name}_norm": torch.ones(config.head_dim) for name in "qk"}
         weights |= {f"model.layers.{number}.{name}.weight": weight for name, weight in parts.items()}
     return {name: weight.detach().cpu().float().clone() for name, weight in weights.items()}
 
 
-def full_matrix(linear: nn.Linear | GenLMLowRankLinear) -> torch.Tensor:
-    """(out, in)."""
+def _full_matrix(linear: nn.Linear | GenLMLowRankLinear) -> torch.Tensor:
+    """The matrix (out, in) of a layer, of a low-rank one as the product of its two factors."""
     if isinstance(linear, GenLMLowRankLinear):
         return linear.expand_proj.weight.double() @ linear.reduce_proj.weight.double()
     return linear.weight

@@ -1,4 +1,4 @@
-"""Runs an exported graph by onnxruntime, token by token; needs neither torch nor transformers."""
+"""Run an exported graph by onnxruntime, token by token, without torch and transformers."""
 
 import json
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-_SLOTS = 64  # at first, of layers that see all earlier tokens; twice as many whenever they are full
+_NUM_SLOTS = 64  # initial slots of layers that attend to all earlier tokens; doubled when they are full
 
 
 class OnnxRunner:
-    """A text of one row, and the state after it.
+    """An exported model and its state after the tokens read so far.
 
     Args:
-        folder: what `hf-genlm export --to onnx` wrote.
+        folder: an export of `hf-genlm export --to onnx`.
     """
 
     def __init__(self, folder: str | Path):
@@ -28,22 +28,22 @@ class OnnxRunner:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a text."""
-        self.n_tokens, self.n_slots = 0, _SLOTS
+        """Begin a new text: set the state to zeros."""
+        self.n_tokens, self.n_slots = 0, _NUM_SLOTS
         self.state = {
             part["input"]: np.zeros(self._shape(part), dtype=part["dtype"])
             for part in self.description["state"]
         }
 
     def read(self, token: int) -> np.ndarray:
-        """Logits (V,) of what follows the text so far and `token`.
+        """Read a token; returns the logits (V,) of the next one.
 
         Raises:
-            ValueError: the text would be longer than the model has positions.
+            ValueError: the text would exceed the positions of the model.
         """
-        most = self.description["most_tokens"]
-        if most is not None and self.n_tokens == most:
-            raise ValueError(f"the model has positions for {most} tokens")
+        max_tokens = self.description["max_tokens"]
+        if max_tokens is not None and self.n_tokens == max_tokens:
+            raise ValueError(f"the model has positions for {max_tokens} tokens")
         if self.n_tokens == self.n_slots:
             self._grow()
         before = np.array([self.n_tokens], dtype=np.int64)
@@ -54,7 +54,7 @@ class OnnxRunner:
         return logits[0]
 
     def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-        """The likeliest tokens after `prompt`, at least one token, up to the end of the text."""
+        """Decode greedily after `prompt`, which has at least one token, up to an end-of-text token."""
         self.reset()
         for token in prompt:
             logits = self.read(token)

@@ -2,9 +2,9 @@
 
     logits, state = step(token, n_before, state)
 
-A prompt is read token by token, as text is written. Recurrent states have one size; a layer that sees a
-window keeps a ring of so many slots; one that sees all earlier tokens has as many slots as the caller gives
-it, at least one for each token. `model.json`, beside the graph, names every input and output.
+A prompt is read token by token, like generated text. Recurrent states have a fixed size; a layer with a
+window keeps a ring of as many slots; a layer that attends to all earlier tokens has as many slots as the
+caller gives it, at least one per token. `model.json`, beside the graph, describes every input and output.
 
 Shapes: S slots, K key-value heads, H head_dim, R recurrent_size, V vocabulary.
 """
@@ -20,61 +20,61 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_genlm.decoding.step import MOVING_ROTATIONS, SLOTS_AT_ONCE, DecodeStep, StepState, slots_of
-from hf_genlm.exporting.misfits import Misfit
 from hf_genlm.files import write_json
 from hf_genlm.model import GenLMConfig, GenLMForCausalLM
 
 GRAPH, DESCRIPTION = "model.onnx", "model.json"
+MAX_INLINE_BYTES = 1_500_000_000  # a protobuf holds 2 GiB; larger weights go to a file beside it
 _OPSET = 20
-_MOST_BYTES_INSIDE = 1_500_000_000  # a protobuf holds 2 GiB; larger weights lie in a file beside
 
 
 @dataclass(frozen=True)
 class StateTensor:
-    """One part of the state. It begins with zeros."""
+    """One tensor of the state, which begins with zeros."""
 
-    name: str  # of the input; the output is `next.` and this
+    name: str  # of the input
     like: torch.Tensor  # the shape and dtype
     grows: bool  # dimension 0 is as long as the caller wants, at least 2
     kind: str  # the mixer of its layer, "recurrent" for all with a state
 
     @property
     def output(self) -> str:
-        """Name of the output that is this input of the next step."""
+        """Name of the output that becomes this input at the next step."""
         return f"next.{self.name}"
 
 
-def state_of(config: GenLMConfig) -> list[StateTensor]:
-    """By layer: `layers.I.keys` and `.values`, each (S, 1, K, H), or `layers.I.state.J`, (1, R)."""
+def list_state(config: GenLMConfig) -> list[StateTensor]:
+    """State by layer: `layers.I.keys` and `.values`, each (S, 1, K, H), or `layers.I.state.J`, (1, R)."""
     names = []
     for layer, slots in enumerate(slots_of(config)):
         parts = [f"state.{state}" for state in slots.states] or ["keys", "values"]
         names += [(f"layers.{layer}.{part}", slots.kind) for part in parts]
     buffers = StepState(config, torch.empty(0), n_rows=1, n_slots=SLOTS_AT_ONCE)
-    n_masks = len(buffers.grows) - len(names)  # which slots hold a token follows from how many there were
+    n_masks = len(buffers.grows) - len(names)  # the graph computes the masks from n_before
     given = zip(names, buffers.buffers(SLOTS_AT_ONCE)[n_masks:], buffers.grows[n_masks:], strict=True)
     return [StateTensor(name, like, grows, kind) for (name, kind), like, grows in given]
 
 
 class OnnxStep(nn.Module):
-    """The step as a function: what goes in is not written to."""
+    """The decoding step as a pure function: its inputs are not changed."""
 
     def __init__(self, model: GenLMForCausalLM):
         super().__init__()
         self.step = DecodeStep(model)
-        self.state = state_of(model.config)
+        self.state = list_state(model.config)
 
     def forward(
         self, token: torch.Tensor, n_before: torch.Tensor, *state: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """
+        """Read one token.
+
         Args:
-            token: (1, 1).
-            n_before: (1,), tokens before this one.
-            state: as `state_of` says.
+            token: (1, 1) int64.
+            n_before: (1,), number of tokens before this one.
+            state: tensors as in `list_state`.
 
         Returns:
-            (1, V) logits of the token after, and the new state.
+            (1, V) logits of the next token, and the new state.
         """
         state = tuple(tensor.clone() for tensor in state)
         # len() would make the number of slots a constant of the graph
@@ -88,27 +88,38 @@ class OnnxStep(nn.Module):
         return (logits, *state)
 
 
-def misfits_of_onnx(model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase, dtype: str) -> list[Misfit]:
-    """Why a step of one shape cannot give the logits of `model`; seldom anything."""
+def find_onnx_misfits(model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase, dtype: str) -> list[str]:
+    """Every reason, with its remedy, why a step of fixed shapes cannot give the logits of `model`."""
     rotation = model.model.rotary_emb
     if rotation is not None and rotation.rope_type in MOVING_ROTATIONS:
-        remedy = "set another rope_type in its config.json: default, linear, yarn or llama3"
-        return [Misfit(f"rotary positions of the kind {rotation.rope_type} change with the length", remedy)]
+        return [
+            f"rotary positions of the kind {rotation.rope_type} change with the length "
+            "(set another rope_type in its config.json: default, linear, yarn or llama3)"
+        ]
     return []
 
 
-def write_onnx(model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
-    """model.onnx, model.json and the tokenizer's files."""
-    step = OnnxStep(model).eval()
+def write_onnx(
+    model: GenLMForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: str = "float32",
+    max_inline_bytes: int = MAX_INLINE_BYTES,
+) -> None:
+    """Write model.onnx, model.json and the tokenizer's files.
+
+    Weights of more than `max_inline_bytes` in all go to model.onnx.data.
+    """
     n_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    program = _trace(step, is_large=n_bytes > _MOST_BYTES_INSIDE)
-    program.save(folder / GRAPH, external_data=n_bytes > _MOST_BYTES_INSIDE)
-    write_json(folder / DESCRIPTION, describe(model.config))
+    is_large = n_bytes > max_inline_bytes
+    program = _trace(OnnxStep(model).eval(), is_large)
+    program.save(folder / GRAPH, external_data=is_large)
+    write_json(folder / DESCRIPTION, describe_graph(model.config))
     tokenizer.save_pretrained(folder)
 
 
-def describe(config: GenLMConfig) -> dict[str, Any]:
-    """What a program must know to run the graph."""
+def describe_graph(config: GenLMConfig) -> dict[str, Any]:
+    """Content of model.json: everything that a program needs to run the graph."""
     is_bounded = config.position_type == "learned"
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     return {
@@ -118,7 +129,7 @@ def describe(config: GenLMConfig) -> dict[str, Any]:
             "input": "n_before",
             "dtype": "int64",
             "shape": [1],
-            "meaning": "tokens before this one",
+            "meaning": "number of tokens before this one",
         },
         "logits": {"output": "logits", "dtype": "float32", "shape": [1, config.vocab_size]},
         "state": [
@@ -128,10 +139,10 @@ def describe(config: GenLMConfig) -> dict[str, Any]:
                 "dtype": str(part.like.dtype).removeprefix("torch."),
                 "shape": ["slots" if part.grows else part.like.shape[0], *part.like.shape[1:]],
             }
-            for part in state_of(config)
+            for part in list_state(config)
         ],
-        "start": "every state begins with zeros; 'slots' is at least 2 and the number of tokens in all",
-        "most_tokens": config.max_position_embeddings if is_bounded else None,
+        "start": "every state begins with zeros; 'slots' is at least 2 and at least the number of tokens",
+        "max_tokens": config.max_position_embeddings if is_bounded else None,
         "bos_token_id": config.bos_token_id,
         "eos_token_ids": [token for token in ends if token is not None],
     }
@@ -145,7 +156,7 @@ def _trace(step: OnnxStep, is_large: bool) -> Any:
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's and onnxscript's, about themselves
+        warnings.simplefilter("ignore")  # of torch and onnxscript, about their own code
         logger.setLevel(logging.ERROR)
         try:
             return torch.onnx.export(

@@ -1,23 +1,28 @@
-"""The formats that a model can be exported to, and the export: check, write aside, read back, rename."""
+"""Export formats (`EXPORTS`), and the export itself: check, write to a private folder, read back, compare.
+
+A new format is a new row of `EXPORTS`.
+"""
 
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.exporting import gguf_file, onnx_step
-from hf_genlm.exporting.layouts import LAYOUTS, convert, misfits_of
-from hf_genlm.exporting.misfits import Misfit, refuse
+from hf_genlm.exporting.layouts import LAYOUTS, convert, find_misfits
 from hf_genlm.exporting.onnx_runner import OnnxRunner
-from hf_genlm.exporting.page import write_page
-from hf_genlm.files import atomic_folder, require_new_folder
+from hf_genlm.files import atomic_folder, copy_file, require_new_folder, write_text
 from hf_genlm.model import GenLMForCausalLM
+from hf_genlm.run_folder import describe_environment
 
-# what every export is compared on: words, code, scripts, and what tokenizers cut in their own ways
+# texts for the comparison: prose, code, several scripts, and characters that tokenizers split differently
 TEXTS = (
     "Once upon a time there was a king who had 3 daughters, and it's said that they'd all left by 1812.",
     "def mean(values):\n    # of 12\n    if not values:\n\treturn None\n\n    return sum(values) / 2.5e-3\n",
@@ -25,97 +30,106 @@ TEXTS = (
     "नमस्ते दुनिया, مرحبا بالعالم, 안녕하세요; ١٢٣ १२३ Ⅷ½ \U0001f469\u200d\U0001f467",
     "\u200b\u00a0\r\n\r\n  ...!?  \t\tend \n",
 )
-_MOST_TOKENS = 64  # of each of them
-# logits of float32 that differ by more come of a fault of ours, not of rounding
-_MOST_DIFFERENCE = 1e-2
+_MAX_TOKENS = 64  # of each text
+_MAX_DIFFERENCE = 1e-2  # of float32 logits; more is a fault of the export, not rounding
+CARD_OF_MODEL = "model_card.md"  # the model's own card in the folder of an export
+_CARD_FIELDS = ("license", "language", "datasets", "model_name")  # of the model's card, true of every format
 
 ReadLogits = Callable[[torch.Tensor], torch.Tensor]  # (T,) ids to (T, V)
 
 
 @dataclass(frozen=True)
 class Target:
-    """One format."""
+    """A format: its weights' dtypes (the first is the default), the library that reads it, the modules of the
+    extra [export] that it needs, and its three functions."""
 
-    purpose: str
-    dtypes: tuple[str, ...]  # of the weights; the first one unless another is asked for
-    libraries: tuple[str, ...]  # modules of the extra [export]
-    misfits: Callable[[GenLMForCausalLM, PreTrainedTokenizerBase, str], list[Misfit]]
+    dtypes: tuple[str, ...]
+    read_by: str
+    needs: tuple[str, ...]
+    find_misfits: Callable[[GenLMForCausalLM, PreTrainedTokenizerBase, str], list[str]]
     write: Callable[[GenLMForCausalLM, PreTrainedTokenizerBase, Path, str], None]
     read_back: Callable[[Path, GenLMForCausalLM, str], ReadLogits]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The export beside its model, on `TEXTS`."""
+    """Logits of an export compared with those of its model on `TEXTS`."""
 
     n_texts: int
     n_tokens: int
     largest_difference: float  # of a logit
-    n_same_choice: int  # tokens after which both hold the same token for the likeliest
+    n_same_choice: int  # tokens after which both have the same most likely token
 
 
 def export_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    word: str,
-    out: Path,
+    to: str,
+    output_dir: Path,
     dtype: str | None = None,
     card: Path | None = None,
 ) -> Comparison:
-    """Write `model` in the format `word` to the new folder `out`, and compare what was written with it.
+    """Write `model` in the format `to` to the new folder `output_dir`, and compare its logits.
 
     Args:
-        dtype: of the weights, one of the target's; None: float32.
-        card: the README.md of the model, to go with it.
+        dtype: of the weights, one that the format has; None: float32.
+        card: the README.md of the model, which is copied if it exists.
 
     Raises:
-        UserError: an unknown format or dtype, a model that is none of ours or does not fit, a library that is
-            not installed, a folder that holds something.
+        UserError: an unknown format or dtype, a model that is not a GenLM or does not fit, a library that is
+            not installed, a folder that already holds files.
     """
-    target = target_of(word, dtype)
+    target = select_target(to, dtype)
     dtype = dtype or target.dtypes[0]
-    if type(model) is not GenLMForCausalLM:
+    if not isinstance(model, GenLMForCausalLM):
         raise UserError(
             f"the model is a {type(model).__name__}, not one of this package: its own library exports it, "
             "transformers by transformers.exporters, llama.cpp by convert_hf_to_gguf.py"
         )
-    model = model.cpu().float()
-    refuse(word, target.misfits(model, tokenizer, dtype))
-    require_new_folder(out)
-    with atomic_folder(out) as aside:
-        target.write(model, tokenizer, aside, dtype)
-        found = compare(model, tokenizer, target.read_back(aside, model, dtype))
-        if dtype == "float32" and found.largest_difference > _MOST_DIFFERENCE:
+    model.cpu().float()
+    if misfits := target.find_misfits(model, tokenizer, dtype):
+        raise UserError(f"--to {to} cannot give the logits of this model: {'; '.join(misfits)}")
+    require_new_folder(output_dir)
+    with atomic_folder(output_dir) as folder:
+        target.write(model, tokenizer, folder, dtype)
+        found = compare_logits(model, tokenizer, target.read_back(folder, model, dtype))
+        if dtype == "float32" and found.largest_difference > _MAX_DIFFERENCE:
             raise RuntimeError(f"the export's logits differ from the model's by {found.largest_difference:g}")
-        write_page(aside, word, model.config, tokenizer, dtype, found, card)
+        fields: dict[str, Any] = {}
+        if card is not None and card.is_file():
+            copy_file(card, folder / CARD_OF_MODEL)
+            fields = _card_fields(card)
+        _write_page(folder, to, model, tokenizer, dtype, found, fields)
     return found
 
 
-def target_of(word: str, dtype: str | None) -> Target:
-    """The row of `EXPORTS`.
+def select_target(to: str, dtype: str | None) -> Target:
+    """The row of `EXPORTS` for a format that is installed and has `dtype`.
 
     Raises:
         UserError: an unknown format or dtype, or a library that is not installed.
     """
-    if word not in EXPORTS:
-        raise UserError(f"unknown --to {word!r}{did_you_mean(word, EXPORTS)}")
-    target = EXPORTS[word]
+    if to not in EXPORTS:
+        raise UserError(f"unknown --to {to!r}{did_you_mean(to, EXPORTS)}")
+    target = EXPORTS[to]
     if dtype is not None and dtype not in target.dtypes:
-        raise UserError(f"--dtype {dtype!r} is none that --to {word} writes: {', '.join(target.dtypes)}")
-    missing = [name for name in target.libraries if importlib.util.find_spec(name) is None]
+        raise UserError(f"--dtype {dtype!r} is none that --to {to} writes: {', '.join(target.dtypes)}")
+    missing = [name for name in target.needs if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--to {word} needs {' and '.join(missing)}: pip install 'hf_genlm[export]'")
+        raise UserError(f"--to {to} needs {' and '.join(missing)}: pip install '.[export]'")
     return target
 
 
 @torch.no_grad()
-def compare(model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase, read: ReadLogits) -> Comparison:
-    """`read`, what an export computes, beside `model` on the first tokens of each of `TEXTS`."""
+def compare_logits(
+    model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase, read: ReadLogits
+) -> Comparison:
+    """Compare logits given by `read`, which runs an export, with those of `model` on parts of `TEXTS`."""
     differences, n_same, n_tokens = [0.0], 0, 0
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    most = min(_MOST_TOKENS, model.config.max_position_embeddings)
+    max_tokens = min(_MAX_TOKENS, model.config.max_position_embeddings)
     for text in TEXTS:
-        ids = torch.tensor((start + tokenizer(text, add_special_tokens=False).input_ids)[:most])
+        ids = torch.tensor((start + tokenizer(text, add_special_tokens=False).input_ids)[:max_tokens])
         expected, got = model(ids[None]).logits[0], read(ids)
         differences.append(float((got - expected).abs().max()))
         n_same += int((got.argmax(-1) == expected.argmax(-1)).sum())
@@ -123,28 +137,70 @@ def compare(model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase, read: R
     return Comparison(len(TEXTS), n_tokens, max(differences), n_same)
 
 
-def _layout_target(word: str, purpose: str) -> Target:
-    layout = LAYOUTS[word]
+def _write_page(
+    folder: Path,
+    to: str,
+    model: GenLMForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str,
+    found: Comparison,
+    fields: dict[str, Any],
+) -> None:
+    """Write README.md from `page_template.md`: the model, how to run it, and how near its logits are."""
+    from jinja2 import Environment, StrictUndefined
 
-    def misfits(model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase, dtype: str) -> list[Misfit]:
-        return misfits_of(model, layout)
+    template = resources.files("hf_genlm.exporting").joinpath("page_template.md").read_text(encoding="utf-8")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    metadata = {
+        **fields,
+        "library_name": EXPORTS[to].read_by,
+        "pipeline_tag": "text-generation",
+        "tags": ["hf-genlm"],
+    }
+    page = environment.from_string(template).render(
+        metadata=yaml.safe_dump(metadata, allow_unicode=True, sort_keys=False).strip(),
+        name=fields.get("model_name", "A small language model"),
+        target=to,
+        dtype=dtype,
+        weights=next((file.name for file in folder.glob("*.gguf")), None),
+        config=model.config,
+        mixers=list(dict.fromkeys(model.config.mixer_types or [])),
+        bos=tokenizer.bos_token,
+        eos=tokenizer.eos_token,
+        found=found,
+        card=CARD_OF_MODEL if (folder / CARD_OF_MODEL).is_file() else None,
+        version=describe_environment()["packages"]["hf_genlm"] or "",
+    )
+    write_text(folder / "README.md", page)
+
+
+def _card_fields(card: Path) -> dict[str, Any]:
+    """Front matter of a model card that holds for every format of the model."""
+    from huggingface_hub import ModelCard
+
+    data = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    return {name: data[name] for name in _CARD_FIELDS if name in data}
+
+
+def _layout_target(word: str) -> Target:
+    layout = LAYOUTS[word]
 
     def write(model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
         convert(model, layout).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    def read_back(folder: Path, model: GenLMForCausalLM, dtype: str) -> ReadLogits:
-        return _by_transformers(layout.model_class.from_pretrained(folder).eval())
+    return Target(
+        dtypes=("float32",),
+        read_by="transformers",
+        needs=(),
+        find_misfits=lambda model, tokenizer, dtype: find_misfits(model, layout),
+        write=write,
+        read_back=lambda folder, model, dtype: _logits_of(layout.model_class.from_pretrained(folder).eval()),
+    )
 
-    return Target(purpose, ("float32",), (), misfits, write, read_back)
 
-
-def _by_transformers(model: PreTrainedModel) -> ReadLogits:
+def _logits_of(model: PreTrainedModel) -> ReadLogits:
     return lambda ids: model(ids[None]).logits[0]
-
-
-def _read_gguf(folder: Path, model: GenLMForCausalLM, dtype: str) -> ReadLogits:
-    return _by_transformers(gguf_file.read_back(folder, model, dtype))
 
 
 def _read_onnx(folder: Path, model: GenLMForCausalLM, dtype: str) -> ReadLogits:
@@ -158,22 +214,22 @@ def _read_onnx(folder: Path, model: GenLMForCausalLM, dtype: str) -> ReadLogits:
 
 
 EXPORTS = {
-    "llama": _layout_target("llama", "a Llama of transformers, which vLLM and others read"),
-    "qwen3": _layout_target("qwen3", "a Qwen3 of transformers: normalised queries and keys, windows"),
+    "llama": _layout_target("llama"),  # vLLM and others read it, too
+    "qwen3": _layout_target("qwen3"),  # queries and keys are normalised; windows
     "gguf": Target(
-        "a file for llama.cpp",
-        tuple(gguf_file.DTYPES),
-        ("gguf",),
-        gguf_file.misfits_of_gguf,
-        gguf_file.write_gguf,
-        _read_gguf,
+        dtypes=tuple(gguf_file.DTYPES),
+        read_by="llama.cpp",
+        needs=("gguf",),
+        find_misfits=gguf_file.find_gguf_misfits,
+        write=gguf_file.write_gguf,
+        read_back=lambda folder, model, dtype: _logits_of(gguf_file.read_back(folder, model, dtype)),
     ),
     "onnx": Target(
-        "a decoding step with its state, for onnxruntime",
-        ("float32",),
-        ("onnxscript", "onnxruntime"),
-        onnx_step.misfits_of_onnx,
-        onnx_step.write_onnx,
-        _read_onnx,
+        dtypes=("float32",),
+        read_by="onnxruntime",
+        needs=("onnxscript", "onnxruntime"),
+        find_misfits=onnx_step.find_onnx_misfits,
+        write=onnx_step.write_onnx,
+        read_back=_read_onnx,
     ),
 }

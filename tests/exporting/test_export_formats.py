@@ -1,10 +1,11 @@
-"""Promise: what `hf-genlm export` writes computes the model's logits without this package, or is refused with
-every reason."""
+"""Promise: an export computes the model's logits without this package, or is refused with every reason."""
 
+import copy
 import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import TokenizerRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.exporting import layouts, onnx_step, targets
+from hf_genlm.exporting import gguf_file, layouts, targets
 from hf_genlm.exporting.onnx_runner import OnnxRunner
+from hf_genlm.exporting.onnx_step import write_onnx
 from hf_genlm.exporting.targets import EXPORTS, TEXTS, export_model
 from hf_genlm.text.store import Document
 from hf_genlm.text.tokenizer import PATTERNS, train_tokenizer
@@ -207,6 +209,8 @@ def test_gguf_is_read_by_transformers_and_decoded_by_llama_cpp(switches, pattern
     read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     for text in TEXTS:
         assert read(text, add_special_tokens=False).input_ids == tokenizer(text).input_ids
+    for name in ("bos_token", "eos_token", "pad_token"):
+        assert getattr(read, name) == getattr(tokenizer, name)
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     f32 = llama_cpp.GGML_TYPE_F32
     llm = llama_cpp.Llama(str(file), n_ctx=512, n_threads=1, verbose=False, type_k=f32, type_v=f32)
@@ -223,18 +227,82 @@ def test_gguf_is_read_by_transformers_and_decoded_by_llama_cpp(switches, pattern
     assert new == greedy(model, prompt, 64)
 
 
+@pytest.mark.parametrize(
+    ("switches", "pattern"), [(LLAMA, "gpt2"), (QWEN3, "qwen35")], ids=["llama", "qwen3"]
+)
+def test_gguf_holds_config_and_special_tokens(switches, pattern, tokenizers, tmp_path):
+    """Every value that llama.cpp reads, each another one than llama.cpp's own default."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install '.[export]'")
+    tokenizer = copy.deepcopy(tokenizers[pattern])
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(5)  # three special tokens of three ids, none 0
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(7)
+    rope = {"rope_type": "default", "rope_theta": 321.0}
+    sizes = {"head_dim": 16, "num_key_value_heads": 1, "intermediate_size": 48, "max_position_embeddings": 77}
+    model = build_for(tokenizer, ATTENTION, rope_parameters=rope, rms_norm_eps=1e-3, **sizes, **switches)
+    found = export_model(model, tokenizer, "gguf", tmp_path / "out")
+    assert found.largest_difference < 1e-4
+    fields = gguf.GGUFReader(tmp_path / "out" / gguf_file.file_name("float32")).fields
+    name = "qwen3" if switches["qk_norm"] else "llama"
+    expected = {
+        f"{name}.context_length": 77,
+        f"{name}.embedding_length": 32,
+        f"{name}.block_count": 2,
+        f"{name}.feed_forward_length": 48,
+        f"{name}.attention.head_count": 4,
+        f"{name}.attention.head_count_kv": 1,
+        f"{name}.attention.key_length": 16,
+        f"{name}.attention.value_length": 16,
+        f"{name}.attention.layer_norm_rms_epsilon": pytest.approx(1e-3),
+        f"{name}.rope.dimension_count": 16,
+        f"{name}.rope.freq_base": 321.0,
+        f"{name}.vocab_size": len(tokenizer),
+        "general.architecture": name,
+        "tokenizer.ggml.bos_token_id": 5,
+        "tokenizer.ggml.eos_token_id": 7,
+        "tokenizer.ggml.padding_token_id": 1,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.pre": {"gpt2": "gpt-2", "qwen35": "qwen35"}[pattern],
+    }
+    assert {key: fields[key].contents() for key in expected} == expected
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    assert [tokens[i] for i in (5, 7, 1)] == [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
+
+
+@pytest.mark.parametrize("rope_theta", [321.0, 50_000.0])
+def test_gguf_read_back_uses_the_rotary_base_and_epsilon_of_the_file(rope_theta, tokenizers, tmp_path):
+    """A file whose config differs from the model's gives other logits, so that an export notices it."""
+    tokenizer = tokenizers["gpt2"]
+    model = build_for(tokenizer, ATTENTION, **LLAMA)
+    wrong_rope = {"rope_type": "default", "rope_theta": rope_theta}
+    ids = torch.tensor([tokenizer(TEXTS[0]).input_ids])
+    expected = model(ids).logits
+    for name, changes in (
+        ("right", {}),
+        ("base", {"rope_parameters": wrong_rope}),
+        ("epsilon", {"rms_norm_eps": 0.1}),
+    ):
+        converted = layouts.convert(model, layouts.LAYOUTS["llama"])
+        for key, value in changes.items():
+            setattr(converted.config, key, value)
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / gguf_file.file_name("float32")
+        gguf_file.write_converted(converted, file, "llama", tokenizer)
+        difference = (gguf_file.read_back(file.parent, model, "float32")(ids).logits - expected).abs().max()
+        assert (difference > 0.01) == bool(changes), name
+
+
 @pytest.mark.parametrize("kind", SHALLOW)
 def test_onnx_step_gives_the_logits_and_64_greedy_tokens(kind, tokenizers, tmp_path):
     check_onnx(build_for(tokenizers["own"], SHALLOW[kind]), tokenizers["own"], tmp_path / "out")
 
 
-def test_large_weights_lie_beside_the_graph(tokenizers, tmp_path, monkeypatch):
-    """And a text of bos alone has its logits: the shortest that there is."""
-    monkeypatch.setattr(onnx_step, "_MOST_BYTES_INSIDE", 0)
+def test_large_weights_go_to_a_file_beside_the_graph(tokenizers, tmp_path):
+    """Read with the shortest text, which is one token."""
     model = build_for(tokenizers["own"], ["gru"])
-    export_model(model, tokenizers["own"], "onnx", tmp_path / "out")
-    assert (tmp_path / "out" / "model.onnx.data").stat().st_size > 4 * len(tokenizers["own"]) * 32
-    got = torch.from_numpy(OnnxRunner(tmp_path / "out").read(1))
+    write_onnx(model, tokenizers["own"], tmp_path, max_inline_bytes=0)
+    assert (tmp_path / "model.onnx.data").stat().st_size > 4 * len(tokenizers["own"]) * 32
+    got = torch.from_numpy(OnnxRunner(tmp_path).read(1))
     torch.testing.assert_close(got, model(torch.tensor([[1]])).logits[0, 0], atol=1e-4, rtol=0)
 
 
@@ -289,19 +357,15 @@ def test_the_page_of_an_onnx_export_runs_where_this_package_is_not(tokenizers, t
     assert run_alone(ALONE + without + example, out).rstrip("\n") == expected.rstrip("\n")
 
 
-def test_an_export_that_differs_is_a_fault_and_leaves_nothing(tokenizers, tmp_path, monkeypatch):
-    fold = layouts.fold
-
-    def wrong(model, layout):
-        weights = fold(model, layout)
-        weights["model.layers.1.self_attn.q_proj.weight"] += 0.01
-        return weights
-
-    monkeypatch.setattr(layouts, "fold", wrong)
+def test_an_export_with_other_logits_is_a_fault_and_leaves_nothing(tokenizers, tmp_path, monkeypatch):
+    """A format that writes another model."""
+    tokenizer = tokenizers["own"]
+    model, other = (build_for(tokenizer, ATTENTION, seed=seed, **LLAMA) for seed in (0, 1))
+    llama = EXPORTS["llama"]
+    wrong = replace(llama, write=lambda model, *arguments: llama.write(other, *arguments))
+    monkeypatch.setitem(EXPORTS, "llama", wrong)
     with pytest.raises(RuntimeError, match="logits differ from the model's by"):
-        export_model(
-            build_for(tokenizers["own"], ATTENTION, **LLAMA), tokenizers["own"], "llama", tmp_path / "out"
-        )
+        export_model(model, tokenizer, "llama", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -338,9 +402,9 @@ def test_a_folder_that_cannot_be_made_is_named(tokenizers, tmp_path):
 def test_a_missing_library_is_named_with_its_extra(tokenizers, tmp_path, monkeypatch):
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
     for word in ("onnx", "gguf"):
-        with pytest.raises(UserError, match=rf"--to {word} needs .*pip install 'hf_genlm\[export\]'"):
+        with pytest.raises(UserError, match=rf"--to {word} needs .*pip install '\.\[export\]'"):
             export_model(None, tokenizers["own"], word, tmp_path / "out")
-    assert EXPORTS["llama"].libraries == ()
+    assert EXPORTS["llama"].needs == ()
 
 
 def test_the_recipe_trains_what_every_runtime_takes(tmp_path, monkeypatch, capsys):
