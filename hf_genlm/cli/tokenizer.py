@@ -9,7 +9,7 @@ from hf_genlm.cli.recipes import recipe_of
 
 def run(options: argparse.Namespace) -> None:
     recipe = recipe_of(options, VOCABULARY_FIELD | LANGUAGE_FIELDS)
-    from hf_genlm.evaluation.languages import tokenization_of
+    from hf_genlm.evaluation.languages import measure_corpus_tokenization
     from hf_genlm.evaluation.measurement import write_measurements
     from hf_genlm.text.languages import check_languages
     from hf_genlm.text.tokenizer import train_tokenizer_on
@@ -27,7 +27,9 @@ def run(options: argparse.Namespace) -> None:
         measured = []
         if found.languages or corpus.parallel:
             display.show("measuring languages")
-            measured = tokenization_of(found.tokenizer, found.documents, found.languages, corpus, "train")
+            measured = measure_corpus_tokenization(
+                found.tokenizer, found.documents, found.languages, corpus, "train"
+            )
             write_measurements(found.path / "languages.json", measured)
     print(
         f"{len(found.tokenizer):,} tokens in the vocabulary; "

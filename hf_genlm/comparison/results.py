@@ -12,7 +12,7 @@ from hf_genlm.comparison.running import ComparisonFolder, prepared_of
 from hf_genlm.comparison.statistics import Estimate, difference_in_bits, holm, mean_bits
 from hf_genlm.config.recipe import load_recipe
 from hf_genlm.errors import UserError
-from hf_genlm.evaluation.blocks import BlockSums
+from hf_genlm.evaluation.aggregation import BlockSums
 from hf_genlm.files import read_json, write_json
 from hf_genlm.run_folder import RunFolder
 

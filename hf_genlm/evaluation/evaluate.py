@@ -46,7 +46,7 @@ class Material:
     n_words: np.ndarray | None = None  # per document
     languages: "Languages" = field(default_factory=dict)  # their documents stand in this order
     training: Any = None  # training text of a run, as `texts`; None if it is not available
-    pairs: list[Any] = field(default_factory=list)  # of minimal_pairs.Pair
+    pairs: list[Any] = field(default_factory=list)  # of benchmarks.Pair
     pairs_split: str = "pairs"
     tasks: Sequence[str] = ()  # names of lm-eval tasks
     include_path: str | Path | None = None  # folder with more task files
@@ -101,60 +101,63 @@ def evaluate(
     sources = [sources] if isinstance(sources, str) else list(sources or ())
     if sources and texts is not None:
         raise UserError("sources and texts were both given: give one of them")
-    name_or_path = str(model.path if isinstance(model, RunFolder) else model)
     has_text = bool(sources) or texts is not None
     names = _select_suites(suites, has_text, {"pairs": pairs, "tasks": tasks})
     needs = {need for name in names for need in SUITES[name].needs}
-    run = RunFolder.open(name_or_path) if (Path(name_or_path) / "recipe.yaml").is_file() else None
+    path = str(model.path if isinstance(model, RunFolder) else model)
+    run = RunFolder.open(path) if (Path(path) / "recipe.yaml").is_file() else None
     if "documents" in needs and run is None and not has_text:
-        raise UserError(f"{name_or_path!r} is not a run folder: name the SOURCE to measure it on")
+        raise UserError(f"{path!r} is not a run folder: name the SOURCE to measure it on")
     settings = load_recipe(run.recipe if run else recipe, assignments)
     tell: Listener = listener or (lambda event, fields: None)
     _progress_of("loading torch and transformers", tell)(0, None)
-    material = Material(settings.evaluation)
-    if "pairs" in needs:
-        from hf_genlm.evaluation.minimal_pairs import read_pairs
+    material = Material(settings.evaluation, tasks=list(tasks or ()), include_path=include_path)
+    if pairs is not None:
+        from hf_genlm.evaluation.benchmarks import read_pairs
 
-        assert pairs is not None
-        material.pairs = read_pairs(pairs)
-        material.pairs_split = Path(pairs).resolve().stem
-    if "tasks" in needs:
-        material.tasks, material.include_path = list(tasks or ()), include_path
+        material.pairs, material.pairs_split = read_pairs(pairs), Path(pairs).resolve().stem
     if needs & {"documents", "training"}:
         _read_text(material, sources, texts, run, settings, tell)
-    subject = load_subject(name_or_path, settings.evaluation.context_length)
-    if "documents" in needs:
+    subject = load_subject(path, settings.evaluation.context_length)
+    measurements = _run_suites(names, subject, material, settings, tell)
+    if run and not has_text and not assignments:
+        update_measurements(run.evaluation, measurements)
+    return measurements
+
+
+def _run_suites(
+    names: Sequence[str], subject: Subject, material: Material, recipe: Recipe, tell: Listener
+) -> list[Measurement]:
+    """Tokenize the texts if a suite needs them, and run the suites in order."""
+    if any("documents" in SUITES[name].needs for name in names):
         from hf_genlm.text.encoding import encode_documents
 
-        material.documents = encode_documents(
-            subject.tokenizer, material.texts, _progress_of("encoding", tell)
-        )
+        on_progress = _progress_of("encoding", tell)
+        material.documents = encode_documents(subject.tokenizer, material.texts, on_progress)
         _progress_of("counting words", tell)(0, None)
         material.n_words = material.texts.count_words()
-    measurements = []
+    found: list[Measurement] = []
     for name in names:
         on_progress = _progress_of(name, tell)
         on_progress(0, None)
         if SUITES[name].has_own_bar:
             tell("external_bar", {"is_active": True})
-        measurements += SUITES[name].measure(subject, material, on_progress)
+        found += SUITES[name].measure(subject, material, on_progress)
         if SUITES[name].has_own_bar:
             tell("external_bar", {"is_active": False})
     if "likelihood" in names:
         from hf_genlm.evaluation.languages import measure_languages
 
-        measurements += measure_languages(
+        found += measure_languages(
             subject.model,
             subject.tokenizer,
-            measurements,
+            found,
             material.languages,
-            settings,
+            recipe,
             start_id=subject.start_id,
             context=subject.context,
         )
-    if run and not has_text and not assignments:
-        update_measurements(run.evaluation, measurements)
-    return measurements
+    return found
 
 
 def score_texts(
@@ -199,10 +202,10 @@ def load_subject(name: str, context: int | None = None) -> Subject:
         UserError: the model cannot be loaded, or its tokenizer has no start token.
     """
     model, tokenizer = load(name)
-    from hf_genlm.evaluation.likelihood import start_id_of
+    from hf_genlm.evaluation.likelihood import start_token_id
 
     limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_CONTEXT
-    return Subject(model, tokenizer, start_id_of(tokenizer), context or limit)
+    return Subject(model, tokenizer, start_token_id(tokenizer), context or limit)
 
 
 def _select_suites(suites: Sequence[str] | None, has_text: bool, given: dict[str, Any]) -> list[str]:
@@ -269,7 +272,7 @@ def _progress_of(task: str, tell: Listener) -> Progress:
 
 
 def _likelihood(subject: Subject, material: Material, on_progress: Progress) -> list[Measurement]:
-    from hf_genlm.evaluation.languages import documents_of
+    from hf_genlm.evaluation.languages import count_documents
     from hf_genlm.evaluation.likelihood import measure_likelihood
 
     return measure_likelihood(
@@ -281,14 +284,14 @@ def _likelihood(subject: Subject, material: Material, on_progress: Progress) -> 
         batch_size=material.settings.batch_size,
         carry_state=bool(material.settings.carry_state),
         n_words=material.n_words,
-        parts=documents_of(material.languages),
+        parts=count_documents(material.languages),
         split=material.split,
         on_progress=on_progress,
     )
 
 
 def _minimal_pairs(subject: Subject, material: Material, on_progress: Progress) -> list[Measurement]:
-    from hf_genlm.evaluation.minimal_pairs import measure_minimal_pairs
+    from hf_genlm.evaluation.benchmarks import measure_minimal_pairs
 
     return measure_minimal_pairs(
         subject.model,
@@ -302,9 +305,9 @@ def _minimal_pairs(subject: Subject, material: Material, on_progress: Progress) 
 
 
 def _lm_eval(subject: Subject, material: Material, on_progress: Progress) -> list[Measurement]:
-    from hf_genlm.evaluation.harness import measure_tasks
+    from hf_genlm.evaluation.benchmarks import measure_lm_eval_tasks
 
-    return measure_tasks(
+    return measure_lm_eval_tasks(
         subject.model,
         subject.tokenizer,
         material.tasks,
@@ -316,9 +319,9 @@ def _lm_eval(subject: Subject, material: Material, on_progress: Progress) -> lis
 
 
 def _range(subject: Subject, material: Material, on_progress: Progress) -> list[Measurement]:
-    from hf_genlm.evaluation.long_range import measure_range
+    from hf_genlm.evaluation.context import measure_loss_by_position
 
-    return measure_range(
+    return measure_loss_by_position(
         subject.model,
         material.documents,
         subject.start_id,
@@ -330,7 +333,7 @@ def _range(subject: Subject, material: Material, on_progress: Progress) -> list[
 
 
 def _extrapolation(subject: Subject, material: Material, on_progress: Progress) -> list[Measurement]:
-    from hf_genlm.evaluation.long_range import measure_extrapolation
+    from hf_genlm.evaluation.context import measure_extrapolation
 
     return measure_extrapolation(
         subject.model,

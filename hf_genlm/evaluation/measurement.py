@@ -1,16 +1,23 @@
-"""A measurement: a number that knows its unit, its count, its standard error and its better direction."""
+"""A measurement: a number with its unit, count, standard error and better direction; and statistical errors.
+
+Sources: Cochran, Sampling Techniques, 3rd ed., 1977, ch. 6 (ratios over clusters); Efron and Tibshirani, An
+Introduction to the Bootstrap, 1993, ch. 6 and 13 (percentile intervals) and ch. 11 (jackknife).
+"""
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hf_genlm.errors import UserError
 from hf_genlm.files import write_json
+
+NUM_RESAMPLES = 2000
+CONFIDENCE_LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -18,8 +25,8 @@ class Measurement:
     """One measured number.
 
     `n` counts what the value is an average over, in the denominator of `unit` (tokens for "nats/token").
-    `stderr` is the standard error of `value` in the same unit, `interval` the two ends of its 95 % interval;
-    None where they cannot be known.
+    `stderr` is the standard error of `value` in the same unit, `interval` its 95 % confidence interval; both
+    are None if unknown.
     """
 
     name: str
@@ -32,8 +39,8 @@ class Measurement:
     interval: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by name, `interval` only where there is one. JSON has no infinity: a number that is not
-        finite becomes None, and an interval with such an end is left out."""
+        """Convert to JSON types. JSON has no infinity: a number that is not finite becomes None, and an
+        interval with such an end is left out, as is one that is None."""
         content = asdict(self)
         for key in ("value", "stderr"):
             if content[key] is not None and not math.isfinite(content[key]):
@@ -43,7 +50,7 @@ class Measurement:
 
     @classmethod
     def from_json(cls, content: Any) -> "Measurement":
-        """The inverse of `to_json`; a value of None is read as nan, and an interval may be missing.
+        """Invert `to_json`. A value of None is read as nan.
 
         Raises:
             UserError: a field is missing, unknown or of another type.
@@ -51,10 +58,14 @@ class Measurement:
         names = {field.name for field in fields(cls)} - {"interval"}
         if not isinstance(content, dict) or set(content) - {"interval"} != names:
             raise UserError(
-                f"a measurement holds exactly {', '.join(sorted(names))}, and may hold an interval, "
+                f"a measurement has exactly the fields {', '.join(sorted(names))}, and may have an interval, "
                 f"not {content!r}"
             )
         try:
+            interval = content.get("interval")
+            if interval is not None:
+                low, high = _of_type(list, interval)
+                interval = (float(low), float(high))
             return cls(
                 name=_of_type(str, content["name"]),
                 value=math.nan if content["value"] is None else float(content["value"]),
@@ -63,10 +74,16 @@ class Measurement:
                 stderr=None if content["stderr"] is None else float(content["stderr"]),
                 split=_of_type(str, content["split"]),
                 higher_is_better=_of_type(bool, content["higher_is_better"]),
-                interval=_ends_of(content.get("interval")),
+                interval=interval,
             )
         except (TypeError, ValueError) as error:
             raise UserError(f"{content!r} is not a measurement: {error}") from error
+
+
+def _of_type(kind: type, value: Any) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"{value!r} should be of type {kind.__name__}")
+    return value
 
 
 def write_measurements(path: str | Path, measurements: Iterable[Measurement]) -> None:
@@ -75,7 +92,7 @@ def write_measurements(path: str | Path, measurements: Iterable[Measurement]) ->
 
 
 def read_measurements(path: str | Path) -> list[Measurement]:
-    """The measurements of a file that `write_measurements` wrote.
+    """Read a file of `write_measurements`.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -96,22 +113,43 @@ def read_measurements(path: str | Path) -> list[Measurement]:
 
 
 def update_measurements(path: str | Path, measurements: Iterable[Measurement]) -> None:
-    """Write `measurements` to a file, in place of those of the same name and split; its others stay.
+    """Merge `measurements` into a file: those with the same name and split are replaced.
 
     Raises:
         UserError: the file is damaged.
     """
     path = Path(path)
-    kept = read_measurements(path) if path.is_file() else []
-    write_measurements(path, {(m.name, m.split): m for m in [*kept, *measurements]}.values())
+    present = read_measurements(path) if path.is_file() else []
+    write_measurements(path, {(m.name, m.split): m for m in [*present, *measurements]}.values())
+
+
+class Statistic(NamedTuple):
+    """A value over `n` items without a name and unit yet; `stderr` is None if unknown."""
+
+    value: float
+    n: int
+    stderr: float | None
+
+
+def mean_statistic(values: np.ndarray) -> Statistic:
+    """Mean of independent `values` (M,), M > 0."""
+    stderr = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    return Statistic(float(values.mean()), len(values), stderr)
+
+
+def to_results(statistics: Mapping[str, Statistic | None]) -> dict[str, float | None]:
+    """Convert to `NAME` and `NAME_stderr`, as metrics of the library evaluate return them."""
+    values = {name: None if found is None else found.value for name, found in statistics.items()}
+    errors = {f"{name}_stderr": None if found is None else found.stderr for name, found in statistics.items()}
+    return values | errors
 
 
 def ratio_stderr(numerators: Iterable[float], denominators: Iterable[float]) -> float | None:
     """Standard error of R = sum(y) / sum(x) over n clusters i with totals y_i and x_i.
 
-    By linearisation (the delta method), with no correction for a finite population:
-    sqrt(n / (n - 1) * sum_i (y_i - R x_i)^2) / sum(x). Source: Cochran, Sampling Techniques, 3rd ed., 1977,
-    ch. 6. Clusters may differ in size; what goes on inside a cluster needs no independence.
+    By linearization (the delta method), without finite-population correction (Cochran, ch. 6):
+    sqrt(n / (n - 1) * sum_i (y_i - R x_i)^2) / sum(x). Clusters may differ in size, and the items within a
+    cluster may depend on each other.
 
     Returns:
         The standard error in the unit of R; None for fewer than two clusters.
@@ -125,14 +163,45 @@ def ratio_stderr(numerators: Iterable[float], denominators: Iterable[float]) -> 
     return float(np.sqrt(len(x) / (len(x) - 1) * np.square(residuals).sum()) / x.sum())
 
 
-def _ends_of(value: Any) -> tuple[float, float] | None:
-    if value is None:
-        return None
-    low, high = _of_type(list, value)
+def jackknife_stderr(leave_one_out: np.ndarray) -> float:
+    """Jackknife standard error of a statistic from its values (M,) without each of M > 1 clusters.
+
+    sqrt((M - 1) / M * sum_i (t_i - mean t)^2) (Efron and Tibshirani, ch. 11).
+    """
+    m = len(leave_one_out)
+    return float(np.sqrt((m - 1) / m * np.square(leave_one_out - leave_one_out.mean()).sum()))
+
+
+def bootstrap_sums(
+    sums_NK: np.ndarray, num_resamples: int = NUM_RESAMPLES, seed: int = 0, max_draws: int = 1 << 22
+) -> np.ndarray:
+    """Column sums of N clusters drawn with replacement out of N.
+
+    All K columns of a resample have the same clusters, so the ratio of two columns is a resampled ratio. The
+    same `seed` and N always draw the same clusters. (scipy.stats.bootstrap resamples one statistic at a time
+    and holds all draws in memory.)
+
+    Args:
+        sums_NK: totals of each cluster.
+        max_draws: clusters drawn at once, 8 bytes each. Changes no result beyond the rounding of float64.
+
+    Returns:
+        (num_resamples, K) float64.
+    """
+    sums_NK = np.asarray(sums_NK, dtype=np.float64)
+    n = len(sums_NK)
+    generator = np.random.default_rng(seed)
+    rows_at_once = max(1, max_draws // n)
+    resampled = []
+    for first in range(0, num_resamples, rows_at_once):
+        rows = min(rows_at_once, num_resamples - first)
+        drawn = generator.integers(0, n, size=(rows, n)) + n * np.arange(rows)[:, None]
+        counts_RN = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
+        resampled.append(counts_RN @ sums_NK)
+    return np.concatenate(resampled)
+
+
+def percentile_interval(values_R: np.ndarray) -> tuple[float, float]:
+    """The middle 95 % of resampled values (R,)."""
+    low, high = np.quantile(values_R, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
     return float(low), float(high)
-
-
-def _of_type(kind: type, value: Any) -> Any:
-    if type(value) is not kind:
-        raise TypeError(f"{value!r} should be of type {kind.__name__}")
-    return value

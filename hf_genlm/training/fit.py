@@ -10,8 +10,9 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from hf_genlm.config.recipe import Recipe, TrainingRecipe
 from hf_genlm.errors import Stopped
-from hf_genlm.evaluation.languages import documents_of
-from hf_genlm.evaluation.likelihood import Window, measure_likelihood
+from hf_genlm.evaluation.aggregation import Window
+from hf_genlm.evaluation.languages import count_documents
+from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.evaluation.measurement import Measurement
 from hf_genlm.files import append_file, note_no_space
 from hf_genlm.memory import keeping_memory
@@ -275,7 +276,7 @@ def likelihood_of(
         carry_state=recipe.evaluation.carry_state,
         n_words=corpus.validation_words,
         max_tokens=max_tokens,
-        parts=documents_of(languages),
+        parts=count_documents(languages),
         on_progress=on_progress,
         on_scores=on_scores,
     )

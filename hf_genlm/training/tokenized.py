@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_genlm.config.recipe import Recipe, TrainingRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.evaluation.languages import documents_of, tokenization_of
+from hf_genlm.evaluation.languages import count_documents, measure_corpus_tokenization
 from hf_genlm.evaluation.measurement import write_measurements
 from hf_genlm.files import atomic_folder, read_json, write_json
 from hf_genlm.run_folder import RunFolder
@@ -68,7 +68,8 @@ class TokenizedCorpus:
         repeats = repeats_of(self.languages)
         if repeats is None:
             return PackedRows(self.train, max_seq_length, **ids, carries_state=training.carry_state)
-        return BalancedRows(self.train, documents_of(self.languages, "train"), repeats, max_seq_length, **ids)
+        n_documents = count_documents(self.languages, "train")
+        return BalancedRows(self.train, n_documents, repeats, max_seq_length, **ids)
 
     def word_rate(self, rows: PackedRows | BalancedRows) -> WordRate:
         """Words a token, of the whole training text."""
@@ -173,7 +174,7 @@ def _prepare(run: RunFolder, recipe: Recipe, is_resuming: bool) -> TokenizedCorp
     write_json(run.corpus, corpus.report, CorpusFile)
     if languages:
         write_measurements(
-            run.languages, tokenization_of(tokenizer, corpus.validation, languages, recipe.corpus)
+            run.languages, measure_corpus_tokenization(tokenizer, corpus.validation, languages, recipe.corpus)
         )
     run.log(
         "tokenized",
@@ -230,6 +231,6 @@ def _encode_splits(
         encoded.append(encode_documents(tokenizer, documents, on_progress, note, cache, sha256))
         corpus.report[split]["tokens"] = encoded[-1].n_tokens
         languages = corpus.report.get("languages", {})
-        for code, span in spans(documents_of(languages, split)).items():
+        for code, span in spans(count_documents(languages, split)).items():
             languages[code][split]["tokens"] = encoded[-1][span].n_tokens
     return encoded

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.errors import NoSource, UserError
-from hf_genlm.evaluation.blocks import BlockSums
+from hf_genlm.evaluation.aggregation import BlockSums
 from hf_genlm.evaluation.languages import measure_languages
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.files import atomic_folder, write_json, write_text
@@ -383,7 +383,7 @@ def evaluate_run(
     def on_progress(done: int, total: int) -> None:
         run.tell("progress", task="evaluation", done=done, total=total)
 
-    blocks = BlockSums.of(corpus.validation)
+    blocks = BlockSums.from_documents(corpus.validation)
     found = likelihood_of(model, corpus, recipe, on_progress=on_progress, on_scores=blocks.add)
     blocks.save(run.blocks)
     found += measure_languages(

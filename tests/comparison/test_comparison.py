@@ -27,7 +27,7 @@ from hf_genlm.comparison.statistics import Estimate, difference_in_bits, holm, m
 from hf_genlm.config.recipe import load_recipe
 from hf_genlm.doctor import describe_model
 from hf_genlm.errors import UserError
-from hf_genlm.evaluation.blocks import BLOCK_BYTES, BlockSums
+from hf_genlm.evaluation.aggregation import BLOCK_BYTES, BlockSums
 from hf_genlm.evaluation.likelihood import make_windows
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.run_folder import RunFolder
@@ -276,7 +276,7 @@ def test_blocks_hold_each_token_once_and_the_same_whatever_the_windows():
     nats = [draw.random(len(ids)) for ids, _ in documents]
     tables = []
     for context, stride in ((64, 32), (1000, 500), (7, 3)):
-        sums = BlockSums.of(documents)
+        sums = BlockSums.from_documents(documents)
         windows = make_windows([len(ids) for ids, _ in documents], context, stride)
         for some in (windows[::2], windows[1::2]):
             scored = [nats[w.document][w.first : w.stop] for w in some]
@@ -292,7 +292,7 @@ def test_blocks_hold_each_token_once_and_the_same_whatever_the_windows():
 
 
 def test_a_file_of_blocks_comes_back_and_damage_is_named(tmp_path):
-    sums = BlockSums.of([(np.arange(10), 5000)])
+    sums = BlockSums.from_documents([(np.arange(10), 5000)])
     sums.save(tmp_path / "blocks.npy")
     assert BlockSums.load(tmp_path / "blocks.npy").table.tolist() == sums.table.tolist()
     (tmp_path / "blocks.npy").write_bytes(b"nothing")

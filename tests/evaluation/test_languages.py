@@ -19,10 +19,15 @@ from hf_genlm.cli.main import main
 from hf_genlm.cli.recipes import recipe_of
 from hf_genlm.config.recipe import CorpusRecipe, load_recipe
 from hf_genlm.errors import Stopped, UserError
-from hf_genlm.evaluation.languages import measure_parallel, over_languages
+from hf_genlm.evaluation.languages import (
+    SCRIPTS,
+    measure_parallel,
+    measure_tokenization,
+    scripts_of,
+    summarize_languages,
+)
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.evaluation.measurement import Measurement, read_measurements
-from hf_genlm.evaluation.tokenization import SCRIPTS, measure_tokenization, scripts_of
 from hf_genlm.text.corpus import notes_on, read_corpus
 from hf_genlm.text.encoding import TokenizedDocuments
 from hf_genlm.text.languages import (
@@ -341,7 +346,7 @@ def test_what_follows_from_the_numbers_of_each_language():
     ]
     languages = {"eng": {"validation": {"bytes": 100, "characters": 100}},
                  "hin": {"validation": {"bytes": 300, "characters": 120}}}  # fmt: skip
-    found = {m.name: m for m in over_languages(measured, languages)}
+    found = {m.name: m for m in summarize_languages(measured, languages)}
     assert found["bits_per_character/eng"].value == 2.0
     assert found["bits_per_character/hin"].value == 2.5
     assert found["bits_per_character/hin"].stderr == pytest.approx(1.0)

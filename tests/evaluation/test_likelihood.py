@@ -12,11 +12,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_genlm.errors import UserError
-from hf_genlm.evaluation import likelihood
-from hf_genlm.evaluation.bootstrap import bootstrap_sums, percentile_interval
-from hf_genlm.evaluation.likelihood import make_windows, measure_likelihood
+from hf_genlm.evaluation.likelihood import make_windows, measure_likelihood, select_windows
 from hf_genlm.evaluation.measurement import (
     Measurement,
+    bootstrap_sums,
+    percentile_interval,
     ratio_stderr,
     read_measurements,
     update_measurements,
@@ -138,17 +138,15 @@ def test_a_document_that_fits_is_one_plain_cross_entropy(model):
     assert measure(model, [(ids, 30)])["nats_per_token"].value == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_no_figure_depends_on_the_batch_size(any_model, monkeypatch):
+def test_no_measurement_depends_on_the_batch_size(any_model):
     documents = make_documents(25, 30)
     one = measure(any_model, documents, batch_size=1)
-    monkeypatch.setattr(likelihood, "MAX_LOGITS", 3 * CONTEXT * VOCAB)
-    bounded = measure(any_model, documents, batch_size=64)
-    monkeypatch.undo()
-    for other in (
-        measure(any_model, documents, batch_size=3),
-        measure(any_model, documents, batch_size=64),
-        bounded,
+    for options in (
+        {"batch_size": 3},
+        {"batch_size": 64},
+        {"batch_size": 64, "max_logits": 3 * CONTEXT * VOCAB},
     ):
+        other = measure(any_model, documents, **options)
         for name, expected in one.items():
             assert other[name].value == pytest.approx(expected.value, rel=1e-6)
             assert other[name].stderr == pytest.approx(expected.stderr, rel=1e-5)
@@ -188,14 +186,18 @@ def test_sums_of_an_instrumented_model_name_each_token_once():
     assert max(length for _, length in model.shapes) == CONTEXT
 
 
-def test_memory_bound_splits_batches(monkeypatch):
+@pytest.mark.parametrize("windows", [1, 2, 5])
+def test_max_logits_bounds_every_batch(windows):
     model = CountingModel(torch.zeros(VOCAB))
-    monkeypatch.setattr(likelihood, "MAX_LOGITS", 2 * CONTEXT * VOCAB)
-    measure(model, make_documents(10, 60), batch_size=64)
-    assert max(rows * length for rows, length in model.shapes) <= 2 * CONTEXT
-    monkeypatch.setattr(likelihood, "MAX_LOGITS", 1)  # a window larger than the bound still goes through
-    measure(model, make_documents(2, 60))
-    assert model.shapes[-1][0] == 1
+    measure(model, make_documents(10, 60), batch_size=64, max_logits=windows * CONTEXT * VOCAB)
+    assert windows * CONTEXT - CONTEXT < max(rows * length for rows, length in model.shapes)
+    assert max(rows * length for rows, length in model.shapes) <= windows * CONTEXT
+
+
+def test_a_window_beyond_max_logits_is_read_alone():
+    model = CountingModel(torch.zeros(VOCAB))
+    measure(model, make_documents(2, 60), max_logits=1)
+    assert {rows for rows, _ in model.shapes} == {1}
 
 
 def test_ties_count_against_the_model():
@@ -260,7 +262,7 @@ class TestPartial:
         """The parts of one long document, each scored by the definition, make up the figure."""
         documents = [*make_documents(1, 1, seed=5), (np.tile(np.arange(1, VOCAB), 6), 300)]
         windows = make_windows([len(ids) for ids, _ in documents], CONTEXT, CONTEXT // 2)
-        chosen = likelihood._spread(windows, 40)
+        chosen = select_windows(windows, 40)
         assert chosen != windows[: len(chosen)], "the part is spread, not the beginning"
         nats = [reference_nats(model, ids, CONTEXT, CONTEXT // 2) for ids, _ in documents]
         parts = [x for w in chosen for x in nats[w.document][w.first : w.stop]]
@@ -317,18 +319,18 @@ class TestIntervals:
         tokens = generator.integers(50, 150, size=(400, 40))
         hits = 0
         for mean, n in zip(means, tokens, strict=True):
-            sums = bootstrap_sums(np.stack([mean * n, n], axis=1), resamples=1000)
+            sums = bootstrap_sums(np.stack([mean * n, n], axis=1), num_resamples=1000)
             low, high = percentile_interval(sums[:, 0] / sums[:, 1])
             hits += low <= 3.0 <= high
         assert 0.90 <= hits / 400 <= 0.97
 
-    def test_draw_the_same_whatever_is_drawn_at_once(self, monkeypatch):
+    @pytest.mark.parametrize("max_draws", [1, 60, 30 * 63])
+    def test_do_not_depend_on_the_number_of_clusters_drawn_at_once(self, max_draws):
         sums = np.random.default_rng(0).normal(size=(30, 2))
-        whole = bootstrap_sums(sums, resamples=64)
+        whole = bootstrap_sums(sums, num_resamples=64)
         assert whole.shape == (64, 2)
         assert whole.mean(axis=0) == pytest.approx(sums.sum(axis=0), abs=4.0)
-        monkeypatch.setattr("hf_genlm.evaluation.bootstrap._AT_ONCE", 60)
-        assert np.allclose(bootstrap_sums(sums, resamples=64), whole)
+        assert np.allclose(bootstrap_sums(sums, num_resamples=64, max_draws=max_draws), whole)
 
     def test_are_unknown_for_one_cluster(self, model):
         assert {m.interval for m in measure(model, [(np.array([3]), 1)]).values()} == {None}

@@ -16,10 +16,10 @@ from support.models import build_model
 import hf_genlm
 from hf_genlm.config.recipe import TokenizerRecipe
 from hf_genlm.errors import UserError
+from hf_genlm.evaluation.aggregation import calibration_error
+from hf_genlm.evaluation.benchmarks import pair_accuracy
 from hf_genlm.evaluation.metrics import metric_names
-from hf_genlm.evaluation.ngrams import distinct_n, repetition, self_bleu
-from hf_genlm.evaluation.outcomes import calibration_error, pair_accuracy
-from hf_genlm.evaluation.words import words_of
+from hf_genlm.evaluation.text_statistics import distinct_n, repetition, self_bleu, split_words
 from hf_genlm.text.store import Document
 from hf_genlm.text.tokenizer import train_tokenizer
 
@@ -52,7 +52,7 @@ CASES = {
 
 
 def words() -> list[list[str]]:
-    return [words_of(text) for text in TEXTS]
+    return [split_words(text) for text in TEXTS]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_bits_per_byte_of_log_probabilities(evaluate):
     found = metric.compute(predictions=[[-1.0, -2.0], [-3.0], [-0.5]], references=texts)
     assert found["bits_per_byte"] == pytest.approx(6.5 / math.log(2) / 7)
     assert found["bits_per_byte_stderr"] > 0
-    with pytest.raises(ValueError, match="known are default, log_probabilities"):
+    with pytest.raises(ValueError, match="known: default, log_probabilities"):
         evaluate.load(hf_genlm.metric_path("bits_per_byte"), "logprobs")
 
 

@@ -10,7 +10,7 @@ import torch
 from support.models import build_model
 
 from hf_genlm.errors import UserError
-from hf_genlm.evaluation.minimal_pairs import Pair, measure_minimal_pairs, read_pairs
+from hf_genlm.evaluation.benchmarks import Pair, measure_minimal_pairs, read_pairs
 
 START, CONTEXT = 1, 12
 
@@ -154,8 +154,8 @@ def test_a_folder_is_all_its_files(tmp_path):
     ("content", "words"),
     [
         (line() + "\n{", r"x\.jsonl', line 2: not JSON"),
-        (line() + "\n\n[1]", "line 3: an object"),
-        (line(sentence_bad=None), "line 1: sentence_bad should be a text, not None"),
+        (line() + "\n\n[1]", "line 3: must be an object"),
+        (line(sentence_bad=None), "line 1: sentence_bad must be a text, not None"),
         (line(sentence_good=""), "line 1: sentence_good"),
         ("\n", "holds no pairs"),
         (b"\xff\xfe", "not UTF-8"),

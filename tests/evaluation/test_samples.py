@@ -11,13 +11,22 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_genlm.config.recipe import TokenizerRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.evaluation import mauve as mauve_module
-from hf_genlm.evaluation.mauve import last_hidden_states, mauve_of_features
+from hf_genlm.evaluation import samples as samples_module
 from hf_genlm.evaluation.measurement import Measurement
-from hf_genlm.evaluation.ngrams import distinct_n, repetition, self_bleu
-from hf_genlm.evaluation.overlap import count_overlap
-from hf_genlm.evaluation.samples import generate_texts, measure_samples, reference_pieces
-from hf_genlm.evaluation.words import words_of
+from hf_genlm.evaluation.samples import (
+    cut_references,
+    last_hidden_states,
+    mauve_score,
+    measure_samples,
+    sample_texts,
+)
+from hf_genlm.evaluation.text_statistics import (
+    distinct_n,
+    measure_overlap,
+    repetition,
+    self_bleu,
+    split_words,
+)
 from hf_genlm.text.store import Document, as_documents
 from hf_genlm.text.tokenizer import train_tokenizer
 
@@ -66,7 +75,7 @@ def greedy(model, tokenizer, prompt: str, count: int) -> str:
 @torch.no_grad()
 def test_greedy_texts_are_the_likeliest_tokens_after_each_prompt(model, tokenizer):
     prompts = ["The cat", "A dog saw", ""]
-    texts = generate_texts(model, tokenizer, count=5, max_new_tokens=8, temperature=0, prompts=prompts)
+    texts = sample_texts(model, tokenizer, count=5, max_new_tokens=8, temperature=0, prompts=prompts)
     assert texts == [greedy(model, tokenizer, prompts[i % 3], 8) for i in range(5)]
 
 
@@ -75,7 +84,7 @@ def test_draws_follow_the_whole_distribution_of_the_model(model, tokenizer):
     """One token each, against the probabilities: transformers' own default would leave 50 of them."""
     count, start = 4000, torch.tensor([[tokenizer.bos_token_id]])
     for temperature in (1.0, 3.0):
-        texts = generate_texts(model, tokenizer, count=count, max_new_tokens=1, temperature=temperature)
+        texts = sample_texts(model, tokenizer, count=count, max_new_tokens=1, temperature=temperature)
         p = torch.softmax(model(start).logits[0, -1].double() / temperature, dim=-1)
         p[tokenizer.eos_token_id] += p[tokenizer.pad_token_id]  # both give an empty text
         expected: dict[str, float] = {}
@@ -89,8 +98,8 @@ def test_draws_follow_the_whole_distribution_of_the_model(model, tokenizer):
 
 def test_settings_of_the_model_and_random_states_stay_out_of_it(model, tokenizer):
     options = {"count": 6, "max_new_tokens": 12, "seed": 3}
-    before = generate_texts(model, tokenizer, **options)
-    assert generate_texts(model, tokenizer, **{**options, "seed": 4}) != before
+    before = sample_texts(model, tokenizer, **options)
+    assert sample_texts(model, tokenizer, **{**options, "seed": 4}) != before
     own = model.generation_config
     model.train()
     torch.manual_seed(5), np.random.seed(5), random.seed(5)
@@ -98,7 +107,7 @@ def test_settings_of_the_model_and_random_states_stay_out_of_it(model, tokenizer
     try:
         model.generation_config = type(own)(top_k=1, repetition_penalty=5.0, do_sample=True, max_length=3)
         given = model.generation_config
-        assert generate_texts(model, tokenizer, **options) == before
+        assert sample_texts(model, tokenizer, **options) == before
         assert model.generation_config is given
         assert model.training
     finally:
@@ -125,22 +134,22 @@ def test_numbers_are_those_of_the_texts(model, tokenizer):
         reference_texts=[TEXT],
         on_progress=lambda done, total: seen.append((done, total)),
     )
-    samples = generate_texts(model, tokenizer, **options)
-    pieces = reference_pieces(tokenizer, [TEXT], 8, 24)
+    samples = sample_texts(model, tokenizer, **options)
+    pieces = cut_references(tokenizer, [TEXT], 8, 24)
     for split, texts in (("samples", samples), ("reference", pieces)):
-        words, named = [words_of(text) for text in texts], by_name(found, split)
-        overlap = count_overlap(texts, training)
+        words, named = [split_words(text) for text in texts], by_name(found, split)
+        shares, longest = measure_overlap(texts, training)
         expected = {
             "distinct_1": distinct_n(words, 1),
             "distinct_4": distinct_n(words, 4),
             "seq_rep_4": repetition(words, 4),
             "self_bleu_4": self_bleu(words),
-            "training_overlap_1": overlap.shares[1],
-            "training_overlap_4": overlap.shares[4],
+            "training_overlap_1": shares[1],
+            "training_overlap_4": shares[4],
         }
         for name, figure in expected.items():
             assert (named[name].value, named[name].n, named[name].stderr) == tuple(figure), name
-        assert named["longest_copied_span"].value == len(overlap.longest)
+        assert named["longest_copied_span"].value == len(longest)
         assert named["words_per_text"].value == pytest.approx(np.mean([len(text) for text in words]))
     reference = by_name(found, "reference")
     assert {reference[f"training_overlap_{n}"].value for n in (1, 2, 4, 8)} == {1.0}
@@ -153,7 +162,7 @@ def test_numbers_are_those_of_the_texts(model, tokenizer):
 
 def test_training_texts_in_a_store_are_read_like_a_list(models, tokenizer):
     options = {"count": 3, "max_new_tokens": 20}
-    copied = generate_texts(models["hybrid"], tokenizer, **options)[1]
+    copied = sample_texts(models["hybrid"], tokenizer, **options)[1]
     training = [TEXT, copied, "A dog ran away.\n"]
     stored = as_documents([Document(text, "text") for text in training])
     found = [
@@ -163,19 +172,19 @@ def test_training_texts_in_a_store_are_read_like_a_list(models, tokenizer):
     assert found[0] == found[1]
     assert found[0] == found[2]
     longest = by_name(found[0], "samples")["longest_copied_span"]
-    assert longest.value == len(words_of(copied)) > 0
+    assert longest.value == len(split_words(copied)) > 0
 
 
 def test_reference_pieces_do_not_overlap_and_are_as_long_as_samples(tokenizer):
     numbered = " ".join(f"{i}" for i in range(3000))
-    pieces = reference_pieces(tokenizer, [numbered], 10, 20)
+    pieces = cut_references(tokenizer, [numbered], 10, 20)
     assert len(pieces) == 10
     assert all(len(tokenizer(piece).input_ids) == 20 for piece in pieces)
     assert all(piece in numbered for piece in pieces)
     assert len(set(pieces)) == 10
-    short = reference_pieces(tokenizer, ["abcdefgh"], 4, 20)
+    short = cut_references(tokenizer, ["abcdefgh"], 4, 20)
     assert "".join(short) == "abcdefgh"
-    many = reference_pieces(tokenizer, [f"text {i}" for i in range(100)] + [" "], 10, 20)
+    many = cut_references(tokenizer, [f"text {i}" for i in range(100)] + [" "], 10, 20)
     assert many == [f"text {i * 10}" for i in range(10)]
 
 
@@ -193,9 +202,9 @@ def test_mauve_tells_equal_from_different_texts(models, tokenizer):
     pytest.importorskip("mauve")
     generator = np.random.default_rng(0)
     human, same, other = (generator.normal(size=(200, 8)) + shift for shift in (0, 0, 3))
-    assert mauve_of_features(human, human) == pytest.approx(1, abs=1e-6)
-    assert mauve_of_features(human, same) > 0.9
-    assert mauve_of_features(human, other) < 0.2
+    assert mauve_score(human, human) == pytest.approx(1, abs=1e-6)
+    assert mauve_score(human, same) > 0.9
+    assert mauve_score(human, other) < 0.2
     texts = [f"{i} The cat saw a dog; it ran away." for i in range(20)]
     found = measure_samples(
         models["hybrid"], tokenizer, count=20, max_new_tokens=8, reference_texts=texts, mauve=True
@@ -207,7 +216,7 @@ def test_mauve_tells_equal_from_different_texts(models, tokenizer):
 def test_mauve_without_its_package_or_texts_is_refused_before_any_work(models, tokenizer, monkeypatch):
     with pytest.raises(UserError, match="at least 20"):
         measure_samples(models["gpt2"], tokenizer, count=30, mauve=True)
-    monkeypatch.setattr(mauve_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(samples_module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'hf_genlm\[mauve\]'"):
         measure_samples(models["gpt2"], tokenizer, count=30, mauve=True)
 

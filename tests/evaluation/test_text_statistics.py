@@ -9,11 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_genlm.errors import UserError
-from hf_genlm.evaluation.figure import jackknife_stderr
-from hf_genlm.evaluation.ngrams import distinct_n, repetition, self_bleu
-from hf_genlm.evaluation.outcomes import calibration_error, pair_accuracy
-from hf_genlm.evaluation.overlap import SpanCounter, count_overlap, read_texts
-from hf_genlm.evaluation.words import words_of, words_of_parts
+from hf_genlm.evaluation.aggregation import calibration_error
+from hf_genlm.evaluation.benchmarks import pair_accuracy
+from hf_genlm.evaluation.measurement import jackknife_stderr
+from hf_genlm.evaluation.text_statistics import (
+    SpanMatcher,
+    distinct_n,
+    match_texts,
+    measure_overlap,
+    repetition,
+    self_bleu,
+    split_words,
+    split_words_of_parts,
+)
 
 # few different words and lengths, so that ties, empty texts and repeats are common
 TEXTS = st.lists(st.lists(st.sampled_from("abc"), max_size=9), min_size=2, max_size=7)
@@ -114,13 +122,11 @@ def longest_common(texts: list[list[str]], training: list[list[str]]) -> int:
 @given(TEXTS, TEXTS, st.integers(1, 9), st.sampled_from([1, 2, 3, 1 << 18]))
 @settings(deadline=None, max_examples=300)
 def test_overlap_is_as_found_by_hand_wherever_the_reading_is_cut(texts, training, length, at_once):
-    counter = SpanCounter(texts, lengths=(length,))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_genlm.evaluation.overlap._BUFFER", at_once)
-        for text in training:
-            for first in range(0, len(text), 2):
-                counter.read(text[first : first + 2])
-            counter.end_text()
+    counter = SpanMatcher(texts, lengths=(length,), buffer_size=at_once)
+    for text in training:
+        for first in range(0, len(text), 2):
+            counter.read(text[first : first + 2])
+        counter.end_text()
     found, total = brute_overlap(texts, training, length)
     figure = counter.share(length)
     assert (figure and (figure.value, figure.n)) == ((pytest.approx(found / total), total) if total else None)
@@ -134,34 +140,34 @@ def test_overlap_is_as_found_by_hand_wherever_the_reading_is_cut(texts, training
 def test_a_long_copy_is_found_in_a_long_text():
     draw = random.Random(1)
     training = [" ".join(f"w{draw.randrange(3000)}" for _ in range(200_000)) for _ in range(3)]
-    words = words_of(training[1])
+    words = split_words(training[1])
     copied = words[77_777 : 77_777 + 123]
     texts = [" ".join(["new", *copied, "new"]), "w1 w2"]
-    found = count_overlap(texts, training)
-    assert found.longest == copied
-    assert found.shares[32].value == pytest.approx((123 - 31) / (125 - 31))
-    assert found.shares[1].n == 127
+    shares, longest = measure_overlap(texts, training)
+    assert longest == copied
+    assert shares[32].value == pytest.approx((123 - 31) / (125 - 31))
+    assert shares[1].n == 127
     # two halves of it in two texts are no copy of the whole
-    apart = count_overlap([" ".join(copied)], [" ".join(copied[:60]), " ".join(copied[60:])])
-    assert len(apart.longest) == 63
+    _, longest = measure_overlap([" ".join(copied)], [" ".join(copied[:60]), " ".join(copied[60:])])
+    assert len(longest) == 63
 
 
 def test_words_are_the_same_wherever_a_text_is_cut():
     text = "Don't stop: naïve «élève» snake_case 3.14\n\n किताब है। ሰላም፡ለዓለም 我爱你 สวัสดี  end"
-    whole = words_of(text)
+    whole = split_words(text)
     assert whole[:6] == ["Don", "'", "t", "stop", ":", "naïve"]
     assert {"snake_case", "किताब", "है", "।", "ሰላም", "ለዓለም", "我", "爱", "你"} <= set(whole)
     for size in (1, 2, 3, 7):
         parts = [(5, text[i : i + size]) for i in range(0, len(text), size)] + [(6, "x")]
         found: dict[int, list[str]] = {}
-        for number, words in words_of_parts(parts):
+        for number, words in split_words_of_parts(parts):
             found.setdefault(number, []).extend(words)
         assert found == {5: whole, 6: ["x"]}
 
 
 def test_counters_share_one_reading():
-    counters = [SpanCounter([["a", "b"]], (2,)), SpanCounter([["b", "c"]], (2,))]
-    read_texts(counters, iter(["a b", "c"]))
+    counters = [SpanMatcher([["a", "b"]], (2,)), SpanMatcher([["b", "c"]], (2,))]
+    match_texts(counters, iter(["a b", "c"]))
     assert [counter.share(2).value for counter in counters] == [1, 0]
 
 
@@ -170,7 +176,7 @@ def test_lengths_below_one_are_refused():
         with pytest.raises(UserError, match="n = 0"):
             figure([["a"], ["b"]], 0)
     with pytest.raises(UserError, match="at least 1 word"):
-        count_overlap(["a"], ["a"], [0, 2])
+        measure_overlap(["a"], ["a"], [0, 2])
 
 
 def test_pairs():

@@ -1,213 +1,305 @@
-"""Promise: the loss by position is that of the very tokens before each target, and scaled positions are those
-that transformers gives a model made with them."""
+"""Promise: who remembers how far is measured on rows that hold the answers, and told from the numbers."""
 
-import copy
-from itertools import pairwise
+import json
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from support.models import EOS, VOCAB, build_model
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-)
 
+from hf_genlm.cli.main import main
 from hf_genlm.errors import UserError
-from hf_genlm.evaluation.long_range import (
-    ROPE_SCALINGS,
-    buckets,
-    measure_extrapolation,
-    measure_range,
-    scaled_positions,
+from hf_genlm.evaluation.measurement import Measurement, read_measurements
+from hf_genlm.long_range import measure_range
+from hf_genlm.long_range.report import Outcome, over_seeds, sentence
+from hf_genlm.long_range.tasks import (
+    IGNORED,
+    N_COPIED,
+    N_DIGITS,
+    N_FILLERS,
+    N_KEYS,
+    N_SYMBOLS,
+    N_VALUES,
+    PASSKEY_DIGITS,
+    TASKS,
+    measure_task,
 )
-from hf_genlm.model import GenLMConfig, GenLMForCausalLM
-
-CONTEXT = 96
+from hf_genlm.long_range.training import TaskRun, draw_size, train_on_task
 
 
-def documents_of(lengths, seed=0):
-    generator = np.random.default_rng(seed)
-    return [(generator.integers(2, VOCAB, size=n), 3 * n) for n in lengths]
+def solve_recall(row):
+    """{position: (answer, distance)} by reading the row as a person would."""
+    pairs, answers, read_at = {}, {}, {}
+    n_pairs = len(row) // 3
+    for at in range(0, 2 * n_pairs, 2):
+        assert row[at] not in pairs, "a key stands for two values"
+        assert 0 <= row[at] < N_KEYS <= row[at + 1] < N_KEYS + N_VALUES
+        pairs[row[at]], read_at[row[at]] = row[at + 1], at
+    assert len(set(pairs.values())) == n_pairs
+    for at in range(2 * n_pairs, 3 * n_pairs):
+        answers[at] = pairs[row[at]], at - read_at[row[at]]
+    assert sorted(row[2 * n_pairs :]) == sorted(pairs), "each key is asked once"
+    return answers
 
 
-def nats(model, before, target):
-    """Of one target after the tokens `before`, in a pass of its own."""
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([before])).logits[0, -1]
-    return -torch.log_softmax(logits.double(), dim=-1)[target].item()
+def solve_copy(row):
+    blank, mark = N_SYMBOLS, N_SYMBOLS + 1
+    places = [at for at, token in enumerate(row) if token < N_SYMBOLS]
+    marks = [at for at, token in enumerate(row) if token == mark]
+    assert len(places) == len(marks) == N_COPIED
+    assert marks == list(range(len(row) - N_COPIED, len(row)))
+    assert set(row) <= {*range(N_SYMBOLS), blank, mark}
+    return {mark: (row[at], mark - at) for mark, at in zip(marks, places, strict=True)}
 
 
-def test_buckets_double_and_end_with_the_context():
-    assert buckets(300) == [(1, 64), (65, 128), (129, 256), (257, 300)]
-    assert buckets(64) == [(1, 64)]
-    assert buckets(40) == [(1, 40)]
+def solve_passkey(row):
+    hidden, asked = (at for at, token in enumerate(row) if token == N_DIGITS + N_FILLERS)
+    assert asked == len(row) - PASSKEY_DIGITS
+    digits = row[hidden + 1 : hidden + 1 + PASSKEY_DIGITS]
+    assert all(digit < N_DIGITS for digit in digits)
+    assert row[asked + 1 :] == digits[:-1]
+    rest = row[:hidden] + row[hidden + 1 + PASSKEY_DIGITS : asked]
+    assert all(N_DIGITS <= token < N_DIGITS + N_FILLERS for token in rest)
+    return {asked + i: (digit, asked - hidden - 1) for i, digit in enumerate(digits)}
 
 
-@pytest.mark.parametrize("stack", ["hybrid", "elman"])
-def test_every_position_is_scored_given_the_tokens_before_it_alone(stack):
-    model = build_model(stack)
-    documents = documents_of([2 * CONTEXT + 5, CONTEXT - 1, CONTEXT])
-    found = measure_range(model, documents, EOS, CONTEXT, batch_size=2)
-    by_position, gains = [], []
-    for ids in (documents[0][0][:CONTEXT], documents[0][0][CONTEXT : 2 * CONTEXT], documents[2][0]):
-        is_second = ids is not documents[2][0] and ids[0] == documents[0][0][CONTEXT]
-        inputs = [int(documents[0][0][CONTEXT - 1]) if is_second else EOS, *ids.tolist()]
-        by_position.append([nats(model, inputs[:p], inputs[p]) for p in range(1, CONTEXT + 1)])
-        for p in range(3 * CONTEXT // 4 + 1, CONTEXT + 1):
-            short = nats(model, inputs[CONTEXT // 2 : p], inputs[p])
-            gains.append(short - by_position[-1][p - 1])
-    first, second, gain = found
-    table = np.array(by_position)
-    assert [m.name for m in found] == [
-        "nats_per_token/1-64",
-        "nats_per_token/65-96",
-        "nats_gain_from_2x_context",
+SOLVERS = {"recall": solve_recall, "copy": solve_copy, "passkey": solve_passkey}
+
+
+class Solver(torch.nn.Module):
+    """Answers every row by `solve`, or always with the same `guess(row)`."""
+
+    def __init__(self, task, solve=None, guess=None):
+        super().__init__()
+        self.task, self.solve, self.guess = task, solve, guess
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids, use_cache):
+        logits = torch.zeros(*input_ids.shape, self.task.vocab_size)
+        for row, ids in enumerate(input_ids.tolist()):
+            if self.solve:
+                for at, (answer, _) in self.solve(ids).items():
+                    logits[row, at, answer] = 1
+            else:
+                logits[row, :, self.guess(ids)] = 1
+        return type("Output", (), {"logits": logits})
+
+
+@pytest.mark.parametrize("size_rank", [0, -1])
+@pytest.mark.parametrize("name", TASKS)
+def test_rows_are_as_a_person_would_solve_them(name, size_rank):
+    task = TASKS[name]
+    size = task.sizes[size_rank]
+    batch = task.batch(np.random.default_rng(3), 20, size)
+    assert batch.inputs.shape == (20, task.n_tokens(size))
+    for ids, targets, distances in zip(*(part.tolist() for part in batch), strict=True):
+        solved = SOLVERS[name](ids)
+        assert solved == {
+            at: (target, distances[at]) for at, target in enumerate(targets) if target != IGNORED
+        }
+    assert batch.inputs.max() < task.vocab_size
+    again = task.batch(np.random.default_rng(3), 20, size)
+    other = task.batch(np.random.default_rng(4), 20, size)
+    assert all((a == b).all() for a, b in zip(batch, again, strict=True))
+    assert (batch.inputs != other.inputs).any(axis=1).all()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_smallest_rows_are_whole_and_others_refused(name):
+    task = TASKS[name]
+    for size in task.limits[:1]:
+        for ids in task.batch(np.random.default_rng(0), 50, size).inputs.tolist():
+            SOLVERS[name](ids)
+    with pytest.raises(UserError, match=str(task.limits[0])):
+        task.batch(np.random.default_rng(0), 1, task.limits[0] - 1)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_who_knows_is_right_and_distances_part_the_questions(name):
+    task = TASKS[name]
+    size = task.sizes[0]
+    found = measure_task(Solver(task, solve=SOLVERS[name]), task, [size], n_rows=10)
+    assert {m.value for m in found} == {1.0}
+    whole, *parts = found
+    assert whole.name == f"{name}_accuracy/{size}_{task.size_name}"
+    assert whole.n == sum(part.n for part in parts)
+    batch = task.batch(np.random.default_rng([0, size]), 10, size)
+    for part in parts:
+        first, last = map(int, part.name.split("/distance_")[1].split("-"))
+        within = (batch.distances >= first) & (batch.distances <= last) & (batch.targets != IGNORED)
+        assert part.n == within.sum()
+
+
+def test_who_guesses_among_what_was_shown_is_right_by_chance():
+    recall = TASKS["recall"]
+    for size in (4, 64):
+        found = measure_task(Solver(recall, guess=lambda ids: ids[1]), recall, [size], n_rows=5)[0]
+        assert found.value == recall.chance(size)  # each value is asked once: no luck in it
+    for name in ("copy", "passkey"):
+        task = TASKS[name]
+        found = measure_task(Solver(task, guess=lambda ids: 3), task, [64], n_rows=400)[0]
+        assert abs(found.value - task.chance(64)) < 4 * found.stderr
+
+
+def test_the_curriculum_opens_every_size_for_as_long_then_all():
+    generator = np.random.default_rng(0)
+    shares = np.arange(0, 1, 0.01)
+    drawn = [draw_size((4, 8, 16, 32, 64), share, generator) for share in shares]
+    assert drawn[:50] == [4] * 10 + [8] * 10 + [16] * 10 + [32] * 10 + [64] * 10
+    assert set(drawn[50:]) == {4, 8, 16, 32, 64}
+
+
+def accuracy(run: TaskRun) -> tuple[float, float]:
+    """(of the largest size, its chance)"""
+    task = TASKS[run.task]
+    model = train_on_task(run).model
+    return measure_task(model, task, run.sizes[-1:])[0].value, task.chance(run.sizes[-1])
+
+
+def test_attention_learns_to_recall_pairs_and_elman_does_not():
+    run = TaskRun("recall", "transformer", seed=0, sizes=(2, 4, 8), steps=100, tokens_per_step=1536)
+    found, chance = accuracy(run)
+    assert found >= 0.9, found
+    found, _ = accuracy(replace(run, decoder="elman"))
+    assert found < 2 * chance, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", ["transformer", "hybrid", "elman"])
+def test_attention_and_hybrid_recall_64_pairs_and_elman_does_not(decoder):
+    found, chance = accuracy(TaskRun("recall", decoder, seed=0, sizes=TASKS["recall"].sizes))
+    assert found < 2 * chance if decoder == "elman" else found >= 0.9, found
+
+
+def test_the_same_run_gives_the_same_weights():
+    run = TaskRun("copy", "hybrid", seed=1, sizes=(32,), steps=3, tokens_per_step=64, hidden_size=16)
+    first, again = (train_on_task(run).model.state_dict() for _ in range(2))
+    other = train_on_task(replace(run, seed=2)).model.state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def outcome(decoder: str, seed: int, values: dict[int, float]) -> Outcome:
+    def measured(name, value):
+        return Measurement(name, value, "fraction", 10, 0.1, "made", True)
+
+    measurements = []
+    for size, value in values.items():
+        measurements.append(measured(f"recall_accuracy/{size}_pairs", value))
+        measurements.append(measured(f"recall_accuracy/{size}_pairs/distance_1-16", value))
+    chance = tuple(1 / size for size in values)
+    return Outcome(
+        "recall", decoder, seed, 0.003, "pairs", tuple(values), chance, ("x",), 5, 2, 1.0, tuple(measurements)
+    )
+
+
+def test_means_and_errors_over_seeds_and_what_is_remembered():
+    outcomes = [
+        outcome("lstm", 0, {4: 1.0, 8: 0.9, 16: 0.3}),
+        outcome("lstm", 1, {4: 1.0, 8: 0.96, 16: 0.1}),
+        outcome("lstm", 2, {4: 1.0, 8: 0.87, 16: 0.2}),
+        outcome("gru", 0, {4: 0.5, 8: 0.95, 16: 0.95}),
     ]
-    assert first.value == pytest.approx(table[:, :64].mean(), rel=1e-4)
-    assert second.value == pytest.approx(table[:, 64:].mean(), rel=1e-4)
-    assert gain.value == pytest.approx(np.mean(gains), abs=2e-5)
-    assert [m.n for m in found] == [3 * 64, 3 * 32, 3 * CONTEXT // 4]
-    # three windows of one size: the standard error of a mean of three numbers
-    assert first.stderr == pytest.approx(table[:, :64].mean(axis=1).std(ddof=1) / np.sqrt(3), rel=1e-3)
+    found = {m.name: m for m in over_seeds(outcomes)}
+    at_16 = found["recall_accuracy/lstm/16_pairs"]
+    assert (at_16.value, at_16.n) == (pytest.approx(0.2), 30)
+    assert at_16.stderr == pytest.approx(0.1 / math.sqrt(3))
+    assert found["recall_accuracy/lstm/8_pairs/distance_1-16"].value == pytest.approx(0.91)
+    assert found["recall_remembered/lstm"].value == 8
+    assert found["recall_remembered/gru"].value == 0, "what is forgotten at 4 is not remembered at 8"
+    assert found["recall_accuracy/gru/4_pairs"].stderr is None
 
 
-def test_neither_the_batch_nor_the_mode_changes_a_number():
-    model = build_model("hybrid").train()
-    documents = documents_of([400, 30])
-    told = []
-    found = measure_range(
-        model, documents, EOS, 32, batch_size=5, on_progress=lambda done, total: told.append((done, total))
+def test_sentences_follow_the_numbers():
+    known, unknown = {64: 1.0}, {64: 0.02}
+    able = [outcome("transformer", 0, known), outcome("hybrid", 0, known)]
+    unable = [outcome("elman", 0, unknown)]
+    assert sentence(able + unable, "recall", 64) == (
+        "Recall of 64 pairs: transformer (1.00) and hybrid (1.00) reach an accuracy of 0.9; "
+        "elman (0.02) does not. Chance is 0.02."
     )
-    assert model.training
-    alone = measure_range(model, documents, EOS, 32, batch_size=1)
-    assert [m.value for m in found] == pytest.approx([m.value for m in alone], rel=1e-5)
-    assert told[-1] == (18, 18)  # 12 windows, and half of each once more
-    assert all(before <= after for (before, _), (after, _) in pairwise(told))
-
-
-def test_a_part_is_spread_over_all_windows():
-    model = build_model("elman")
-    documents = documents_of([320])
-    part = measure_range(model, documents, EOS, 32, max_tokens=90)[0]
-    starts = [0, 4 * 32, 9 * 32]  # three of ten windows: the first, the middle, the last
-    ids = documents[0][0].tolist()
-    expected = []
-    for start in starts:
-        inputs = [ids[start - 1] if start else EOS, *ids[start : start + 32]]
-        expected += [nats(model, inputs[:p], inputs[p]) for p in range(1, 33)]
-    assert part.n == 96
-    assert part.value == pytest.approx(np.mean(expected), rel=1e-4)
-
-
-def test_twenty_documents_are_the_clusters():
-    model = build_model("elman")
-    documents = documents_of([64] * 20)
-    values = [measure_range(model, [document], EOS, 32)[0].value for document in documents]
-    found = measure_range(model, documents, EOS, 32)[0]
-    assert found.value == pytest.approx(np.mean(values), rel=1e-5)
-    assert found.stderr == pytest.approx(np.std(values, ddof=1) / np.sqrt(20), rel=1e-3)
-
-
-def test_what_cannot_be_measured_is_refused():
-    model = build_model("elman")
-    with pytest.raises(UserError, match="no document holds 64 tokens, the longest 63"):
-        measure_range(model, documents_of([63, 10]), EOS, 64)
-    with pytest.raises(UserError, match="at least 8"):
-        measure_range(model, documents_of([63, 10]), EOS, 4)
-    with pytest.raises(UserError, match="did you mean 'yarn'"):
-        measure_extrapolation(model, documents_of([63]), EOS, scalings=["yarm"])
-    learned = build_model("elman", position_type="learned", max_position_embeddings=16)
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=16, n_embd=8, n_layer=1, n_head=1))
-    for model in (learned, gpt2):
-        with pytest.raises(UserError, match="are learned"):
-            measure_extrapolation(model, documents_of([63]), EOS)
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=8, num_hidden_layers=1))
-    with pytest.raises(UserError, match="give trained_length"):
-        measure_extrapolation(mamba, documents_of([63]), EOS)
-
-
-def twin(model, rope_parameters):
-    """`model` as if it had been made with `rope_parameters`."""
-    config = copy.deepcopy(model.config).to_dict() | {"rope_parameters": rope_parameters}
-    made = type(model)(type(model.config)(**config))
-    made.load_state_dict(model.state_dict())
-    return made.eval()
-
-
-def llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.3,
+    assert sentence(unable, "recall", 64) == (
+        "Recall of 64 pairs: elman (0.02) does not reach an accuracy of 0.9. Chance is 0.02."
     )
-    return LlamaForCausalLM(config).eval()
+    turned = [outcome("elman", 0, known), outcome("transformer", 0, unknown), outcome("gru", 0, unknown)]
+    assert sentence(turned, "recall", 64) == (
+        "Recall of 64 pairs: elman (1.00) reaches an accuracy of 0.9; transformer (0.02) and gru (0.02) "
+        "do not. Chance is 0.02."
+    )
 
 
-@pytest.mark.parametrize("scaling", ROPE_SCALINGS)
-@pytest.mark.parametrize("make", [lambda: build_model("hybrid", max_position_embeddings=32), llama])
-def test_scaled_positions_are_those_of_a_model_made_so(make, scaling):
-    model = make()
-    ids = torch.randint(2, VOCAB, (2, 64), generator=torch.Generator().manual_seed(0))
-    base = {**model.config.rope_parameters, "original_max_position_embeddings": 32}
-    base.setdefault("rope_theta", 10000.0)
-    expected = twin(model, base | ROPE_SCALINGS[scaling](2) if scaling != "none" else None)
-    with torch.no_grad():
-        before = model(input_ids=ids).logits
-        with scaled_positions(model, scaling, 2, 32):
-            scaled = model(input_ids=ids).logits
-        assert torch.equal(scaled, expected(input_ids=ids).logits)
-        assert torch.equal(model(input_ids=ids).logits, before)
-        assert torch.equal(scaled, before) == (scaling == "none")
+VERB = "range --decoders elman,hybrid --tasks recall,copy --pairs 2,4 --lengths 32 --width 16 --rates 0.003"
 
 
-def test_the_frequencies_of_the_scalings():
-    """Linear divides every angle by the factor, dynamic NTK the slowest alone, and leaves the quickest."""
-    model = build_model("hybrid", max_position_embeddings=32)
-    own = model.model.rotary_emb.inv_freq.clone()
-    with scaled_positions(model, "linear", 4, 32):
-        assert torch.allclose(model.model.rotary_emb.inv_freq, own / 4)
-    with scaled_positions(model, "dynamic", 4, 32):
-        model(input_ids=torch.zeros(1, 128, dtype=torch.long))
-        scaled = model.model.rotary_emb.inv_freq
-        assert scaled[0] == own[0]
-        assert scaled[-1] == pytest.approx(own[-1].item() / 4, rel=1e-5)
+def test_the_verb_writes_a_report_and_trains_nothing_twice(tmp_path, capsys):
+    arguments = [*VERB.split(), "--seeds", "2", "--steps", "2", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "Recall of 4 pairs: elman (" in told
+    assert "Copy of 32 tokens: " in told
+    assert len(list((tmp_path / "runs").iterdir())) == 8
+    measured = {m.name: m for m in read_measurements(tmp_path / "range.json")}
+    kept = [json.loads((tmp_path / f"runs/recall-elman-{seed}-0.003.json").read_text()) for seed in (0, 1)]
+    values = [run["outcome"]["measurements"][0]["value"] for run in kept]
+    assert measured["recall_accuracy/elman/2_pairs"].value == pytest.approx(sum(values) / 2)
+    page, plain = ((tmp_path / f"report.{kind}").read_text() for kind in ("html", "md"))
+    for words in ("Recall of 4 pairs", "chance", "elman", "gated_linear, full_attention"):
+        assert words in page
+        assert words.replace("_", "&#95;") in plain or words in plain
+    assert (tmp_path / "plots/range.png").read_bytes().startswith(b"\x89PNG")
+
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()}
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == told
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()} == before
+    arguments[arguments.index("--steps") + 1] = "3"
+    assert main(arguments) == 2
+    assert "was trained with other settings" in capsys.readouterr().err
 
 
-def test_extrapolation_is_the_loss_by_position_with_each_scaling():
-    model = build_model("hybrid", max_position_embeddings=32)
-    documents = documents_of([300])
-    told = []
-    found = {
-        m.name: m
-        for m in measure_extrapolation(
-            model, documents, EOS, factors=[2, 4], on_progress=lambda *done: told.append(done)
-        )
-    }
-    assert set(found) == {
-        f"nats_per_token/{factor}x_{name}/{bucket}"
-        for name in ROPE_SCALINGS
-        for factor, bucket in [(2, "1-64"), (4, "1-64"), (4, "65-128")]
-    }
-    for name in ROPE_SCALINGS:
-        base = {**model.config.rope_parameters, "original_max_position_embeddings": 32}
-        made = twin(model, base | ROPE_SCALINGS[name](4) if name != "none" else None)
-        expected = measure_range(made, documents, EOS, 128)[1]
-        assert found[f"nats_per_token/4x_{name}/65-128"].value == pytest.approx(expected.value, rel=1e-5)
-    assert told[-1][0] == told[-1][1]
+def test_other_seeds_use_the_best_learning_rate_of_the_first(tmp_path):
+    """elman: no rate solves the task, the second is best; gru: the first rate solves it."""
+    accuracies = {("elman", 0.1): 0.1, ("elman", 0.2): 0.3, ("elman", 0.3): 0.2, ("gru", 0.1): 0.95}
+    trained = []
+
+    def train(run, on_progress):
+        trained.append((run.decoder, run.seed, run.learning_rate))
+        made = outcome(run.decoder, run.seed, {4: accuracies[run.decoder, run.learning_rate]})
+        return replace(made, learning_rate=run.learning_rate)
+
+    options = {"decoders": ["elman", "gru"], "tasks": ["recall"], "pairs": [4], "seeds": 2}
+    rates = (0.1, 0.2, 0.3)
+    found = measure_range(tmp_path, **options, learning_rates=rates, train=train)
+    first = [("elman", 0, 0.1), ("elman", 0, 0.2), ("elman", 0, 0.3), ("gru", 0, 0.1)]
+    assert trained == [*first, ("elman", 1, 0.2), ("gru", 1, 0.1)]
+    assert [(o.decoder, o.learning_rate) for o in found.outcomes] == [("elman", 0.2), ("gru", 0.1)] * 2
+    measured = {m.name: m.value for m in read_measurements(tmp_path / "range.json")}
+    assert measured["recall_accuracy/elman/4_pairs"] == 0.3
+    trained.clear()
+    (tmp_path / "runs/recall-gru-1-0.1.json").unlink()
+    measure_range(tmp_path, **options, learning_rates=rates, train=train)
+    assert trained == [("gru", 1, 0.1)], "only what is missing is trained"
+    command = (tmp_path / "report.md").read_text()
+    assert "hf-genlm range --decoders elman,gru --tasks recall --pairs 4 --steps 400 --seeds 2" in command
 
 
-def test_a_recurrent_decoder_has_nothing_to_scale():
-    model = GenLMForCausalLM(GenLMConfig(vocab_size=VOCAB, decoder="gru", hidden_size=16, num_hidden_layers=1,
-                                         max_position_embeddings=16))  # fmt: skip
-    found = measure_extrapolation(model, documents_of([100]), EOS)
-    assert [m.name for m in found] == ["nats_per_token/2x_none/1-32", "nats_per_token/4x_none/1-64"]
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--decoders lstn", "did you mean 'lstm'?"),
+        ("--tasks recal", "did you mean 'recall'?"),
+        ("--pairs 4,500", "1..128"),
+        ("--lengths 8", "32..1048576"),
+        ("--pairs 4,x", "whole number"),
+        ("--decoders ,", "no decoder is named"),
+        ("--minutes 0", "more than 0"),
+        ("--rates 0", "more than 0"),
+        ("--decoders transformer --width 7", "head_dim must be even"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(words, said, tmp_path, capsys):
+    assert main(["range", "--out", str(tmp_path), *words.split()]) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
