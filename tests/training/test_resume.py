@@ -23,7 +23,12 @@ from hf_genlm.config.recipe import load_recipe
 from hf_genlm.errors import Stopped, UserError
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.training.budget import Budget
-from hf_genlm.training.checkpoints import newest_checkpoint
+from hf_genlm.training.checkpoints import (
+    Progress,
+    commit_checkpoint,
+    newest_checkpoint,
+    pending_folder,
+)
 from hf_genlm.training.train import train
 from hf_genlm.training.trainer import BudgetTrainer
 
@@ -116,6 +121,35 @@ def test_a_checkpoint_is_whole_and_holds_no_pickle_of_objects(stopped):
         assert name in held
 
 
+def test_a_checkpoint_is_on_disk_before_it_has_its_name_and_before_an_older_one_goes(tmp_path, monkeypatch):
+    """At each fsync: the path, and the checkpoints that there are."""
+    folder, synced = tmp_path / "checkpoints", []
+    sync = os.fsync
+
+    def note(number: int) -> None:
+        names = {path.name for path in folder.glob("checkpoint-*")}
+        synced.append((Path(os.readlink(f"/proc/self/fd/{number}")), names))
+        sync(number)
+
+    def commit(step: int) -> None:
+        written = pending_folder(folder) / f"checkpoint-{step}"
+        (written / "deep").mkdir(parents=True)
+        for name in ("weights", "deep/state"):
+            (written / name).write_text(f"{name} of step {step}")
+        commit_checkpoint(folder, Progress(step, 1.0, None, 20), keep=2)
+
+    commit(1)
+    commit(2)
+    monkeypatch.setattr(os, "fsync", note)
+    commit(3)
+    pending = pending_folder(folder) / "checkpoint-3"
+    before = {path for path, names in synced if "checkpoint-3" not in names}
+    assert {pending / "weights", pending / "deep/state", pending / "deep", pending} <= before
+    assert any(path.parent == pending and "manifest.json" in path.name for path in before)
+    assert (folder, {"checkpoint-1", "checkpoint-2", "checkpoint-3"}) in synced
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-2", "checkpoint-3"}
+
+
 def test_a_damaged_checkpoint_is_passed_over(text, stopped, undisturbed):
     weights = stopped.checkpoints / "checkpoint-11" / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -182,9 +216,22 @@ def test_a_run_that_is_done_is_left_as_it_is(text, undisturbed):
     assert (weights_of(undisturbed), undisturbed.log_file.read_bytes()) == before
 
 
-def test_two_processes_do_not_train_in_one_folder(text, stopped):
-    with RunFolder(stopped.path).locked(), pytest.raises(UserError, match="another process"):
-        train(recipe_of(text), stopped.path, resume=True)
+@pytest.mark.parametrize("is_new", [True, False])
+def test_two_processes_do_not_train_in_one_folder(is_new, text, stopped, tmp_path, undisturbed):
+    """While a new or a resumed run trains, a second one is refused and changes nothing."""
+    folder, refused = tmp_path / "new" if is_new else stopped.path, []
+
+    def train_too(event, fields):
+        if event == "checkpoint":
+            before = (folder / "log.jsonl").read_bytes()
+            with pytest.raises(UserError, match="another process is training"):
+                train(recipe_of(text), folder, resume=True)
+            assert (folder / "log.jsonl").read_bytes() == before
+            refused.append(fields["step"])
+
+    run = train(recipe_of(text), folder, train_too, resume=not is_new)
+    assert refused == ([5, 10, 15] if is_new else [15])
+    assert weights_of(run) == weights_of(undisturbed)
 
 
 def test_resume_needs_a_folder(capsys):
@@ -192,8 +239,8 @@ def test_resume_needs_a_folder(capsys):
     assert "--out" in capsys.readouterr().err
 
 
-def test_a_run_by_the_clock_goes_on_with_the_time_that_was_left(text, tmp_path, monkeypatch):
-    """By a clock of our own, which a busy machine does not move."""
+def test_a_resumed_run_with_a_time_budget_has_only_the_time_that_was_left(text, tmp_path, monkeypatch):
+    """With a clock that each reading moves by 10 ms, whatever the machine does."""
     now = itertools.count(0.0, 0.01)
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
     settings = ("training.minutes=0.1", "training.steps=null", "training.max_epochs=10000")
@@ -206,10 +253,17 @@ def test_a_run_by_the_clock_goes_on_with_the_time_that_was_left(text, tmp_path, 
         train(recipe_of(text, *settings), tmp_path / "run", hear)
     begun = newest_checkpoint(tmp_path / "run" / "checkpoints").progress
     run = train(recipe_of(text, *settings), tmp_path / "run", resume=True)
-    steps = [e for e in run.read_log() if e["event"] == "step"]
-    trained = next(e for e in run.read_log() if e["event"] == "trained")
+    events = run.read_log()
+    steps = [e for e in events if e["event"] == "step"]
+    trained = next(e for e in events if e["event"] == "trained")
     assert 0.4 * begun.seconds < begun.elapsed_s < 0.7 * begun.seconds
     assert trained["seconds"] == pytest.approx(begun.seconds, rel=0.1)
+    resumed_at = next(i for i, e in enumerate(events) if e["event"] == "resumed")
+    first = next(e for e in events[resumed_at:] if e["event"] == "step")
+    assert begun.elapsed_s < first["elapsed_s"] < begun.elapsed_s + 0.1 * begun.seconds, "the clock continues"
+    assert first["progress"] > 0.4
+    expected = begun.step * begun.seconds / begun.elapsed_s
+    assert trained["steps"] == pytest.approx(expected, rel=0.2), "not the whole time again"
     assert steps[-1]["learning_rate"] < 0.2 * max(e["learning_rate"] for e in steps)
 
 
@@ -248,6 +302,23 @@ def test_a_loss_of_nan_goes_back_and_halves_the_rate_once(step, back_to, text, t
     share_before, share_after = (min(1.0, (1 - (s - 0.5) / 20) / 0.5) for s in (1, steps[-1]["step"]))
     assert after / share_after == pytest.approx(before / share_before / 2, rel=1e-6)
     assert run.evaluation.is_file()
+
+
+def test_a_halved_rate_stays_halved_when_the_run_is_resumed(text, tmp_path, monkeypatch, undisturbed):
+    """Stopped after the first checkpoint at half the rate; then the loss becomes NaN once more."""
+    rate = {e["step"]: e["learning_rate"] for e in undisturbed.read_log() if e["event"] == "step"}
+    spoil(monkeypatch, 12, times=1)
+    with pytest.raises(Stopped):
+        train(recipe_of(text), tmp_path / "run", at_step(15, lambda: signal.raise_signal(signal.SIGTERM)))
+    monkeypatch.undo()
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints").progress.is_rate_halved
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    run = train(recipe_of(text), tmp_path / "run", resume=True)
+    last = [e for e in run.read_log() if e["event"] == "step"][-1]
+    assert last["learning_rate"] == pytest.approx(rate[last["step"]] / 2, rel=1e-6)
+    spoil(monkeypatch, 18, times=1)
+    with pytest.raises(UserError, match="at half the learning rate"):  # noted in its own checkpoints too
+        train(recipe_of(text, "training.save_steps=1"), tmp_path / "again", resume=True)
 
 
 def test_a_loss_of_nan_at_half_of_the_rate_ends_the_run(text, tmp_path, monkeypatch):
