@@ -1,4 +1,4 @@
-"""What the C library does with memory that is freed: give it back to the system, or keep it for the next use.
+"""Control of the C library's heap: return freed memory to the system, or keep it for the next use.
 
 Only glibc has these calls; with another C library nothing happens.
 """
@@ -7,33 +7,33 @@ import contextlib
 import ctypes
 from collections.abc import Iterator
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names in malloc.h
-_NEVER = 2**31 - 1  # bytes, the most that mallopt takes
-_LARGEST_OWN = 1 << 25  # what glibc's own threshold grows to
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt in malloc.h
+_NEVER = 2**31 - 1  # bytes, the maximum of mallopt
+_MAX_THRESHOLD = 1 << 25  # bytes, the maximum of glibc's own, dynamic threshold
 
 
 def give_back_memory() -> None:
-    """To the system, what merges and batches took: hundreds of megabytes."""
+    """Return freed heap memory to the system: after BPE merges or large batches, hundreds of megabytes."""
     _call("malloc_trim", 0)
 
 
 @contextlib.contextmanager
 def keeping_memory() -> Iterator[None]:
-    """Freed memory stays with the process inside, and is given back at the end.
+    """Keep freed memory in the process within the block, and return it to the system at the end.
 
-    A training step takes and frees the same large tensors again and again; what comes new from the system is
-    zeroed page by page first.
+    A training step allocates and frees the same large tensors again and again. Memory that comes new from the
+    system is zeroed page by page first.
     """
     _call("mallopt", _MMAP_THRESHOLD, _NEVER)
     _call("mallopt", _TRIM_THRESHOLD, _NEVER)
     try:
         yield
     finally:
-        _call("mallopt", _MMAP_THRESHOLD, _LARGEST_OWN)
-        _call("mallopt", _TRIM_THRESHOLD, 2 * _LARGEST_OWN)
+        _call("mallopt", _MMAP_THRESHOLD, _MAX_THRESHOLD)
+        _call("mallopt", _TRIM_THRESHOLD, 2 * _MAX_THRESHOLD)
         give_back_memory()
 
 
 def _call(name: str, *arguments: int) -> None:
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows, of CDLL(None)
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: CDLL(None) on Windows
         getattr(ctypes.CDLL(None), name)(*arguments)

@@ -1,10 +1,10 @@
-"""Trains a small model again and again, is killed at random moments, resumes, and says what came of it.
+"""Train small models, kill the processes at random moments, resume, and compare with an undisturbed run.
 
-    python tests/killing.py FOLDER KILLS SEED
+    python tests/support/killing.py FOLDER KILLS SEED
 
-One process imports everything once; each attempt is a fork of it. Prints one JSON object: the kills, how
-many of them left a checkpoint half-written, the attempts, and whether every run that was killed came to the
-weights and figures of an undisturbed one.
+One process imports everything; each attempt is a fork of it. Prints one JSON object: the number of kills, of
+kills that left a half-written checkpoint, of attempts and of runs, and whether every killed run reached the
+weights and figures of the undisturbed one.
 """
 
 import gc
@@ -41,13 +41,13 @@ SETTINGS = (
 
 
 def write_text(path: Path) -> None:
-    """What is trained on."""
+    """Write the training text."""
     lines = [f"{i} times {i % 7} is {i * (i % 7)}." for i in range(400)]
     path.write_text("\n".join(lines), encoding="utf-8")
 
 
 def attempt(out: Path, text: Path, resume: bool) -> int:
-    """The process that trains."""
+    """Fork a process that trains, and return its id."""
     child = os.fork()
     if child == 0:
         recipe = load_recipe(None, SETTINGS)

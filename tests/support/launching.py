@@ -23,7 +23,7 @@ TIMEOUT_S = 300
 
 
 def environment(**more: str) -> dict[str, str]:
-    """One thread for each process, and this package and these tests to import."""
+    """Return environment variables for one thread in each process and imports of package and tests."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
@@ -37,7 +37,7 @@ print(launch(sys.argv[2:], int(sys.argv[1])), flush=True)
 
 
 def start(command: list[str], n: int = 2) -> subprocess.Popen:
-    """`launch(command, n)` in a process of its own, which prints what it returns."""
+    """Start a process that runs `launch(command, n)` and prints its result."""
     return subprocess.Popen(
         [sys.executable, "-c", START, str(n), *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env=environment(),
@@ -48,7 +48,7 @@ TRAINED = {False: ["DistributedDataParallel", "Parameter"], True: ["FSDPGenLMFor
 
 
 def compare_with_one(jobs, folder) -> None:
-    """Each job by two processes, and by this one: the same losses, and the same weights to rounding."""
+    """Run each job by two processes and by one: the same losses, and the same weights up to rounding."""
     folder.mkdir(exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
     done = start([str(ROOT / "tests" / "support" / "several.py"), str(folder / "jobs.json")])
@@ -75,8 +75,8 @@ def compare_with_one(jobs, folder) -> None:
         for mine, theirs in zip(*folders, strict=True):
             assert mine.name == theirs.name
             compare_weights(mine, theirs)
-        told = [scalars_of(run.tensorboard) for run in (several_run, one) if run.tensorboard.is_dir()]
-        for mine, theirs in zip(told[::2], told[1::2], strict=True):
+        scalars = [scalars_of(run.tensorboard) for run in (several_run, one) if run.tensorboard.is_dir()]
+        for mine, theirs in zip(scalars[::2], scalars[1::2], strict=True):
             assert mine.keys() == theirs.keys()
             assert list(mine["train/loss"]) == [*range(1, len(curves[0]) + 1)]
         assert json.loads(several_run.environment.read_text())["processes"] == 2
@@ -93,6 +93,6 @@ SHORT = ["training.steps=8", "training.num_validations=1"]
 
 
 def command(text, folder, *more: str) -> list[str]:
-    """What a person types."""
+    """Return the arguments of a small run by two processes."""
     settings = [word for assignment in SMALL for word in ("--set", assignment)]
     return ["-m", "hf_genlm", "train", str(text), *settings, "--out", str(folder), "--processes", "2", *more]

@@ -8,7 +8,7 @@ def weights_of(run: RunFolder) -> bytes:
 
 
 def at_step(step: int, act):
-    """A listener that acts once, at the first `step` event of that step or a later one."""
+    """Return a listener that calls `act` once, at the first checkpoint of that step or a later one."""
     acted = []
 
     def hear(event, fields):

@@ -1,7 +1,7 @@
-"""What each of several processes does in the tests of them: the trainings that a file of JSON lists.
+"""Script of each process in the tests of several processes: train the jobs that a JSON file lists.
 
-A job is {"name", "assignments", "sharded"}; its run folder is NAME beside that file. With "resumes" it goes
-on with what is there, and with "ends_at" all ends with the checkpoint of that step.
+A job is {"name", "assignments", "sharded"}; its run folder is NAME beside the file. With "resumes" it resumes
+that run, and with "ends_at" the process ends after the checkpoint of that step.
 """
 
 import json
@@ -36,7 +36,7 @@ def run(jobs: list[dict], folder: Path) -> None:
 
 
 def ending_at(step: int | None):
-    """A listener that is the end of the process that hears of the checkpoint of `step`."""
+    """Return a listener that ends the process after the checkpoint of `step`."""
 
     def hear(event: str, fields: dict) -> None:
         if event == "checkpoint" and fields["step"] == step:
@@ -46,7 +46,7 @@ def ending_at(step: int | None):
 
 
 def note_what_trains(folder: Path) -> None:
-    """Leave the class and the parameters' class of each model that was trained, by process."""
+    """Record the classes of each trained model and of its parameters, in one file for each process."""
     whole_model = trainer.BudgetTrainer.whole_model
 
     def noting(self):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def scalars_of(folder: Path) -> dict[str, dict[int, float]]:
-    """What TensorBoard shows of a folder: name -> step -> value."""
+    """Read the scalars that TensorBoard shows of a folder: name -> step -> value."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
