@@ -390,15 +390,16 @@ def test_whole_characters_and_premiums_by_hand():
     tokenizer = trained_on(["жж ж " * 40], vocab_size=259)
     assert tokenizer.tokenize("ж") != ["Ð", "¶"]
     texts = {"rus": ["жжы ж"], "eng": ["ab ab ab"]}
-    parallel = {"rus": ["ж", "ы"], "eng": ["ab", "a"]}
+    parallel = {"rus": ["ж", "ы"], "eng": ["abc", "abc"]}  # 1 + 2 and 3 + 3 tokens
     measured = measure_tokenization(tokenizer, texts, parallel, "eng")
     found = {m.name: m.value for m in measured}
     assert found["bytes_per_token/eng"] == 1.0
     assert found["bytes_per_token/rus"] == 9 / 6
     assert found["whole_characters/Cyrillic"] == 3 / 4
     assert found["whole_characters/Latin"] == found["whole_characters/Common"] == 1
-    assert found["tokens_per_sentence/rus"] == found["tokens_per_sentence/eng"] == 3 / 2
-    assert found["tokenization_premium/rus"] == 1
+    assert found["tokens_per_sentence/rus"] == 3 / 2
+    assert found["tokens_per_sentence/eng"] == 6 / 2
+    assert found["tokenization_premium/rus"] == 3 / 6
     assert {m.name: m.n for m in measured}["whole_characters/Cyrillic"] == 4
 
 

@@ -312,6 +312,17 @@ def test_both_splits_are_scrubbed_and_counted(tmp_path):
     json.dumps(corpus.report)
 
 
+def test_validation_files_that_are_named_are_scrubbed(tmp_path):
+    (tmp_path / "train.txt").write_text("training text of train@example.org\n")
+    (tmp_path / "held.txt").write_text("validation text of held@example.org\n")
+    sources = {"sources": [str(tmp_path / "train.txt")], "validation": [str(tmp_path / "held.txt")]}
+    corpus = read_corpus(CorpusRecipe(**sources, scrub=["email"]))
+    assert [document.text for document in corpus.validation] == ["validation text of <EMAIL>\n"]
+    assert corpus.report["scrubbed"]["types"] == {"email": 2}
+    streamed = read_stream(CorpusRecipe(**sources, scrub=["email"], stream=True))
+    assert [document.text for document in streamed.validation] == ["validation text of <EMAIL>\n"]
+
+
 def test_every_format_is_scrubbed(tmp_path):
     import gzip
 
