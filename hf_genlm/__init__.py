@@ -9,9 +9,9 @@ Train on files, folders, Hub datasets, strings or a `datasets.Dataset`, and look
     print(hf_genlm.generate(run, "Once upon a time"))
 
 The verbs of the command line are functions of the same names: `train`, `tokenizer`, `extend`, `evaluate`,
-`audit`, `compare`, `generate`, `export`, `push` and `plot`. `write_card`, `write_space`, `measure_range` and
-`list_runs` do the work of the verbs `card`, `space`, `range` and `runs`. `hf-genlm settings` lists every
-field of a recipe.
+`audit`, `compare`, `generate`, `export`, `push` and `plot`. `write_card`, `measure_range`, `write_space` and
+`list_runs` do the work of `card`, `range`, `space` and `runs`. `hf-genlm settings` lists every field of a
+recipe.
 
 A trained model is an ordinary transformers model. `import hf_genlm`, in any order with transformers,
 registers it:
@@ -32,18 +32,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_genlm.api import Run, generate, train
+    from hf_genlm.api import Run, generate, tokenizer, train
+    from hf_genlm.api import audit_and_draw as audit
+    from hf_genlm.card import write_card
+    from hf_genlm.comparison import compare
     from hf_genlm.config.recipe import Recipe, load_recipe
     from hf_genlm.errors import Stopped, UserError
+    from hf_genlm.evaluation.evaluate import evaluate
     from hf_genlm.evaluation.measurement import Measurement
     from hf_genlm.evaluation.metrics import metric_path
+    from hf_genlm.exporting import export
+    from hf_genlm.extension import extend
+    from hf_genlm.hub.push import push
     from hf_genlm.hub.trainer_callback import PushWithCode
     from hf_genlm.loading import load
+    from hf_genlm.long_range import measure_range
     from hf_genlm.model import GenLMConfig, GenLMForCausalLM, GenLMModel
+    from hf_genlm.report import plot
+    from hf_genlm.report.runs import list_runs
+    from hf_genlm.space.build import build_space as write_space
 
 __version__ = "0.1.0"
 _HOMES = {
-    "hf_genlm.api": ("Run", "generate", "train"),
+    "hf_genlm.api": ("Run", "generate", "tokenizer", "train"),
     "hf_genlm.config.recipe": ("Recipe", "load_recipe"),
     "hf_genlm.errors": ("Stopped", "UserError"),
     "hf_genlm.evaluation.measurement": ("Measurement",),
@@ -51,30 +62,29 @@ _HOMES = {
     "hf_genlm.hub.trainer_callback": ("PushWithCode",),
     "hf_genlm.loading": ("load",),
     "hf_genlm.model": ("GenLMConfig", "GenLMForCausalLM", "GenLMModel"),
+    "hf_genlm.report.runs": ("list_runs",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_SERVICES = (
+    "audit", "compare", "evaluate", "export", "extend", "measure_range", "plot", "push", "write_card",
+    "write_space",
+)  # fmt: skip
 __all__ = [
-    "GenLMConfig",
-    "GenLMForCausalLM",
-    "GenLMModel",
-    "Measurement",
-    "PushWithCode",
-    "Recipe",
-    "Run",
-    "Stopped",
-    "UserError",
-    "generate",
-    "load",
-    "load_recipe",
-    "metric_path",
-    "train",
-]
+    "GenLMConfig", "GenLMForCausalLM", "GenLMModel", "Measurement", "PushWithCode", "Recipe", "Run",
+    "Stopped", "UserError", "audit", "compare", "evaluate", "export", "extend", "generate", "list_runs",
+    "load", "load_recipe", "measure_range", "metric_path", "plot", "push", "tokenizer", "train", "write_card",
+    "write_space",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name in _SERVICES:
+        value = import_module("hf_genlm.api").service(name)
+    elif name in _HOME_OF:
+        value = getattr(import_module(_HOME_OF[name]), name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
     return value
 
 

@@ -9,11 +9,14 @@ import copy
 import functools
 import html
 import inspect
+import json
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,13 +24,15 @@ from hf_genlm.config.recipe import ENDS, Recipe, load_recipe, set_field
 from hf_genlm.errors import Stopped, UserError, did_you_mean
 from hf_genlm.loading import load
 from hf_genlm.run_folder import Listener, RunFolder
-from hf_genlm.text.in_memory import Texts, source_words, write_texts
+from hf_genlm.text.in_memory import Texts, as_sources, source_words, write_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hf_genlm.evaluation.measurement import Measurement
+    from hf_genlm.privacy.audit import AuditResult
     from hf_genlm.report.curves import Curves
+    from hf_genlm.text.tokenizer import TrainedTokenizer
 
 Model = Any  # a run, a run folder, a model folder, a Hub id, or a pair (model, tokenizer)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -53,6 +58,20 @@ SHORTCUTS = {
     "epsilon": "privacy.epsilon",
     "delta": "privacy.delta",
 }
+# public name -> the service that does it
+SERVICES = {
+    "audit": "hf_genlm.api.audit_and_draw",
+    "compare": "hf_genlm.comparison.compare",
+    "evaluate": "hf_genlm.evaluation.evaluate.evaluate",
+    "export": "hf_genlm.exporting.export",
+    "extend": "hf_genlm.extension.extend",
+    "measure_range": "hf_genlm.long_range.measure_range",
+    "plot": "hf_genlm.report.plot",
+    "push": "hf_genlm.hub.push.push",
+    "write_card": "hf_genlm.card.write_card",
+    "write_space": "hf_genlm.space.build.build_space",
+}
+_TEXT_PARAMETERS = ("sources", "train", "held_out", "keep", "validation")
 _SECTIONS = list(Recipe.model_fields)
 _BAR = "{desc}{percentage:3.0f}%|{bar}|{postfix}"
 # words of other libraries, and what they are called here
@@ -63,28 +82,73 @@ class UnknownKeyword(UserError, TypeError):
     """A function of this package was called with a keyword that it does not have."""
 
 
-def _with_known_keywords(function: _Function) -> _Function:
-    """Raise `UnknownKeyword`, with the nearest name, where Python would raise a bare TypeError."""
-    parameters = inspect.signature(function).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+def _as_public(function: _Function) -> _Function:
+    """Prepare a service for Python users.
+
+    The public function takes a `Run` for a path and strings or a dataset for sources, sections of the recipe
+    such as training=dict(...) for `assignments`, and `progress` to show a bar. Unknown keywords raise
+    `UnknownKeyword`.
+    """
+    signature = inspect.signature(function)
+    parameters = dict(signature.parameters)
+    has_sections = "assignments" in parameters
 
     @functools.wraps(function)
-    def call(*args: Any, **keywords: Any) -> Any:
-        for name in () if takes_any else keywords.keys() - parameters.keys():
-            raise _unknown(name, function.__name__, [*parameters])
-        return function(*args, **keywords)
+    def call(*args: Any, progress: bool = True, listener: Listener | None = None, **keywords: Any) -> Any:
+        sections = [
+            name for name in keywords if name in _SECTIONS and has_sections and name not in parameters
+        ]
+        assignments = [
+            f"{section}.{key}={json.dumps(value, ensure_ascii=False)}"
+            for section in sections
+            for key, value in keywords.pop(section).items()
+        ]
+        for name in keywords.keys() - parameters.keys():
+            raise _unknown(name, function.__name__, [*parameters, "progress"], has_sections)
+        bound = signature.bind(*args, **keywords)
+        if assignments:
+            bound.arguments["assignments"] = [*bound.arguments.get("assignments", ()), *assignments]
+        with contextlib.ExitStack() as stack:
+            for name, value in bound.arguments.items():
+                if isinstance(value, Run):
+                    bound.arguments[name] = os.fspath(value)
+                elif name in _TEXT_PARAMETERS and value is not None and not isinstance(value, dict):
+                    bound.arguments[name] = stack.enter_context(as_sources(value))
+            if "listener" in parameters:
+                bound.arguments["listener"] = stack.enter_context(_progress_bar(progress, listener))
+            return function(*bound.args, **bound.kwargs)
 
+    shown = [p for name, p in parameters.items() if name != "listener"]
+    for name, default in (("progress", True), ("listener", None)):
+        if "listener" in parameters:
+            shown.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
+    call.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
 
 
-def _unknown(name: str, function: str, known: Iterable[str]) -> UnknownKeyword:
+def find_field(word: str) -> str | None:
+    """Return the recipe field that `word` is the key or a synonym of, such as lr; None if there is none."""
+    from hf_genlm.config.describe import describe_fields
+
+    word = word.replace("-", "_").lower()
+    named = (row.name for row in describe_fields(word) if word in (row.name.partition(".")[2], *row.synonyms))
+    return next(named, None)
+
+
+def service(name: str) -> Callable[..., Any]:
+    """Return the public function `name`, a row of `SERVICES`."""
+    module, _, function = SERVICES[name].rpartition(".")
+    return _as_public(getattr(import_module(module), function))
+
+
+def _unknown(name: str, function: str, known: Iterable[str], has_sections: bool = True) -> UnknownKeyword:
     known = list(known)
-    fields = [f"{s}.{key}" for s in _SECTIONS for key in vars(getattr(Recipe(), s)) if key == name]
+    field = find_field(name) if has_sections else None
     if _SYNONYMS.get(name) in known:
         hint = f"; write {_SYNONYMS[name]}=..."
-    elif fields and "recipe" in known:
-        section = fields[0].partition(".")[0]
-        hint = f"; it is a recipe field: write {section}=dict({name}=...)"
+    elif field is not None:
+        section, _, key = field.partition(".")
+        hint = f"; it is a field of the recipe: write {section}=dict({key}=...)"
     else:
         hint = did_you_mean(name, known)
     return UnknownKeyword(f"{function}() has no keyword {name!r}{hint}")
@@ -125,7 +189,6 @@ def recipe_of(
     return combined
 
 
-@_with_known_keywords
 def train(
     texts: Texts = None,
     *,
@@ -255,7 +318,79 @@ def run_training(
     return Run(run.path)
 
 
-@_with_known_keywords
+@dataclass(frozen=True)
+class TokenizerResult:
+    """A trained tokenizer. `measurements` are those by language, empty for text without named languages."""
+
+    trained: "TrainedTokenizer"
+    measurements: "list[Measurement]"
+
+
+def tokenizer(
+    texts: Texts = None,
+    *,
+    output_dir: str | os.PathLike[str],
+    recipe: Recipe | str | os.PathLike[str] | None = None,
+    vocab_size: int | None = None,
+    progress: bool = True,
+    listener: Listener | None = None,
+    **fields: Any,
+) -> TokenizerResult:
+    """Train a byte-level BPE tokenizer on all of `texts` and save it to the new folder `output_dir`.
+
+    Args:
+        texts: as of `train`.
+        vocab_size: number of tokens. Default: by the size of the text.
+        **fields: as of `train`; `languages` and `parallel` also measure the tokenizer by language.
+
+    Raises:
+        UserError: text or folder cannot be used, or the text cannot fill the vocabulary.
+    """
+    stated = recipe_of(recipe, stated=_stated_fields({"vocab_size": vocab_size}, fields))
+    corpus = stated.corpus
+    from hf_genlm.evaluation.languages import measure_corpus_tokenization
+    from hf_genlm.evaluation.measurement import write_measurements
+    from hf_genlm.text.languages import check_languages
+    from hf_genlm.text.tokenizer import train_tokenizer_on
+
+    check_languages(corpus)
+    with _progress_bar(progress, listener) as hear, as_sources(texts, corpus.text_column) as words:
+        trained = train_tokenizer_on(
+            words or corpus.languages or corpus.sources,
+            out=Path(output_dir),
+            tokenizer=stated.tokenizer,
+            corpus=corpus,
+            listener=hear,
+        )
+        measured = []
+        if trained.languages or corpus.parallel:
+            hear("progress", {"task": "measuring languages", "done": 0, "total": None})
+            measured = measure_corpus_tokenization(
+                trained.tokenizer, trained.documents, trained.languages, corpus, "train"
+            )
+            write_measurements(trained.path / "languages.json", measured)
+    return TokenizerResult(trained, measured)
+
+
+def audit_and_draw(*args: Any, listener: Listener | None = None, **keywords: Any) -> "AuditResult":
+    """See `hf_genlm.privacy.audit.audit`; of a run, draw the picture and write the model card again, too."""
+    from hf_genlm.card import write_card
+    from hf_genlm.privacy.audit import audit
+    from hf_genlm.report.audit_plot import write_audit_figure
+
+    result = audit(*args, listener=listener, **keywords)
+    if result.path is not None:
+        if listener is not None:
+            listener("progress", {"task": "drawing", "done": 0, "total": None})
+        folder = RunFolder(result.path.parent)
+        model = folder.model if keywords.get("output_dir") is None and folder.model.is_dir() else None
+        write_audit_figure(folder.path, result.measurements, result.roc_curves, model)
+        if model is not None:
+            write_card(folder)
+    return result
+
+
+@_as_public
 def generate(
     model: Model,
     prompt: str = "",
@@ -334,6 +469,9 @@ class Run:
         self.path = self.folder.path
 
     def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
+    def __str__(self) -> str:
         return os.fspath(self.path)
 
     def __repr__(self) -> str:

@@ -1,19 +1,19 @@
-"""What an installation can do, and what a model will cost before any training. Run it with `hf-genlm doctor
-[--parameters]`.
+"""Capabilities of an installation, and the cost of a model before any training: `hf-genlm doctor`.
 
-A model is built on the meta device, where tensors have shapes and no memory, and its modules are counted.
+A model is built on the meta device, where tensors have shapes but no memory, and its modules are counted.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
 from torch import nn
 from transformers import TrainingArguments
 
-from hf_genlm import serving
 from hf_genlm.card.parameters import part_names, part_of, parts_of
 from hf_genlm.config.recipe import Recipe, TokenizerRecipe
 from hf_genlm.model import GenLMForCausalLM
@@ -30,62 +30,25 @@ ASSUMED_VOCAB_SIZE = 4096
 TRAINING_BYTES_PER_PARAMETER = 16
 _LAST_TOKEN_BYTES = 4  # float32, as the other states
 
-# optional extra of the package: what it is for, and the distributions that it installs
-EXTRAS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "zstd": ("sources compressed as .zst", ("zstandard",)),
-    "vectors": ("fastText's .bin files of word vectors", ("gensim",)),
-    "gpu": ("faster kernels on CUDA", ("liger-kernel", "fla-core")),
-    "eval": ("hf-genlm evaluate --tasks", ("lm_eval",)),
-    "mauve": ("MAUVE of samples", ("mauve-text",)),
-    "serve": ("hf-genlm serve and chat", serving.LIBRARIES),
-    "track": ("training.report_to", ("tensorboard", "trackio")),
-    "privacy": (
-        "training with a guarantee, and scrubbed text",
-        ("opacus", "datasketch", "detect-secrets", "phonenumbers"),
-    ),
-    "space": ("the demo of hf-genlm space", ("gradio",)),
-    "export": ("hf-genlm export", ("onnxscript", "onnxruntime", "gguf")),
-    "test": (
-        "the tests, lint and types",
-        (
-            "pytest",
-            "pytest-xdist",
-            "hypothesis",
-            "ruff",
-            "mypy",
-            "types-PyYAML",
-            "zstandard",
-            "gensim",
-            "tensorboard",
-            "trackio",
-            *serving.LIBRARIES,
-            "parameterized",
-            "nltk",
-            "mauve-text",
-            "peft",
-            "trl",
-            "torchao",
-            "lm_eval",
-            "onnxscript",
-            "onnxruntime",
-            "liger-kernel",
-            "fla-core",
-            "gguf",
-            "opacus",
-            "datasketch",
-            "detect-secrets",
-            "phonenumbers",
-            "dp-accounting",
-            "gradio",
-            "playwright",
-        ),
-    ),
+# optional extra of the package -> what it is for; the package's metadata states its distributions
+PURPOSES = {
+    "zstd": "sources compressed as .zst",
+    "vectors": "fastText's .bin files of word vectors",
+    "gpu": "faster kernels on CUDA",
+    "eval": "hf-genlm evaluate --tasks",
+    "mauve": "MAUVE of samples",
+    "serve": "hf-genlm serve and chat",
+    "track": "training.report_to",
+    "privacy": "training with a guarantee, scrubbed text",
+    "space": "the demo of hf-genlm space",
+    "export": "hf-genlm export",
+    "test": "the tests, lint and types",
 }
 
 
 @dataclass(frozen=True)
 class Extra:
-    """An optional part of the installation; it is whole when nothing is `missing`."""
+    """An optional part of the installation; it is complete if nothing is `missing`."""
 
     name: str
     purpose: str
@@ -93,57 +56,57 @@ class Extra:
 
     @property
     def command(self) -> str:
-        """What installs it."""
-        return f"pip install 'hf_genlm[{self.name}]'"
+        """The command that installs it from a clone of the repository."""
+        return f"pip install '.[{self.name}]'"
 
 
 @dataclass(frozen=True)
 class Installation:
-    """What this machine and the packages on it can do."""
+    """Versions and devices of this machine, and what training would use."""
 
-    environment: dict[str, Any]  # as `describe_environment` gives it
+    environment: dict[str, Any]  # as `describe_environment` returns it
     devices: list[str]
     training_device: str
-    n_training_gpus: int  # in this process: `train` refuses more than one
+    n_training_gpus: int  # in this process; `train` refuses more than one
     is_bfloat16_native: bool
     extras: list[Extra]
 
     @property
     def training_dtype(self) -> str:
-        """What training.dtype=auto computes in."""
+        """The dtype that training.dtype=auto stands for."""
         return "bfloat16" if self.is_bfloat16_native else "float32"
 
     def to_json(self) -> dict[str, Any]:
-        """The fields and what follows from them, by name."""
+        """Return the fields and the derived values by name."""
         commands = [{**asdict(extra), "command": extra.command} for extra in self.extras]
         return {**asdict(self), "extras": commands, "training_dtype": self.training_dtype}
 
 
 @dataclass(frozen=True)
 class PartCost:
-    """One part of a model, all its layers together. Bytes are those of one sequence."""
+    """Cost of one part of a model over all its layers. Bytes are per sequence."""
 
     name: str  # as on the model card
-    n_layers: int  # of a mixer: the layers that hold it; else 0
+    n_layers: int  # layers with this mixer; 0 for other parts
     n_parameters: int
-    flops_per_token: float  # forward, the mean over a row as long as the context
-    state_bytes: int  # the same after any number of tokens
+    flops_per_token: float  # of the forward pass, averaged over a row as long as the context
+    state_bytes: int  # constant in the number of tokens
     cache_bytes_per_token: int
-    cache_tokens: int | None  # the most tokens that are kept; None: all of them
+    cache_tokens: int | None  # maximal number of cached tokens; None: all tokens
 
     def memory_bytes(self, n_tokens: int) -> int:
-        """State and cache after `n_tokens` tokens, at least 1."""
+        """Return the bytes of state and cache after `n_tokens` (at least 1) tokens."""
         kept = n_tokens if self.cache_tokens is None else min(n_tokens, self.cache_tokens)
         return self.state_bytes + self.cache_bytes_per_token * kept
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """A model part by part, and in all."""
+    """Cost of a model, by part and in total."""
 
     hidden_size: int
-    mixer_types: list[str]  # of each layer that has parameters of its own
-    layer_runs: int  # times that each of them runs for one token
+    mixer_types: list[str]  # of each layer with its own parameters
+    layer_runs: int  # times that each of these layers runs for one token
     vocab_size: int
     is_vocab_size_assumed: bool
     is_size_assumed: bool
@@ -153,40 +116,40 @@ class ModelCost:
 
     @property
     def n_parameters(self) -> int:
-        """All that are trained; a tied head has none of its own."""
+        """Number of trained parameters; a tied head adds none."""
         return sum(part.n_parameters for part in self.parts)
 
     @property
     def flops_per_token(self) -> float:
-        """Of the forward pass, the mean over a row as long as the context."""
+        """FLOPs of the forward pass per token, averaged over a row as long as the context."""
         return sum(part.flops_per_token for part in self.parts)
 
     @property
     def training_flops_per_token(self) -> float:
-        """Forward, and a backward pass of twice as much: for the inputs, and for the weights."""
+        """FLOPs of forward and backward pass; the backward pass takes twice as many as the forward pass."""
         return 3 * self.flops_per_token
 
     @property
     def state_bytes(self) -> int:
-        """Of one sequence, after any number of tokens."""
+        """Bytes of the recurrent states of one sequence."""
         return sum(part.state_bytes for part in self.parts)
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Of one sequence, while no window is full."""
+        """Bytes of keys and values of one token, before any window is full."""
         return sum(part.cache_bytes_per_token for part in self.parts)
 
     @property
     def training_bytes(self) -> int:
-        """Weights, gradients and AdamW's moments in float32; activations come on top."""
+        """Bytes of weights, gradients and AdamW's moments in float32, without activations."""
         return TRAINING_BYTES_PER_PARAMETER * self.n_parameters
 
     def memory_bytes(self, n_tokens: int) -> int:
-        """State and cache of one sequence after `n_tokens` tokens, at least 1."""
+        """Return the bytes of state and cache of one sequence after `n_tokens` (at least 1) tokens."""
         return sum(part.memory_bytes(n_tokens) for part in self.parts)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields and what follows from them, by name."""
+        """Return the fields and the derived values by name."""
         names = ("n_parameters", "flops_per_token", "training_flops_per_token", "state_bytes",
                  "cache_bytes_per_token", "training_bytes")  # fmt: skip
         totals = {name: getattr(self, name) for name in names}
@@ -194,30 +157,61 @@ class ModelCost:
 
 
 def describe_installation() -> Installation:
-    """Versions, devices and extras, and what `train` would make of them."""
-    arguments = TrainingArguments(output_dir="unused", report_to="none")  # Trainer's choice; writes nothing
+    """Describe versions, devices and extras, and what `train` would use."""
+    arguments = TrainingArguments(
+        output_dir="unused", report_to="none"
+    )  # it chooses the device, writes nothing
     return Installation(
         environment=describe_environment(),
         devices=_devices(),
         training_device=arguments.device.type,
         n_training_gpus=arguments.n_gpu,
         is_bfloat16_native=computes_bfloat16(),
-        extras=[
-            Extra(name, purpose, [package for package in packages if not _is_installed(package)])
-            for name, (purpose, packages) in EXTRAS.items()
-        ],
+        extras=list_extras(),
     )
 
 
-def describe_model(recipe: Recipe) -> ModelCost:
-    """The cost of the model that `train` would make of `recipe`.
+def list_extras(find_version: Callable[[str], str] = metadata.version) -> list[Extra]:
+    """List the extras of this package with the distributions that are missing; none if it is not installed.
 
-    A vocabulary that the recipe leaves open is that of the tokenizer it names, else 4,096 tokens are assumed:
-    `train` chooses it by the size of the text, which is not read here. A size that is left open is `tiny`:
-    `train` chooses it by its time.
+    Args:
+        find_version: returns the version of a distribution, or raises `PackageNotFoundError`.
+    """
+    try:
+        extras = metadata.metadata("hf_genlm").get_all("Provides-Extra") or []
+    except metadata.PackageNotFoundError:
+        return []
+    names = sorted(extras, key=[*PURPOSES, *extras].index)
+    return [Extra(name, PURPOSES.get(name, ""), _missing("hf_genlm", name, find_version)) for name in names]
+
+
+def _missing(distribution: str, extra: str, find_version: Callable[[str], str]) -> list[str]:
+    """Distributions of an extra that are not installed, those of the extras that it names included."""
+    found = []
+    for line in metadata.requires(distribution) or []:
+        requirement = Requirement(line)
+        marker = requirement.marker
+        if marker is None or marker.evaluate({"extra": ""}) or not marker.evaluate({"extra": extra}):
+            continue  # required without the extra, or not on this machine
+        try:
+            find_version(requirement.name)
+        except metadata.PackageNotFoundError:
+            found.append(requirement.name)
+        else:
+            for inner in sorted(requirement.extras):
+                found += _missing(requirement.name, inner, find_version)
+    return found
+
+
+def describe_model(recipe: Recipe) -> ModelCost:
+    """Compute the cost of the model that `train` would build from `recipe`.
+
+    An open vocabulary size is that of the tokenizer that the recipe names, or else 4,096, since `train`
+    chooses it by the text, which is not read here. An open size is `tiny`, since `train` chooses it by its
+    time.
 
     Raises:
-        UserError: a recipe that `train` would refuse for its model or vocabulary.
+        UserError: `train` would refuse the recipe for its model or vocabulary.
     """
     is_size_assumed = recipe.model.size is None and recipe.model.hidden_size is None
     recipe = resolve(recipe)
@@ -242,7 +236,7 @@ def describe_model(recipe: Recipe) -> ModelCost:
 
 
 def count_parts(model: GenLMForCausalLM, context: int) -> list[PartCost]:
-    """The parts of `model`, on any device, with what they cost in a row of `context` tokens."""
+    """List the parts of `model` (on any device) with their costs in a row of `context` tokens."""
     words = _stored_mixers(model)
     runs = model.config.shared_layers
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -270,11 +264,11 @@ def count_parts(model: GenLMForCausalLM, context: int) -> list[PartCost]:
 
 
 def count_flops(model: GenLMForCausalLM, context: int) -> Counter[str]:
-    """Floating-point operations of one forward pass over a row of `context` tokens, by part.
+    """Count the floating-point operations of one forward pass over a row of `context` tokens, by part.
 
-    They are 2 x in x out a token for every nn.Linear, the head included, and for attention those of scores
-    and values, 4 x heads x head_dim for every pair of a token and a token it sees. Lookups and elementwise
-    work (norms, activations, gates, rotations, softmax) are not counted.
+    Every nn.Linear, the head included, takes 2 x in x out per token. Attention takes 4 x heads x head_dim for
+    every pair of a token and a token visible to it. Lookups and elementwise operations (norms, activations,
+    gates, rotations, softmax) are not counted.
     """
     words = _stored_mixers(model)
     runs = model.config.shared_layers
@@ -287,22 +281,22 @@ def count_flops(model: GenLMForCausalLM, context: int) -> Counter[str]:
             width = model.config.num_attention_heads * module.head_dim
             flops[part_of(name, words)] += 4 * width * visible_pairs(context, module.sliding_window) * n_runs
     if model.model.reads_out:
-        # what the head reads goes back through W, which no module of its own says
+        # the head's input is projected back through W; no module stands for this
         flops[part_of("model.embed_proj", words)] += 2 * model.model.embed_proj.weight.numel() * context
     return flops
 
 
 def visible_pairs(n_tokens: int, window: int | None = None) -> int:
-    """Pairs of a token and a token that it sees, itself included, in a causal row of `n_tokens`.
+    """Count the pairs of a token and a visible token, itself included, in a causal row of `n_tokens`.
 
-    `window` is the most tokens that one sees; None: all before it, n (n + 1) / 2 pairs.
+    `window` is the number of tokens visible to a token; None: all tokens before it, n (n + 1) / 2 pairs.
     """
     most = n_tokens if window is None else min(window, n_tokens)
     return most * (most + 1) // 2 + (n_tokens - most) * most
 
 
 def _state_bytes(mixer: nn.Module, model: GenLMForCausalLM) -> int:
-    """Of the recurrent state of one sequence."""
+    """Return the bytes of the recurrent state of one sequence."""
     if isinstance(mixer, GenLMAttention):
         return 0
     token = torch.empty(1, 1, model.config.hidden_size, dtype=model.dtype, device="meta")
@@ -310,32 +304,32 @@ def _state_bytes(mixer: nn.Module, model: GenLMForCausalLM) -> int:
 
 
 def _cache_bytes(mixer: nn.Module, model: GenLMForCausalLM) -> int:
-    """Of the key and the value of one token."""
+    """Return the bytes of the key and the value of one token."""
     if not isinstance(mixer, GenLMAttention):
         return 0
     return 2 * model.config.num_key_value_heads * mixer.head_dim * model.dtype.itemsize
 
 
 def _cache_tokens(mixer: nn.Module) -> int | None:
-    """The most tokens whose keys and values are kept: what the next token sees beside itself; None: all."""
+    """Return the maximal number of tokens whose keys and values are kept: window - 1; None: all."""
     window = getattr(mixer, "sliding_window", None)
     return None if window is None else window - 1
 
 
 def _stored_mixers(model: GenLMForCausalLM) -> list[str]:
-    """The mixer's word for each layer that has parameters of its own."""
+    """List the mixer of each layer with its own parameters."""
     return [model.config.mixer_types[layer.mixer.layer_idx] for layer in model.model.layers]
 
 
 def _vocab_size_of(recipe: TokenizerRecipe) -> int | None:
-    """As given, or of the tokenizer that the recipe names, or None."""
+    """Return the size as stated, or of the tokenizer that the recipe names, or None."""
     if recipe.vocab_size is None and recipe.path is not None:
         return len(load_tokenizer(recipe.path))
     return recipe.vocab_size
 
 
 def _devices() -> list[str]:
-    """Every device that torch can compute on, in words."""
+    """Describe every device that torch can compute on."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return ["cpu"]
@@ -344,11 +338,3 @@ def _devices() -> list[str]:
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     gpus = [f"cuda:{i}, {gpu.name}, {gpu.total_memory / 2**30:.1f} GiB" for i, gpu in enumerate(found)]
     return [*gpus, "cpu"]
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True

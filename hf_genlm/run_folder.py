@@ -140,6 +140,18 @@ class RunFolder:
         finally:
             lock.release()
 
+    def is_locked(self) -> bool:
+        """Return True if a process is training in this folder."""
+        from filelock import FileLock, Timeout
+
+        try:
+            with FileLock(self.lock_file, timeout=0):
+                return False
+        except Timeout:
+            return True
+        except OSError:  # a folder that is only readable
+            return False
+
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to log.jsonl and tell listener and followers. `time` is in seconds since the epoch.
 

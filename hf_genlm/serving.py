@@ -1,7 +1,7 @@
-"""Serve a model by transformers' own OpenAI-compatible server, and talk to it with transformers' own client.
+"""Serve a model by transformers' OpenAI-compatible server, and chat with it by transformers' client.
 
-The server takes a class by its name from transformers, where an out-of-tree class is not: `expose`
-puts ours there. Everything else is theirs.
+The server looks up a model class by name in the module `transformers`; `expose` adds the classes of this
+package there.
 """
 
 import os
@@ -33,7 +33,7 @@ def serve(source: str, options: Sequence[str] = ()) -> None:
     _check_installed()
     from transformers.cli.serving.model_manager import ModelManager
 
-    # theirs lists the Hub cache, and fails where there is none; this server has one model
+    # transformers lists the Hub cache, and fails without one; this server has one model
     served = {"id": source, "object": "model", "created": int(time.time()), "owned_by": ""}
     listing: Any = ModelManager
     listing.get_gen_models = staticmethod(lambda cache_dir=None: [served])
@@ -41,22 +41,22 @@ def serve(source: str, options: Sequence[str] = ()) -> None:
 
 
 def chat(source: str, url: str | None = None, flags: Sequence[str] = ()) -> None:
-    """Talk to the model `source` as served at `url`, or by a server of our own that ends with the talk.
+    """Chat with the model `source` as served at `url`, or by a server that runs until the chat ends.
 
-    `flags` are generation settings in the client's form, such as `["temperature=0.5"]`.
+    `flags` are generation settings as the client takes them, such as `["temperature=0.5"]`.
 
     Raises:
-        UserError: the server's libraries are not installed, or our server does not start.
+        UserError: the server's libraries are not installed, or the server does not start.
     """
     _check_installed()
     with background_server(source) if url is None else nullcontext(url) as url:
-        # the client speaks to this URL alone, which an offline mode meant for the Hub would forbid
+        # the client connects to this URL only; an offline mode meant for the Hub would forbid it
         os.environ.pop("HF_HUB_OFFLINE", None)
         _run_transformers(["chat", source, url, *flags])
 
 
 def expose() -> None:
-    """Make our classes attributes of transformers, for code that takes a class by the name in a config."""
+    """Add the classes of this package to the module `transformers`, for code that looks them up by name."""
     import transformers
 
     from hf_genlm.model.modeling_genlm import AUTO_CLASSES
@@ -67,19 +67,25 @@ def expose() -> None:
 
 def _check_installed() -> None:
     if any(find_spec(name) is None for name in LIBRARIES):
-        raise UserError("serving needs more libraries: pip install 'hf_genlm[serve]'")
+        raise UserError("serving needs more libraries: from a clone, pip install '.[serve]'")
 
 
 def _run_transformers(arguments: list[str]) -> None:
-    import click
+    import click  # the app of transformers raises click's exceptions or typer's, by the version of typer
+    import typer
     from transformers.cli.transformers import app
 
     expose()
     try:
         app(arguments, standalone_mode=False)
-    except (click.exceptions.Exit, click.Abort):  # --help was asked for; the input of a talk has ended
+    except (
+        typer.Exit,
+        typer.Abort,
+        click.exceptions.Exit,
+        click.Abort,
+    ):  # after --help; at the end of the input
         return
-    except click.ClickException as error:
+    except (typer.TyperException, click.ClickException) as error:
         raise UserError(f"transformers {arguments[0]}: {error.format_message()}") from error
 
 

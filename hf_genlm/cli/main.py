@@ -1,57 +1,51 @@
-"""The command line: reads arguments and calls a verb.
+"""Entry point of the command line.
 
-    hf-genlm train [SOURCE ...]          hf-genlm generate MODEL [PROMPT]    hf-genlm card RUN
-    hf-genlm tokenizer SOURCE ...        hf-genlm serve MODEL                hf-genlm plot RUN ...
-    hf-genlm extend MODEL SOURCE ...     hf-genlm chat MODEL                 hf-genlm push RUN OWNER/NAME
-    hf-genlm evaluate MODEL [SOURCE ...] hf-genlm space MODEL [MODEL]        hf-genlm export MODEL
-    hf-genlm audit RUN                   hf-genlm compare [SOURCE ...]       hf-genlm range
-    hf-genlm doctor
-
-Exit codes: 0 done; 2 the input cannot be used, one line on stderr says why; 1 a fault of ours, with a
-traceback.
+Exit codes: 0 done; 2 the input cannot be used, and one line on stderr names the value, the rule and the
+remedy; 1 a fault of this package, with a traceback; 130 Ctrl-C; 141 the reader of the output has ended.
 """
 
 import os
 import shlex
 import sys
 from collections.abc import Sequence
-from importlib import import_module
+from typing import Annotated, Any
 
-from hf_genlm.cli.arguments import build_parser
+import typer
+
+# isort: off
+from hf_genlm.cli import train, text, evaluate, models, inspect  # noqa: F401  the order of the help
+
+# isort: on
 from hf_genlm.cli.launch import complain, is_first, is_launched
-from hf_genlm.errors import Stopped, UserError
+from hf_genlm.cli.options import WORDS, app, explain_usage_error
+from hf_genlm.errors import Stopped, UserError, did_you_mean
 
-# verb -> the module of hf_genlm.cli and the function that takes the parsed options
-_VERBS = {
-    "train": ("train", "run"),
-    "tokenizer": ("tokenizer", "run"),
-    "extend": ("extend", "run"),
-    "evaluate": ("evaluate", "run"),
-    "audit": ("audit", "run"),
-    "compare": ("compare", "run"),
-    "range": ("range", "run"),
-    "generate": ("generate", "run"),
-    "export": ("export", "run"),
-    "serve": ("serve", "serve_model"),
-    "chat": ("serve", "chat_with_model"),
-    "card": ("card", "run"),
-    "push": ("push", "run"),
-    "plot": ("plot", "run"),
-    "space": ("space", "run"),
-    "doctor": ("doctor", "run"),
-}
+_ENDED_BY_SIGPIPE = 128 + 13  # the exit code that a shell reports for it
+_COMPLETION = "_HF_GENLM_COMPLETE"  # set by the shell's completion script
 
-_ENDED_BY_SIGPIPE = 128 + 13  # what a shell says of a command that `| head` ended
+
+@app.callback(invoke_without_command=True)
+def _root(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> int:
+    if version:
+        from hf_genlm import __version__
+
+        print(f"hf-genlm {__version__}")
+    elif ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        options = build_parser().parse_args(arguments)
+        if _COMPLETION in os.environ:
+            return _command().main(words, prog_name="hf-genlm", complete_var=_COMPLETION)
         _quiet_libraries()
-        options.arguments = sys.argv[1:] if arguments is None else list(arguments)
-        module, function = _VERBS[options.verb]
-        code = getattr(import_module(f"hf_genlm.cli.{module}"), function)(options) or 0
+        code = _run(words) or 0
         sys.stdout.flush()
         return code
     except UserError as error:
@@ -59,20 +53,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except Stopped as stopped:
         if is_first():
-            _say_how_to_go_on(stopped)
+            reached = (
+                "before its first checkpoint" if stopped.step is None else f"after step {stopped.step:,}"
+            )
+            print(f"stopped {reached}; to continue:", file=sys.stderr)
+            print(f"hf-genlm train --resume --out {shlex.quote(str(stopped.folder))}", file=sys.stderr)
         return 0
     except BrokenPipeError:
-        if not _nobody_reads():
+        if not _has_lost_reader():
             raise
         return _ENDED_BY_SIGPIPE
     except KeyboardInterrupt:
-        if not is_launched():  # else the launcher says it
+        if not is_launched():  # otherwise the launcher prints it
             complain("stopped")
         return 130
 
 
-def _nobody_reads() -> bool:
-    """True if the reader of what is printed has ended; then nothing more is written to it."""
+def parse(words: Sequence[str]) -> dict[str, Any]:
+    """Parse a command line without running it: the verb's parameters by name, and `verb`.
+
+    Raises:
+        UserError: an unknown verb or option, or a value that does not fit.
+    """
+    record: dict[str, Any] = {}
+    _run(list(words), record)
+    return record
+
+
+def _run(words: list[str], record: dict[str, Any] | None = None) -> Any:
+    command: Any = _command()
+    try:
+        with command.make_context("hf-genlm", list(words), obj=record) as context:
+            context.meta[WORDS] = words
+            return command.invoke(context)
+    except typer.Exit as end:  # after --help
+        return end.exit_code
+    except typer.TyperException as error:
+        raise explain_usage_error(error) from error
+
+
+def _command() -> Any:
+    command: Any = typer.main.get_command(app)
+    resolve = command.resolve_command
+
+    def resolve_verb(ctx: Any, args: list[str]) -> Any:
+        if args and not args[0].startswith("-") and args[0] not in command.commands:
+            raise UserError(f"no verb {args[0]!r}{did_you_mean(args[0], command.commands)}")
+        return resolve(ctx, args)
+
+    command.resolve_command = resolve_verb
+    return command
+
+
+def _has_lost_reader() -> bool:
+    """Return True if the reader of the output has ended; nothing more is written to it then."""
     try:
         print(flush=True)
     except BrokenPipeError:
@@ -81,14 +115,8 @@ def _nobody_reads() -> bool:
     return False
 
 
-def _say_how_to_go_on(stopped: Stopped) -> None:
-    reached = "before its first checkpoint" if stopped.step is None else f"after step {stopped.step:,}"
-    print(f"stopped {reached}; to go on:", file=sys.stderr)
-    print(f"hf-genlm train --resume --out {shlex.quote(str(stopped.folder))}", file=sys.stderr)
-
-
 def _quiet_libraries() -> None:
-    """Our own bars and messages instead of those of the libraries underneath."""
+    """Silence the progress bars and warnings of the libraries: this command shows its own."""
     import logging
     import warnings
 

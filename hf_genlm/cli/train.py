@@ -1,94 +1,140 @@
-"""`hf-genlm train`: one process, or several that this one launches or is one of."""
+"""`hf-genlm train`: in one process, in several that it launches, or as one of several."""
 
-import argparse
 import shlex
 import time
+from typing import TYPE_CHECKING
 
-from hf_genlm.card import check_card
-from hf_genlm.cli.arguments import TRAIN_FIELDS
-from hf_genlm.cli.display import Display, table
+import typer
+
+from hf_genlm.cli import options as o
+from hf_genlm.cli.display import Display, print_measurements
 from hf_genlm.cli.launch import check_processes, complain, is_first, is_launched, launch, use_one_gpu
-from hf_genlm.cli.recipes import recipe_of
-from hf_genlm.config.recipe import Recipe
-from hf_genlm.errors import Stopped, UserError
+from hf_genlm.errors import UserError
+
+if TYPE_CHECKING:
+    from hf_genlm.config.recipe import Recipe
 
 
-def run(options: argparse.Namespace) -> int:
-    recipe = recipe_of(options, TRAIN_FIELDS)
-    check_card(recipe.card)
-    if options.resume and not options.out:
-        raise UserError("--resume goes on with a run: name its folder by --out DIR")
-    out = (
-        options.out
-        or f"runs/{'mixed' if recipe.model.mixers else recipe.model.decoder}-{time.strftime('%Y%m%d-%H%M%S')}"
-    )
-    check_processes(options.processes)
+@o.verb("train", "Train", "hf-genlm train my-texts/ --decoder lstm --minutes 10 --out lstm-10")
+def train(
+    ctx: typer.Context,
+    sources: list[str] | None = o.SOURCES,
+    languages: list[str] | None = o.LANGUAGES,
+    parallel: list[str] | None = o.PARALLEL,
+    validation: list[str] | None = o.text_option(
+        "--validation FILE", "Hold out this text, instead of a part."
+    ),
+    stream: bool = o.text_option(
+        "--stream", "Read the text while training and keep none of it: for text larger than memory and disk."
+    ),
+    scrub: bool = o.text_option(
+        "--scrub",
+        "Replace e-mail and IP addresses, phone, card and account numbers and keys by placeholders.",
+    ),
+    near_duplicates: str | None = o.text_option(
+        "--near-duplicates F",
+        "Leave out training documents that share this part of their 5-word runs with another, such as 0.8.",
+    ),
+    decoder: str | None = o.DECODER,
+    mixers: str | None = o.MIXERS,
+    size: str | None = o.SIZE,
+    vectors: str | None = o.VECTORS,
+    vocab_size: str | None = o.VOCAB_SIZE,
+    init_from: str | None = o.model_option("--from MODEL", "Continue from a run or model folder."),
+    minutes: str | None = o.training_option("--minutes F", "Time of training.", shown="3"),
+    steps: str | None = o.training_option("--steps N", "Number of optimizer steps, instead of a time."),
+    tokens: str | None = o.training_option("--tokens N", "Number of training tokens, instead of a time."),
+    seed: str | None = o.training_option("--seed N", "Of the weights and the order of rows.", shown="0"),
+    processes: int | None = o.training_option(
+        "--processes N",
+        "Number of processes; each takes a GPU where there are any.",
+        shown="1",
+        parse=o.parse_count,
+    ),
+    epsilon: str | None = o.privacy_option(
+        "--epsilon E", "Train with differential privacy for each document."
+    ),
+    delta: str | None = o.privacy_option(
+        "--delta D", "Probability that this guarantee fails.", shown="n^-1.1 of n documents"
+    ),
+    canaries: str | None = o.privacy_option(
+        "--canaries N,N,..",
+        "Plant random secrets in the text, each so many times, such as 1,4,16,32: for audit.",
+    ),
+    output_dir: str | None = o.run_option("--out DIR", "The run folder to make.", shown="runs/DECODER-DATE"),
+    resume: bool = o.run_option("--resume", "Continue the run in --out from its last checkpoint."),
+    recipe: str | None = o.RECIPE,
+    assignments: list[str] | None = o.ASSIGNMENTS,
+) -> int:
+    """Train a tokenizer and a model, measure the model, and write a run folder.
+
+    Without SOURCE it trains on the library source that Python brings.
+    """
+    stated = o.stated_recipe(ctx.params)
+    if resume and not output_dir:
+        raise UserError("--resume continues a run: name its folder by --out DIR")
+    decoder_name = "mixed" if stated.model.mixers else stated.model.decoder
+    output_dir = output_dir or f"runs/{decoder_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    check_processes(processes)
     if is_launched():
-        return _as_one_of_several(recipe, out, options.resume)
-    if options.processes == 1:
+        return _train_as_one_of_several(stated, output_dir, resume)
+    if processes == 1:
         use_one_gpu()
-    elif options.processes is not None:
-        return _by_several(options, out)
-    _train_and_tell(recipe, out, options.resume)
+    elif processes is not None:
+        return _launch_several(ctx.meta[o.WORDS], output_dir, processes)
+    _train_and_print(stated, output_dir, resume)
     return 0
 
 
-def _by_several(options: argparse.Namespace, out: str) -> int:
+def _launch_several(words: list[str], output_dir: str, processes: int) -> int:
+    """Run the same command in several processes; returns the exit code."""
     from hf_genlm.run_folder import RunFolder
 
     try:
-        code, message = launch(["-m", "hf_genlm", *options.arguments, "--out", out], options.processes)
+        code, message = launch(["-m", "hf_genlm", *words, "--out", output_dir], processes)
     except KeyboardInterrupt:
         code, message = 130, "stopped"
-    if code > 128 and RunFolder(out).has_stopped():  # the first process has said how to go on
+    if code > 128 and RunFolder(output_dir).has_stopped():  # the first process has printed how to continue
         return 0
     if message is not None:
         complain(message)
     return code
 
 
-def _as_one_of_several(recipe: Recipe, out: str, resume: bool) -> int:
+def _train_as_one_of_several(recipe: "Recipe", output_dir: str, resume: bool) -> int:
+    from hf_genlm.api import run_training
     from hf_genlm.training.processes import LostProcess, leave, noticing_losses
 
     try:
         with noticing_losses():
             if is_first():
-                _train_and_tell(recipe, out, resume)
+                _train_and_print(recipe, output_dir, resume)
             else:
-                from hf_genlm.training.train import train
-
-                train(recipe, out, resume=resume)
+                run_training(recipe, output_dir, resume)
             leave()
     except LostProcess:
-        return 1  # the launcher says which one it was
+        return 1  # the launcher names the process that was lost
     return 0
 
 
-def _train_and_tell(recipe: Recipe, out: str, resume: bool) -> None:
+def _train_and_print(recipe: "Recipe", output_dir: str, resume: bool) -> None:
+    from hf_genlm.api import run_training
     from hf_genlm.evaluation.measurement import read_measurements
+    from hf_genlm.files import read_json
 
     with Display() as display:
         display.show("loading torch and transformers")
-        from hf_genlm.card import write_card
-        from hf_genlm.files import read_json
-        from hf_genlm.report.curves import write_curves
-        from hf_genlm.run_folder import RunFolder
-        from hf_genlm.training.train import train
-
-        try:
-            run = train(recipe, out, display.hear, resume)
-        except Stopped:
-            write_curves(RunFolder(out))
-            raise
-        display.show("drawing")
-        write_curves(run)
-        write_card(run)
-    print(table(read_measurements(run.evaluation)))
-    print(f"\nmodel:  {run.model}\ncard:   {run.model / 'README.md'}")
-    if run.privacy.is_file():
-        said = read_json(run.privacy)
-        print(f"privacy: epsilon {said['epsilon']:g}, delta {said['delta']:g}, for {said['unit']}")
+        run = run_training(recipe, output_dir, resume, display.hear)
+    folder = run.folder
+    print_measurements(read_measurements(folder.evaluation))
+    print(f"\nmodel:  {folder.model}\ncard:   {folder.model / 'README.md'}")
+    if folder.privacy.is_file():
+        guarantee = read_json(folder.privacy)
+        print(
+            f"privacy: epsilon {guarantee['epsilon']:g}, delta {guarantee['delta']:g}, "
+            f"for {guarantee['unit']}"
+        )
     print()
     print(f"hf-genlm generate {shlex.quote(str(run.path))}\n")
     print("from transformers import AutoModelForCausalLM\nimport hf_genlm")
-    print(f'model = AutoModelForCausalLM.from_pretrained("{run.model.as_posix()}")')
+    print(f'model = AutoModelForCausalLM.from_pretrained("{folder.model.as_posix()}")')

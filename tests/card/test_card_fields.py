@@ -13,8 +13,7 @@ from hf_genlm.card import check_card, render_card, write_card
 from hf_genlm.card.card import is_edited
 from hf_genlm.card.front_matter import LICENSES
 from hf_genlm.card.wording import cite_model, describe_layers, duration
-from hf_genlm.cli.arguments import build_parser
-from hf_genlm.cli.main import main
+from hf_genlm.cli.main import main, parse
 from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import write_measurements
@@ -239,7 +238,7 @@ def test_the_command_that_repeats_it_is_shown_and_understood(tmp_path):
     run = make_run(tmp_path, name="my run")
     (command,) = re.findall(r"```bash\n(.*?)\n```", render_card(run), flags=re.S)
     assert command == "hf-genlm train --recipe recipe.yaml --out 'my run'"
-    assert build_parser().parse_args(shlex.split(command)[1:]).out == "my run"
+    assert parse(shlex.split(command)[1:])["output_dir"] == "my run"
     recipe = load_recipe(None, ["training.minutes=2"])
     text = render_card(make_run(tmp_path, recipe=recipe), recipe_file="recipes/x.yaml")
     assert "```bash\nhf-genlm train --recipe recipes/x.yaml --out run\n```" in text

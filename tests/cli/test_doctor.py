@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import DynamicCache
 
 from hf_genlm import doctor
 from hf_genlm.card.parameters import parts_of, read_sizes
-from hf_genlm.cli.display import installation_lines
+from hf_genlm.cli.display import print_installation
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import load_recipe
 from hf_genlm.model import DECODERS, GenLMForCausalLM
@@ -213,7 +214,7 @@ def test_the_table_says_what_the_json_says(capsys):
     assert f"{found['training_flops_per_token']:,.0f} FLOPs per token" in below
     assert f"{found['training_bytes'] / 2**20:.1f} MiB of weights" in below
     assert f"{found['memory_bytes_at_context'] / 2**10:.1f} KiB of state and cache" in below
-    assert "mixer sliding_attention stops growing at its window: it keeps 31 tokens" in below
+    assert "mixer sliding_attention keeps the last 31 tokens" in below
 
 
 MISTAKES = {
@@ -248,39 +249,56 @@ def test_doctor_alone_describes_the_installation():
     assert facts["python"] == sys.version.split()[0]
     assert facts["torch"] == str(torch.__version__)
     assert facts["train"].startswith("on cuda" if torch.cuda.is_available() else "on cpu")
-    assert {f"[{name}]" for name in doctor.EXTRAS} <= set(facts)
+    assert {f"[{extra.name}]" for extra in doctor.list_extras()} <= set(facts)
 
 
-def test_what_is_missing_and_what_train_chooses(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "_is_installed", lambda package: package != "zstandard")
-    monkeypatch.setattr(doctor, "computes_bfloat16", lambda: True)
-    assert main(["doctor"]) == 0
-    printed = capsys.readouterr().out
-    assert "missing zstandard: pip install 'hf_genlm[zstd]'" in printed
-    assert re.search(r"^\[serve\] .*: installed$", printed, flags=re.MULTILINE)
-    assert re.search(r"^train .* in bfloat16 by training.dtype=auto$", printed, flags=re.MULTILINE)
-    found = doctored(capsys)
-    assert found["training_dtype"] == "bfloat16"
-    assert [extra["command"] for extra in found["extras"] if extra["missing"]] == [
-        "pip install 'hf_genlm[zstd]'",
-        "pip install 'hf_genlm[test]'",
-    ]
+def without_zstandard(distribution: str) -> str:
+    """Find every distribution but one."""
+    if distribution == "zstandard":
+        raise PackageNotFoundError(distribution)
+    return "1.0"
 
 
-def test_several_gpus_are_not_promised_to_one_process():
-    """`train` refuses them."""
-    found = dataclasses.replace(doctor.describe_installation(), training_device="cuda", n_training_gpus=2)
-    assert "--processes 2 for all GPUs" in installation_lines(found)[-1]
-    one = dataclasses.replace(found, n_training_gpus=1)
-    assert "--processes" not in "".join(installation_lines(one))
+def test_extras_with_a_missing_distribution_name_it_and_the_command():
+    missing = {extra.name: extra for extra in doctor.list_extras(without_zstandard) if extra.missing}
+    assert set(missing) == {"zstd", "test"}
+    assert missing["zstd"].missing == ["zstandard"]
+    assert missing["zstd"].command == "pip install '.[zstd]'"
 
 
-def test_the_extras_are_those_of_the_package():
+def test_extras_of_other_packages_are_followed():
+    """The extra serve needs transformers[serving], which needs openai."""
+
+    def find_version(distribution: str) -> str:
+        if distribution == "openai":
+            raise PackageNotFoundError(distribution)
+        return "1.0"
+
+    missing = {extra.name: extra.missing for extra in doctor.list_extras(find_version)}
+    assert missing["serve"] == ["openai"]
+    assert missing["zstd"] == []
+
+
+def test_every_extra_of_the_package_has_a_purpose():
     tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
-    extras = project["project"]["optional-dependencies"]
-    assert list(doctor.EXTRAS) == list(extras)
-    for name, (_, packages) in doctor.EXTRAS.items():
-        required = {re.match(r"[\w-]+", requirement)[0] for requirement in extras[name]} - {"transformers"}
-        assert set(packages) - set(doctor.serving.LIBRARIES) == required
-        assert ("transformers[serving]" in extras[name]) == (set(doctor.serving.LIBRARIES) <= set(packages))
+    assert list(doctor.PURPOSES) == list(project["project"]["optional-dependencies"])
+
+
+def test_the_installation_is_printed(capsys):
+    found = dataclasses.replace(
+        doctor.describe_installation(),
+        is_bfloat16_native=True,
+        extras=doctor.list_extras(without_zstandard),
+        training_device="cuda",
+        n_training_gpus=2,
+    )
+    print_installation(found)
+    printed = capsys.readouterr().out
+    assert "missing zstandard: pip install '.[zstd]'" in printed
+    assert re.search(r"^\[serve\] .*: installed *$", printed, flags=re.MULTILINE)
+    assert re.search(r"^train .* in bfloat16 by training.dtype=auto *$", printed, flags=re.MULTILINE)
+    assert "--processes 2" in printed.splitlines()[-1]
+    assert found.to_json()["training_dtype"] == "bfloat16"
+    print_installation(dataclasses.replace(found, n_training_gpus=1))
+    assert "--processes" not in capsys.readouterr().out

@@ -14,9 +14,8 @@ from support.models import EOS, build_model
 from support.resuming import at_step, weights_of
 
 from hf_genlm.card import write_card
-from hf_genlm.cli.arguments import TRAIN_FIELDS, build_parser
-from hf_genlm.cli.main import main
-from hf_genlm.cli.recipes import recipe_of
+from hf_genlm.cli.main import main, parse
+from hf_genlm.cli.options import stated_recipe
 from hf_genlm.config.recipe import CorpusRecipe, load_recipe
 from hf_genlm.errors import Stopped, UserError
 from hf_genlm.evaluation.languages import (
@@ -80,11 +79,11 @@ def test_yaml_set_and_options_say_the_same(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("corpus: {languages: {no: [a.txt, b/], zh-Hans: [c.txt]}, byte_premiums: {no: 1.1}}\n")
     by_set = ["corpus.languages=no=a.txt,no=b/,zh-Hans=c.txt", "corpus.byte_premiums={no: 1.1}"]
-    options = build_parser().parse_args(
+    options = parse(
         ["train", "--source", "no=a.txt", "--source", "no=b/", "--source", "zh-Hans=c.txt",
          "--set", "corpus.byte_premiums=no=1.1"]
     )  # fmt: skip
-    recipes = [load_recipe(file), load_recipe(None, by_set), recipe_of(options, TRAIN_FIELDS)]
+    recipes = [load_recipe(file), load_recipe(None, by_set), stated_recipe(options)]
     for recipe in recipes:
         assert recipe.corpus.languages == {"no": ["a.txt", "b/"], "zh-Hans": ["c.txt"]}
         assert recipe.corpus.byte_premiums == {"no": 1.1}

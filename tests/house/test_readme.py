@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from support.runs import SMALL
 
-from hf_genlm.cli.arguments import build_parser
-from hf_genlm.cli.main import main
+from hf_genlm.cli.main import main, parse
 from hf_genlm.evaluation.measurement import read_measurements
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +33,7 @@ def main_command() -> list[str]:
 def test_every_command_is_understood():
     assert len(commands()) >= 5
     for words in commands():
-        build_parser().parse_args(words)
+        assert parse(words)["verb"] == words[0]
 
 
 def test_main_command_and_snippets_in_short_form(tmp_path, monkeypatch):

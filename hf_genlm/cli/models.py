@@ -1,0 +1,209 @@
+"""The verbs that use or publish a trained model: generate, chat, serve, space, export and push."""
+
+import shlex
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from hf_genlm.cli import options as o
+from hf_genlm.cli.display import Display
+from hf_genlm.errors import UserError
+
+if TYPE_CHECKING:
+    from hf_genlm.hub.manifest import Manifest
+
+if TYPE_CHECKING:
+    pass
+
+
+@o.verb("generate", "Use", 'hf-genlm generate lstm-10 "Once upon a time"')
+def generate(
+    model: str = o.MODEL,
+    prompt: str = o.argument("PROMPT", "Empty: the start of a document.", ""),
+    max_new_tokens: int = o.option("--max-new-tokens N", "Tokens to generate.", 200, parse=o.parse_count),
+    temperature: float = o.option(
+        "--temperature F", "0: always the most probable token.", 0.8, parse=o.parse_amount
+    ),
+    top_p: float = o.option(
+        "--top-p F", "Sample from the tokens of this probability.", 0.95, parse=o.parse_amount
+    ),
+    seed: int | None = o.option("--seed N", "Of the sampling."),
+    compile: bool = o.option(
+        "--compile", "Compile for models of this shape first, and keep the program on disk."
+    ),
+    int8: bool = o.option("--int8", "Round the weights to 8 bits, on a CPU."),
+) -> None:
+    """Continue a prompt."""
+    from hf_genlm.loading import load, source_of
+
+    source_of(model)  # before the wait for torch
+    with Display() as display:
+        display.show("loading torch and transformers")
+        from hf_genlm.api import generate as continue_prompt
+
+        loaded = load(model)
+    continue_prompt(
+        loaded,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        compile=compile,
+        int8=int8,
+        on_text=lambda text: print(text, end="", flush=True),
+    )
+    print()
+
+
+@o.verb("chat", "Use", "hf-genlm chat lstm-10 temperature=0.5", takes_rest=True)
+def chat(
+    ctx: typer.Context,
+    model: str = o.MODEL,
+    url: str | None = o.option("--url URL", "Of a running server.", shown="a server for this talk"),
+) -> None:
+    """Talk to a model in the terminal; further words are generation settings."""
+    from hf_genlm.loading import source_of
+    from hf_genlm.serving import chat as talk
+
+    talk(source_of(model), url, ctx.args)
+
+
+@o.verb("serve", "Use", "hf-genlm serve lstm-10 --port 8000", takes_rest=True)
+def serve(
+    ctx: typer.Context,
+    model: str = o.MODEL,
+) -> None:
+    """Serve a model by an OpenAI-compatible API; further options are those of `transformers serve`."""
+    from hf_genlm.loading import source_of
+    from hf_genlm.serving import serve as serve_model
+
+    serve_model(source_of(model), ctx.args)
+
+
+@o.verb("space", "Publish", "hf-genlm space lstm-10 gru-10 --out demo")
+def space(
+    models: list[str] = o.argument("MODEL", "One model, or two side by side.", ...),
+    output_dir: str | None = o.option("--out DIR", "The folder to make; needed without --run."),
+    repo_ids: list[str] | None = o.option(
+        "--repo-id OWNER/NAME", "The id of each MODEL on the Hub.", shown="its files go into the folder"
+    ),
+    title: str | None = o.option("--title TITLE", "Title.", shown="the names of the models"),
+    run: bool = o.option("--run", "Serve it on this machine until Ctrl-C."),
+    port: int | None = o.option("--port N", "For --run.", shown="7860", parse=o.parse_count),
+) -> int:
+    """Write a demo for the browser, to run here or to push as a Space."""
+    from hf_genlm.space.build import DEFAULT_PORT, build_space, run_space
+
+    if output_dir is None and not run:
+        raise UserError("name the folder of the demo, --out DIR, or run it at once, --run")
+    if port is not None and not run:
+        raise UserError(f"--port {port} is where the demo is served: add --run")
+    with tempfile.TemporaryDirectory() as temporary:
+        out = Path(output_dir or Path(temporary) / "space")
+        built = build_space(models, out, repo_ids=repo_ids or (), title=title)
+        if output_dir is not None:
+            for name, size in built.sizes.items():
+                print(f"{size:>12,}  {name}")
+            print(f"{sum(built.sizes.values()):>12,}  bytes in {out}\n")
+            print(f"python {shlex.quote(str(out / 'app.py'))}  # runs it here\n")
+            print("# as a Space, every file above goes to the Hub:")
+            print("\n".join(built.push_commands))
+        if not run:
+            return 0
+        port = port or DEFAULT_PORT
+        print(f"serving on http://127.0.0.1:{port}, once the models are loaded; Ctrl-C ends it", flush=True)
+        return run_space(out, port)
+
+
+@o.verb("export", "Publish", "hf-genlm export lstm-10 --to onnx --out lstm-10-onnx")
+def export(
+    model: str = o.MODEL,
+    to: str = o.option("--to FORMAT", "llama, qwen3, gguf or onnx.", ...),
+    output_dir: str = o.option("--out DIR", "The folder to make.", ...),
+    dtype: str | None = o.option(
+        "--dtype TYPE", "Of the weights; for gguf also float16 or q8_0.", shown="float32"
+    ),
+) -> None:
+    """Write a model for transformers alone, llama.cpp or onnxruntime."""
+    with Display() as display:
+        display.show("loading torch and transformers")
+        from hf_genlm.exporting import export as export_model
+
+        found = export_model(model, to=to, output_dir=output_dir, dtype=dtype, listener=display.hear)
+    for file in sorted(Path(output_dir).iterdir()):
+        print(f"{file.stat().st_size:>14,} bytes  {file}")
+    print(
+        f"largest difference of a logit from the model's own: {found.largest_difference:.1e}, on "
+        f"{found.n_tokens} tokens of {found.n_texts} texts; the most probable token is the same after "
+        f"{found.n_same_choice}"
+    )
+    print(f"exported: {output_dir}")
+
+
+@o.verb("push", "Publish", "hf-genlm push lstm-10 USER/MODEL --dry-run")
+def push(
+    ctx: typer.Context,
+    path: str = o.argument("RUN", "A run folder or a model folder.", ...),
+    repo_id: str = o.argument("OWNER/NAME", "The repository; it is made if there is none.", ...),
+    private: bool = o.option("--private", "Make the repository private."),
+    dry_run: bool = o.option("--dry-run", "List what would be sent, and send nothing."),
+    tag: str | None = o.option("--tag NAME", "Of this version.", shown="the next of v1, v2, .."),
+    branches: bool = o.option("--branches", "The run's milestones too, a branch each."),
+    keep_card: bool = o.option("--keep-card", "Push README.md as it is."),
+    allow: list[str] | None = o.option("--allow FILE:KIND", "Send what was found there anyway."),
+) -> None:
+    """Publish a model on the Hub, and prove that it loads from there."""
+    from hf_genlm.hub.push import PushFailed
+    from hf_genlm.hub.push import push as push_model
+
+    display, is_shown = Display(), False
+    with ExitStack() as stack:
+
+        def hear(event: str, fields: dict[str, Any]) -> None:
+            nonlocal is_shown
+            if event == "manifest":
+                _print_manifest(fields["manifest"])
+                return
+            if not is_shown:
+                stack.enter_context(display)
+                is_shown = True
+            display.hear(event, fields)
+
+        try:
+            result = push_model(
+                path,
+                repo_id,
+                private=private,
+                tag=tag,
+                branches=branches,
+                keep_card=keep_card,
+                allow=allow or (),
+                dry_run=dry_run,
+                listener=hear,
+            )
+        except PushFailed as error:
+            raise UserError(f"{error}: {shlex.join(['hf-genlm', *ctx.meta[o.WORDS]])}") from error
+    if result.commit is None:
+        print("nothing was sent")
+        return
+    print(f"pushed: {result.url}\ncommit: {result.commit}\ntag:    {result.tag}")
+    for name in result.branches:
+        print(f"branch: {name}")
+    print("read back: every file as it was sent; it generates in a process without hf_genlm\n")
+    print("from transformers import AutoModelForCausalLM")
+    print(
+        f'model = AutoModelForCausalLM.from_pretrained("{result.repo_id}", revision="{result.tag}", '
+        "trust_remote_code=True)"
+    )
+
+
+def _print_manifest(manifest: "Manifest") -> None:
+    """Print each file with its size, and the total."""
+    print(f"{manifest.folder}:")
+    for name, size in manifest.sizes.items():
+        print(f"  {size:>14,}  {name}")
+    print(f"  {manifest.num_bytes:>14,}  bytes in {len(manifest.sizes)} files\n")
