@@ -115,7 +115,7 @@ def read_vectors(
                 on_progress(disk.tell(), total)
     found.check_count()
     found.check_duplicates()
-    if found.n_good == 0:
+    if not found.hashes:
         raise UserError(f"{layout.name} holds no word that can be used: name another file of word vectors")
     vectors = np.frombuffer(found.data, dtype=np.float32).reshape(-1, layout.dimension)
     if layout.format == "fasttext binary":
@@ -136,11 +136,7 @@ class _Collector:
         self.data = bytearray()  # the wanted vectors, float32
         self.skipped: Counter[str] = Counter()
         self.n_entries = 0  # damaged ones included
-        self._hashes, self._numbers = array("q"), array("q")  # of every good entry
-
-    @property
-    def n_good(self) -> int:
-        return len(self._hashes)
+        self.hashes, self._numbers = array("q"), array("q")  # of every good entry
 
     def add(self, number: int, word: bytes | None, payload: Any, vector_of: Callable[..., Any]) -> None:
         self.n_entries += 1
@@ -156,7 +152,7 @@ class _Collector:
         except _BadEntry as bad:
             self._skip(number, *bad.args)
             return
-        self._hashes.append(hash(word))
+        self.hashes.append(hash(word))
         self._numbers.append(number)
         if is_wanted:
             self.words[text] = len(self.words)
@@ -179,7 +175,7 @@ class _Collector:
 
     def check_duplicates(self) -> None:
         """Skip words that occur twice. The file is read again only if two hashes are equal."""
-        hashes = np.frombuffer(self._hashes, dtype=np.int64)
+        hashes = np.frombuffer(self.hashes, dtype=np.int64)
         order = np.argsort(hashes, kind="stable")
         follows = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
         suspects = np.frombuffer(self._numbers, dtype=np.int64)[order[np.union1d(follows, follows + 1)]]
@@ -333,10 +329,6 @@ def _binary_entries(stream: BinaryIO, layout: _Layout) -> Iterator[Entry]:
         )
 
 
-def _binary_vector(payload: bytes, is_wanted: bool) -> np.ndarray:
-    return _finite(np.frombuffer(payload, dtype="<f4").astype(np.float32, copy=False))
-
-
 def _fasttext_entries(stream: BinaryIO, layout: _Layout) -> Iterator[Entry]:
     """Dictionary of a fastText model; the rest of the file is skipped over, to see that none is missing."""
     cursor = _Cursor(stream, layout.name)
@@ -429,6 +421,7 @@ class _Cursor:
 
 
 def _finite(vector: np.ndarray) -> np.ndarray:
+    vector = vector.astype(np.float32, copy=False)
     if not np.isfinite(vector).all():
         raise _BadEntry("not_finite", f"{vector[~np.isfinite(vector)][0]} is not a finite number")
     return vector
@@ -449,6 +442,6 @@ def _shown(word: bytes) -> str:
 # format -> (its entries, the vector of an entry)
 FORMATS: dict[str, tuple[Callable[..., Iterator[Entry]], Callable[..., np.ndarray | None]]] = {
     "text": (_text_entries, _text_vector),
-    "word2vec binary": (_binary_entries, _binary_vector),
+    "word2vec binary": (_binary_entries, lambda payload, is_wanted: _finite(np.frombuffer(payload, "<f4"))),
     "fasttext binary": (_fasttext_entries, lambda payload, is_wanted: None),
 }
