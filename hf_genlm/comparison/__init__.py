@@ -9,15 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_genlm.comparison.plan import (
-    DEFAULT_MINUTES,
-    Plan,
-    decoders_and_sizes,
-    make_plan,
-    recipes_of,
-)
-from hf_genlm.comparison.running import ComparisonFolder, run_all
-from hf_genlm.errors import UserError
+from hf_genlm.comparison.plan import make_plan
+from hf_genlm.comparison.runs import ComparisonFolder, run_all
 from hf_genlm.run_folder import Listener
 
 if TYPE_CHECKING:
@@ -80,19 +73,22 @@ def compare(
         UserError: candidates, budget or text that cannot be compared, or `out` began with other settings.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
-    plan = plan_of(
+    plan = make_plan(
         [sources] if isinstance(sources, str) else sources,
         decoders=decoders,
         sizes=sizes,
         recipes=recipes,
-        budgets={"minutes": minutes, "steps": steps, "tokens": tokens, "flops": flops},
+        minutes=minutes,
+        steps=steps,
+        tokens=tokens,
+        flops=flops,
         parameters=parameters,
         seeds=seeds,
         validation=validation,
         own_tokenizers=own_tokenizers,
         assignments=assignments,
     )
-    folder = ComparisonFolder.of(out, plan, listener)
+    folder = ComparisonFolder.open_or_create(out, plan, listener)
     folder.tell("progress", task="loading torch and transformers", done=0, total=None)
     failed = run_all(folder, plan)
     folder.tell("progress", task="writing the report", done=0, total=None)
@@ -102,43 +98,3 @@ def compare(
     results = read_results(folder, plan, failed)
     html, markdown = write_comparison(folder, plan, results)
     return Comparison(results, folder.path, html, markdown)
-
-
-def plan_of(
-    sources: Sequence[str] = (),
-    *,
-    decoders: Sequence[str] = (),
-    sizes: Sequence[str] = (),
-    recipes: Sequence[str | Path] = (),
-    budgets: dict[str, float | str | None],
-    parameters: str | None = None,
-    seeds: int = 3,
-    validation: Sequence[str] = (),
-    own_tokenizers: bool = False,
-    assignments: Sequence[str] = (),
-) -> Plan:
-    """Build the plan of a comparison. Arguments are those of `compare`; `budgets` has one by name.
-
-    Raises:
-        UserError: candidates or a budget that cannot be compared.
-    """
-    stated = {name: amount for name, amount in budgets.items() if amount is not None}
-    if len(stated) > 1:
-        raise UserError(f"{' and '.join('--' + name for name in stated)} all end a run: give one of them")
-    if recipes and (decoders or sizes):
-        raise UserError("--recipes are candidates by themselves: leave --decoders and --sizes out")
-    if not (recipes or decoders or sizes):
-        raise UserError("nothing to compare: name the candidates by --decoders, --sizes or --recipes")
-    if recipes:
-        candidates = recipes_of([str(path) for path in recipes], assignments, sources, validation)
-    else:
-        candidates = decoders_and_sizes(decoders, sizes, assignments, sources, validation)
-    ((until, amount),) = (stated or {"minutes": DEFAULT_MINUTES}).items()
-    return make_plan(
-        candidates,
-        until,
-        amount,
-        parameters=parameters,
-        seeds=seeds,
-        one_tokenizer=not own_tokenizers,
-    )

@@ -1,5 +1,4 @@
-"""What is compared, and what is equal: read from the options, written to compare.yaml, and held to when a
-comparison goes on."""
+"""Plan of a comparison: its candidates and what is equal for all of them, as stored in compare.yaml."""
 
 import dataclasses
 import itertools
@@ -14,27 +13,26 @@ import yaml
 from hf_genlm.config.recipe import Recipe, load_recipe, set_field, stated_fields
 from hf_genlm.errors import UserError
 
-# what each run may be given alike -> the field that says it; FLOPs become tokens when the sizes are known
-ENDS: dict[str, str | None] = {
+# budget of a run -> its recipe field; FLOPs become tokens when the sizes are known
+BUDGETS: dict[str, str | None] = {
     "minutes": "training.minutes",
     "steps": "training.steps",
     "tokens": "training.tokens",
     "flops": None,
 }
 DEFAULT_MINUTES = 3.0
-# fields that a comparison sets -> the option that says it
-_OWN = {
+# fields that a comparison sets -> the option for them
+_OWN_FIELDS = {
     "training.minutes": "--minutes",
     "training.steps": "--steps",
     "training.tokens": "--tokens",
     "training.seed": "--seeds",
 }
-# nothing is written while the clock runs, unless it is asked for
-_FIRST = ("training.num_samples=0",)
+_DEFAULTS = ("training.num_samples=0",)  # no time is spent on samples unless a recipe asks for them
 _PARAMETERS = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([KMB])", flags=re.IGNORECASE | re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,80}")
 
-Fields = dict[str, Any]  # "section.key" -> value, of what a recipe says
+Fields = dict[str, Any]  # "section.key" -> value that differs from the default recipe
 
 
 @dataclass(frozen=True)
@@ -46,16 +44,21 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its run folder."""
         return f"{self.candidate}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison before anything has run.
+    """Everything that decides a comparison.
 
-    `candidates` hold what each recipe says beside the defaults; `parameters` is a count such as "3M" that all
-    come near to; each run ends after `amount` of what `until` names, a key of `ENDS`.
+    Attributes:
+        candidates: fields of each candidate's recipe that differ from the defaults.
+        until: the budget that ends each run, a key of `BUDGETS`.
+        amount: size of the budget, in minutes, steps, tokens or FLOPs.
+        parameters: target parameter count of all candidates, such as "3M".
+        seeds: runs of each candidate.
+        one_tokenizer: one tokenizer for all candidates.
     """
 
     candidates: dict[str, Fields]
@@ -66,24 +69,26 @@ class Plan:
     one_tokenizer: bool = True
 
     @property
-    def is_by_clock(self) -> bool:
-        """True if the time ends each run."""
+    def has_time_budget(self) -> bool:
+        """True if each run has a time budget."""
         return self.until == "minutes"
 
     @property
     def n_parameters(self) -> float | None:
         """`parameters` as a number."""
-        return None if self.parameters is None else _count_of(self.parameters)
+        return None if self.parameters is None else _parse_count(self.parameters)
 
     def runs(self) -> list[Run]:
-        """All runs in their order: one seed of every candidate after another, each round begun by another
-        candidate, so that a slow hour of the machine falls on all of them."""
+        """All runs in order: round-robin over the candidates, one seed per round.
+
+        Each round begins with another candidate, so that a slow hour of the machine affects all of them.
+        """
         names = list(self.candidates)
         rounds = [names[seed % len(names) :] + names[: seed % len(names)] for seed in range(self.seeds)]
         return [Run(name, seed) for seed, order in enumerate(rounds) for name in order]
 
     def recipe(self, candidate: str, settled: Fields | None = None, seed: int = 0) -> Recipe:
-        """Of a run; `settled` is what the preparation has found for the candidate."""
+        """The recipe of a run; `settled` are the fields that the preparation chose for the candidate."""
         recipe = Recipe()
         for name, value in {**self.candidates[candidate], **(settled or {})}.items():
             set_field(recipe, name, value)
@@ -91,12 +96,13 @@ class Plan:
         return recipe
 
     def to_yaml(self) -> str:
-        """What `read` reads."""
+        """Serialize for `read`."""
         return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
 
     @classmethod
     def read(cls, path: Path) -> "Plan":
-        """
+        """Read a file of `to_yaml`.
+
         Raises:
             UserError: the file is missing or damaged.
         """
@@ -108,24 +114,25 @@ class Plan:
             raise UserError(f"{str(path)!r} is damaged: {' '.join(str(error).split())}") from error
 
     def check_same(self, begun: "Plan", folder: Path) -> None:
-        """
+        """Check that this plan equals the one that the comparison in `folder` began with.
+
         Raises:
-            UserError: this plan differs from the one that the comparison in `folder` began with; in what.
+            UserError: they differ; the message names the first difference.
         """
         remedy = f"give the options that {str(folder)!r} began with, or name another --out"
-        was, says = _flat(begun), _flat(self)
-        for name in [*was, *(name for name in says if name not in was)]:
-            if was.get(name) != says.get(name):
-                raise UserError(f"{name} = {says.get(name)!r} is not {was.get(name)!r}: {remedy}")
+        before, now = _flatten(begun), _flatten(self)
+        for name in [*before, *(name for name in now if name not in before)]:
+            if before.get(name) != now.get(name):
+                raise UserError(f"{name} = {now.get(name)!r} is not {before.get(name)!r}: {remedy}")
 
 
-def _flat(plan: Plan) -> Fields:
-    """Every choice of a plan by a name that a person knows."""
+def _flatten(plan: Plan) -> Fields:
+    """All settings of a plan by names that users know."""
     fields = {
         f"{name}: {field}": value
-        for name, said in plan.candidates.items()
-        for field, value in said.items()
-        if field not in _OWN
+        for name, stated in plan.candidates.items()
+        for field, value in stated.items()
+        if field not in _OWN_FIELDS
     }
     rest = {
         field.name: getattr(plan, field.name)
@@ -136,112 +143,122 @@ def _flat(plan: Plan) -> Fields:
 
 
 def make_plan(
-    candidates: dict[str, Recipe],
-    until: str,
-    amount: str | float,
+    sources: Sequence[str] = (),
     *,
+    decoders: Sequence[str] = (),
+    sizes: Sequence[str] = (),
+    recipes: Sequence[str | Path] = (),
+    minutes: float | str | None = None,
+    steps: int | str | None = None,
+    tokens: float | str | None = None,
+    flops: float | str | None = None,
     parameters: str | None = None,
     seeds: int = 3,
-    one_tokenizer: bool = True,
+    validation: Sequence[str] = (),
+    own_tokenizers: bool = False,
+    assignments: Sequence[str] = (),
 ) -> Plan:
-    """The plan of `candidates`, each of which is given `amount` of `until`.
+    """Make the plan of a comparison; the arguments are those of `compare`.
 
     Raises:
-        UserError: too few candidates, or some that cannot be compared; an amount that is no number above 0.
+        UserError: too few candidates, candidates that cannot be compared, or an unusable budget.
     """
+    budgets = {"minutes": minutes, "steps": steps, "tokens": tokens, "flops": flops}
+    stated_budgets = {name: amount for name, amount in budgets.items() if amount is not None}
+    if len(stated_budgets) > 1:
+        options = " and ".join(f"--{name}" for name in stated_budgets)
+        raise UserError(f"{options} are budgets of a run: give one of them")
+    ((until, amount),) = (stated_budgets or {"minutes": DEFAULT_MINUTES}).items()
+    candidates = _make_candidates(decoders, sizes, recipes, assignments)
+    for name, recipe in candidates.items():
+        if sources:
+            set_field(recipe, "corpus.sources", list(sources))
+        if validation:
+            set_field(recipe, "corpus.validation", list(validation))
+        for field in _OWN_FIELDS:
+            set_field(recipe, field, 0 if field == "training.seed" else None)
+        budget_field = BUDGETS[until]
+        if budget_field is not None:
+            set_field(recipe, budget_field, amount)
+            amount = getattr(recipe.training, until)
+        if parameters is not None and (recipe.model.size, recipe.model.hidden_size) != (None, None):
+            raise UserError(
+                f"{name}: --parameters chooses the width: leave --sizes, model.size and model.hidden_size out"
+            )
+        if recipe.privacy.epsilon is not None:
+            raise UserError(
+                "--epsilon: a comparison trains tokenizers on its text and is chosen by it, which no "
+                "guarantee covers; train the candidates one by one"
+            )
+    if parameters is not None:
+        _parse_count(parameters)
+    try:
+        number = float(amount)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise UserError(f"--{until} {amount}: must be a number above 0")
+    stated = {name: stated_fields(recipe) for name, recipe in candidates.items()}
+    _check_equal(stated, "corpus", "a comparison is on one text: name it by SOURCE, --validation and --set")
+    if not own_tokenizers:
+        _check_equal(stated, "tokenizer", "one tokenizer is for all, unless --own-tokenizers is given")
+    return Plan(stated, until, number, parameters, seeds, not own_tokenizers)
+
+
+def _make_candidates(
+    decoders: Sequence[str],
+    sizes: Sequence[str],
+    paths: Sequence[str | Path],
+    assignments: Sequence[str],
+) -> dict[str, Recipe]:
+    """Candidates by name: recipe files by their stem, or the product of decoders and sizes."""
+    if paths and (decoders or sizes):
+        raise UserError("--recipes are complete candidates: leave --decoders and --sizes out")
+    if not (paths or decoders or sizes):
+        raise UserError("nothing to compare: name the candidates by --decoders, --sizes or --recipes")
+    axes = {"model.decoder": decoders, "model.size": sizes}
+    axes = {field: words for field, words in axes.items() if words}
+    own = {**_OWN_FIELDS, **dict.fromkeys(axes, "the candidates")}
+    for assignment in assignments:
+        field = assignment.partition("=")[0].strip()
+        if field in own:
+            raise UserError(
+                f"--set {assignment}: {field} is set by {own[field]} of the comparison: leave it out"
+            )
+    found: list[tuple[str, Recipe]] = []
+    for path in paths:
+        recipe = load_recipe(path, assignments)
+        if recipe.training.num_samples == Recipe().training.num_samples:
+            recipe.training.num_samples = 0
+        found.append((Path(path).stem, recipe))
+    for words in itertools.product(*axes.values()) if axes else []:
+        recipe = load_recipe(None, [*_DEFAULTS, *assignments])
+        for field, word in zip(axes, words, strict=True):
+            set_field(recipe, field, word)
+        if decoders and recipe.model.mixers is not None:
+            raise UserError("--set model.mixers overrides --decoders: compare mixers by --recipes")
+        found.append(("-".join(words), recipe))
+    candidates: dict[str, Recipe] = {}
+    for name, recipe in found:
+        if not _NAME.fullmatch(name):
+            raise UserError(f"{name!r} cannot name a folder: use letters, digits and . _ + -")
+        if name in candidates:
+            raise UserError(f"{name!r} is named twice among the candidates: name each once")
+        candidates[name] = recipe
     if len(candidates) < 2:
         raise UserError(
             f"a comparison needs two candidates, and there is {len(candidates)}: name more by --decoders, "
             "--sizes or --recipes"
         )
-    for name, recipe in candidates.items():
-        for field in _OWN:
-            set_field(recipe, field, 0 if field == "training.seed" else None)
-        end = ENDS[until]
-        if end is not None:
-            set_field(recipe, end, amount)
-            amount = getattr(recipe.training, until)
-        if parameters is not None and (recipe.model.size, recipe.model.hidden_size) != (None, None):
-            raise UserError(f"{name}: --parameters chooses the width: leave --sizes, model.size and "
-                            "model.hidden_size out")  # fmt: skip
-    if parameters is not None:
-        _count_of(parameters)
-    stated = {name: stated_fields(recipe) for name, recipe in candidates.items()}
-    _check_one(stated, "corpus", "a comparison is on one text: name it by SOURCE, --validation and --set")
-    if any(recipe.privacy.epsilon is not None for recipe in candidates.values()):
-        raise UserError(
-            "--epsilon: a comparison learns tokenizers from its text and chooses by it, which no guarantee "
-            "covers; train the candidates one by one"
-        )
-    if one_tokenizer:
-        _check_one(stated, "tokenizer", "one tokenizer serves all, unless --own-tokenizers is given")
-    return Plan(stated, until, _amount_of(until, amount), parameters, seeds, one_tokenizer)
+    return candidates
 
 
-def decoders_and_sizes(
-    decoders: Sequence[str],
-    sizes: Sequence[str],
-    assignments: Sequence[str],
-    sources: Sequence[str],
-    validation: Sequence[str],
-) -> dict[str, Recipe]:
-    """The product of both axes, either of which may be empty, each with the `assignments` of --set."""
-    axes = {"model.decoder": decoders, "model.size": sizes}
-    axes = {field: words for field, words in axes.items() if words}
-    _check_free(assignments, {**_OWN, **dict.fromkeys(axes, "the candidates")})
-    found: dict[str, Recipe] = {}
-    for words in itertools.product(*axes.values()):
-        recipe = load_recipe(None, [*_FIRST, *assignments])
-        _set_text(recipe, sources, validation)
-        for field, word in zip(axes, words, strict=True):
-            set_field(recipe, field, word)
-        if decoders and recipe.model.mixers is not None:
-            raise UserError("--set model.mixers overrules --decoders: compare mixers by --recipes")
-        _add(found, "-".join(words), recipe)
-    return found
+def _check_equal(stated: dict[str, Fields], section: str, rule: str) -> None:
+    """Check that all candidates have the same fields in a section.
 
-
-def recipes_of(
-    paths: Sequence[str], assignments: Sequence[str], sources: Sequence[str], validation: Sequence[str]
-) -> dict[str, Recipe]:
-    """A candidate for each recipe file, by the name of the file, overlaid with `assignments`."""
-    _check_free(assignments, _OWN)
-    found: dict[str, Recipe] = {}
-    for path in paths:
-        recipe = load_recipe(path, assignments)
-        if recipe.training.num_samples == Recipe().training.num_samples:
-            recipe.training.num_samples = 0
-        _set_text(recipe, sources, validation)
-        _add(found, Path(path).stem, recipe)
-    return found
-
-
-def _add(found: dict[str, Recipe], name: str, recipe: Recipe) -> None:
-    if not _NAME.fullmatch(name):
-        raise UserError(f"{name!r} cannot name a folder: use letters, digits and . _ + -")
-    if name in found:
-        raise UserError(f"{name!r} stands twice among the candidates: name each once")
-    found[name] = recipe
-
-
-def _set_text(recipe: Recipe, sources: Sequence[str], validation: Sequence[str]) -> None:
-    if sources:
-        set_field(recipe, "corpus.sources", list(sources))
-    if validation:
-        set_field(recipe, "corpus.validation", list(validation))
-
-
-def _check_free(assignments: Sequence[str], own: dict[str, str]) -> None:
-    for assignment in assignments:
-        name = assignment.partition("=")[0].strip()
-        if name in own:
-            raise UserError(
-                f"--set {assignment}: {name} is set by {own[name]} of the comparison: leave it out"
-            )
-
-
-def _check_one(stated: dict[str, Fields], section: str, rule: str) -> None:
-    """All candidates must say the same of a section."""
+    Raises:
+        UserError: two candidates differ.
+    """
     first, *others = stated
     for name in others:
         for field in {**stated[first], **stated[name]}:
@@ -249,18 +266,8 @@ def _check_one(stated: dict[str, Fields], section: str, rule: str) -> None:
                 raise UserError(f"{first} and {name} differ in {field}: {rule}")
 
 
-def _count_of(parameters: str) -> float:
+def _parse_count(parameters: str) -> float:
     found = _PARAMETERS.fullmatch(parameters)
     if found is None:
         raise UserError(f"--parameters {parameters}: write a count such as 300K, 3M or 1B")
     return float(found[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[found[2].upper()]
-
-
-def _amount_of(until: str, amount: str | float) -> float:
-    try:
-        number = float(amount)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise UserError(f"--{until} {amount}: it must be a number above 0")
-    return number

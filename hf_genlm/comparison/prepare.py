@@ -1,7 +1,7 @@
-"""What is settled before the first run: one tokenizer, and the size and the tokens of each candidate.
+"""Prepare a comparison: train the tokenizer, and choose the size and the tokens of each candidate.
 
-Sizes are planned here, and not by each run, so that all seeds of a candidate are the same model, and no run
-spends its time on it.
+Sizes are chosen here and not by each run, so that all seeds of a candidate are the same model, and no run
+spends its time budget on it.
 """
 
 import bisect
@@ -27,18 +27,18 @@ from hf_genlm.training.train import check
 from hf_genlm.training.word_vectors import adopt_dimension
 
 _SHAPE = ("model.hidden_size", "model.num_hidden_layers", "training.max_seq_length", "training.batch_size")
-_COARSE_STEP, _FINE_STEP = 16, 4  # of a width
-_FAR = 0.1  # of a parameter count that was asked for
+_COARSE_STEP, _FINE_STEP = 16, 4  # of the width
+_MAX_DEVIATION = 0.1  # from the parameter count that was asked for
 
 
 def prepare(plan: Plan, folder: Path, listener: Listener | None = None) -> dict[str, dict[str, Any]]:
-    """Read the text, train the tokenizer, and settle each candidate.
+    """Read the text, train the tokenizer, and choose the size of each candidate.
 
-    Leaves corpus.json, tokenizer/ and the log of it in `folder`; in a folder below for each candidate, where
-    each has a tokenizer of its own.
+    Writes corpus.json, tokenizer/ and its log into `folder`, or into `folder`/tokenizers/CANDIDATE if each
+    candidate has its own tokenizer.
 
     Returns:
-        By candidate: `text` (the folder of corpus.json), `fields` that its recipe gets, `parameters`,
+        By candidate: `text` (the folder of corpus.json), `fields` to set in its recipe, `parameters`,
         `training_flops_per_token`, `hidden_size` and `layers`.
 
     Raises:
@@ -47,18 +47,21 @@ def prepare(plan: Plan, folder: Path, listener: Listener | None = None) -> dict[
     for name in plan.candidates:
         check(plan.recipe(name))
     texts: dict[Path, tuple[PreTrainedTokenizerBase, int | None]] = {}
-    settled = {}
+    prepared = {}
     for number, name in enumerate(plan.candidates):
         home = folder if plan.one_tokenizer else folder / "tokenizers" / name
         if home not in texts:
-            texts[home] = _read(home, plan.recipe(name), listener)
+            texts[home] = _prepare_text(home, plan.recipe(name), listener)
         if listener is not None:
             listener("progress", {"task": f"planning {name}", "done": number, "total": len(plan.candidates)})
-        settled[name] = {"text": str(home.relative_to(folder)), **_settle(plan, name, home, *texts[home])}
-    return settled
+        prepared[name] = {
+            "text": str(home.relative_to(folder)),
+            **_choose_fields(plan, name, home, *texts[home]),
+        }
+    return prepared
 
 
-def _read(
+def _prepare_text(
     home: Path, recipe: Recipe, listener: Listener | None
 ) -> tuple[PreTrainedTokenizerBase, int | None]:
     home.mkdir(parents=True, exist_ok=True)
@@ -68,20 +71,20 @@ def _read(
     return corpus.tokenizer, corpus.n_tokens
 
 
-def _settle(
+def _choose_fields(
     plan: Plan, name: str, home: Path, tokenizer: PreTrainedTokenizerBase, n_tokens: int | None
 ) -> dict[str, Any]:
     own = {"tokenizer.path": str(home / "tokenizer"), "tokenizer.vocab_size": None}
     fields: Fields = {}
     recipe = plan.recipe(name, own)
     if plan.parameters is not None:
-        fields |= _fitted_shape(recipe, plan, name)
-    elif plan.is_by_clock and is_open(recipe):
-        fields |= _planned_shape(recipe, 60 * plan.amount, tokenizer, n_tokens)
+        fields |= _shape_for_parameters(recipe, plan, name)
+    elif plan.has_time_budget and is_open(recipe):
+        fields |= _shape_for_time(recipe, 60 * plan.amount, tokenizer, n_tokens)
     recipe = plan.recipe(name, {**own, **fields})
     cost = describe_model(recipe)
     if plan.until == "flops":
-        fields["training.tokens"] = _tokens_of(plan.amount, cost, resolve(recipe), name)
+        fields["training.tokens"] = _tokens_for_flops(plan.amount, cost, resolve(recipe), name)
     return {
         "fields": fields,
         "parameters": cost.n_parameters,
@@ -91,28 +94,29 @@ def _settle(
     }
 
 
-def _planned_shape(
+def _shape_for_time(
     recipe: Recipe, seconds: float, tokenizer: PreTrainedTokenizerBase, n_tokens: int | None
 ) -> Fields:
-    """What a run by the clock would choose."""
+    """The shape that a run with this time budget would choose."""
     arguments = TrainingArguments(output_dir="unused", report_to="none")  # writes nothing
     build = builder_of(tokenizer, arguments.device)
     plan = plan_size(recipe, seconds, len(tokenizer), n_tokens, build)
     return _shape_fields(resolve(recipe, plan.shape))
 
 
-def _fitted_shape(recipe: Recipe, plan: Plan, name: str) -> Fields:
-    """The depth and the rows of a `--size` of so many parameters, and the width whose count of all
-    parameters, embedding, tables and head included, comes nearest to that number.
+def _shape_for_parameters(recipe: Recipe, plan: Plan, name: str) -> Fields:
+    """The depth and the rows of a `--size` with this parameter count, and the width that comes nearest to it.
+
+    All parameters count, including embedding, tables and head.
 
     Raises:
-        UserError: none comes within a tenth of it.
+        UserError: no width comes within a tenth of the count.
     """
     set_field(recipe, "model.size", plan.parameters)
     resolved = resolve(recipe)
     resolved.model.size = None
-    least = len(DECODERS[resolved.model.decoder]) if resolved.model.mixers is None else 1
-    resolved.model.num_hidden_layers = max(least, resolved.model.num_hidden_layers or 1)
+    min_layers = len(DECODERS[resolved.model.decoder]) if resolved.model.mixers is None else 1
+    resolved.model.num_hidden_layers = max(min_layers, resolved.model.num_hidden_layers or 1)
     target = plan.n_parameters
     assert target is not None
 
@@ -121,14 +125,14 @@ def _fitted_shape(recipe: Recipe, plan: Plan, name: str) -> Fields:
         recipe.model.num_hidden_layers = resolved.model.num_hidden_layers
         try:
             return describe_model(recipe).n_parameters
-        except UserError:  # a width that heads do not divide
+        except UserError:  # a width that the heads do not divide
             return math.inf
 
     width = _nearest_width(count, target)
     found = count(width)
-    if abs(found - target) > _FAR * target:
+    if abs(found - target) > _MAX_DEVIATION * target:
         raise UserError(
-            f"--parameters {plan.parameters}: the nearest that {name} comes to with this vocabulary is "
+            f"--parameters {plan.parameters}: the nearest count of {name} with this vocabulary is "
             f"{found:,.0f}: name another count, or a smaller --set tokenizer.vocab_size"
         )
     resolved.model.hidden_size = width
@@ -136,11 +140,11 @@ def _fitted_shape(recipe: Recipe, plan: Plan, name: str) -> Fields:
 
 
 def _nearest_width(count: Callable[[int], float], target: float) -> int:
-    """By bisection in coarse steps, and a look at the fine ones around."""
-    most = _COARSE_STEP
-    while count(most) < target:
-        most *= 2
-    widths = range(_COARSE_STEP, most + 1, _COARSE_STEP)
+    """Bisect in coarse steps, and try the fine steps around the result."""
+    max_width = _COARSE_STEP
+    while count(max_width) < target:
+        max_width *= 2
+    widths = range(_COARSE_STEP, max_width + 1, _COARSE_STEP)
     middle = widths[bisect.bisect_left(widths, target, key=count)]
     near = range(max(_FINE_STEP, middle - 2 * _COARSE_STEP), middle + _COARSE_STEP, _FINE_STEP)
     return min(near, key=lambda width: (abs(count(width) - target), width))
@@ -154,16 +158,17 @@ def _shape_fields(recipe: Recipe) -> Fields:
     return found
 
 
-def _tokens_of(flops: float, cost: ModelCost, recipe: Recipe, name: str) -> int:
-    """
+def _tokens_for_flops(flops: float, cost: ModelCost, recipe: Recipe, name: str) -> int:
+    """Number of training tokens for `flops`.
+
     Raises:
-        UserError: not enough for a step.
+        UserError: it is less than one step.
     """
     tokens = int(flops / cost.training_flops_per_token)
-    a_step = tokens_of_a_step(recipe.training)
-    if tokens < a_step:
+    tokens_per_step = tokens_of_a_step(recipe.training)
+    if tokens < tokens_per_step:
         raise UserError(
-            f"--flops {flops:g} are {tokens:,} tokens of {name}, less than one step of {a_step:,}: "
-            f"name at least {a_step * cost.training_flops_per_token:.1e}"
+            f"--flops {flops:g} are {tokens:,} tokens of {name}, less than one step of {tokens_per_step:,}: "
+            f"name at least {tokens_per_step * cost.training_flops_per_token:.1e}"
         )
     return tokens

@@ -1,82 +1,83 @@
-"""The report of a comparison: the verdict first, then the numbers, what was equal, and how to repeat it."""
+"""Report of a comparison: verdict, scores, what was equal, how certain it is, and how to repeat it."""
 
 import math
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from hf_genlm.comparison.pictures import draw_curves, draw_scores
+import numpy as np
+
 from hf_genlm.comparison.plan import Plan
-from hf_genlm.comparison.results import CandidateResult, Results, p_words, plan_run, verdict
-from hf_genlm.comparison.running import ComparisonFolder
+from hf_genlm.comparison.results import CandidateResult, Results, format_p_value, verdict
+from hf_genlm.comparison.runs import ComparisonFolder
 from hf_genlm.files import read_json
 from hf_genlm.report.document import Block, Code, Heading, Lead, Picture, Table, Text, write_report
+from hf_genlm.report.figures import COLOURS, line_style, new_figure, save_png
 
 _UNKNOWN = "unknown"
-_ALIKE = 0.01  # quantities that differ by less are called equal
+_EQUAL_WITHIN = 0.01  # relative difference up to which quantities are called equal
 _UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_WIDTH = 5.2  # inches: text in a plot stays legible on a phone
+_ROW, _FRAME = 0.42, 0.95  # inches: height of a candidate, and of the frame
+_MIN_CURVE_POINTS = 2
 
 
 def write_comparison(folder: ComparisonFolder, plan: Plan, results: Results) -> tuple[Path, Path]:
-    """Write report.html, report.md and plots/ into `folder`; returns the paths of the reports."""
+    """Write report.html, report.md and plots/ into `folder`; return the paths of the reports."""
     scores = draw_scores(results, folder.plots / "scores.png")
     curves, is_validation = draw_curves(results, folder.plots / "curves.png")
-    what = "Loss on a part of the held-out text" if is_validation else "Loss on the training text"
-    first_run = folder.run(plan_run(results.best))
+    curve = "Loss on a part of the held-out text" if is_validation else "Loss on the training text"
+    names = sorted(candidate.name for candidate in results.candidates)
+    listed = " and ".join([*([", ".join(names[:-1])] if names[1:] else []), names[-1]])
+    recipes = [folder.run(candidate.first_run).recipe for candidate in results.candidates]
+    commands = [f"hf-genlm train --recipe {shlex.quote(str(recipe))} --out again" for recipe in recipes]
     blocks: list[Block] = [
         Lead(verdict(results)),
         *_failures(results, plan),
         Picture(
             scores,
-            f"Bits per byte of {_names(results)}, and how much more each has than {results.best.name}",
+            f"Bits per byte of {listed}, and the difference of each from {results.best.name}",
             "Above: a dot for each seed, a stroke for their mean, a band for its 95 % interval over seeds "
-            "and texts. All are measured on the same text, so bands that overlap say little. Below, what "
-            "decides: the difference from the best, paired, with its 95 % interval; filled where the two can "
-            "be told apart.",
+            "and texts. All are measured on the same text, so overlapping bands mean little. Below: the "
+            "paired difference from the best with its 95 % interval; filled if it is significant.",
         ),
         Heading("Results"),
-        _scores(results, plan),
-        *_differences(results),
+        _score_table(results, plan),
+        *_difference_table(results),
         Heading("What was equal"),
-        Text(_equal(results, plan)),
-        _quantities(results),
-        Heading("On the way"),
-        Picture(
-            curves, f"{what} against the time of training, of {_names(results)}", f"{what}, a line a run."
-        ),
-        Heading("How sure this is"),
-        *(Text(text) for text in _limits(results, plan)),
+        Text(_describe_equality(results, plan)),
+        _quantity_table(results),
+        Heading("During training"),
+        Picture(curves, f"{curve} by training time, of {listed}", f"{curve}, one line per run."),
+        Heading("How certain this is"),
+        *(Text(text) for text in _describe_limits(results, plan)),
         Heading("How to repeat it"),
         Text(
-            "Each run is an ordinary run folder, which every verb takes. Its recipe repeats it, from where "
-            "the comparison was started; for the other seeds say --seed:"
+            "Each run is an ordinary run folder that every verb accepts. Its recipe repeats it, from the "
+            "folder in which the comparison was started; add --seed for the other seeds:"
         ),
-        Code("\n".join(_commands(folder, results)), "bash"),
-        Text(_about_text(folder, results)),
-        Text(_about_machine(read_json(first_run.environment))),
+        Code("\n".join(commands), "bash"),
+        Text(_describe_text(folder, results)),
+        Text(_describe_machine(read_json(folder.run(results.best.first_run).environment))),
     ]
-    return write_report(folder.path, f"{_names(results)}: which one?", blocks)
-
-
-def _names(results: Results) -> str:
-    names = sorted(candidate.name for candidate in results.candidates)
-    return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), names[-1]])
+    return write_report(folder.path, f"{listed}: which one?", blocks)
 
 
 def _failures(results: Results, plan: Plan) -> list[Block]:
     if not results.failed:
         return []
-    table = Table(["run", "why it failed"], [[name, reason] for name, reason in results.failed.items()])
+    table = Table(["run", "reason"], [[name, reason] for name, reason in results.failed.items()])
     n = len(results.failed)
     return [Text(f"{n} of {len(plan.runs())} runs failed and are left out of every number below."), table]
 
 
-def _scores(results: Results, plan: Plan) -> Table:
+def _score_table(results: Results, plan: Plan) -> Table:
     rows = [
         [
             c.name,
             f"{c.mean.value:.3f}",
-            _ends(c.mean.interval),
+            _format_interval(c.mean.interval),
             *([f"{c.nats_per_token:.3f}"] if plan.one_tokenizer else []),
             f"{len(c.runs)} of {plan.seeds}",
         ]
@@ -87,21 +88,21 @@ def _scores(results: Results, plan: Plan) -> Table:
         ["", "bits per byte", "95 %", *nats, "seeds"],
         rows,
         "Mean over the seeds; less is better. The intervals are over seeds and texts of this kind. "
-        "Compare by the differences below, not by whether these overlap.",
+        "Compare by the differences below, not by the overlap of these.",
         best=frozenset({0}),
     )
 
 
-def _differences(results: Results) -> list[Block]:
+def _difference_table(results: Results) -> list[Block]:
     if not results.differences:
         return []
     rows = [
         [
             d.name,
             f"{d.estimate.value:+.3f}",
-            _ends(d.estimate.interval),
-            p_words(d.p_value),
-            "worse" if d.is_told else "cannot be told",
+            _format_interval(d.estimate.interval),
+            format_p_value(d.p_value),
+            "worse" if d.is_significant else "not significant",
         ]
         for d in results.differences
     ]
@@ -109,119 +110,135 @@ def _differences(results: Results) -> list[Block]:
         Table(
             [f"against {results.best.name}", "bits per byte", "95 %", "p (Holm)", "verdict"],
             rows,
-            "Each interval stands for itself; p is corrected for all pairs of candidates by Holm's method, "
-            "since which one is best was read from the same numbers.",
+            "Intervals are not adjusted; p-values are adjusted for all pairs of candidates by Holm's method, "
+            "since the best was chosen by the same numbers.",
         )
     ]
 
 
-_QUANTITIES: tuple[tuple[str, Callable[[CandidateResult], float | None], Callable[[float], str]], ...] = (
-    ("parameters", lambda c: c.parameters, lambda x: _short(x)),
-    ("tokens seen", lambda c: c.average("tokens"), lambda x: _short(x)),
-    ("passes over the text", lambda c: c.average("passes"), lambda x: f"{x:.2f}"),
-    ("tokens/s", lambda c: c.average("tokens_per_s"), lambda x: _short(x)),
-    ("training FLOPs", lambda c: c.training_flops, lambda x: _short(x)),
-    ("minutes", lambda c: _minutes(c), lambda x: f"{x:.2f}" if x >= 0.1 else f"{x:.3f}"),
-)
+class _Quantity(NamedTuple):
+    name: str
+    value: Callable[[CandidateResult], float | None]
+    format: Callable[[float], str]
 
 
 def _minutes(candidate: CandidateResult) -> float:
     return (candidate.average("seconds") or 0.0) / 60
 
 
-def _quantities(results: Results) -> Table:
+def _short(number: float) -> str:
+    """Three significant digits and a unit: 1.23M."""
+    if not math.isfinite(number):
+        return _UNKNOWN
+    for size, unit in _UNITS:
+        if number >= size:
+            return f"{float(f'{number / size:.3g}'):g}{unit}"
+    return f"{number:.3g}"
+
+
+_QUANTITIES = (
+    _Quantity("parameters", lambda c: c.parameters, _short),
+    _Quantity("tokens seen", lambda c: c.average("tokens"), _short),
+    _Quantity("epochs", lambda c: c.average("passes"), lambda x: f"{x:.2f}"),
+    _Quantity("tokens/s", lambda c: c.average("tokens_per_s"), _short),
+    _Quantity("training FLOPs", lambda c: c.training_flops, _short),
+    _Quantity("minutes", _minutes, lambda x: f"{x:.2f}" if x >= 0.1 else f"{x:.3f}"),
+)
+
+
+def _quantity_table(results: Results) -> Table:
     rows = []
     for candidate in results.candidates:
-        cells = [(value(candidate), words) for _, value, words in _QUANTITIES]
+        cells = [(quantity.value(candidate), quantity.format) for quantity in _QUANTITIES]
         rows.append(
             [
                 candidate.name,
                 f"{candidate.layers} x {candidate.hidden_size}",
-                *(_UNKNOWN if value is None else words(value) for value, words in cells),
+                *(_UNKNOWN if value is None else form(value) for value, form in cells),
                 "all before" if candidate.context is None else f"{candidate.context:,}",
             ]
         )
     return Table(
-        ["", "layers x width", *(name for name, _, _ in _QUANTITIES), "context"],
+        ["", "layers x width", *(quantity.name for quantity in _QUANTITIES), "context"],
         rows,
-        "Means over the seeds. FLOPs are 3 x forward FLOPs per token x tokens; minutes those of the steps. "
-        "Context: tokens that a prediction may look back on when it is measured.",
+        "Means over the seeds. FLOPs are 3 x forward FLOPs per token x tokens; minutes are those of the "
+        "steps. Context: maximum number of tokens that a prediction is conditioned on in the evaluation.",
     )
 
 
-def _equal(results: Results, plan: Plan) -> str:
-    """What was given alike, and what came out alike and otherwise."""
-    given = {
+def _describe_equality(results: Results, plan: Plan) -> str:
+    """The budget of each run, and the quantities that are equal and unequal."""
+    budget = {
         "minutes": f"{plan.amount:.3g} minutes of training on this machine",
         "steps": f"{plan.amount:g} optimizer steps",
         "tokens": f"{_short(plan.amount)} tokens of training",
         "flops": f"{_short(plan.amount)} FLOPs of training",
     }[plan.until]
-    sized = f", at about {plan.parameters} parameters" if plan.parameters else ""
-    tokens = "" if results.vocab_size is None else f", one tokenizer of {results.vocab_size:,} tokens"
+    size = f", at about {plan.parameters} parameters" if plan.parameters else ""
+    tokenizer = "" if results.vocab_size is None else f", one tokenizer of {results.vocab_size:,} tokens"
     if not plan.one_tokenizer:
-        tokens = ", a tokenizer for each recipe by what it says"
-    alike, unlike = [], []
-    for name, value, words in _QUANTITIES:
-        values = [value(candidate) for candidate in results.candidates]
-        known = [v for v in values if v is not None]
-        if known and max(known) > (1 + _ALIKE) * min(known):
-            unlike.append(f"{name} ({words(min(known))} to {words(max(known))})")
+        tokenizer = ", a tokenizer for each recipe"
+    equal, unequal = [], []
+    for quantity in _QUANTITIES:
+        values = [quantity.value(candidate) for candidate in results.candidates]
+        known = [value for value in values if value is not None]
+        if known and max(known) > (1 + _EQUAL_WITHIN) * min(known):
+            low, high = quantity.format(min(known)), quantity.format(max(known))
+            unequal.append(f"{quantity.name} ({low} to {high})")
         elif known:
-            alike.append(name)
-    sentences = [f"Each run was given {given}{sized}, on the same text{tokens}."]
-    if alike:
-        sentences.append(f"Equal within 1 %: {', '.join(alike)}.")
-    if unlike:
-        sentences.append(f"Not equal: {', '.join(unlike)}.")
-    planned = plan.is_by_clock and plan.parameters is None
-    if planned:
+            equal.append(quantity.name)
+    sentences = [f"Each run had a budget of {budget}{size}, on the same text{tokenizer}."]
+    if equal:
+        sentences.append(f"Equal within 1 %: {', '.join(equal)}.")
+    if unequal:
+        sentences.append(f"Not equal: {', '.join(unequal)}.")
+    if plan.has_time_budget and plan.parameters is None:
         sentences.append(
-            "Where no size was stated, it is the one that the training would have chosen for that time, "
-            "planned once for all seeds of a candidate."
+            "If no size was stated, it is the one that training would choose for this time, chosen once for "
+            "all seeds of a candidate."
         )
     return " ".join(sentences)
 
 
-def _limits(results: Results, plan: Plan) -> Sequence[str]:
+def _describe_limits(results: Results, plan: Plan) -> list[str]:
     several = "" if results.n_pieces == 1 else "s"
     pieces = f"{results.n_pieces:,} {results.piece}{several} of {results.n_bytes:,} bytes in all"
-    seeds = (
-        "With one seed, how much a candidate varies from run to run is not known: the intervals say whether "
-        "these very models differ on such texts, not whether the candidates do. Give --seeds 3 or more."
-        if plan.seeds == 1
-        else f"{plan.seeds} seeds tell the variation between runs roughly, which makes the intervals wide; "
-        "they assume that runs vary normally. More seeds make them narrower."
-    )
-    about_pieces = (
-        "Documents are taken to be independent of each other."
-        if results.piece == "document"
-        else "Blocks of one document resemble their neighbours, so the part of the text in an interval is "
-        "rather too small. A held-out text of many documents tells more."
-    )
+    if plan.seeds == 1:
+        about_seeds = (
+            "With one seed, the variation of a candidate from run to run is unknown: the intervals say "
+            "whether these very models differ on such texts, not whether the candidates do. Give --seeds 3 "
+            "or more."
+        )
+    else:
+        about_seeds = (
+            f"{plan.seeds} seeds are a rough measure of the variation between runs, which makes the "
+            "intervals wide; they assume that runs vary normally. More seeds make them narrower."
+        )
     if results.n_pieces == 1:
         about_pieces = (
-            f"The held-out text is one piece of {results.n_bytes:,} bytes: how much it decides is not known, "
-            "and the intervals are over seeds alone. Hold out more by --validation FILE."
+            f"The held-out text is one piece of {results.n_bytes:,} bytes: its influence is unknown, and the "
+            "intervals are over seeds alone. Hold out more with --validation FILE."
         )
-    return (
+    elif results.piece == "document":
+        about_pieces = "Documents are assumed to be independent of each other."
+    else:
+        about_pieces = (
+            "Adjacent blocks of a document are correlated, so the part of the text in an interval is rather "
+            "too small. A held-out text of many documents is better."
+        )
+    return [
         "The variance of a difference is that between the seeds of each candidate, over their number, and "
-        f"that between the pieces of the held-out text ({pieces}), paired. Their sum has the degrees of "
-        "freedom of Satterthwaite (1946) and is tested by Student's t, as Welch (1947) does; where seeds and "
-        "text interact it is rather too large (Owen, 2007). Many p-values are corrected as by Holm (1979).",
-        seeds,
+        f"that between the pieces of the held-out text ({pieces}), paired. The sum has the degrees of "
+        "freedom of Satterthwaite (1946) and is tested by Student's t, as in Welch (1947); if seeds and "
+        "text interact it is rather too large (Owen, 2007). p-values are adjusted by Holm's method (1979).",
+        about_seeds,
         about_pieces,
-        "A comparison holds for its text, its amount of training and its machine: more can turn it.",
-    )
+        "A comparison holds for its text, its budget and its machine: with more training it may turn.",
+    ]
 
 
-def _commands(folder: ComparisonFolder, results: Results) -> list[str]:
-    recipes = [folder.run(plan_run(candidate)).recipe for candidate in results.candidates]
-    return [f"hf-genlm train --recipe {shlex.quote(str(recipe))} --out again" for recipe in recipes]
-
-
-def _about_text(folder: ComparisonFolder, results: Results) -> str:
-    corpus = read_json(folder.run(plan_run(results.best)).corpus)
+def _describe_text(folder: ComparisonFolder, results: Results) -> str:
+    corpus = read_json(folder.run(results.best.first_run).corpus)
     splits = "; ".join(
         f"{name} {corpus[split]['bytes']:,} bytes"
         if corpus[split]["bytes"] is not None
@@ -232,7 +249,7 @@ def _about_text(folder: ComparisonFolder, results: Results) -> str:
     return f"Text: {corpus['description']}; {splits}. The held-out text has the sha256 {digest}..."
 
 
-def _about_machine(environment: dict) -> str:
+def _describe_machine(environment: dict[str, Any]) -> str:
     versions = {name: environment["packages"][name] for name in ("hf_genlm", "torch", "transformers")}
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None)
     return (
@@ -241,15 +258,68 @@ def _about_machine(environment: dict) -> str:
     )
 
 
-def _ends(interval: tuple[float, float] | None) -> str:
+def _format_interval(interval: tuple[float, float] | None) -> str:
     return _UNKNOWN if interval is None else f"[{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
-def _short(number: float) -> str:
-    """Three figures and a unit: 1.23M."""
-    if not math.isfinite(number):
-        return _UNKNOWN
-    for size, unit in _UNITS:
-        if number >= size:
-            return f"{float(f'{number / size:.3g}'):g}{unit}"
-    return f"{number:.3g}"
+def draw_scores(results: Results, path: Path) -> Path:
+    """Draw bits per byte with a dot for each seed above, and the differences from the best below."""
+    n = len(results.candidates)
+    rows = 2 if results.differences else 1
+    figure, axes = new_figure(_WIDTH, rows * _FRAME + (2 * n - 1) * _ROW if rows == 2 else 1.6, rows)
+    above, below = (axes[0], axes[1]) if rows == 2 else (axes, None)
+    for place, candidate in enumerate(results.candidates):
+        style: Any = {"color": COLOURS[place % len(COLOURS)]}
+        if candidate.mean.interval is not None:
+            above.plot(candidate.mean.interval, [place, place], linewidth=5, alpha=0.3, **style)
+        above.plot([candidate.mean.value], [place], marker="|", markersize=16, markeredgewidth=2, **style)
+        values = [run.bits_per_byte for run in candidate.runs]
+        above.plot(values, np.full(len(values), place), "o", markersize=5, markeredgecolor="white", **style)
+    _label_rows(above, [candidate.name for candidate in results.candidates])
+    above.set_xlabel("bits per byte (less is better)")
+    if below is not None:
+        for place, difference in enumerate(results.differences):
+            style = {"color": COLOURS[(place + 1) % len(COLOURS)]}
+            if difference.estimate.interval is not None:
+                below.plot(difference.estimate.interval, [place, place], linewidth=2, **style)
+            face = style["color"] if difference.is_significant else "white"
+            below.plot([difference.estimate.value], [place], "D", markersize=7, markerfacecolor=face, **style)
+        below.axvline(0, color="#444444", linewidth=1, linestyle="--")
+        _label_rows(below, [difference.name for difference in results.differences])
+        below.set_xlabel(f"bits per byte more than {results.best.name}")
+    return save_png(figure, path)
+
+
+def _label_rows(axes: Any, names: list[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+
+
+def draw_curves(results: Results, path: Path) -> tuple[Path, bool]:
+    """Draw the loss by training time, a line for each run.
+
+    Returns:
+        The path, and True for the loss on held-out text. Short runs do not validate while they train, and
+        show the loss on the training text.
+    """
+    runs = [run for candidate in results.candidates for run in candidate.runs]
+    is_validation = all(len(run.validation_curve) >= _MIN_CURVE_POINTS for run in runs)
+    figure, axes = new_figure(_WIDTH, 3.6)
+    longest = max(run.seconds for run in runs)
+    unit, name = (60.0, "minutes") if longest >= 120 else (1.0, "seconds")
+    for place, candidate in enumerate(results.candidates):
+        style = {**line_style(place), "linewidth": 1.3}
+        if not is_validation:
+            style["marker"] = None
+        for number, run in enumerate(candidate.runs):
+            curve = run.validation_curve if is_validation else run.training_curve[1:] or run.training_curve
+            seconds, values = zip(*curve, strict=True) if curve else ((), ())
+            label = candidate.name if number == 0 else None
+            axes.plot([s / unit for s in seconds], values, label=label, **style)
+    axes.set_xlabel(f"{name} of training")
+    axes.set_ylabel(
+        "bits per byte, part of held-out text" if is_validation else "training loss, nats per token"
+    )
+    axes.legend(frameon=False)
+    return save_png(figure, path), is_validation

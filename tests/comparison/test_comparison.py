@@ -18,18 +18,26 @@ from scipy import stats
 from support import killing
 
 from hf_genlm.cli.main import main
-from hf_genlm.comparison import compare, plan_of
-from hf_genlm.comparison.apart import Crashed, run_apart
-from hf_genlm.comparison.plan import Plan, decoders_and_sizes, make_plan, recipes_of
+from hf_genlm.comparison import compare
+from hf_genlm.comparison.plan import Plan, make_plan
 from hf_genlm.comparison.prepare import prepare
-from hf_genlm.comparison.running import _train_here
-from hf_genlm.comparison.statistics import Estimate, difference_in_bits, holm, mean_bits
+from hf_genlm.comparison.report import write_comparison
+from hf_genlm.comparison.results import (
+    Estimate,
+    difference_in_bits,
+    holm,
+    mean_bits,
+    read_results,
+    verdict,
+)
+from hf_genlm.comparison.runs import ComparisonFolder, ProcessCrash, run_in_process, train_run
 from hf_genlm.config.recipe import load_recipe
 from hf_genlm.doctor import describe_model
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.aggregation import BLOCK_BYTES, BlockSums
 from hf_genlm.evaluation.likelihood import make_windows
 from hf_genlm.evaluation.measurement import read_measurements
+from hf_genlm.files import read_json, write_json
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.training.train import train
 
@@ -46,10 +54,9 @@ SMALL = (
 BITS = math.log(2)
 
 
-def small_plan(
-    decoders=("lstm", "transformer"), until="steps", amount=4, settings=SMALL, text=(), **kwargs
-) -> Plan:
-    return make_plan(decoders_and_sizes(decoders, [], settings, text, []), until, amount, **kwargs)
+def small_plan(decoders=("lstm", "transformer"), settings=SMALL, text=(), **kwargs) -> Plan:
+    budget = {} if {"minutes", "tokens", "flops"} & kwargs.keys() else {"steps": 4}
+    return make_plan(text, decoders=decoders, assignments=settings, **{**budget, **kwargs})
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +70,7 @@ def text(tmp_path_factory) -> Path:
 
 
 def test_candidates_are_the_product_of_decoders_and_sizes():
-    plan = plan_of(
-        ["x.txt"], decoders=["lstm", "gru"], sizes=["tiny", "small"], seeds=2, budgets={"tokens": 1e6}
-    )
+    plan = make_plan(["x.txt"], decoders=["lstm", "gru"], sizes=["tiny", "small"], seeds=2, tokens="1e6")
     assert list(plan.candidates) == ["lstm-tiny", "lstm-small", "gru-tiny", "gru-small"]
     for name, fields in plan.candidates.items():
         decoder, size = name.split("-")
@@ -90,7 +95,7 @@ def test_recipes_keep_what_they_say_but_for_what_ends_them(tmp_path):
     (tmp_path / "slow.yaml").write_text("training: {learning_rate: 1e-4, steps: 7, seed: 5}\n")
     (tmp_path / "fast.yaml").write_text("training: {learning_rate: 1e-2, num_samples: 1}\n")
     paths = [str(tmp_path / name) for name in ("slow.yaml", "fast.yaml")]
-    plan = make_plan(recipes_of(paths, ["model.dropout=0.1"], [], []), "minutes", "0.5")
+    plan = make_plan(recipes=paths, assignments=["model.dropout=0.1"], minutes="0.5")
     assert plan.candidates == {
         "slow": {"model.dropout": 0.1, "training.minutes": 0.5, "training.learning_rate": 1e-4,
                  "training.num_samples": 0},
@@ -104,15 +109,15 @@ def test_recipes_keep_what_they_say_but_for_what_ends_them(tmp_path):
     [
         ({"decoders": []}, "nothing to compare: name the candidates"),
         ({"decoders": ["lstm"]}, "needs two candidates, and there is 1"),
-        ({"decoders": ["lstm", "lstm"]}, "'lstm' stands twice"),
+        ({"decoders": ["lstm", "lstm"]}, "'lstm' is named twice"),
         ({"decoders": ["lstm", "../x"]}, "unknown model.decoder '../x'"),
         ({"decoders": [], "sizes": ["tiny", "../x"]}, "'../x' cannot name a folder"),
-        ({"budgets": {"minutes": 1, "steps": 5}}, "--minutes and --steps all end a run"),
-        ({"budgets": {"minutes": 0}}, "training.minutes = 0"),
-        ({"budgets": {"flops": "many"}}, "--flops many: it must be a number above 0"),
+        ({"minutes": 1, "steps": 5}, "--minutes and --steps are budgets of a run"),
+        ({"minutes": 0}, "training.minutes = 0"),
+        ({"flops": "many"}, "--flops many: must be a number above 0"),
         ({"assignments": ["training.seed=3"]}, "training.seed is set by --seeds"),
         ({"assignments": ["model.decoder=gru"]}, "model.decoder is set by the candidates"),
-        ({"assignments": ["model.mixers=gru"]}, "overrules --decoders"),
+        ({"assignments": ["model.mixers=gru"]}, "overrides --decoders"),
         ({"decoders": [], "sizes": ["tiny", "small"], "parameters": "3M"}, "--parameters chooses the width"),
         ({"parameters": "tiny"}, "write a count such as 300K"),
         ({"decoders": [], "recipes": ["a.yaml"], "sizes": ["tiny"]}, "leave --decoders and --sizes out"),
@@ -121,7 +126,7 @@ def test_recipes_keep_what_they_say_but_for_what_ends_them(tmp_path):
 )
 def test_what_cannot_be_compared_is_refused(stated, message):
     with pytest.raises(UserError) as refused:
-        plan_of(**{"decoders": ["lstm", "gru"], "budgets": {"minutes": 1}, **stated})
+        make_plan(**{"decoders": ["lstm", "gru"], **stated})
     assert message in str(refused.value)
 
 
@@ -129,11 +134,11 @@ def test_what_cannot_be_compared_is_refused(stated, message):
 def test_recipes_of_several_texts_or_tokenizers_are_refused(section, tmp_path):
     (tmp_path / "a.yaml").write_text(section)
     (tmp_path / "b.yaml").write_text("")
-    candidates = recipes_of([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")], [], [], [])
+    recipes = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
     with pytest.raises(UserError, match="a and b differ in"):
-        make_plan(candidates, "steps", 3)
+        make_plan(recipes=recipes, steps=3)
     if section.startswith("tokenizer"):
-        assert len(make_plan(candidates, "steps", 3, one_tokenizer=False).candidates) == 2
+        assert len(make_plan(recipes=recipes, steps=3, own_tokenizers=True).candidates) == 2
 
 
 def test_a_plan_comes_back_from_its_file_and_names_what_differs(tmp_path):
@@ -142,11 +147,11 @@ def test_a_plan_comes_back_from_its_file_and_names_what_differs(tmp_path):
     begun = Plan.read(tmp_path / "compare.yaml")
     assert begun == plan
     for other, said in (
-        (small_plan(amount=5), "steps = 5.0 is not 4.0"),
+        (small_plan(steps=5), "steps = 5.0 is not 4.0"),
         (small_plan(seeds=4), "seeds = 4 is not 3"),
         (small_plan(("lstm", "gru")), "candidates = 'lstm, gru' is not 'lstm, transformer'"),
         (small_plan(settings=(*SMALL, "model.dropout=0.5")), "lstm: model.dropout = 0.5 is not None"),
-        (small_plan(until="minutes"), "steps = None is not 4.0"),
+        (small_plan(minutes=4), "steps = None is not 4.0"),
     ):
         with pytest.raises(UserError, match="name another --out") as refused:
             other.check_same(begun, tmp_path)
@@ -159,7 +164,7 @@ def test_a_plan_comes_back_from_its_file_and_names_what_differs(tmp_path):
 def test_equal_parameters_and_equal_flops(text, tmp_path):
     settings = ("tokenizer.vocab_size=300", "model.bigram_size=0")
     decoders = ("elman", "lstm", "gated_linear", "transformer", "hybrid")
-    plan = small_plan(decoders, "flops", 1e11, settings, [str(text)], parameters="300K")
+    plan = small_plan(decoders, settings, [str(text)], flops=1e11, parameters="300K")
     settled = prepare(plan, tmp_path)
     assert list(settled) == list(decoders)
     counts = {name: found["parameters"] for name, found in settled.items()}
@@ -178,8 +183,8 @@ def test_equal_parameters_and_equal_flops(text, tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "said"),
     [
-        ({"parameters": "2K"}, "the nearest that lstm comes to"),
-        ({"until": "flops", "amount": 1e3}, "less than one step"),
+        ({"parameters": "2K"}, "the nearest count of lstm"),
+        ({"flops": 1e3}, "less than one step"),
         ({"decoders": ("lstm", "transfomer")}, "did you mean 'transformer'"),
     ],
 )
@@ -192,7 +197,7 @@ def test_what_cannot_be_made_equal_is_refused(kwargs, said, text, tmp_path):
 
 def test_the_size_of_a_run_by_the_clock_is_planned_once_for_all_seeds(text, tmp_path):
     settings = ("tokenizer.vocab_size=300", "training.batch_size=4")
-    settled = prepare(small_plan(("lstm", "hybrid"), "minutes", 0.02, settings, [str(text)]), tmp_path)
+    settled = prepare(small_plan(("lstm", "hybrid"), settings, [str(text)], minutes=0.02), tmp_path)
     for found in settled.values():
         assert found["fields"]["training.batch_size"] == 4
         assert found["fields"]["model.hidden_size"] == found["hidden_size"] >= 32
@@ -323,11 +328,11 @@ def test_what_ends_a_process_is_told(tmp_path):
         def listener(event, fields):
             heard.append((event, fields))
 
-        return run_apart(function, *arguments, listener=listener, messages=tmp_path / "messages.txt")
+        return run_in_process(function, *arguments, listener=listener, messages=tmp_path / "messages.txt")
 
-    with pytest.raises(Crashed, match="ended by SIGKILL, as the system does where memory is short"):
+    with pytest.raises(ProcessCrash, match="ended by SIGKILL, as the system does when memory is short"):
         run(ends_by_kill)
-    with pytest.raises(Crashed, match="ZeroDivisionError: division by zero") as crashed:
+    with pytest.raises(ProcessCrash, match="ZeroDivisionError: division by zero") as crashed:
         run(divides)
     assert "in divides" in crashed.value.details
     assert heard == [("note", {"message": "about to"})]
@@ -401,7 +406,7 @@ def test_a_comparison_that_was_ended_goes_on(number, text, tmp_path, capsys):
         compare(str(text), out=out, decoders=["lstm", "transformer"], seeds=3, steps=10, assignments=SMALL)
     (half / "model" / "model.safetensors").write_bytes(b"other")
     assert main(words) == 2
-    assert "is not as this comparison left it" in capsys.readouterr().err
+    assert "was changed since this comparison wrote it" in capsys.readouterr().err
 
 
 def check_report(out: Path, printed: str):
@@ -431,6 +436,104 @@ def check_report(out: Path, printed: str):
     tokenizers = {(out / "runs" / name / "tokenizer" / "tokenizer.json").read_bytes() for name in
                   ("lstm-seed0", "transformer-seed1")}  # fmt: skip
     assert tokenizers == {(out / "tokenizer" / "tokenizer.json").read_bytes()}
+
+
+CANDIDATES = {"first": 2.0, "second": 2.02, "third": 2.04}  # bits per byte, before chance
+
+
+@pytest.fixture
+def three_candidates(tmp_path) -> tuple[Path, Plan, dict[str, np.ndarray]]:
+    """A finished comparison of three candidates: its folder and plan, bits (seeds, documents) of each."""
+    draw, plan = np.random.default_rng(7), Plan({name: {} for name in CANDIDATES}, "steps", 10.0)
+    folder = ComparisonFolder.open_or_create(tmp_path / "out", plan)
+    prepared = {"parameters": 1000, "training_flops_per_token": 6000.0, "hidden_size": 8, "layers": 2}
+    write_json(folder.prepared, {name: {"text": ".", "fields": {}, **prepared} for name in CANDIDATES})
+    by_document = draw.normal(0, 0.5, 25)
+    bits = {}
+    for name, mean in CANDIDATES.items():
+        bits[name] = mean + by_document + draw.normal(0, 0.008, (3, 1)) + draw.normal(0, 0.03, (3, 25))
+    for run in plan.runs():
+        path = folder.run(run)
+        path.model.mkdir(parents=True)
+        sums = BlockSums.from_documents([(np.zeros(200), 1000)] * 25)
+        sums.table["nats"] = bits[run.candidate][run.seed] * 1000 * BITS
+        sums.save(path.blocks)
+        path.recipe.write_text("{}")
+        write_json(path.model / "config.json", {"vocab_size": 300})
+        text = {"bytes": 25_000, "sha256": "ab" * 32}
+        write_json(path.corpus, {"description": "made", "train": text, "validation": text})
+        packages = dict.fromkeys(("hf_genlm", "torch", "transformers"), "1.0")
+        machine = {"device": "cpu", "cpu_count": 2, "platform": "x", "python": "3"}
+        write_json(path.environment, {**machine, "packages": packages})
+        facts = {"steps": 10, "tokens": 640, "epochs": 1.5, "seconds": 6.0, "tokens_per_s": 100 + run.seed}
+        path.log("step", step=1, tokens=64, elapsed_s=0.5, loss=3.0)
+        path.log("step", step=10, tokens=640, elapsed_s=6.0, loss=2.0)
+        path.log("trained", **facts)
+    return folder, plan, bits
+
+
+def test_three_candidates_are_compared_in_pairs_and_adjusted_by_holm(three_candidates):
+    """All numbers by another way: one difference is significant only before the adjustment."""
+    folder, plan, bits = three_candidates
+    results = read_results(folder, plan, {})
+    assert [c.name for c in results.candidates] == ["first", "second", "third"]
+    for candidate in results.candidates:
+        own = bits[candidate.name]
+        assert [run.name for run in candidate.runs] == [f"{candidate.name}-seed{seed}" for seed in range(3)]
+        assert [run.bits_per_byte for run in candidate.runs] == pytest.approx(own.mean(axis=1))
+        assert candidate.mean.value == pytest.approx(own.mean())
+        assert candidate.average("tokens_per_s") == 101
+        assert candidate.training_flops == 6000 * 640
+    raw = {}
+    for one, other in (("first", "second"), ("first", "third"), ("second", "third")):
+        parts = [(bits[name].mean(axis=1).var(ddof=1) / 3, 2) for name in (one, other)]
+        paired = bits[other].mean(axis=0) - bits[one].mean(axis=0)  # by document
+        parts.append((paired.var(ddof=1) / 25, 24))
+        total = sum(part for part, _ in parts)
+        degrees = total**2 / sum(part**2 / n for part, n in parts)
+        raw[one, other] = 2 * stats.t.sf(abs(paired.mean()) / math.sqrt(total), degrees)
+    assert sorted(raw, key=raw.get) == [("first", "third"), ("first", "second"), ("second", "third")]
+    assert raw["first", "second"] < 0.05 < 2 * raw["first", "second"] < raw["second", "third"]
+    adjusted = {"second": 2 * raw["first", "second"], "third": 3 * raw["first", "third"]}
+    found = {d.name: d for d in results.differences}
+    assert list(found) == ["second", "third"]
+    for name in found:
+        assert found[name].estimate.p_value == pytest.approx(raw["first", name])
+        assert found[name].p_value == pytest.approx(adjusted[name])
+    assert [found[name].is_significant for name in ("second", "third")] == [False, True]
+    assert read_json(folder.results)["worse_than_best"][1]["p_value_holm"] == found["third"].p_value
+
+
+def test_the_report_of_three_candidates_has_their_numbers(three_candidates):
+    folder, plan, bits = three_candidates
+    results = read_results(folder, plan, {})
+    second, third = results.differences
+    assert not second.is_significant
+    assert verdict(results) == (
+        f"first has the lowest mean: {bits['first'].mean():.3f} bits per byte [{{:.3f}}, {{:.3f}}]; ".format(
+            *results.best.mean.interval
+        )
+        + f"third is {third.estimate.value:.3f} "
+        + "[{:.3f}, {:.3f}] worse, ".format(*third.estimate.interval)
+        + f"p = {third.p_value:.2g}; "
+        + f"not significantly different from it: second (+{second.estimate.value:.3f} "
+        + "[{:.3f}, {:.3f}], ".format(*second.estimate.interval)
+        + f"p = {second.p_value:.2g})."
+    )
+    _, markdown = write_comparison(folder, plan, results)
+    tables: dict[str, list[list[str]]] = {}
+    for line in markdown.read_text().splitlines():
+        if line.startswith("|"):
+            cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+            tables.setdefault(cells[0], []).append(cells[1:])
+    for candidate in results.candidates:
+        scores, *_ = tables[candidate.name]
+        assert scores[0] == f"{candidate.mean.value:.3f}"
+        assert scores[-2:] == [f"{candidate.nats_per_token:.3f}", "3 of 3"]
+        quantities = tables[candidate.name][-1]
+        assert quantities[:6] == ["2 x 8", "1k", "640", "1.50", "101", "3.84M"]
+    assert [row[-1] for row in (tables["second"][1], tables["third"][1])] == ["not significant", "worse"]
+    assert tables["third"][1][0] == f"{third.estimate.value:+.3f}"
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(text, tmp_path, capsys):
@@ -468,14 +571,14 @@ def test_by_the_clock_a_half_run_begins_again_and_a_trained_one_is_only_measured
     path.mkdir()
     (path / "recipe.yaml").write_text(yaml.safe_dump({"training": {"minutes": 5}}))
     (path / "log.jsonl").write_text('{"event": "of before"}\n')
-    _train_here(recipe, path, True, lambda event, fields: None)
+    train_run(recipe, path, True, lambda event, fields: None)
     events = [event["event"] for event in RunFolder(path).read_log()]
     assert "of before" not in events
     assert events.count("trained") == 1
     weights = (path / "model" / "model.safetensors").read_bytes()
     measured = (path / "evaluation_blocks.npy").read_bytes()
     (path / "evaluation.json").unlink()
-    _train_here(recipe, path, True, lambda event, fields: None)
+    train_run(recipe, path, True, lambda event, fields: None)
     assert (path / "model" / "model.safetensors").read_bytes() == weights
     assert (path / "evaluation_blocks.npy").read_bytes() == measured
     assert [event["event"] for event in RunFolder(path).read_log()].count("trained") == 1
