@@ -5,7 +5,7 @@ A model is built on the meta device, where tensors have shapes but no memory, an
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Any
 
@@ -16,16 +16,14 @@ from transformers import TrainingArguments
 
 from hf_genlm.card.parameters import part_names, part_of, parts_of
 from hf_genlm.config.recipe import Recipe, TokenizerRecipe
+from hf_genlm.config.settle import settle, settle_reading
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.model.attention_genlm import GenLMAttention
 from hf_genlm.run_folder import describe_environment
 from hf_genlm.text.tokenizer import load_tokenizer
-from hf_genlm.training.budget import resolve
-from hf_genlm.training.configure import build_config, mixer_types_of
+from hf_genlm.training.check import read_facts
 from hf_genlm.training.trainer import computes_bfloat16
-from hf_genlm.training.word_vectors import adopt_dimension
 
-ASSUMED_VOCAB_SIZE = 4096
 # float32 weights, their gradients, and the two moments of AdamW
 TRAINING_BYTES_PER_PARAMETER = 16
 _LAST_TOKEN_BYTES = 4  # float32, as the other states
@@ -214,12 +212,9 @@ def describe_model(recipe: Recipe) -> ModelCost:
         UserError: `train` would refuse the recipe for its model or vocabulary.
     """
     is_size_assumed = recipe.model.size is None and recipe.model.hidden_size is None
-    recipe = resolve(recipe)
-    if recipe.model.embedding_size is None:
-        adopt_dimension(recipe)
-    config = build_config(recipe, mixer_types_of(recipe))
-    vocab_size = _vocab_size_of(recipe.tokenizer)
-    config.vocab_size = ASSUMED_VOCAB_SIZE if vocab_size is None else vocab_size
+    facts = read_facts(recipe)
+    vocab_size = _vocab_size_of(settle_reading(recipe, facts).tokenizer)
+    config = settle(recipe, replace(facts, vocab_size=vocab_size)).architecture
     with torch.device("meta"):
         model = GenLMForCausalLM(config)
     return ModelCost(
@@ -278,7 +273,7 @@ def count_flops(model: GenLMForCausalLM, context: int) -> Counter[str]:
         if isinstance(module, nn.Linear):
             flops[part_of(name, words)] += 2 * module.in_features * module.out_features * context * n_runs
         elif isinstance(module, GenLMAttention):
-            width = model.config.num_attention_heads * module.head_dim
+            width = model.config.num_attention_heads * module.head_dim  # type: ignore[operator]
             flops[part_of(name, words)] += 4 * width * visible_pairs(context, module.sliding_window) * n_runs
     if model.model.reads_out:
         # the head's input is projected back through W; no module stands for this
@@ -300,14 +295,14 @@ def _state_bytes(mixer: nn.Module, model: GenLMForCausalLM) -> int:
     if isinstance(mixer, GenLMAttention):
         return 0
     token = torch.empty(1, 1, model.config.hidden_size, dtype=model.dtype, device="meta")
-    return sum(state.nbytes for state in mixer.initial_states(token))
+    return sum(state.nbytes for state in mixer.initial_states(token))  # type: ignore[operator]
 
 
 def _cache_bytes(mixer: nn.Module, model: GenLMForCausalLM) -> int:
     """Return the bytes of the key and the value of one token."""
     if not isinstance(mixer, GenLMAttention):
         return 0
-    return 2 * model.config.num_key_value_heads * mixer.head_dim * model.dtype.itemsize
+    return 2 * model.config.num_key_value_heads * mixer.head_dim * model.dtype.itemsize  # type: ignore[operator]
 
 
 def _cache_tokens(mixer: nn.Module) -> int | None:
@@ -318,7 +313,7 @@ def _cache_tokens(mixer: nn.Module) -> int | None:
 
 def _stored_mixers(model: GenLMForCausalLM) -> list[str]:
     """List the mixer of each layer with its own parameters."""
-    return [model.config.mixer_types[layer.mixer.layer_idx] for layer in model.model.layers]
+    return [model.config.mixer_types[layer.mixer.layer_idx] for layer in model.model.layers]  # type: ignore[index]
 
 
 def _vocab_size_of(recipe: TokenizerRecipe) -> int | None:

@@ -33,7 +33,7 @@ def load(name: "str | os.PathLike[str]") -> "tuple[PreTrainedModel, PreTrainedTo
     except Exception as error:  # a damaged folder raises anything, from KeyError to the Rust libraries' own
         reason = without_secrets(" ".join(str(error).split()))[:500] or type(error).__name__
         raise UserError(f"cannot load {os.fspath(name)!r}: {reason}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer  # type: ignore[arg-type]
 
 
 def source_of(name: "str | os.PathLike[str]") -> str:

@@ -17,7 +17,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
-from hf_genlm.config.recipe import Recipe, load_recipe
+from hf_genlm.config.recipe import load_recipe
+from hf_genlm.config.settings import Facts, TrainingSettings
+from hf_genlm.config.settle import settle
 from hf_genlm.errors import UserError
 from hf_genlm.files import write_text
 from hf_genlm.memory import keeping_memory
@@ -26,53 +28,56 @@ from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.packing import PackedRows, collate
 from hf_genlm.training import processes
 from hf_genlm.training.bigram_init import MAX_COUNTED_TOKENS, init_from_bigrams
-from hf_genlm.training.budget import resolve, trapezoid
-from hf_genlm.training.configure import adopt_vocabulary, build_config, mixer_types_of, settle_decay
+from hf_genlm.training.budget import trapezoid
+from hf_genlm.training.build import new_model
+from hf_genlm.training.corpus import prepare_corpus
 from hf_genlm.training.optimizer import OptimizerFactory
-from hf_genlm.training.tokenized import prepare_corpus
 from hf_genlm.training.trainer import computes_bfloat16
 
 
 def main(recipe_file: str, out: str) -> None:
-    recipe = resolve(load_recipe(recipe_file))
+    recipe = load_recipe(recipe_file)
     if recipe.training.steps is None or recipe.vectors.path is not None:
         raise UserError(f"{recipe_file!r}: this loop needs training.steps, and has no word vectors")
     processes.join()
     run = RunFolder(out)
     processes.from_first(lambda: RunFolder.create(out).path)
     corpus = prepare_corpus(run, recipe)
+    settings = settle(recipe, Facts(vocab_size=len(corpus.tokenizer), train_tokens=corpus.n_tokens))
+    training = settings.training
     rows = PackedRows(
         corpus.train,
-        recipe.training.max_seq_length,
+        training.max_seq_length,
         corpus.tokenizer.eos_token_id,
         corpus.tokenizer.pad_token_id,
     )
-    settle_decay(recipe, recipe.training.steps, corpus.train.n_tokens)
-    config = build_config(recipe, mixer_types_of(recipe))
-    adopt_vocabulary(config, corpus.tokenizer)
-    set_seed(recipe.training.seed)
-    model = GenLMForCausalLM(config)
-    if recipe.training.init == "bigrams":
+    set_seed(training.seed)
+    model = new_model(settings, corpus.tokenizer)
+    if training.init == "bigrams":
         tokens = rows.first_tokens(MAX_COUNTED_TOKENS)
         init_from_bigrams(model, tokens, keep_embedding=False)  # the same in every process
-    set_seed(recipe.training.seed)
-    uses_bfloat16 = {"auto": computes_bfloat16(), "bfloat16": True}.get(recipe.training.dtype, False)
+    set_seed(training.seed)
+    uses_bfloat16 = {"auto": computes_bfloat16(), "bfloat16": True}.get(training.dtype, False)
     accelerator = Accelerator(mixed_precision="bf16" if uses_bfloat16 else "no")
     with keeping_memory():
-        train(accelerator, model, rows, recipe, run)
+        train(accelerator, model, rows, training, run)
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         model.config.use_cache = True
         model.save_pretrained(run.model, state_dict=weights)
         corpus.tokenizer.save_pretrained(run.model)
-        write_text(run.recipe, recipe.to_yaml())
+        write_text(run.recipe, settings.to_recipe().to_yaml())
 
 
 def train(
-    accelerator: Accelerator, model: GenLMForCausalLM, rows: PackedRows, recipe: Recipe, run: RunFolder
+    accelerator: Accelerator,
+    model: GenLMForCausalLM,
+    rows: PackedRows,
+    training: TrainingSettings,
+    run: RunFolder,
 ) -> None:
-    """The steps of the recipe; each one's loss, over all processes, goes to the log."""
-    training, n = recipe.training, accelerator.num_processes
+    """Make the steps of the recipe; each one's loss, over all processes, goes to the log."""
+    n = accelerator.num_processes
     processes.draw_apart()
     model.train()
     model.config.use_cache = False
@@ -85,7 +90,7 @@ def train(
 
     schedule = LambdaLR(optimizer.optimizer, share)  # prepared, it would count those of each process
     terms = {"label_smoothing": training.label_smoothing_factor, "z_loss": training.z_loss}
-    steps = steps_of(accelerator, rows, recipe)
+    steps = steps_of(accelerator, rows, training)
     for step, batches in zip(range(1, training.steps + 1), steps, strict=False):
         targets = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
         targets = accelerator.reduce(targets, "sum")  # of all processes: each token counts the same
@@ -106,9 +111,9 @@ def train(
             print(f"step {step}  loss {loss:.4f}", file=sys.stderr)
 
 
-def steps_of(accelerator: Accelerator, rows: PackedRows, recipe: Recipe) -> Iterator[list[dict]]:
-    """The batches of each optimizer step in this process, pass after pass over the rows."""
-    training, epoch = recipe.training, 0
+def steps_of(accelerator: Accelerator, rows: PackedRows, training: TrainingSettings) -> Iterator[list[dict]]:
+    """Yield the batches of each optimizer step in this process, epoch after epoch."""
+    epoch = 0
     order = processes.SharedOrder(len(rows), training.batch_size, training.seed, lambda: epoch)
     loader = DataLoader(
         processes.RowsAndBlank(rows),

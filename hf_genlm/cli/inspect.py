@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from typing import Literal
 
 import typer
 
@@ -61,8 +62,9 @@ def card(
     """Write the model card of a run again."""
     from hf_genlm.card import write_card
 
-    if_edited = "overwrite" if force else "refuse"
-    print(write_card(run_path, assignments=assignments or (), if_edited=if_edited, redraw=True))
+    assignments = assignments or []
+    if_edited: Literal["overwrite", "refuse"] = "overwrite" if force else "refuse"
+    print(write_card(run_path, assignments=assignments, if_edited=if_edited, redraw=True))
 
 
 @o.verb("settings", "Look", "hf-genlm settings lr")
@@ -74,7 +76,7 @@ def settings(
     from hf_genlm.config.describe import describe_fields
 
     found = describe_fields(word)
-    if not found:
+    if word is not None and not found:
         known = {
             name
             for row in describe_fields()
@@ -129,11 +131,11 @@ def doctor(
         display.show("loading torch and transformers")
         from hf_genlm.doctor import describe_installation, describe_model
 
-        installation = describe_installation() if examined is None else None
+        installation = describe_installation()
         cost = None if examined is None else describe_model(examined)
     if as_json:
-        print(json.dumps((installation or cost).to_json(), indent=2))
-    elif installation is not None:
+        print(json.dumps((cost or installation).to_json(), indent=2))
+    elif cost is None:
         print_installation(installation)
     else:
         print_model_cost(cost)

@@ -7,24 +7,24 @@ spends its time budget on it.
 import bisect
 import math
 from collections.abc import Callable
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from hf_genlm.comparison.plan import Fields, Plan
 from hf_genlm.config.recipe import Recipe, set_field
+from hf_genlm.config.settings import Settings, Shape
+from hf_genlm.config.settle import is_size_open, settle, settle_reading
 from hf_genlm.doctor import ModelCost, describe_model
 from hf_genlm.errors import UserError
 from hf_genlm.model import DECODERS
 from hf_genlm.run_folder import Listener, RunFolder
-from hf_genlm.training.budget import resolve
-from hf_genlm.training.configure import builder_of
-from hf_genlm.training.plan import is_open, plan_size, tokens_of_a_step
-from hf_genlm.training.streamed import prepare_stream
-from hf_genlm.training.tokenized import prepare_corpus
-from hf_genlm.training.train import check
-from hf_genlm.training.word_vectors import adopt_dimension
+from hf_genlm.training.build import new_model
+from hf_genlm.training.check import check, read_facts
+from hf_genlm.training.corpus import prepare_corpus, prepare_stream
+from hf_genlm.training.plan import measure_step, plan_size
 
 _SHAPE = ("model.hidden_size", "model.num_hidden_layers", "training.max_seq_length", "training.batch_size")
 _COARSE_STEP, _FINE_STEP = 16, 4  # of the width
@@ -46,7 +46,7 @@ def prepare(plan: Plan, folder: Path, listener: Listener | None = None) -> dict[
     """
     for name in plan.candidates:
         check(plan.recipe(name))
-    texts: dict[Path, tuple[PreTrainedTokenizerBase, int | None]] = {}
+    texts: dict[Path, tuple[PreTrainedTokenizerFast, int | None]] = {}
     prepared = {}
     for number, name in enumerate(plan.candidates):
         home = folder if plan.one_tokenizer else folder / "tokenizers" / name
@@ -63,28 +63,29 @@ def prepare(plan: Plan, folder: Path, listener: Listener | None = None) -> dict[
 
 def _prepare_text(
     home: Path, recipe: Recipe, listener: Listener | None
-) -> tuple[PreTrainedTokenizerBase, int | None]:
+) -> tuple[PreTrainedTokenizerFast, int | None]:
     home.mkdir(parents=True, exist_ok=True)
-    recipe = resolve(recipe)
-    adopt_dimension(recipe)
-    corpus = (prepare_stream if recipe.corpus.stream else prepare_corpus)(RunFolder(home, listener), recipe)
+    reading = settle_reading(recipe, read_facts(recipe))
+    corpus = (prepare_stream if recipe.corpus.stream else prepare_corpus)(RunFolder(home, listener), reading)
     return corpus.tokenizer, corpus.n_tokens
 
 
 def _choose_fields(
-    plan: Plan, name: str, home: Path, tokenizer: PreTrainedTokenizerBase, n_tokens: int | None
+    plan: Plan, name: str, home: Path, tokenizer: PreTrainedTokenizerFast, n_tokens: int | None
 ) -> dict[str, Any]:
     own = {"tokenizer.path": str(home / "tokenizer"), "tokenizer.vocab_size": None}
     fields: Fields = {}
     recipe = plan.recipe(name, own)
     if plan.parameters is not None:
         fields |= _shape_for_parameters(recipe, plan, name)
-    elif plan.has_time_budget and is_open(recipe):
+    elif plan.has_time_budget and is_size_open(recipe):
         fields |= _shape_for_time(recipe, 60 * plan.amount, tokenizer, n_tokens)
     recipe = plan.recipe(name, {**own, **fields})
     cost = describe_model(recipe)
     if plan.until == "flops":
-        fields["training.tokens"] = _tokens_for_flops(plan.amount, cost, resolve(recipe), name)
+        fields["training.tokens"] = _tokens_for_flops(
+            plan.amount, cost, settle(recipe, read_facts(recipe)), name
+        )
     return {
         "fields": fields,
         "parameters": cost.n_parameters,
@@ -95,13 +96,20 @@ def _choose_fields(
 
 
 def _shape_for_time(
-    recipe: Recipe, seconds: float, tokenizer: PreTrainedTokenizerBase, n_tokens: int | None
+    recipe: Recipe, seconds: float, tokenizer: PreTrainedTokenizerFast, n_tokens: int | None
 ) -> Fields:
     """The shape that a run with this time budget would choose."""
     arguments = TrainingArguments(output_dir="unused", report_to="none")  # writes nothing
-    build = builder_of(tokenizer, arguments.device)
-    plan = plan_size(recipe, seconds, len(tokenizer), n_tokens, build)
-    return _shape_fields(resolve(recipe, plan.shape))
+    facts = replace(read_facts(recipe), vocab_size=len(tokenizer), train_tokens=n_tokens)
+
+    def measure(settings: Settings) -> tuple[float, int]:
+        return measure_step(new_model(settings, tokenizer, arguments.device), settings.training)
+
+    plan = plan_size(recipe, facts, seconds, measure)
+    settings = settle(recipe, replace(facts, shape=plan.shape))
+    rows = settings.training
+    size = settings.model.hidden_size, settings.model.num_hidden_layers
+    return _shape_fields(Shape(*size, rows.max_seq_length, rows.batch_size))
 
 
 def _shape_for_parameters(recipe: Recipe, plan: Plan, name: str) -> Fields:
@@ -113,16 +121,16 @@ def _shape_for_parameters(recipe: Recipe, plan: Plan, name: str) -> Fields:
         UserError: no width comes within a tenth of the count.
     """
     set_field(recipe, "model.size", plan.parameters)
-    resolved = resolve(recipe)
-    resolved.model.size = None
-    min_layers = len(DECODERS[resolved.model.decoder]) if resolved.model.mixers is None else 1
-    resolved.model.num_hidden_layers = max(min_layers, resolved.model.num_hidden_layers or 1)
+    facts = read_facts(recipe)
+    settings = settle(recipe, facts)
+    min_layers = len(DECODERS[recipe.model.decoder]) if recipe.model.mixers is None else 1
+    n_layers = max(min_layers, settings.model.num_hidden_layers)
     target = plan.n_parameters
     assert target is not None
 
     def count(width: int) -> float:
         recipe.model.size, recipe.model.hidden_size = None, width
-        recipe.model.num_hidden_layers = resolved.model.num_hidden_layers
+        recipe.model.num_hidden_layers = n_layers
         try:
             return describe_model(recipe).n_parameters
         except UserError:  # a width that the heads do not divide
@@ -135,8 +143,8 @@ def _shape_for_parameters(recipe: Recipe, plan: Plan, name: str) -> Fields:
             f"--parameters {plan.parameters}: the nearest count of {name} with this vocabulary is "
             f"{found:,.0f}: name another count, or a smaller --set tokenizer.vocab_size"
         )
-    resolved.model.hidden_size = width
-    return _shape_fields(resolved)
+    rows = settings.training
+    return _shape_fields(Shape(width, n_layers, rows.max_seq_length, rows.batch_size))
 
 
 def _nearest_width(count: Callable[[int], float], target: float) -> int:
@@ -150,22 +158,18 @@ def _nearest_width(count: Callable[[int], float], target: float) -> int:
     return min(near, key=lambda width: (abs(count(width) - target), width))
 
 
-def _shape_fields(recipe: Recipe) -> Fields:
-    found: Fields = {"model.size": None}
-    for name in _SHAPE:
-        section, key = name.split(".")
-        found[name] = getattr(getattr(recipe, section), key)
-    return found
+def _shape_fields(shape: Shape) -> Fields:
+    return dict(zip(("model.size", *_SHAPE), (None, *astuple(shape)), strict=True))
 
 
-def _tokens_for_flops(flops: float, cost: ModelCost, recipe: Recipe, name: str) -> int:
+def _tokens_for_flops(flops: float, cost: ModelCost, settings: Settings, name: str) -> int:
     """Number of training tokens for `flops`.
 
     Raises:
         UserError: it is less than one step.
     """
     tokens = int(flops / cost.training_flops_per_token)
-    tokens_per_step = tokens_of_a_step(recipe.training)
+    tokens_per_step = settings.training.tokens_per_step
     if tokens < tokens_per_step:
         raise UserError(
             f"--flops {flops:g} are {tokens:,} tokens of {name}, less than one step of {tokens_per_step:,}: "

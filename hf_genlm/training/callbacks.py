@@ -392,7 +392,7 @@ def write_samples(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        rows = model.generate(
+        rows = model.generate(  # type: ignore[operator]
             start,
             attention_mask=torch.ones_like(start),
             do_sample=True,

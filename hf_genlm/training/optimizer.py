@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw as adamw_step
 
-from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.errors import UserError
 from hf_genlm.model.bigram_genlm import GenLMBigramEmbedding
 
 # hyperparameters of a parameter group of Muon that the group does not state, by its `method`
@@ -128,15 +128,6 @@ class OptimizerFactory:
 
     def __call__(self, model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
         return OPTIMIZERS[recipe.optimizer](model, recipe)
-
-
-def check_optimizer(name: str) -> None:
-    """
-    Raises:
-        UserError: `name` is not in OPTIMIZERS.
-    """
-    if name not in OPTIMIZERS:
-        raise UserError(f"unknown training.optimizer {name!r}{did_you_mean(name, OPTIMIZERS)}")
 
 
 def orthogonalize(matrices_NRC: torch.Tensor, iterations: int) -> torch.Tensor:

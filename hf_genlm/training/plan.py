@@ -1,14 +1,13 @@
-"""How large a decoder this machine can train well in the time it is given, and by how many threads: measured,
-not guessed.
+"""Plan a run with a time limit: measure steps on this machine, and choose the size that the time can train.
 
-A decoder that is too large sees too few tokens before the time is up, one that is too small has nothing left
-to learn. The best of those tried saw one to ten tokens for each weight that it multiplies by (the log in
-recipes/LOG.md), so the plan is the largest rung of a ladder that will see three, by the pace of a few
-steps on random tokens.
+A decoder that is too large sees too few tokens before the time is up; one that is too small has nothing left
+to learn. The best of those tried saw one to ten tokens for each weight that a token is multiplied by
+(recipes/LOG.md), so the plan is the largest rung of a ladder that will see three, by the time of a few steps
+on random tokens.
 
-A text that is read again and again is learned by heart, and what is held out is predicted worse and worse.
-Weight decay puts that off (`decay_for` in budget.py) and does not end it: a run by the clock ends after
-`training.max_epochs`, and a small text gets a small decoder however long it may take.
+A text that is seen many times is memorised, and held-out text is predicted worse and worse. Weight decay
+delays that and does not prevent it: a run with a time limit ends after `training.max_epochs`, and a small
+text gets a small decoder however much time there is.
 """
 
 import sys
@@ -18,10 +17,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hf_genlm.config.recipe import Recipe, TrainingRecipe
+from hf_genlm.config.recipe import Recipe
+from hf_genlm.config.settings import Facts, Settings, Shape, TrainingSettings
+from hf_genlm.config.settle import is_size_open, settle
 from hf_genlm.model import DECODERS, GenLMForCausalLM
-from hf_genlm.training.budget import Shape, resolve
 from hf_genlm.training.optimizer import OptimizerFactory
+from hf_genlm.training.private import measure_private_step
 from hf_genlm.training.processes import rows_of_each
 
 LADDER = (
@@ -41,88 +42,105 @@ LADDER = (
 )
 TOKENS_PER_WEIGHT = 3.0
 
+Build = Callable[[Settings], GenLMForCausalLM]  # a new model on the device that trains it
+Measure = Callable[[Settings], tuple[float, int]]  # (seconds of an optimizer step, threads of torch)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """A rung of the ladder, and what its choice rests on."""
+    """A rung of the ladder, and what its choice is based on."""
 
     shape: Shape
     weights: int  # that a token is multiplied by, about
     step_s: float  # of an optimizer step, measured
-    threads: int  # by which it takes so long
-    tokens: int  # that it will see: what the time holds at this pace, and no more than the passes allow
+    threads: int  # with which it took so long
+    tokens: int  # that the run will see: those that fit into the time, at most `max_epochs` of the text
 
 
-def is_open(recipe: Recipe) -> bool:
-    """True if a recipe leaves the size of the decoder to its time."""
-    model, training = recipe.model, recipe.training
-    given = (model.size, model.hidden_size, model.num_hidden_layers, model.mixers)
-    return training.steps is None and training.tokens is None and all(value is None for value in given)
+def plan_run(recipe: Recipe, facts: Facts, build: Build, device: torch.device) -> Facts:
+    """Add `shape` (if the recipe leaves it open), `step_s`, `num_threads` and `planning_s` to the facts of a
+    run with a time limit. On a CPU, torch computes with that number of threads from then on."""
+    began = time.monotonic()
+
+    def measure(settings: Settings) -> tuple[float, int]:
+        return measure_step(build(settings), settings.training)
+
+    if is_size_open(recipe):
+        limit = settle(recipe, facts).length.seconds
+        assert limit is not None, "only a time limit is planned"
+        plan = plan_size(recipe, facts, limit, measure)
+        facts, step_s, threads = replace(facts, shape=plan.shape), plan.step_s, plan.threads
+    else:
+        step_s, threads = measure(settle(recipe, facts))
+    is_on_cpu = device.type == "cpu"
+    if is_on_cpu:
+        torch.set_num_threads(threads)
+    if recipe.privacy.epsilon is not None:
+        settings = settle(recipe, facts)
+        step_s = measure_private_step(build(settings), settings)
+    num_threads, planning_s = threads if is_on_cpu else None, time.monotonic() - began
+    return replace(facts, step_s=step_s, num_threads=num_threads, planning_s=planning_s)
 
 
-def plan_size(
-    recipe: Recipe,
-    seconds: float,
-    vocab_size: int,
-    corpus_tokens: int | None,
-    build: Callable[[Recipe], GenLMForCausalLM],
-) -> Plan:
-    """The best rung for a training of so many seconds on this machine.
-
-    Args:
-        recipe: of open size, as the person gave it.
-        corpus_tokens: in the training text; None: as many as the time holds.
-        build: a new model of a resolved recipe, on the device that trains it.
-    """
+def plan_size(recipe: Recipe, facts: Facts, seconds: float, measure: Measure) -> Plan:
+    """Choose the best rung for a training of `seconds` on this machine; `recipe` leaves the size open."""
     began = time.monotonic()
     # a hybrid is one from the depth on at which every mixer of it has a layer
-    least = len(DECODERS.get(recipe.model.decoder, ()))
-    ladder = [replace(shape, num_hidden_layers=max(least, shape.num_hidden_layers)) for shape in LADDER]
-    at_most = sys.maxsize if corpus_tokens is None else int(recipe.training.max_epochs * corpus_tokens)
+    min_layers = len(DECODERS.get(recipe.model.decoder, ()))
+    ladder = [replace(shape, num_hidden_layers=max(min_layers, shape.num_hidden_layers)) for shape in LADDER]
+    vocab_size = settle(recipe, facts).tokenizer.vocab_size
+
+    def weights_of(shape: Shape) -> int:
+        # the head, and 12 d^2 for each layer, as attention or a gated recurrence has with an MLP of 4 d
+        return shape.hidden_size * (vocab_size + 12 * shape.hidden_size * shape.num_hidden_layers)
+
+    def is_enough(tokens: float, shape: Shape) -> bool:
+        return tokens >= TOKENS_PER_WEIGHT * weights_of(shape)
+
+    def max_tokens(shape: Shape) -> int:
+        epoch_tokens = facts.epoch_tokens(shape.max_seq_length)
+        return sys.maxsize if epoch_tokens is None else int(recipe.training.max_epochs * epoch_tokens)
+
     measured: dict[int, Plan] = {}
     rung = 0
     while rung not in measured:
         shape = ladder[rung]
-        resolved = resolve(recipe, shape)
-        step_s, threads = measure_step(build(resolved), resolved.training)
+        settings = settle(recipe, replace(facts, shape=shape))
+        step_s, threads = measure(settings)
         left_s = seconds - (time.monotonic() - began)
-        tokens = int(left_s / step_s) * tokens_of_a_step(resolved.training)
-        weights = _weights(shape, vocab_size)
-        measured[rung] = Plan(shape, weights, step_s, threads, max(0, min(tokens, at_most)))
+        tokens, weights = int(left_s / step_s) * settings.training.tokens_per_step, weights_of(shape)
+        measured[rung] = Plan(shape, weights, step_s, threads, max(0, min(tokens, max_tokens(shape))))
         # larger rungs do more operations a second, not fewer: the search climbs until its guess holds
-        guesses = [min(tokens * weights / _weights(shape, vocab_size), at_most) for shape in ladder]
-        fitting = [i for i, tokens in enumerate(guesses) if tokens >= _wanted(ladder[i], vocab_size)]
-        rung = max(fitting, default=0)
-    enough = [i for i, plan in measured.items() if plan.tokens >= _wanted(plan.shape, vocab_size)]
+        guesses = [min(tokens * weights / weights_of(shape), max_tokens(shape)) for shape in ladder]
+        rung = max((i for i, guess in enumerate(guesses) if is_enough(guess, ladder[i])), default=0)
+    enough = [i for i, plan in measured.items() if is_enough(plan.tokens, plan.shape)]
     return measured[max(enough, default=0)]
 
 
-def measure_step(model: GenLMForCausalLM, recipe: TrainingRecipe) -> tuple[float, int]:
-    """(seconds of an optimizer step, threads): of one thread, or of all that torch has, whichever is faster.
+def measure_step(model: GenLMForCausalLM, training: TrainingSettings) -> tuple[float, int]:
+    """(seconds of an optimizer step, threads): with one thread or with all of torch's, whichever is faster.
 
-    On a core that something else keeps busy, every operation of several threads waits for the last of them,
+    On a core that another program keeps busy, every operation of several threads waits for the last of them,
     many times as long as one thread takes for a small decoder. A step is forward, backward, clipping and
-    update on rows of random tokens, those of one process. The threads that torch has are left as they were.
+    update on rows of random tokens, those of one process. Torch's number of threads is left as it was.
     """
-    optimizer = OptimizerFactory()(
-        model, recipe.model_copy(update={"weight_decay": 0.0})
-    )  # it may not be chosen yet
-    shape = (rows_of_each(recipe.batch_size), recipe.max_seq_length)
+    optimizer = OptimizerFactory()(model, training)
+    shape = (rows_of_each(training.batch_size), training.max_seq_length)
     tokens = torch.randint(0, model.config.vocab_size, shape, device=model.device)
 
     def step() -> float:
         start = time.perf_counter()
-        for _ in range(recipe.gradient_accumulation_steps):
+        for _ in range(training.gradient_accumulation_steps):
             loss = model(tokens, labels=tokens, use_cache=False, skip_logits=True).loss
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         loss.item()  # waits for an accelerator
         return time.perf_counter() - start
 
     available = torch.get_num_threads()
-    if model.device.type != "cpu" or available == 1 or recipe.num_threads is not None:
+    if model.device.type != "cpu" or available == 1 or training.num_threads is not None:
         step()  # the first is slower
         return min(step(), step()), available
     try:
@@ -136,18 +154,3 @@ def measure_step(model: GenLMForCausalLM, recipe: TrainingRecipe) -> tuple[float
     finally:
         torch.set_num_threads(available)
     return (together, available) if together < alone else (alone, 1)
-
-
-def tokens_of_a_step(recipe: TrainingRecipe) -> int:
-    """Tokens that are predicted in one optimizer step."""
-    return recipe.batch_size * recipe.gradient_accumulation_steps * (recipe.max_seq_length - 1)
-
-
-def _weights(shape: Shape, vocab_size: int) -> int:
-    """Of the head, and 12 d^2 for each layer, as attention or a gated recurrence has with an MLP of 4 d."""
-    return shape.hidden_size * (vocab_size + 12 * shape.hidden_size * shape.num_hidden_layers)
-
-
-def _wanted(shape: Shape, vocab_size: int) -> float:
-    """Tokens that train a rung well."""
-    return TOKENS_PER_WEIGHT * _weights(shape, vocab_size)

@@ -125,7 +125,8 @@ def together(act: Callable[[], T]) -> T:
     """
     from accelerate.utils import gather_object
 
-    value, messages = None, []
+    value: Any = None
+    messages: list[str] = []
     try:
         value = act()
     except UserError as error:

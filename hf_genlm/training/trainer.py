@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_genlm.config.recipe import TrainingRecipe
-from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.config.settings import TrainingSettings
+from hf_genlm.errors import UserError
 from hf_genlm.files import note_no_space
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.run_folder import RunFolder
@@ -46,7 +46,7 @@ class BudgetTrainer(Trainer):
         self,
         run: RunFolder,
         budget: Budget,
-        recipe: TrainingRecipe,
+        recipe: TrainingSettings,
         carried: StateCallback | None = None,
         lr_scale: float = 1.0,
         is_rate_halved: bool = False,
@@ -95,7 +95,7 @@ class BudgetTrainer(Trainer):
             return None
         whole = GenLMForCausalLM(copy.deepcopy(model.config))  # from_pretrained would shard it under ZeRO-3
         whole.load_state_dict(weights)
-        whole.to(self.args.device)
+        whole.to(self.args.device)  # type: ignore[arg-type]
         return whole
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -112,6 +112,8 @@ class BudgetTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        assert self.optimizer is not None
+        assert isinstance(self.lr_scheduler, LambdaLR)
         for group in self.optimizer.param_groups:
             group["lr"] *= self.lr_scale
             group["initial_lr"] *= self.lr_scale
@@ -164,7 +166,9 @@ class BudgetTrainer(Trainer):
             progress = self.budget.progress(step + 0.5)
             return trapezoid(progress, self.recipe.warmup_ratio, self.recipe.decay_ratio)
 
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None
+        self.lr_scheduler = LambdaLR(optimizer, share)
         return self.lr_scheduler
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -179,15 +183,13 @@ class BudgetTrainer(Trainer):
         return 0
 
 
-def training_arguments_of(run: RunFolder, training: TrainingRecipe, budget: Budget) -> TrainingArguments:
+def training_arguments_of(run: RunFolder, training: TrainingSettings, budget: Budget) -> TrainingArguments:
     """Return Trainer's arguments for a resolved recipe; the batch size is this process's share.
 
     Raises:
-        UserError: an unknown dtype, a batch that the processes cannot share, or several GPUs in one process.
+        UserError: a batch that the processes cannot share, or several GPUs in one process.
     """
-    use_bf16 = {"auto": computes_bfloat16(), "bfloat16": True, "float32": False}.get(training.dtype)
-    if use_bf16 is None:
-        raise UserError(f"unknown training.dtype {training.dtype!r}; known: auto, bfloat16, float32")
+    use_bf16 = {"auto": computes_bfloat16(), "bfloat16": True, "float32": False}[training.dtype]
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
         max_steps=budget.steps,
@@ -217,16 +219,6 @@ def training_arguments_of(run: RunFolder, training: TrainingRecipe, budget: Budg
         )
     shard_on_cpu()
     return arguments
-
-
-def check_compiler(backend: str | None) -> None:
-    """
-    Raises:
-        UserError: torch.compile has no such backend.
-    """
-    if backend is not None and backend not in torch.compiler.list_backends(exclude_tags=()):
-        known = torch.compiler.list_backends()
-        raise UserError(f"unknown training.torch_compile_backend {backend!r}{did_you_mean(backend, known)}")
 
 
 def computes_bfloat16() -> bool:

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_genlm.config.recipe import Recipe
+from hf_genlm.config.settings import Settings
 from hf_genlm.errors import UserError
 from hf_genlm.files import write_json
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.run_schemas import VectorsFile
 from hf_genlm.text.encoding import pieces
 from hf_genlm.text.store import Document, as_documents
-from hf_genlm.text.vector_files import WordVectors, peek_dimension, read_vectors
+from hf_genlm.text.vector_files import WordVectors, read_vectors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -38,36 +38,6 @@ MAX_WORDS = 200_000  # of the training text, the most frequent ones
 _MAX_WORD_CHARACTERS = 64  # longer runs of letters are no words of a vector file
 _COUNTED_AT_ONCE = 4 * MAX_WORDS
 _ENCODE_BATCH = 10_000  # words encoded by one call
-
-
-def adopt_dimension(recipe: Recipe) -> None:
-    """Set `model.embedding_size` of a resolved recipe to the dimension of its word vectors, if it has any.
-
-    Raises:
-        UserError: fields of the vectors section that contradict each other, another `embedding_size`, or a
-            file without word vectors.
-    """
-    vectors, model = recipe.vectors, recipe.model
-    if vectors.unfreeze_step is not None and not vectors.frozen:
-        raise UserError(
-            f"vectors.unfreeze_step = {vectors.unfreeze_step} releases frozen rows, and none are frozen: "
-            "add --set vectors.frozen=true, or leave it out"
-        )
-    if vectors.unfreeze_step is not None and vectors.unfreeze_step < 1:
-        raise UserError(
-            f"vectors.unfreeze_step = {vectors.unfreeze_step}: it is an optimizer step, at least 1"
-        )
-    if vectors.path is None:
-        if vectors.frozen:
-            raise UserError("vectors.frozen holds word vectors, and none are given: add --vectors FILE")
-        return
-    dimension = peek_dimension(vectors.path)
-    if model.embedding_size not in (None, dimension):
-        raise UserError(
-            f"model.embedding_size = {model.embedding_size}, and the vectors in {vectors.path!r} have "
-            f"{dimension} numbers: leave it out, or name vectors of that size"
-        )
-    model.embedding_size = dimension
 
 
 def count_words(documents: Iterable[Document]) -> dict[str, int]:
@@ -157,7 +127,7 @@ def start_from_vectors(
     tokenizer: "PreTrainedTokenizerFast",
     counts: Mapping[str, int],
     ids: np.ndarray,
-    recipe: Recipe,
+    settings: Settings,
 ) -> np.ndarray:
     """Write the word vectors of a recipe into the model's embedding; reports to the log and to vectors.json.
 
@@ -174,17 +144,19 @@ def start_from_vectors(
     def on_progress(done: int, total: int) -> None:
         run.tell("progress", task="word vectors", done=done, total=total)
 
+    path = settings.vectors.path
+    assert path is not None
     wanted = wanted_words(tokenizer, counts)
-    read = read_vectors(recipe.vectors.path, wanted, recipe.vectors.damaged, on_progress)
+    read = read_vectors(path, wanted, settings.vectors.damaged, on_progress)
     weight = model.model.embed_tokens.weight
     if read.vectors.shape[1] != weight.shape[1]:
-        raise UserError(f"{recipe.vectors.path!r} has changed since the run began: start it again")
-    table, kind = token_vectors(tokenizer, read.words, read.vectors, counts, recipe.training.seed)
+        raise UserError(f"{path!r} has changed since the run began: start it again")
+    table, kind = token_vectors(tokenizer, read.words, read.vectors, counts, settings.training.seed)
     table = scaled(table, model.config.initializer_range)
     with torch.no_grad():
         weight.copy_(torch.from_numpy(table))
-    report = coverage(read, kind, ids, Path(recipe.vectors.path).name)
-    report |= {"frozen": recipe.vectors.frozen, "unfreeze_step": recipe.vectors.unfreeze_step}
+    report = coverage(read, kind, ids, Path(path).name)
+    report |= {"frozen": settings.vectors.frozen, "unfreeze_step": settings.vectors.unfreeze_step}
     write_json(run.vectors, report, VectorsFile)
     run.log("vectors", **report)
     return kind != DRAWN

@@ -22,7 +22,7 @@ from hf_genlm.config.recipe import load_recipe
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.text.packing import PackedRows, collate
-from hf_genlm.training.tokenized import TokenizedCorpus, prepare_corpus
+from hf_genlm.training.corpus import TokenizedCorpus, prepare_corpus
 from hf_genlm.training.train import train
 
 SHAPES = ((4, 128, 4), (6, 256, 8))  # layers, width, heads

@@ -13,6 +13,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 ROUNDS = 15
@@ -104,21 +105,19 @@ def measure_pace(ways: Ways, vocab_size: int) -> dict[str, float]:
     import torch
 
     from hf_genlm.config.recipe import load_recipe
+    from hf_genlm.config.settle import settle
     from hf_genlm.model import GenLMForCausalLM
-    from hf_genlm.training.budget import resolve
-    from hf_genlm.training.configure import build_config, mixer_types_of
+    from hf_genlm.training.check import read_facts
     from hf_genlm.training.optimizer import OptimizerFactory
-    from hf_genlm.training.word_vectors import adopt_dimension
 
     steps = {}
     for way, settings in ways.items():
-        recipe = resolve(load_recipe(None, settings))
-        adopt_dimension(recipe)
-        config = build_config(recipe, mixer_types_of(recipe))
-        config.vocab_size = vocab_size
-        model = GenLMForCausalLM(config)
-        optimizer = OptimizerFactory()(model, recipe.training)
-        tokens = torch.randint(0, vocab_size, (recipe.training.batch_size, recipe.training.max_seq_length))
+        recipe = load_recipe(None, settings)
+        settled = settle(recipe, replace(read_facts(recipe), vocab_size=vocab_size))
+        training = settled.training
+        model = GenLMForCausalLM(settled.architecture)
+        optimizer = OptimizerFactory()(model, training)
+        tokens = torch.randint(0, vocab_size, (training.batch_size, training.max_seq_length))
 
         def step(model=model, optimizer=optimizer, tokens=tokens) -> float:
             start = time.perf_counter()

@@ -16,7 +16,9 @@ import time
 
 import torch
 
-from hf_genlm.config.recipe import Recipe, load_recipe
+from hf_genlm.config.recipe import load_recipe
+from hf_genlm.config.settings import Facts, TrainingSettings
+from hf_genlm.config.settle import settle
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.text.corpus import Corpus, read_corpus
@@ -24,8 +26,8 @@ from hf_genlm.text.encoding import encode_documents
 from hf_genlm.text.packing import PackedRows, collate
 from hf_genlm.text.tokenizer import train_tokenizer
 from hf_genlm.training.bigram_init import MAX_COUNTED_TOKENS, init_from_bigrams
-from hf_genlm.training.budget import resolve, trapezoid
-from hf_genlm.training.configure import adopt_vocabulary, build_config, mixer_types_of, settle_decay
+from hf_genlm.training.budget import trapezoid
+from hf_genlm.training.build import new_model
 from hf_genlm.training.optimizer import OptimizerFactory
 from hf_genlm.training.plan import measure_step
 
@@ -62,32 +64,32 @@ def main() -> None:
 
 def run(corpus: Corpus, settings: list[str], options: argparse.Namespace, seed: int) -> dict[str, float]:
     """One training, and what it came to on the whole validation split."""
-    recipe = resolve(load_recipe(None, [*settings, f"training.seed={seed}", "training.steps=1"]))
-    training = recipe.training
+    recipe = load_recipe(None, [*settings, f"training.seed={seed}", "training.steps=1"])
     tokenizer = train_tokenizer(corpus.train, recipe.tokenizer, corpus.report["train"]["bytes"])
-    config = build_config(recipe, mixer_types_of(recipe))
-    adopt_vocabulary(config, tokenizer)
     documents = encode_documents(tokenizer, corpus.train)
+    facts = Facts(vocab_size=len(tokenizer), train_tokens=documents.n_tokens)
+    training = settle(recipe, facts).training
     rows = PackedRows(documents, training.max_seq_length, tokenizer.eos_token_id, tokenizer.pad_token_id)
     n_steps = None
     if options.passes is not None:
         n_steps = max(1, int(options.passes * len(rows) / training.batch_size))
-    if training.weight_decay is None:
-        planned = n_steps or int(options.seconds / measure_step(GenLMForCausalLM(config), training)[0])
-        settle_decay(recipe, planned, documents.n_tokens)
+    step_s, _ = measure_step(new_model(settle(recipe, facts), tokenizer), training)
+    recipe.training.steps = n_steps or int(options.seconds / step_s)
+    settled = settle(recipe, facts)
+    training = settled.training
     torch.manual_seed(seed)
-    model = GenLMForCausalLM(config)
+    model = new_model(settled, tokenizer)
     began = time.process_time()
     if training.init == "bigrams":
         init_from_bigrams(model, rows.first_tokens(MAX_COUNTED_TOKENS), keep_embedding=False)
     spent = time.process_time() - began
-    steps, pace = train(model, rows, recipe, options.seconds - spent, n_steps)
+    steps, pace = train(model, rows, training, options.seconds - spent, n_steps)
     found = measure_likelihood(
         model.eval(),
         encode_documents(tokenizer, corpus.validation),
         start_id=tokenizer.bos_token_id,
-        context=recipe.evaluation.context_length,
-        stride=recipe.evaluation.stride,
+        context=settled.evaluation.context_length,
+        stride=settled.evaluation.stride,
         batch_size=32,
     )
     (bits,) = [m.value for m in found if m.name == "bits_per_byte"]
@@ -95,10 +97,9 @@ def run(corpus: Corpus, settings: list[str], options: argparse.Namespace, seed: 
 
 
 def train(
-    model: GenLMForCausalLM, rows: PackedRows, recipe: Recipe, seconds: float, n_steps: int | None
+    model: GenLMForCausalLM, rows: PackedRows, training: TrainingSettings, seconds: float, n_steps: int | None
 ) -> tuple[int, float]:
     """Steps made, `n_steps` where it is stated, and the seconds of one."""
-    training = recipe.training
     optimizer = OptimizerFactory()(model.train(), training)
     peaks = [group["lr"] for group in optimizer.param_groups]
     order: list[int] = []

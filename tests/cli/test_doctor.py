@@ -20,10 +20,9 @@ from hf_genlm.card.parameters import parts_of, read_sizes
 from hf_genlm.cli.display import print_installation
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import load_recipe
+from hf_genlm.config.settle import settle
 from hf_genlm.model import DECODERS, GenLMForCausalLM
 from hf_genlm.model.recurrence_genlm import ClassicCell
-from hf_genlm.training.budget import resolve
-from hf_genlm.training.configure import build_config, mixer_types_of
 
 MIXED = ["gated_linear", "full_attention", "lstm", "sliding_attention"]
 # what a config can change in a model's shapes, over every mixer of the table
@@ -151,9 +150,7 @@ def test_the_described_model_is_the_one_that_train_makes(decoder):
         None, [f"model.decoder={decoder}", "model.hidden_size=64", "training.max_seq_length=32"]
     )
     cost = doctor.describe_model(recipe)
-    config = build_config(resolve(recipe), mixer_types_of(resolve(recipe)))
-    config.vocab_size = 4096
-    model = GenLMForCausalLM(config)
+    model = GenLMForCausalLM(settle(recipe).architecture)
     assert cost.n_parameters == model.num_parameters()
     assert cost.parts == doctor.count_parts(model, 32)
     assert cost.training_bytes == 4 * sum(4 * p.numel() for p in model.parameters())

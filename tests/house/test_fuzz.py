@@ -24,12 +24,11 @@ from support.corpora import parquet_of, zipped
 
 from hf_genlm.config.describe import describe_fields
 from hf_genlm.config.recipe import CorpusRecipe, Recipe, load_recipe
+from hf_genlm.config.settle import settle
 from hf_genlm.errors import UserError
 from hf_genlm.model import DECODERS, MIXER_TYPES, GenLMConfig, GenLMForCausalLM
 from hf_genlm.text.corpus import read_documents
 from hf_genlm.text.formats import OTHER_PROGRAMS
-from hf_genlm.training.budget import resolve
-from hf_genlm.training.configure import build_config, mixer_types_of
 
 SHORT, LONG = 400, 100_000
 RAN: Counter[str] = Counter()  # examples by property, for those who ask how many there were
@@ -222,16 +221,17 @@ def check_recipe_text(text: str | None, words: list[str], folder) -> str:
     (folder / "again.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     assert load_recipe(folder / "again.yaml") == recipe
     try:
-        resolved = resolve(recipe)
-        config = build_config(resolved, mixer_types_of(resolved))
+        settings = settle(recipe)
     except UserError as error:
         one_line(error)
         return "loaded"
-    check_types(resolved)
-    (folder / "again.yaml").write_text(resolved.to_yaml(), encoding="utf-8")
-    assert load_recipe(folder / "again.yaml") == resolved
-    assert config.num_hidden_layers == resolved.model.num_hidden_layers
-    return "resolved"
+    settled = settings.to_recipe()
+    check_types(settled)
+    (folder / "again.yaml").write_text(settled.to_yaml(), encoding="utf-8")
+    assert load_recipe(folder / "again.yaml") == settled
+    assert settle(settled).to_recipe() == settled, "a settled recipe leaves nothing to decide"
+    assert settings.architecture.num_hidden_layers == len(settings.model.mixers)
+    return "settled"
 
 
 def check_types(recipe: Recipe) -> None:

@@ -32,8 +32,8 @@ from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.canaries import BITS, Canaries, check_canaries, draw_canaries, plant
 from hf_genlm.text.corpus import count_text, read_corpus
 from hf_genlm.text.encoding import TokenizedDocuments
-from hf_genlm.training.tokenized import prepare_corpus
-from hf_genlm.training.train import check
+from hf_genlm.training.check import check
+from hf_genlm.training.corpus import prepare_corpus
 
 START = 1
 

@@ -3,7 +3,6 @@
 import json
 import math
 import signal
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +11,8 @@ from support.models import build_model
 
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import PrivacyRecipe, TrainingRecipe, load_recipe
+from hf_genlm.config.settings import Facts
+from hf_genlm.config.settle import settle, settle_reading
 from hf_genlm.errors import Stopped, UserError
 from hf_genlm.files import read_json
 from hf_genlm.privacy.dp.mechanism import (
@@ -28,10 +29,16 @@ from hf_genlm.text.corpus import read_corpus, split_by_hash
 from hf_genlm.text.encoding import TokenizedDocuments
 from hf_genlm.text.packing import IGNORED, DocumentWindows, collate
 from hf_genlm.text.store import Document, as_documents
-from hf_genlm.training.budget import Budget, resolve
-from hf_genlm.training.private import begin_private, check_private, tokens_to_plan_by, write_guarantee
-from hf_genlm.training.private_step import DrawnSteps, PrivateState, PrivateTrainer, private_gradient
-from hf_genlm.training.train import check, train
+from hf_genlm.training.check import check
+from hf_genlm.training.private import (
+    DrawnSteps,
+    PrivateState,
+    PrivateTrainer,
+    begin_private,
+    private_gradient,
+    write_guarantee,
+)
+from hf_genlm.training.train import train
 
 pytest.importorskip("opacus")
 
@@ -307,10 +314,9 @@ def test_a_resumed_run_comes_to_the_same_weights_and_the_same_epsilon(
 
 
 def test_each_run_has_a_key_of_its_own_whatever_its_seed(tmp_path):
-    recipe = resolve(load_recipe(None, (*SETTINGS, "training.seed=7")))
-    corpus = SimpleNamespace(train=range(2000))
+    settings = settle(load_recipe(None, (*SETTINGS, "training.seed=7")))
     run = RunFolder.create(tmp_path / "run")
-    first, second = (begin_private(run, recipe, corpus, Budget(steps=6)) for _ in "ab")
+    first, second = (begin_private(run, settings, n_documents=2000) for _ in "ab")
     assert first.key != second.key
     assert first.guarantee == second.guarantee
     assert first.guarantee.sampling_rate == 8 / 2000
@@ -348,16 +354,16 @@ def test_a_run_by_the_clock_counts_its_steps_out_beforehand(text, tokenizer, tmp
     line = f"privacy: epsilon {said['epsilon']:g}, delta {said['delta']:g}, for one document"
     printed = capsys.readouterr()
     assert line in printed.out
-    assert f"counted out are {promised['steps']:,} steps, which draw each document" in printed.err
+    assert f"limited to {promised['steps']:,} steps, which draw each document" in printed.err
     assert "ends early" not in printed.err
 
 
 def test_a_run_is_planned_by_the_number_of_its_documents_not_by_their_lengths():
-    private = resolve(load_recipe(None, ["privacy.epsilon=3", "training.max_seq_length=16"]))
-    corpus = SimpleNamespace(train=range(2000), n_tokens=10**9)
-    assert tokens_to_plan_by(private, corpus) == 16 * 2000
-    private.privacy.epsilon = None
-    assert tokens_to_plan_by(private, corpus) == 10**9
+    facts = Facts(train_tokens=10**9, private_documents=2000)
+    assert facts.epoch_tokens(16) == 16 * 2000
+    recipe = load_recipe(None, ["privacy.epsilon=3", "training.minutes=1", "training.max_seq_length=16"])
+    steps = settle(recipe, facts).length.max_steps
+    assert steps == math.ceil(recipe.training.max_epochs * 16 * 2000 / (16 * 15))
 
 
 @pytest.mark.parametrize("n_beginnings", [1, 2])
@@ -367,7 +373,7 @@ def test_a_beginning_that_was_lost_is_not_covered(tmp_path, n_beginnings):
         run.log("guarantee", steps=10)
     run.log("trained", steps=10)
     small = guarantee(noise_multiplier=50.0, sampling_rate=0.01)
-    write_guarantee(run, PrivateState(small, KEY), load_recipe(None, ["corpus.damaged=skip"]))
+    write_guarantee(run, PrivateState(small, KEY), settle(load_recipe(None, ["corpus.damaged=skip"])))
     said = read_json(run.privacy)
     assert said["epsilon"] - 1e-4 < small.spent(10) <= said["epsilon"], "rounded upwards"
     lost = [line for line in said["not_covered"] if "lost before its first checkpoint" in line]
@@ -382,7 +388,7 @@ def test_the_vocabulary_is_not_learned_from_the_private_text(text, tmp_path, mon
         learned.append(documents[0].source)
         raise UserError("enough")
 
-    monkeypatch.setattr("hf_genlm.training.tokenized.train_tokenizer", train_tokenizer)
+    monkeypatch.setattr("hf_genlm.training.corpus.train_tokenizer", train_tokenizer)
     with pytest.raises(UserError, match="enough"):
         train(recipe_of(text), tmp_path / "run")
     assert learned[0].endswith((".py", ".rst", ".txt"))
@@ -392,7 +398,7 @@ def test_the_vocabulary_is_not_learned_from_the_private_text(text, tmp_path, mon
     "setting",
     [
         "training.init=bigrams",
-        "vectors.path=words.txt",
+        "vectors.path=vectors.txt",
         "corpus.stream=true",
         "corpus.near_duplicates=0.8",
         "corpus.temperature=2",
@@ -401,14 +407,16 @@ def test_the_vocabulary_is_not_learned_from_the_private_text(text, tmp_path, mon
         "training.milestone_words=1K",
     ],
 )
-def test_what_goes_around_the_guarantee_is_refused_by_name(setting):
+def test_what_goes_around_the_guarantee_is_refused_by_name(setting, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vectors.txt").write_text("word 1 2\nother 3 4\n")
     with pytest.raises(UserError, match=rf"--epsilon and {setting.partition('=')[0]}"):
-        check_private(load_recipe(None, ("privacy.epsilon=3", setting)))
+        check(load_recipe(None, ("privacy.epsilon=3", setting)))
 
 
 def test_one_document_more_moves_no_other_to_the_other_side_of_the_split(tmp_path):
     """One in the middle, longer than half of the text: by sizes and places it would move all others."""
-    recipe = resolve(load_recipe(None, ["privacy.epsilon=3"])).corpus
+    recipe = settle_reading(load_recipe(None, ["privacy.epsilon=3"]), Facts()).corpus
     lines = [json.dumps({"text": f"document {i}"}) for i in range(300)] * 2
     more = [*lines[:50], json.dumps({"text": "another one\n" * 1000}), *lines[50:]]
     sides = []
@@ -434,8 +442,8 @@ def test_a_split_by_hash_that_leaves_a_side_empty_says_what_to_do():
 
 def test_the_default_recipe_of_a_private_run_passes_and_starts_at_random():
     check(load_recipe(None, ["privacy.epsilon=3"]))
-    resolved = resolve(load_recipe(None, ["privacy.epsilon=3"]))
-    assert (resolved.training.init, resolved.model.bigram_size) == ("random", 0)
+    settings = settle(load_recipe(None, ["privacy.epsilon=3"]))
+    assert (settings.training.init, settings.model.bigram_size) == ("random", 0)
 
 
 def test_trainer_gets_batches_of_any_size(tokenizer):

@@ -16,7 +16,7 @@ from hf_genlm.run_folder import RunFolder
 from hf_genlm.text import tokenizer
 from hf_genlm.text.cache import STALE_S, ArrayWriter, Cache, cache_folder, key_of
 from hf_genlm.text.encoding import Encoder
-from hf_genlm.training.tokenized import prepare_corpus
+from hf_genlm.training.corpus import prepare_corpus
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from hf_genlm.text.duplicates import (
     units_of,
 )
 from hf_genlm.text.store import Document, as_documents
-from hf_genlm.training.train import check
+from hf_genlm.training.check import check
 
 pytest.importorskip("datasketch")
 WORDS = [f"word{i}" for i in range(2000)]

@@ -27,7 +27,7 @@ from hf_genlm.text.scrubbing import (
     secret_patterns,
 )
 from hf_genlm.text.streaming import beginning, read_stream
-from hf_genlm.training.train import check
+from hf_genlm.training.check import check
 
 pytest.importorskip("detect_secrets")
 phonenumbers = pytest.importorskip("phonenumbers")

@@ -9,6 +9,7 @@ import torch
 from support.models import EOS, VOCAB, build_model
 from support.runs import small_recipe
 
+from hf_genlm.config.settle import settle
 from hf_genlm.errors import UserError
 from hf_genlm.model import DECODERS, GenLMConfig, GenLMForCausalLM
 from hf_genlm.training.bigram_init import (
@@ -18,7 +19,6 @@ from hf_genlm.training.bigram_init import (
     fit_head,
     init_from_bigrams,
 )
-from hf_genlm.training.budget import resolve
 from hf_genlm.training.train import train
 
 
@@ -163,7 +163,7 @@ def test_a_tied_head_is_refused(stream):
     ids=str,
 )
 def test_init_tied_head_and_output_bias_follow_from_each_other(text_folder, assignments, tied, start, bias):
-    recipe = resolve(small_recipe(text_folder, *assignments))
+    recipe = settle(small_recipe(text_folder, *assignments))
     assert (recipe.model.tie_word_embeddings, recipe.training.init, recipe.model.output_bias) == (
         tied,
         start,
@@ -180,7 +180,7 @@ def test_init_tied_head_and_output_bias_follow_from_each_other(text_folder, assi
 )
 def test_contradictions_are_named(text_folder, assignments, message):
     with pytest.raises(UserError, match=message):
-        resolve(small_recipe(text_folder, *assignments))
+        settle(small_recipe(text_folder, *assignments))
 
 
 def test_a_run_starts_below_its_random_twin(text_folder, tmp_path):

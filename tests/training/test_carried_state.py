@@ -21,6 +21,7 @@ from torch.utils.data import BatchSampler
 from transformers import DynamicCache, TrainerCallback, TrainingArguments
 
 from hf_genlm.config.recipe import Recipe, TrainingRecipe, load_recipe
+from hf_genlm.config.settle import settle
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.evaluation.measurement import read_measurements
@@ -28,7 +29,7 @@ from hf_genlm.model import RECURRENT_MIXERS, CarriedState
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.encoding import TokenizedDocuments
 from hf_genlm.text.packing import PackedRows, collate, position_ids_of
-from hf_genlm.training.budget import Budget, resolve, trapezoid
+from hf_genlm.training.budget import Budget, trapezoid
 from hf_genlm.training.carried_state import STATE_FILE, ContiguousSampler, StateCallback
 from hf_genlm.training.optimizer import OptimizerFactory
 from hf_genlm.training.train import train
@@ -373,19 +374,19 @@ def recipe_of(*assignments: str) -> Recipe:
 def test_who_can_carry_a_state_is_told_before_anything_is_read():
     for decoder in ("transformer", "sliding"):
         with pytest.raises(UserError, match=r"training.carry_state = true: \w+ layers keep no state"):
-            resolve(recipe_of(f"model.decoder={decoder}", "training.carry_state=true"))
+            settle(recipe_of(f"model.decoder={decoder}", "training.carry_state=true"))
     with pytest.raises(UserError, match=r"evaluation.carry_state = true: full_attention layers"):
-        resolve(recipe_of("model.decoder=hybrid", "evaluation.carry_state=true"))
+        settle(recipe_of("model.decoder=hybrid", "evaluation.carry_state=true"))
     with pytest.raises(UserError, match=r"evaluation.carry_state = true: learned positions"):
-        resolve(recipe_of("evaluation.carry_state=true", "model.position_type=learned"))
+        settle(recipe_of("evaluation.carry_state=true", "model.position_type=learned"))
     for trained, decoder, evaluated in (
         ("true", "lstm", True),
         ("false", "lstm", False),
         ("true", "hybrid", False),
     ):
-        resolved = resolve(recipe_of(f"model.decoder={decoder}", f"training.carry_state={trained}"))
+        resolved = settle(recipe_of(f"model.decoder={decoder}", f"training.carry_state={trained}"))
         assert resolved.evaluation.carry_state is evaluated
-    kept = resolve(recipe_of("training.carry_state=true", "evaluation.carry_state=false"))
+    kept = settle(recipe_of("training.carry_state=true", "evaluation.carry_state=false"))
     assert kept.evaluation.carry_state is False
 
 

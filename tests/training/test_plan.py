@@ -9,11 +9,12 @@ from support.models import build_model
 from support.runs import SMALL
 
 from hf_genlm.config.recipe import Recipe, load_recipe
+from hf_genlm.config.settings import Facts, Settings
+from hf_genlm.config.settle import SIZES, is_size_open, settle
 from hf_genlm.model import DECODERS
 from hf_genlm.training import plan
-from hf_genlm.training.budget import SIZES, resolve
 from hf_genlm.training.callbacks import ThreadsCallback
-from hf_genlm.training.plan import LADDER, is_open, measure_step, plan_size
+from hf_genlm.training.plan import LADDER, measure_step, plan_size
 from hf_genlm.training.train import train
 
 VOCAB = 2048
@@ -24,37 +25,31 @@ class Machine:
 
     def __init__(self, rate: float, slow_from: int = 10**9, corpus_tokens: int = 10**12):
         self.rate, self.slow_from = rate, slow_from
-        self.corpus_tokens = corpus_tokens
+        self.facts = Facts(vocab_size=VOCAB, train_tokens=corpus_tokens)
         self.measured: list[int] = []
 
-    def build(self, recipe: Recipe) -> Recipe:
-        return recipe
-
-    def step_s(self, resolved: Recipe, training) -> tuple[float, int]:
-        width, layers = resolved.model.hidden_size, resolved.model.num_hidden_layers
+    def measure(self, settings: Settings) -> tuple[float, int]:
+        width, layers = settings.model.hidden_size, settings.model.num_hidden_layers
         self.measured.append(width)
         weights = width * (VOCAB + 12 * width * layers)
         rate = self.rate / 50 if width >= self.slow_from else self.rate
-        return plan.tokens_of_a_step(training) * weights / rate, 1
+        return settings.training.tokens_per_step * weights / rate, 1
 
-    def plan(self, seconds: float, monkeypatch) -> plan.Plan:
-        monkeypatch.setattr(plan, "measure_step", self.step_s)
-        return plan_size(Recipe(), seconds, VOCAB, self.corpus_tokens, self.build)
+    def plan(self, seconds: float, recipe: Recipe | None = None) -> plan.Plan:
+        return plan_size(recipe or Recipe(), self.facts, seconds, self.measure)
 
 
 @pytest.mark.parametrize("rate", [2e8, 2e10, 2e12])
-def test_more_time_never_makes_a_smaller_decoder(rate, monkeypatch):
-    sizes = [
-        LADDER.index(Machine(rate).plan(seconds, monkeypatch).shape) for seconds in (1, 3, 10, 60, 600, 36000)
-    ]
+def test_more_time_never_makes_a_smaller_decoder(rate):
+    sizes = [LADDER.index(Machine(rate).plan(seconds).shape) for seconds in (1, 3, 10, 60, 600, 36000)]
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
 
 
 @pytest.mark.parametrize("seconds", [2.0, 20.0, 200.0, 2000.0])
-def test_it_is_the_largest_that_sees_enough_tokens_for_each_weight(seconds, monkeypatch):
+def test_it_is_the_largest_that_sees_enough_tokens_for_each_weight(seconds):
     machine = Machine(2e10)
-    found = machine.plan(seconds, monkeypatch)
+    found = machine.plan(seconds)
     assert found.tokens >= plan.TOKENS_PER_WEIGHT * found.weights
     above = LADDER[LADDER.index(found.shape) + 1]
     weights = above.hidden_size * (VOCAB + 12 * above.hidden_size * above.num_hidden_layers)
@@ -62,22 +57,22 @@ def test_it_is_the_largest_that_sees_enough_tokens_for_each_weight(seconds, monk
     assert len(machine.measured) <= 4
 
 
-def test_a_decoder_that_proves_slow_is_not_taken(monkeypatch):
-    fast = Machine(2e10).plan(200.0, monkeypatch)
-    found = Machine(2e10, slow_from=fast.shape.hidden_size).plan(200.0, monkeypatch)
+def test_a_decoder_that_proves_slow_is_not_taken():
+    fast = Machine(2e10).plan(200.0)
+    found = Machine(2e10, slow_from=fast.shape.hidden_size).plan(200.0)
     assert found.shape.hidden_size < fast.shape.hidden_size
     assert found.tokens >= plan.TOKENS_PER_WEIGHT * found.weights
 
 
-def test_a_small_text_gets_a_small_decoder_however_long_it_may_take(monkeypatch):
-    free = Machine(2e10).plan(600.0, monkeypatch)
-    bound = Machine(2e10, corpus_tokens=200_000).plan(600.0, monkeypatch)
+def test_a_small_text_gets_a_small_decoder_however_long_it_may_take():
+    free = Machine(2e10).plan(600.0)
+    bound = Machine(2e10, corpus_tokens=200_000).plan(600.0)
     assert bound.weights < free.weights
     assert bound.tokens == Recipe().training.max_epochs * 200_000 >= plan.TOKENS_PER_WEIGHT * bound.weights
 
 
-def test_too_little_time_for_any_takes_the_smallest(monkeypatch):
-    assert Machine(1e3).plan(1.0, monkeypatch).shape == LADDER[0]
+def test_too_little_time_for_any_takes_the_smallest():
+    assert Machine(1e3).plan(1.0).shape == LADDER[0]
 
 
 def test_ladder_climbs_and_every_decoder_stands_on_every_rung():
@@ -87,15 +82,13 @@ def test_ladder_climbs_and_every_decoder_stands_on_every_rung():
     assert costs == sorted(set(costs))
     for decoder in DECODERS:
         for shape in LADDER:
-            recipe = resolve(load_recipe(None, [f"model.decoder={decoder}"]), shape)
-            assert recipe.model.hidden_size == shape.hidden_size
-            assert recipe.training.max_seq_length == shape.max_seq_length
+            settings = settle(load_recipe(None, [f"model.decoder={decoder}"]), Facts(shape=shape))
+            assert settings.model.hidden_size == shape.hidden_size
+            assert settings.training.max_seq_length == shape.max_seq_length
 
 
-def test_a_hybrid_is_deep_enough_to_be_one(monkeypatch):
-    monkeypatch.setattr(plan, "measure_step", Machine(1e3).step_s)
-    recipe = load_recipe(None, ["model.decoder=hybrid"])
-    found = plan_size(recipe, 1.0, VOCAB, 10**9, lambda resolved: resolved)
+def test_a_hybrid_is_deep_enough_to_be_one():
+    found = Machine(1e3).plan(1.0, load_recipe(None, ["model.decoder=hybrid"]))
     assert found.shape.num_hidden_layers == len(DECODERS["hybrid"])
 
 
@@ -114,18 +107,18 @@ def test_a_hybrid_is_deep_enough_to_be_one(monkeypatch):
     ids=str,
 )
 def test_a_size_that_is_stated_is_not_planned(assignments, expected):
-    assert is_open(load_recipe(None, assignments)) is expected
+    assert is_size_open(load_recipe(None, assignments)) is expected
 
 
 def test_a_size_without_time_is_the_named_one():
-    recipe = resolve(load_recipe(None, ["training.steps=10"]))
-    assert recipe.model.hidden_size == SIZES["tiny"].hidden_size
+    settings = settle(load_recipe(None, ["training.steps=10"]))
+    assert settings.model.hidden_size == SIZES["tiny"].hidden_size
 
 
 def test_a_measured_step_is_a_step_of_training():
     model = build_model(["gru", "full_attention"]).train()
     before = [parameter.clone() for parameter in model.parameters()]
-    recipe = resolve(load_recipe(None, [*SMALL, "training.gradient_accumulation_steps=2"])).training
+    recipe = settle(load_recipe(None, [*SMALL, "training.gradient_accumulation_steps=2"])).training
     seconds, threads = measure_step(model, recipe)
     assert seconds > 0
     assert 1 <= threads <= torch.get_num_threads()

@@ -14,6 +14,8 @@ from transformers import Trainer, TrainingArguments
 
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import TokenizerRecipe, load_recipe
+from hf_genlm.config.settings import Facts
+from hf_genlm.config.settle import settle
 from hf_genlm.errors import Stopped, UserError
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.files import read_json
@@ -25,8 +27,7 @@ from hf_genlm.text.store import Document
 from hf_genlm.text.streaming import open_stream
 from hf_genlm.text.tokenizer import train_tokenizer
 from hf_genlm.training import train as train_module
-from hf_genlm.training.configure import settle_decay
-from hf_genlm.training.streamed import StreamCallback
+from hf_genlm.training.corpus import StreamCallback
 from hf_genlm.training.train import train
 
 
@@ -189,13 +190,13 @@ def test_a_run_over_a_mixture(sources, tmp_path):
 
 def test_a_text_of_unknown_length_is_taken_for_one_pass(sources):
     recipe = recipe_of(sources)
-    recipe.training.learning_rate = 1e-3
-    assert settle_decay(recipe, 1000, None) is None
-    chosen = recipe.training.weight_decay
-    recipe.training.weight_decay = None
-    tokens_of_a_step = 8 * 31
-    assert settle_decay(recipe, 1000, 1000 * tokens_of_a_step) == 1.0
-    assert recipe.training.weight_decay == chosen
+    recipe.training.learning_rate, recipe.training.steps = 1e-3, 1000
+    unknown = settle(recipe, Facts(train_tokens=None))
+    one_epoch = settle(recipe, Facts(train_tokens=1000 * 8 * 31))
+    assert unknown.length.epochs is None
+    assert one_epoch.length.epochs == 1.0
+    assert unknown.training.weight_decay == one_epoch.training.weight_decay == 0.1
+    assert settle(recipe, Facts(train_tokens=100 * 8 * 31)).training.weight_decay > 0.1
 
 
 def test_a_stream_that_cannot_be_read_leaves_nothing_behind(tmp_path):

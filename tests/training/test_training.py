@@ -20,11 +20,12 @@ from transformers import (
 )
 
 from hf_genlm.config.recipe import Recipe, TrainingRecipe, load_recipe
+from hf_genlm.config.settle import decay_for, settle
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.model import DECODERS, GenLMForCausalLM
 from hf_genlm.training import budget as budget_module
-from hf_genlm.training.budget import Budget, budget_of, decay_for, resolve, trapezoid
+from hf_genlm.training.budget import Budget, trapezoid
 from hf_genlm.training.callbacks import Pace, ValidationCallback
 from hf_genlm.training.optimizer import OptimizerFactory
 from hf_genlm.training.train import train
@@ -134,7 +135,7 @@ def test_minutes_end_the_run_with_the_rate_at_zero(text_folder, tmp_path, monkey
     (trained,) = [event for event in run.read_log() if event["event"] == "trained"]
     assert trained["seconds"] == pytest.approx(3.0, abs=0.5)
     assert trained["steps"] == steps[-1]["step"]
-    peak = resolve(recipe).training.learning_rate
+    peak = settle(recipe).training.learning_rate
     assert steps[-1]["learning_rate"] < 0.2 * max(step["learning_rate"] for step in steps) <= peak
 
 
@@ -165,9 +166,10 @@ def test_budget_by_the_clock(monkeypatch):
 
 
 def test_budget_by_tokens_rounds_up_to_whole_steps():
-    assert budget_of(TrainingRecipe(tokens=1000), tokens_per_step=300).steps == 4
+    rows = {"max_seq_length": 31, "batch_size": 10}
+    assert settle(Recipe(training=TrainingRecipe(tokens=1000, **rows))).length.max_steps == 4
     with pytest.raises(UserError, match="--minutes and --steps"):
-        budget_of(TrainingRecipe(minutes=1, steps=3), tokens_per_step=1)
+        settle(Recipe(training=TrainingRecipe(minutes=1, steps=3)))
 
 
 def test_trapezoid():
@@ -218,7 +220,7 @@ def test_a_validation_that_there_is_no_time_for_is_skipped():
 def test_sizes_are_what_they_say(size, millions):
     recipe = Recipe()
     recipe.model.size = size
-    model = resolve(recipe).model
+    model = settle(recipe).model
     if millions is not None:
         assert 12 * model.hidden_size**2 * model.num_hidden_layers == pytest.approx(millions * 1e6, rel=0.35)
 
@@ -364,7 +366,7 @@ def test_each_role_has_its_rate_and_its_decay():
 
 def test_decay_comes_in_with_the_passes():
     """After four of them, AdamW forgets a weight within 0.63 of a pass."""
-    assert decay_for(1.0, steps_of_a_pass=400, learning_rate=4e-3) == 0.1
+    assert decay_for(1.0, epoch_steps=400, learning_rate=4e-3) == 0.1
     by_passes = [decay_for(passes, 400, 4e-3) for passes in (0.5, 1.5, 2.0, 3.0, 4.0, 8.0)]
     assert by_passes == sorted(by_passes)
     assert by_passes[-2] == by_passes[-1] == pytest.approx(1 / (4e-3 * 0.63 * 400), rel=0.01)

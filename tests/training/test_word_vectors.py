@@ -21,7 +21,7 @@ from hf_genlm.errors import UserError
 from hf_genlm.text import tokenizer as tokenizer_module
 from hf_genlm.text.store import Document
 from hf_genlm.text.vector_files import read_vectors
-from hf_genlm.training import train as train_module
+from hf_genlm.training import build as build_module
 from hf_genlm.training.callbacks import FrozenRowsCallback
 from hf_genlm.training.train import train
 from hf_genlm.training.word_vectors import (
@@ -230,7 +230,7 @@ def vector_file(text_folder, tmp_path_factory):
 def started(monkeypatch):
     """The model, which rows were found, and the table, as they were when training began."""
     seen = {}
-    start = train_module.start_from_vectors
+    start = build_module.start_from_vectors
 
     def spy(run, model, *others):
         seen["found"] = start(run, model, *others)
@@ -238,7 +238,7 @@ def started(monkeypatch):
         seen["before"] = model.model.embed_tokens.weight.detach().clone()
         return seen["found"]
 
-    monkeypatch.setattr(train_module, "start_from_vectors", spy)
+    monkeypatch.setattr(build_module, "start_from_vectors", spy)
     return seen
 
 
