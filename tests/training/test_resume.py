@@ -179,7 +179,7 @@ def test_another_recipe_is_refused_by_name(setting, text, stopped):
     with pytest.raises(UserError, match=name) as caught:
         train(recipe_of(text, setting), stopped.path, resume=True)
     assert "None" not in str(caught.value)
-    assert ("--from goes on" in str(caught.value)) == (name in ("training.steps", "training.minutes"))
+    assert ("--from continues" in str(caught.value)) == (name in ("training.steps", "training.minutes"))
     assert newest_checkpoint(stopped.checkpoints).progress.step == 11, "it is as it was"
 
 
@@ -200,7 +200,7 @@ def test_a_text_that_is_gone_is_named_and_one_that_came_back_serves(text, tmp_pa
     aside = text.rename(tmp_path / "aside.txt")
     try:
         with pytest.raises(
-            UserError, match=r"text\.txt', of which this run reads, is not there: bring it back"
+            UserError, match=r"text\.txt', which this run reads, is missing: bring it back"
         ):
             train(recipe_of(text), moved.path, resume=True)
     finally:
