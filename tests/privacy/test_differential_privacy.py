@@ -1,5 +1,6 @@
 """Promise: what a private run says that it spent is what it spent, and nothing of the text gets around it."""
 
+import dataclasses
 import json
 import math
 import signal
@@ -370,8 +371,8 @@ def test_a_run_is_planned_by_the_number_of_its_documents_not_by_their_lengths():
 def test_a_beginning_that_was_lost_is_not_covered(tmp_path, n_beginnings):
     run = RunFolder.create(tmp_path / "run")
     for _ in range(n_beginnings):
-        run.log("guarantee", steps=10)
-    run.log("trained", steps=10)
+        run.log("guarantee", **dataclasses.asdict(guarantee(steps=10)))
+    run.log("trained", steps=10, tokens=100, epochs=0.1, seconds=1.0, tokens_per_s=100)
     small = guarantee(noise_multiplier=50.0, sampling_rate=0.01)
     write_guarantee(run, PrivateState(small, KEY), settle(load_recipe(None, ["corpus.damaged=skip"])))
     said = read_json(run.privacy)
