@@ -199,9 +199,7 @@ def test_a_text_that_is_gone_is_named_and_one_that_came_back_serves(text, tmp_pa
     moved = RunFolder(stopped.path.rename(tmp_path / "moved"))
     aside = text.rename(tmp_path / "aside.txt")
     try:
-        with pytest.raises(
-            UserError, match=r"text\.txt', which this run reads, is missing: bring it back"
-        ):
+        with pytest.raises(UserError, match=r"text\.txt', which this run reads, is missing: bring it back"):
             train(recipe_of(text), moved.path, resume=True)
     finally:
         aside.rename(text)
