@@ -4,13 +4,13 @@ Counts are bounded by 64 bits and numbers are finite, so that no damaged file ov
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, JsonValue
+from pydantic import ConfigDict, Field, JsonValue
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Number = Annotated[float, Field(allow_inf_nan=False, gt=-1e150, lt=1e150)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Time = Annotated[float, Field(ge=0, lt=250_000_000_000)]  # seconds since 1970, up to the year 9,892
 
 
@@ -165,6 +165,28 @@ class GuaranteeFile:
     accountant: str | None = None
     covered: list[str] = field(default_factory=list)
     not_covered: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class MeasurementRecord:
+    """A measurement in JSON, which has no infinity and no NaN: such a number is None."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+    name: str
+    value: Finite | None
+    unit: str
+    n: Count
+    stderr: Finite | None
+    split: str
+    higher_is_better: bool
+    interval: tuple[Finite, Finite] | None = None
+
+
+@dataclass(frozen=True)
+class MeasurementsFile:
+    """evaluation.json, languages.json and audit.json, as far as they hold measurements."""
+
+    measurements: list[MeasurementRecord]
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,10 @@ def load_recipe(path: str | Path | None = None, assignments: Iterable[str] = ())
                         f"its recipe.yaml has {section}.{key}, which this version does not know; use that "
                         "version, or train again"
                     )
-                _assign(recipe, f"{section}.{key}", value)
+                try:
+                    _assign(recipe, f"{section}.{key}", value)
+                except UserError as error:
+                    raise UserError(f"{str(path)!r}: {error}") from error
     stated = [_split(assignment) for assignment in assignments]
     if any(name in ENDS for name, _ in stated):  # an end that is stated here replaces that of the file
         for name in ENDS:

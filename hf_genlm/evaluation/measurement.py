@@ -4,17 +4,18 @@ Sources: Cochran, Sampling Techniques, 3rd ed., 1977, ch. 6 (ratios over cluster
 Introduction to the Bootstrap, 1993, ch. 6 and 13 (percentile intervals) and ch. 11 (jackknife).
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hf_genlm.errors import UserError
-from hf_genlm.files import write_json
+from hf_genlm.files import parse, read, write_json
+from hf_genlm.run_schemas import MeasurementRecord, MeasurementsFile
 
 NUM_RESAMPLES = 2000
 CONFIDENCE_LEVEL = 0.95
@@ -50,40 +51,17 @@ class Measurement:
 
     @classmethod
     def from_json(cls, content: Any) -> "Measurement":
-        """Invert `to_json`. A value of None is read as nan.
+        """Make a measurement of what `to_json` returns; a value of None becomes NaN.
 
         Raises:
             UserError: a field is missing, unknown or of another type.
         """
-        names = {field.name for field in fields(cls)} - {"interval"}
-        if not isinstance(content, dict) or set(content) - {"interval"} != names:
-            raise UserError(
-                f"a measurement has exactly the fields {', '.join(sorted(names))}, and may have an interval, "
-                f"not {content!r}"
-            )
-        try:
-            interval = content.get("interval")
-            if interval is not None:
-                low, high = _of_type(list, interval)
-                interval = (float(low), float(high))
-            return cls(
-                name=_of_type(str, content["name"]),
-                value=math.nan if content["value"] is None else float(content["value"]),
-                unit=_of_type(str, content["unit"]),
-                n=_of_type(int, content["n"]),
-                stderr=None if content["stderr"] is None else float(content["stderr"]),
-                split=_of_type(str, content["split"]),
-                higher_is_better=_of_type(bool, content["higher_is_better"]),
-                interval=interval,
-            )
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{content!r} is not a measurement: {error}") from error
+        return cls._of(parse(json.dumps(content), MeasurementRecord, "a measurement"))
 
-
-def _of_type(kind: type, value: Any) -> Any:
-    if type(value) is not kind:
-        raise TypeError(f"{value!r} should be of type {kind.__name__}")
-    return value
+    @classmethod
+    def _of(cls, record: MeasurementRecord) -> "Measurement":
+        fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+        return cls(**{**fields, "value": math.nan if record.value is None else record.value})
 
 
 def write_measurements(path: str | Path, measurements: Iterable[Measurement]) -> None:
@@ -97,19 +75,7 @@ def read_measurements(path: str | Path) -> list[Measurement]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise UserError(f"{str(path)!r} is damaged: {error}") from error
-    listed = content.get("measurements") if isinstance(content, dict) else None
-    if not isinstance(listed, list):
-        raise UserError(f"{str(path)!r} is damaged: it must hold a list under 'measurements'")
-    try:
-        return [Measurement.from_json(item) for item in listed]
-    except UserError as error:
-        raise UserError(f"{str(path)!r} is damaged: {error}") from error
+    return [Measurement._of(record) for record in read(path, MeasurementsFile).measurements]
 
 
 def update_measurements(path: str | Path, measurements: Iterable[Measurement]) -> None:
