@@ -1,15 +1,14 @@
-"""Promise: the contract tests see what they are there for: with each of these faults put in, one fails."""
+"""Promise: the contract tests notice the faults that they are for, in the statement that is meant to.
+
+Each test puts one fault in and asserts which statement of tests/support/contracts.py fails.
+"""
 
 import functools
 
 import pytest
-import test_compile
-import test_generate
-import test_hub_round_trip
-import test_mixers
-import test_peft
-import test_trainer
 import torch
+from support import contracts
+from support.contracts import assert_caught
 from support.models import build_model
 from transformers import PreTrainedModel
 
@@ -19,69 +18,70 @@ from hf_genlm.model.cache_genlm import RecurrentStateLayer
 from hf_genlm.model.recurrence_genlm import RecurrentMixer, TimeLayout
 
 RECURRENT = ["gru", "gated_linear", "hybrid", "bigram"]
+GREEDY = "assert torch.equal(cached, plain)"
+BEAMS = "assert torch.equal(cached, generate(model, tokens, use_cache=False"
+PADDED = "assert torch.equal(row[12:]"
+LOOKUP = "assert torch.equal(by_lookup, expected)"
+RESET = "assert torch.equal(cached, generate(model, prompt))"
+PACKED = "torch.testing.assert_close(packed.logits[0], alone"
 
 
-def ignore(*args, **kwargs) -> None:
-    """What a method does that forgot to."""
-
-
-def fails(check, *args) -> None:
-    with pytest.raises((AssertionError, RuntimeError, ValueError)):
-        check(*args)
+def do_nothing(*args, **kwargs) -> None:
+    """A method that forgot its work."""
 
 
 @pytest.fixture(params=RECURRENT)
-def faulty(request):
-    """A model whose states something goes wrong with."""
+def recurrent(request):
+    """A model with recurrent states."""
     return build_model(request.param)
 
 
-def test_states_left_in_their_rows_by_beam_search(faulty, tokens, monkeypatch):
-    monkeypatch.setattr(RecurrentStateLayer, "reorder_cache", ignore)
-    fails(test_generate.test_beam_search_equals_beam_search_without_cache, faulty, tokens)
+def test_beams_whose_states_stay_in_their_rows(recurrent, tokens, monkeypatch):
+    monkeypatch.setattr(RecurrentStateLayer, "reorder_cache", do_nothing)
+    assert_caught(contracts.check_beam_search, recurrent, tokens, at=BEAMS)
 
 
-def test_rejected_drafts_kept_in_the_state(faulty, tokens, monkeypatch):
-    monkeypatch.setattr(RecurrentStateLayer, "crop", ignore)
-    fails(test_generate.test_rejected_drafts_are_taken_back, faulty, tokens)
+def test_states_that_keep_rejected_drafts(recurrent, tokens, monkeypatch):
+    monkeypatch.setattr(RecurrentStateLayer, "crop", do_nothing)
+    assert_caught(contracts.check_rejected_drafts, recurrent, tokens, at=LOOKUP)
 
 
-def test_padding_that_feeds_the_state(faulty, tokens, monkeypatch):
-    start = TimeLayout.__init__
+def test_states_that_read_padding(recurrent, tokens, monkeypatch):
+    init = TimeLayout.__init__
     monkeypatch.setattr(
-        TimeLayout, "__init__", lambda self, valid=None, document=None: start(self, None, document)
+        TimeLayout, "__init__", lambda self, valid=None, document=None: init(self, None, document)
     )
-    fails(test_generate.test_left_padded_batch_equals_single_prompts, faulty, tokens)
+    assert_caught(contracts.check_left_padded_batch, recurrent, tokens, at=PADDED)
 
 
-def test_packed_documents_that_share_a_state(faulty, tokens, monkeypatch):
-    start = TimeLayout.__init__
+def test_packed_documents_that_share_a_state(recurrent, tokens, monkeypatch):
+    init = TimeLayout.__init__
     monkeypatch.setattr(
-        TimeLayout, "__init__", lambda self, valid=None, document=None: start(self, valid, None)
+        TimeLayout, "__init__", lambda self, valid=None, document=None: init(self, valid, None)
     )
-    fails(test_mixers.test_packed_row_equals_its_documents_apart, faulty, tokens)
+    assert_caught(contracts.check_packed_row, recurrent, tokens, at=PACKED)
 
 
-def test_a_state_that_is_not_read_back(faulty, tokens, monkeypatch):
-    monkeypatch.setattr(RecurrentStateLayer, "update_recurrent_state", ignore)
-    fails(test_generate.test_greedy_equals_greedy_without_cache, faulty, tokens)
+def test_states_that_are_not_read_from_the_cache(recurrent, tokens, monkeypatch):
+    monkeypatch.setattr(RecurrentStateLayer, "update_recurrent_state", do_nothing)
+    assert_caught(contracts.check_greedy_search, recurrent, tokens, at=GREEDY)
 
 
-def test_a_state_that_survives_a_reset(faulty, tokens, monkeypatch):
-    monkeypatch.setattr(RecurrentStateLayer, "reset", ignore)
-    fails(test_generate.test_a_static_cache_can_be_reset_and_used_again, faulty, tokens)
+def test_states_that_survive_a_reset(recurrent, tokens, monkeypatch):
+    monkeypatch.setattr(RecurrentStateLayer, "reset", do_nothing)
+    assert_caught(contracts.check_static_cache_after_reset, recurrent, tokens, at=RESET)
 
 
 @pytest.mark.parametrize(
-    ("method", "check"),
+    ("method", "check", "at"),
     [
-        ("reorder_cache", test_generate.test_beam_search_equals_beam_search_without_cache),
-        ("crop", test_generate.test_rejected_drafts_are_taken_back),
-        ("reset", test_generate.test_a_static_cache_can_be_reset_and_used_again),
-        ("update_recurrent_state", test_generate.test_greedy_equals_greedy_without_cache),
+        ("reorder_cache", contracts.check_beam_search, BEAMS),
+        ("crop", contracts.check_rejected_drafts, LOOKUP),
+        ("reset", contracts.check_static_cache_after_reset, RESET),
+        ("update_recurrent_state", contracts.check_greedy_search, GREEDY),
     ],
 )
-def test_a_last_token_that_is_forgotten(method, check, tokens, monkeypatch):
+def test_a_cache_that_loses_the_last_token_of_pairs(method, check, at, tokens, monkeypatch):
     whole = getattr(RecurrentStateLayer, method)
 
     def faulty(self, *args, **kwargs):
@@ -96,97 +96,105 @@ def test_a_last_token_that_is_forgotten(method, check, tokens, monkeypatch):
         return result
 
     monkeypatch.setattr(RecurrentStateLayer, method, faulty)
-    fails(check, build_model("bigram"), tokens)
+    assert_caught(check, build_model("bigram"), tokens, at=at)
 
 
 @pytest.mark.parametrize(
-    ("blind_to", "check"),
+    ("ignored", "check", "at"),
     [
-        ("valid", test_generate.test_left_padded_batch_equals_single_prompts),
-        ("starts", test_mixers.test_packed_row_equals_its_documents_apart),
+        ("valid", contracts.check_left_padded_batch, PADDED),
+        ("starts", contracts.check_packed_row, PACKED),
     ],
 )
-def test_pairs_across_what_parts_them(blind_to, check, tokens, monkeypatch):
+def test_pairs_across_padding_and_document_starts(ignored, check, at, tokens, monkeypatch):
     embed = GenLMBigramEmbedding.forward
 
-    def blind(self, input_ids, layout, past_key_values=None):
+    def faulty(self, input_ids, layout, past_key_values=None):
         seen = TimeLayout(layout.valid, layout.document)
-        setattr(seen, blind_to, None)
+        setattr(seen, ignored, None)
         return embed(self, input_ids, seen, past_key_values)
 
-    monkeypatch.setattr(GenLMBigramEmbedding, "forward", blind)
-    fails(check, build_model("bigram"), tokens)
+    monkeypatch.setattr(GenLMBigramEmbedding, "forward", faulty)
+    assert_caught(check, build_model("bigram"), tokens, at=at)
 
 
 @pytest.fixture
 def dirty_memory(monkeypatch):
-    """Memory that nobody has written holds sevens: garbage must not be right by chance."""
+    """Uninitialised memory holds sevens: it must not be right by chance."""
     empty_like = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(7))
 
 
 def test_rotary_buffers_that_are_not_restored(tokens, tmp_path, monkeypatch, dirty_memory):
     model = build_model("full_attention")
-    test_hub_round_trip.test_weights_return_bit_equal(model, tokens, tmp_path)
+    contracts.check_reload_is_bit_equal(model, tokens, tmp_path)
     restore = PreTrainedModel._init_weights
 
-    def forgetful(self, module):
+    def faulty(self, module):
         if "Rotary" not in type(module).__name__:
             restore(self, module)
 
-    monkeypatch.setattr(PreTrainedModel, "_init_weights", forgetful)
-    fails(test_hub_round_trip.test_weights_return_bit_equal, model, tokens, tmp_path)
+    monkeypatch.setattr(PreTrainedModel, "_init_weights", faulty)
+    at = "assert torch.equal(logits, model(tokens, use_cache=False).logits)"
+    assert_caught(contracts.check_reload_is_bit_equal, model, tokens, tmp_path, at=at)
 
 
 def test_missing_weights_that_nothing_initialises(tmp_path, monkeypatch, dirty_memory):
-    test_hub_round_trip.test_missing_weights_are_initialised_and_present_ones_kept("gru", tmp_path)
-    monkeypatch.setattr(GenLMPreTrainedModel, "_init_weights", ignore)
-    fails(test_hub_round_trip.test_missing_weights_are_initialised_and_present_ones_kept, "gru", tmp_path)
+    contracts.check_missing_weights("gru", tmp_path)
+    monkeypatch.setattr(GenLMPreTrainedModel, "_init_weights", do_nothing)
+    assert_caught(contracts.check_missing_weights, "gru", tmp_path, at="assert 0 < fresh.std() < 1")
 
 
 def test_a_folder_that_names_one_auto_class(tmp_path, monkeypatch):
     monkeypatch.setattr(GenLMForCausalLM, "save_pretrained", PreTrainedModel.save_pretrained)
-    fails(test_hub_round_trip.test_two_saves_give_the_same_files, build_model("gru"), tmp_path)
+    at = "assert set(auto_map) == "
+    assert_caught(contracts.check_saves_are_equal, build_model("gru"), tmp_path, at=at)
 
 
 def test_a_fused_kernel_that_reads_past_an_adapter(tokens, monkeypatch):
-    pytest.importorskip("peft", reason="peft is not installed: pip install 'hf_genlm[test]'")
+    """A kernel cannot read the weights of peft's layers."""
+    pytest.importorskip("peft", reason="peft is not installed: pip install '.[test]'")
     monkeypatch.setattr(recurrence_genlm, "is_plain_linear", lambda module: True)
-    with pytest.raises((AssertionError, RuntimeError, AttributeError)):
-        test_peft.test_lora_changes_trains_and_merges(build_model("lstm"), tokens)
+    at = "gradients = torch.autograd.grad(loss, adapters)"
+    assert_caught(contracts.check_lora, build_model("lstm"), tokens, at=at, error=RuntimeError)
 
 
 def test_a_loss_that_ignores_the_items_in_the_batch(tmp_path, monkeypatch):
     forward = GenLMForCausalLM.forward
 
     @functools.wraps(forward)
-    def own_mean(self, *args, num_items_in_batch=None, **kwargs):
+    def faulty(self, *args, num_items_in_batch=None, **kwargs):
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(GenLMForCausalLM, "forward", own_mean)
-    fails(test_trainer.test_accumulated_steps_equal_one_large_batch, "gru", tmp_path)
+    monkeypatch.setattr(GenLMForCausalLM, "forward", faulty)
+    at = "torch.testing.assert_close(*weights"
+    assert_caught(contracts.check_gradient_accumulation, "gru", tmp_path, at=at)
 
 
 def test_a_model_that_breaks_the_graph(tokens, monkeypatch):
-    run = RecurrentMixer.forward
+    forward = RecurrentMixer.forward
 
-    def breaking(self, *args, **kwargs):
+    def faulty(self, *args, **kwargs):
         torch._dynamo.graph_break()
-        return run(self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
 
     torch._dynamo.reset()
-    monkeypatch.setattr(RecurrentMixer, "forward", breaking)
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        test_compile.test_training_is_one_graph("gated_linear", False, tokens)
+    monkeypatch.setattr(RecurrentMixer, "forward", faulty)
+    assert_caught(
+        contracts.check_training_is_one_graph,
+        *("gated_linear", False, tokens),
+        at="loss = run(**inputs).loss",
+        error=torch._dynamo.exc.Unsupported,
+    )
 
 
-def test_positions_that_start_over_at_every_step(tokens, monkeypatch):
-    """Without a count of earlier tokens every new query is turned as if it were the first."""
+def test_positions_that_begin_anew_at_every_step(tokens, monkeypatch):
+    """Without a count of earlier tokens every new query is rotated as if it were the first."""
     forward = GenLMModel.forward
 
-    def forgetful(self, *args, position_ids=None, **kwargs):
+    def faulty(self, *args, position_ids=None, **kwargs):
         ids = kwargs.get("input_ids")
         return forward(self, *args, position_ids=torch.arange(ids.shape[1])[None], **kwargs)
 
-    monkeypatch.setattr(GenLMModel, "forward", forgetful)
-    fails(test_generate.test_greedy_equals_greedy_without_cache, build_model("full_attention"), tokens)
+    monkeypatch.setattr(GenLMModel, "forward", faulty)
+    assert_caught(contracts.check_greedy_search, build_model("full_attention"), tokens, at=GREEDY)

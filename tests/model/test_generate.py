@@ -1,4 +1,4 @@
-"""Promise: transformers' generate cannot tell our recurrent states from its own caches."""
+"""Promise: generate gives the same tokens with a cache as without one, for every way to generate."""
 
 import pytest
 import torch
@@ -6,46 +6,26 @@ from accelerate.big_modeling import (
     _attach_context_parallel_hooks,
     _refuse_recurrent_layers_under_sequence_parallelism,
 )
-from support.models import EOS, PAD, STACKS, build_model
-from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
+from support import contracts
+from support.contracts import N_NEW, generate
+from support.models import PAD, STACKS, build_model
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
-from hf_genlm.model.cache_genlm import CACHE, RecurrentStateLayer
+from hf_genlm.model.cache_genlm import CACHE
 
-N = 9
 TAKES_EMBEDDINGS = [stack for stack, config in STACKS.items() if "bigram_size" not in config]
 
 
-def generate(model, prompt, **options):
-    return model.generate(
-        prompt, **{"max_new_tokens": N, "do_sample": False, "eos_token_id": None, **options}
-    )
+def test_greedy_search_equals_that_without_cache(model, tokens):
+    contracts.check_greedy_search(model, tokens)
 
 
-def test_greedy_equals_greedy_without_cache(model, tokens):
-    assert torch.equal(generate(model, tokens), generate(model, tokens, use_cache=False))
-
-
-def test_beam_search_equals_beam_search_without_cache(model, tokens):
-    options = {"num_beams": 4, "num_return_sequences": 2, "eos_token_id": EOS}
-    assert torch.equal(
-        generate(model, tokens, **options), generate(model, tokens, use_cache=False, **options)
-    )
-
-
-def test_beam_search_needs_the_reordering(tokens, monkeypatch):
-    """The test above can fail: with states left in their rows the beams differ."""
-    model = build_model("gru")
-    right = generate(model, tokens, num_beams=4)
-    monkeypatch.setattr(RecurrentStateLayer, "reorder_cache", lambda self, beam_idx: None)
-    assert not torch.equal(generate(model, tokens, num_beams=4), right)
+def test_beam_search_equals_that_without_cache(model, tokens):
+    contracts.check_beam_search(model, tokens)
 
 
 def test_left_padded_batch_equals_single_prompts(model, tokens):
-    prompts = [tokens[0, :3], tokens[1], tokens[2, :7]]
-    batch = torch.stack([torch.nn.functional.pad(p, (12 - len(p), 0), value=PAD) for p in prompts])
-    together = generate(model, batch, attention_mask=(batch != PAD).long())
-    for row, prompt in zip(together, prompts, strict=True):
-        assert torch.equal(row[12:], generate(model, prompt[None])[0, len(prompt) :])
+    contracts.check_left_padded_batch(model, tokens)
 
 
 def test_sampling_is_repeatable_and_returns_several(model, tokens):
@@ -54,7 +34,7 @@ def test_sampling_is_repeatable_and_returns_several(model, tokens):
         torch.manual_seed(3)
         rows.append(generate(model, tokens, do_sample=True, num_return_sequences=3))
     assert torch.equal(*rows)
-    assert rows[0].shape == (9, 12 + N)
+    assert rows[0].shape == (9, 12 + N_NEW)
     torch.manual_seed(3)
     assert torch.equal(
         generate(model, tokens, do_sample=True, num_return_sequences=3, use_cache=False), rows[0]
@@ -70,7 +50,7 @@ def test_prefill_in_chunks_equals_prefill_at_once(model, tokens):
 
 
 @pytest.mark.parametrize("start", ["own", "empty"])
-def test_going_on_from_a_cache_equals_starting_over(model, tokens, start):
+def test_continuing_from_a_cache_equals_starting_over(model, tokens, start):
     cache = DynamicCache(config=model.config) if start == "own" else DynamicCache()
     first = model.generate(
         tokens, past_key_values=cache, max_new_tokens=4, do_sample=False, eos_token_id=None
@@ -82,7 +62,7 @@ def test_going_on_from_a_cache_equals_starting_over(model, tokens, start):
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
-def test_a_cache_comes_by_either_name(model, tokens, name):
+def test_a_cache_is_accepted_by_either_name(model, tokens, name):
     """Before and from transformers 5.24 on."""
     cache = DynamicCache(config=model.config)
     first = model(tokens[:, :5], use_cache=True, **{name: cache})
@@ -92,12 +72,7 @@ def test_a_cache_comes_by_either_name(model, tokens, name):
 
 
 def test_rejected_drafts_are_taken_back(model, tokens):
-    """Prompt lookup and a draft model propose wrong tokens; the text must be that of greedy search."""
-    prompt = tokens[:1].repeat(1, 2)
-    expected = generate(model, prompt, max_new_tokens=20)
-    assert torch.equal(generate(model, prompt, max_new_tokens=20, prompt_lookup_num_tokens=3), expected)
-    draft = build_model(["gru"], seed=5)
-    assert torch.equal(generate(model, prompt, max_new_tokens=20, assistant_model=draft), expected)
+    contracts.check_rejected_drafts(model, tokens)
 
 
 @pytest.mark.parametrize("stack", TAKES_EMBEDDINGS)
@@ -115,11 +90,11 @@ def test_beam_sampling_equals_beam_sampling_without_cache(model, tokens):
             generate(model, tokens, do_sample=True, num_beams=3, num_return_sequences=2, use_cache=use_cache)
         )
     assert torch.equal(*rows)
-    assert rows[0].shape == (6, 12 + N)
+    assert rows[0].shape == (6, 12 + N_NEW)
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
-def test_every_output_can_be_asked_for(model, tokens, num_beams):
+def test_every_output_is_available(model, tokens, num_beams):
     model.set_attn_implementation("eager")
     asked = dict.fromkeys(
         ["output_scores", "output_logits", "output_hidden_states", "output_attentions"], True
@@ -127,7 +102,7 @@ def test_every_output_can_be_asked_for(model, tokens, num_beams):
     out = generate(model, tokens, num_beams=num_beams, return_dict_in_generate=True, **asked)
     layer_types = model.config.layer_types
     n_attention = sum("linear" not in layer_type for layer_type in layer_types)
-    assert len(out.scores) == len(out.logits) == len(out.hidden_states) == len(out.attentions) == N
+    assert len(out.scores) == len(out.logits) == len(out.hidden_states) == len(out.attentions) == N_NEW
     assert {len(step) for step in out.hidden_states} == {len(layer_types) + 1}
     assert {len(step) for step in out.attentions} == {n_attention}
     assert out.hidden_states[0][0].shape == (3 * num_beams, 12, 32)
@@ -135,10 +110,10 @@ def test_every_output_can_be_asked_for(model, tokens, num_beams):
     # the last is what the head reads, which is h W^T for a head that is tied through W (as in OPT)
     assert out.hidden_states[-1][-1].shape == (3 * num_beams, 1, model.lm_head.in_features)
     assert len(out.past_key_values) == len(layer_types)
-    assert out.past_key_values.get_seq_length() == 12 + N - 1
+    assert out.past_key_values.get_seq_length() == 12 + N_NEW - 1
 
 
-def test_eager_attention_generates_what_sdpa_does(model, tokens):
+def test_eager_attention_generates_the_same_as_sdpa(model, tokens):
     texts = []
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
@@ -158,11 +133,11 @@ def test_assisted_decoding_gives_the_scores_of_greedy_search(model, tokens, assi
     torch.testing.assert_close(
         torch.stack(assisted.scores), torch.stack(expected.scores), atol=1e-4, rtol=1e-4
     )
-    assert generate(model, tokens[:1], assistant_model=draft, do_sample=True).shape == (1, 12 + N)
+    assert generate(model, tokens[:1], assistant_model=draft, do_sample=True).shape == (1, 12 + N_NEW)
 
 
 @pytest.mark.parametrize("stack", TAKES_EMBEDDINGS)
-def test_going_on_from_embeddings_and_their_cache(stack, tokens):
+def test_continuing_from_embeddings_and_their_cache(stack, tokens):
     model = build_model(stack)
     embed = model.get_input_embeddings()
     embeds = embed(tokens)
@@ -170,16 +145,13 @@ def test_going_on_from_embeddings_and_their_cache(stack, tokens):
     first = generate(model, None, inputs_embeds=embeds, max_new_tokens=4, return_dict_in_generate=True)
     more = torch.cat([embeds, embed(first.sequences)], dim=1)
     rest = generate(
-        model, None, inputs_embeds=more, past_key_values=first.past_key_values, max_new_tokens=N - 4
+        model, None, inputs_embeds=more, past_key_values=first.past_key_values, max_new_tokens=N_NEW - 4
     )
     assert torch.equal(torch.cat([first.sequences, rest], dim=1), whole)
 
 
 def test_a_static_cache_can_be_reset_and_used_again(model, tokens):
-    cache = StaticCache(model.config, max_cache_len=40)
-    for prompt in (tokens, tokens.flip(0)):
-        assert torch.equal(generate(model, prompt, past_key_values=cache), generate(model, prompt))
-        cache.reset()
+    contracts.check_static_cache_after_reset(model, tokens)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +174,7 @@ def test_continuous_batching_of_attention_equals_one_by_one(mixer, shared_layers
         assert answer.generated_tokens == expected.tolist()
 
 
-def test_what_a_recurrent_state_cannot_do_is_refused_by_name():
+def test_features_without_support_for_recurrent_states_are_refused_by_name():
     model = build_model("hybrid")
     with pytest.raises(ValueError, match="genlm_linear_attention"):
         model.generate_batch([[3, 4, 5]], generation_config=GenerationConfig(max_new_tokens=2))

@@ -1,35 +1,24 @@
-"""Promise: what was saved is what anyone loads, with our package or without it."""
+"""Promise: a saved model loads bit-equal, with this package and without it."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support import contracts
 from support.models import STACKS, build_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-import hf_genlm.model
 from hf_genlm.config.recipe import TokenizerRecipe
-from hf_genlm.model import GenLMConfig, GenLMForCausalLM, GenLMModel
+from hf_genlm.model import RECURRENT_MIXERS, GenLMConfig, GenLMForCausalLM, GenLMModel
 from hf_genlm.text.store import Document
 from hf_genlm.text.tokenizer import train_tokenizer
 
 
-def test_weights_return_bit_equal(model, tokens, tmp_path):
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert type(loaded) is GenLMForCausalLM
-    expected = model.state_dict()
-    assert expected.keys() == loaded.state_dict().keys()
-    for name, tensor in loaded.state_dict().items():
-        assert torch.equal(tensor, expected[name]), name
-    assert torch.equal(loaded(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits)
-    assert torch.equal(
-        AutoModel.from_pretrained(tmp_path).embed_tokens.weight, model.model.embed_tokens.weight
-    )
+def test_weights_and_logits_are_bit_equal_after_a_reload(model, tokens, tmp_path):
+    contracts.check_reload_is_bit_equal(model, tokens, tmp_path)
 
 
 def test_config_returns_equal(model, tmp_path):
@@ -42,31 +31,9 @@ def test_config_returns_equal(model, tmp_path):
     assert "layer_types" not in json.loads((tmp_path / "config.json").read_text())
 
 
-@pytest.mark.parametrize("stack", ["gru", "lstm", "elman", "gated_linear"])
+@pytest.mark.parametrize("stack", RECURRENT_MIXERS)
 def test_missing_weights_are_initialised_and_present_ones_kept(stack, tmp_path):
-    """Half of a mixer's tensors missing: the rest keeps its values, the missing get new ones, nothing is
-    garbage."""
-    from safetensors.torch import load_file, save_file
-
-    model = build_model(stack)
-    model.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    gone = [
-        name for name in weights if "layers.1" in name and ("rec_proj.weight" in name or "value_proj" in name)
-    ]
-    kept = {name: tensor for name, tensor in weights.items() if name not in gone}
-    assert gone
-    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    loaded = GenLMForCausalLM.from_pretrained(tmp_path)
-    for name, tensor in kept.items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
-    for name in gone:
-        fresh = loaded.state_dict()[name]
-        assert fresh.isfinite().all()
-        assert 0 < fresh.std() < 1
-        if "rec_proj" in name:
-            gate = fresh[:32].double()
-            torch.testing.assert_close(gate @ gate.T, torch.eye(32, dtype=torch.double), atol=1e-5, rtol=0)
+    contracts.check_missing_weights(stack, tmp_path)
 
 
 def test_new_models_start_as_documented():
@@ -152,29 +119,8 @@ for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
 """
 
 
-def files_of(folder) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
 def test_two_saves_give_the_same_files(model, tmp_path):
-    """From new and from loaded models, whatever head they have and wherever they came from."""
-    model.save_pretrained(tmp_path / "first")
-    first = files_of(tmp_path / "first")
-    code = [path.name for path in Path(hf_genlm.model.__file__).parent.glob("*_genlm.py")]
-    assert sorted(first) == sorted(["config.json", "generation_config.json", "model.safetensors", *code])
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
-    loaded.config.auto_map = {"AutoModel": "someone/elses--modeling_genlm.GenLMModel"}
-    loaded.save_pretrained(tmp_path / "second")
-    assert files_of(tmp_path / "second") == first
-    AutoModel.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "base")
-    base = files_of(tmp_path / "base")
-    assert {name: base[name] for name in base if name.endswith(".py")} == {
-        name: first[name] for name in first if name.endswith(".py")
-    }
-    auto_maps = [json.loads(files["config.json"])["auto_map"] for files in (first, base)]
-    assert auto_maps[0] == auto_maps[1]
-    heads = {"AutoModelForSequenceClassification", "AutoModelForTokenClassification"}
-    assert set(auto_maps[0]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"} | heads
+    contracts.check_saves_are_equal(model, tmp_path)
 
 
 def test_loads_by_remote_code_where_our_package_is_not_installed(tokens, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import contracts
 from support.models import VOCAB, build_model, by_triton_interpreter
 
 from hf_genlm.model import MIXERS, GenLMConfig, GenLMForCausalLM
@@ -37,26 +38,33 @@ def test_right_padding_leaves_the_state_of_the_last_token(model, tokens):
     mask = torch.ones_like(tokens)
     mask[0, 7:] = 0
     mask[2, 3:] = 0
-    cache = model(tokens, attention_mask=mask, use_cache=True).past_key_values
+    padded = model(tokens, attention_mask=mask, use_cache=True)
+    cache = padded.past_key_values
     for row, length in ((0, 7), (1, 12), (2, 3)):
-        alone = model(tokens[row : row + 1, :length], use_cache=True).past_key_values
-        for layer, (mixed, own) in enumerate(zip(cache.layers, alone.layers, strict=True)):
-            if model.config.layer_types[layer] != "genlm_linear_attention":
-                continue
-            for slot, state in own.recurrent_states.items():
-                # a layer above attention sees what attention made of the padding: compare the first alone
-                if state is not None and layer == 0:
-                    torch.testing.assert_close(mixed.recurrent_states[slot][row], state[0], atol=1e-5, rtol=0)
+        by_itself = model(tokens[row : row + 1, :length], use_cache=True)
+        torch.testing.assert_close(padded.logits[row, :length], by_itself.logits[0], atol=1e-5, rtol=0)
+        alone = by_itself.past_key_values
+        n_compared = 0
+        layers = zip(model.config.layer_types, cache.layers, alone.layers, strict=True)
+        for layer_type, mixed, own in layers:
+            if layer_type == "sliding_attention":  # it keeps the last keys, here those of padding
+                pairs = []
+            elif layer_type == "full_attention":
+                pairs = [(mixed.keys[row, :, :length], own.keys[0])]
+                pairs += [(mixed.values[row, :, :length], own.values[0])]
+            else:
+                states = own.recurrent_states.items()
+                pairs = [
+                    (mixed.recurrent_states[i][row], state[0]) for i, state in states if state is not None
+                ]
+            for found, expected in pairs:
+                torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+            n_compared += len(pairs)
+        assert n_compared or set(model.config.mixer_types) == {"sliding_attention"}
 
 
-def test_packed_row_equals_its_documents_apart(model, tokens):
-    documents = [tokens[0, :5], tokens[1, :12], tokens[2, :1], tokens[0, 3:9]]
-    row = torch.cat(documents)[None]
-    positions = torch.cat([torch.arange(len(document)) for document in documents])[None]
-    apart = torch.cat([model(document[None], use_cache=False).logits[0] for document in documents])
-    for use_cache in (False, True):
-        packed = model(row, position_ids=positions, use_cache=use_cache)
-        torch.testing.assert_close(packed.logits[0], apart, atol=1e-5, rtol=0)
+def test_packed_row_equals_its_documents_alone(model, tokens):
+    contracts.check_packed_row(model, tokens)
 
 
 @pytest.mark.parametrize("mixer", CLASSIC)
@@ -215,9 +223,10 @@ def test_sdpa_equals_eager_with_gradients(stack, tokens):
 
 
 def test_attention_equals_its_definition(tokens):
-    """Grouped heads, rotation and window against a loop over queries, with gradients."""
-    for stack, window in (("full_attention", 99), ("sliding_attention", 5)):
-        model = build_model([stack]).double()
+    """Grouped heads, rotation of the config's base and window against a loop over queries, with gradients."""
+    for stack, window, base in (("full_attention", 99, 10_000.0), ("sliding_attention", 5, 321.0)):
+        rope = {"rope_type": "default", "rope_theta": base}
+        model = build_model([stack], rope_parameters=rope, rms_norm_eps=0.1).double()
         mixer = model.model.layers[0].mixer
         x = torch.randn(1, 12, 32, dtype=torch.double, requires_grad=True)
         rotation = model.model.rotary_emb(x, torch.arange(12)[None])
@@ -226,12 +235,12 @@ def test_attention_equals_its_definition(tokens):
         mask = torch.zeros(12, 12, dtype=torch.double).masked_fill(~visible, float("-inf"))[None, None]
         ours, _ = mixer(x, position_embeddings=rotation, attention_mask=mask)
 
-        def unit(v, eps=mixer.config.rms_norm_eps):
-            return v / (v.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        def unit(v):
+            return v / (v.pow(2).mean(-1, keepdim=True) + 0.1).sqrt()
 
-        def turned(v, t):
+        def turned(v, t, base=base):
             half = v.shape[-1] // 2
-            frequency = 10_000.0 ** -(torch.arange(half, dtype=torch.float) / half)
+            frequency = base ** -(torch.arange(half, dtype=torch.float) / half)
             pair = torch.complex(v[..., :half], v[..., half:]) * torch.polar(
                 torch.ones(half, dtype=torch.double), (t * frequency).double()
             )
@@ -258,6 +267,28 @@ def test_attention_equals_its_definition(tokens):
             gradients, torch.autograd.grad((expected * weights).sum(), inputs), strict=True
         ):
             torch.testing.assert_close(fused, naive, atol=1e-5, rtol=1e-5)
+
+
+def test_norms_have_the_epsilon_of_the_config():
+    model = build_model("hybrid", rms_norm_eps=0.5)
+    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    layers = model.model.layers
+    for norm in (
+        model.model.norm,
+        *(norm for layer in layers for norm in (layer.mixer_norm, layer.mlp_norm)),
+    ):
+        expected = norm.weight * x / (x.square().mean(-1, keepdim=True) + 0.5).sqrt()
+        torch.testing.assert_close(norm(x), expected)
+
+
+def test_rope_parameters_reach_the_angles_and_the_saved_config(tmp_path):
+    """theta^(-2i / head_dim) for the base of the config, the default of transformers if it has none."""
+    exponents = torch.arange(0, 8, 2) / 8
+    for given, base in ((None, 10_000.0), ({"rope_type": "default", "rope_theta": 77.0}, 77.0)):
+        model = build_model(["full_attention"], rope_parameters=given)
+        torch.testing.assert_close(model.model.rotary_emb.inv_freq, base**-exponents)
+        model.config.save_pretrained(tmp_path)
+        assert GenLMConfig.from_pretrained(tmp_path).rope_parameters["rope_theta"] == base
 
 
 @pytest.mark.parametrize("mixer", RECURRENT)

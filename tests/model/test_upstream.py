@@ -1,4 +1,4 @@
-"""Promise: transformers' own common tests pass for every kind of config, as for a model of theirs."""
+"""Promise: transformers' own common tests of models pass for every kind of config."""
 
 import unittest
 
@@ -21,11 +21,13 @@ try:
     ConfigTester = upstream.load("test_configuration_common").ConfigTester
     TrainingTesterMixin = upstream.load("test_training_mixin").TrainingTesterMixin
 except FileNotFoundError:
-    pytest.skip("transformers' tests are not fetched: python tests/upstream.py", allow_module_level=True)
+    pytest.skip(
+        "transformers' tests are not fetched: python tests/support/upstream.py", allow_module_level=True
+    )
 
 
 class ModelTester:
-    """What transformers' mixins ask of a model's own test: a small config and inputs for it."""
+    """A small config and inputs for it, by the interface of transformers' mixins."""
 
     batch_size, seq_length, is_training, num_labels = 13, 7, True, 3
     vocab_size, hidden_size, num_attention_heads = 99, 32, 4
@@ -53,15 +55,14 @@ class ModelTester:
 class KindTest(common.ModelTesterMixin, TrainingTesterMixin):
     """All tests of transformers' mixins for the config `overrides`.
 
-    Changed, each as transformers' own hybrid and recurrent models do it:
-    test_attention_outputs expects weights from the attention layers alone;
-    test_generation_tester_mixin_inheritance asks for a mixin that the source distribution lacks, and
-    tests/test_generate.py tests generation instead.
+    Two are changed, as in transformers' own hybrid and recurrent models: test_attention_outputs expects
+    weights of attention layers only; test_generation_tester_mixin_inheritance needs a mixin that the source
+    distribution lacks, in place of which there is tests/model/test_generate.py.
     """
 
     overrides: dict = {}
     model_tester = None
-    test_can_init_all_missing_weights_before_2023 = True  # it takes files without a year for old ones
+    test_can_init_all_missing_weights_before_2023 = True  # a file without a year counts as an old one
     training_overfit_steps, training_overfit_learning_rate = 100, 5e-3  # theirs: 300 at 1e-3
     all_model_classes = (
         GenLMModel,

@@ -1,6 +1,6 @@
 """transformers' own tests, from the source distribution of the installed version.
 
-`python tests/upstream.py` fetches them once into .cache/ (pip, 11 MB); `load` imports them from there.
+`python tests/support/upstream.py` downloads them once to .cache/ (by pip, 11 MB); `load` imports them.
 """
 
 import importlib
@@ -18,8 +18,8 @@ import transformers
 FOLDER = Path(__file__).parents[2] / ".cache" / f"transformers-{transformers.__version__}"
 PACKAGE = "transformers_tests"
 
-# What the tests import from files that the source distribution leaves out: two mixins of tests, in place of
-# which stand tests/test_generate.py and tests/test_export.py, and values that a config must keep.
+# Imports of the tests from files that the source distribution lacks: two mixins of tests, in place of which
+# there are tests/model/test_generate.py and tests/exporting/test_export.py, and values that a config keeps.
 _CONFIG_VALUES = {
     "return_dict": False,
     "output_hidden_states": True,
@@ -38,30 +38,30 @@ _ABSENT = {
     "utils.test_configuration_utils": {"config_common_kwargs": _CONFIG_VALUES},
 }
 
-# Every reason for which one of these tests may skip, as a pattern; any other skip fails (tests/conftest.py).
+# Patterns of the reasons for which one of these tests may skip; any other skip fails (tests/conftest.py).
 SKIPS = {
-    # nothing of the kind in a decoder of text
+    # features that a decoder of text does not have
     r"composite|subconfigs|sequence-to-sequence|axial RoPE": "other models",
     r"sparse experts|grouped_mm|router_logits": "other models",
     r"No conversion found": "our checkpoints have one format",
     r"_keep_in_fp32_modules": "all weights may be in half precision; states are float32 by themselves",
-    # a kind of config that has no attention, or none that turns
+    # kinds of config without attention or without rotary positions
     r"not support attentions|not output attentions|support output_attentions|support SDPA": "recurrent",
     r"not have RoPE|not support RoPE scaling": "recurrent",
-    # what our models do not offer
-    r"Do not take a cache as input|Not returning cache": "no warning of the older name: either serves",
-    r"partial rope": "head_dim turns as a whole",
+    # features that our models do not offer
+    r"Do not take a cache as input|Not returning cache": "no warning about the older name: both are accepted",
+    r"partial rope": "whole heads are rotated",
     r"does not have position embeddings": "positions can be learned, but not resized",
-    r"sliding window mask": "asks for use_sliding_window; tests/test_mixers.py has the window's definition",
+    r"sliding window mask": "needs use_sliding_window; tests/model/test_mixers.py tests the window instead",
     r"TP plan": "no plan for tensor parallelism yet",
-    # what this machine lacks
+    # hardware and libraries
     r"requires (multiple )?accelerator|requires Flash Attention": "hardware",
     r"requires deepspeed|kernels library": "libraries for that hardware",
 }
 
 
 def fetch() -> None:
-    """Download the source distribution of the installed transformers and keep its tests."""
+    """Download the source distribution of the installed transformers and unpack its tests."""
     if FOLDER.exists():
         return
     requirement = f"transformers=={transformers.__version__}"
@@ -83,10 +83,10 @@ def fetch() -> None:
 
 
 def load(module: str) -> types.ModuleType:
-    """The test module `module`, for instance "test_modeling_common".
+    """Import a test module by its name, such as "test_modeling_common".
 
     Raises:
-        FileNotFoundError: they were not fetched.
+        FileNotFoundError: the tests were not downloaded.
     """
     if not FOLDER.exists():
         raise FileNotFoundError(FOLDER)
@@ -99,7 +99,7 @@ def load(module: str) -> types.ModuleType:
         absent = types.ModuleType(f"{PACKAGE}.{name}")
         vars(absent).update(contents)
         sys.modules.setdefault(absent.__name__, absent)
-    # one of them reads transformers from the folder above itself
+    # one of them imports transformers from the folder above its own
     with mock.patch("transformers.utils.direct_transformers_import", return_value=transformers):
         return importlib.import_module(f"{PACKAGE}.{module}")
 
