@@ -1,4 +1,4 @@
-"""Promise: several processes train the model that one would, and end together."""
+"""Promise: several processes train the model that one process would, and end together."""
 
 import importlib.util
 import signal
@@ -41,7 +41,7 @@ for body in sys.stdin.read().splitlines():
 """
 
 
-def test_one_that_fails_ends_all_and_the_exit_code_says_how():
+def test_a_failed_process_ends_the_others_and_decides_the_exit_code():
     outcomes = {
         "pass": (0, None),
         "sys.exit(2) if rank == 0 else time.sleep(60)": (2, None),
@@ -85,8 +85,8 @@ def test_processes_of_one_machine_listen_on_its_loopback_interface_only():
     assert addresses == ["['127.0.0.1']"] * 2
 
 
-def test_who_took_the_others_along():
-    """The launcher ends those that are left by SIGTERM; one that is killed takes some along by itself."""
+def test_the_message_names_the_process_that_failed_first():
+    """The launcher ends the remaining processes by SIGTERM; a killed process makes others fail by itself."""
     term, kill = -signal.SIGTERM, -signal.SIGKILL
     assert describe_failure({0: term, 1: 1, 2: kill})[1].startswith("process 2 was ended by SIGKILL")
     assert describe_failure({0: term, 1: 1})[1].startswith("process 1 failed with exit code 1")
@@ -94,7 +94,7 @@ def test_who_took_the_others_along():
     assert describe_failure({0: 2, 1: term}) == (2, None)
 
 
-def test_a_launcher_of_ones_own_is_not_started_over(monkeypatch):
+def test_processes_of_another_launcher_do_not_launch_more(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     check_processes(None)
     check_processes(4)
@@ -102,7 +102,7 @@ def test_a_launcher_of_ones_own_is_not_started_over(monkeypatch):
         check_processes(2)
 
 
-def test_machines_that_do_not_reach_each_other_are_told_the_remedy(monkeypatch):
+def test_unreachable_machines_give_the_remedy(monkeypatch):
     def fail(**kwargs):
         raise RuntimeError("Gloo connectFullMesh failed with timed out connecting: Connection refused")
 
@@ -112,15 +112,14 @@ def test_machines_that_do_not_reach_each_other_are_told_the_remedy(monkeypatch):
         processes.join()
 
 
-def test_a_batch_is_shared_evenly_or_refused(monkeypatch):
+def test_a_batch_is_shared_evenly_or_refused():
     assert processes.rows_of_each(9) == 9
-    monkeypatch.setattr(processes, "count", lambda: 4)
-    assert processes.rows_of_each(16) == 4
+    assert processes.rows_per_process(16, n_processes=4) == 4
     with pytest.raises(UserError, match=r"batch_size = 10 .*--processes 2, or --set training\.batch_size=8$"):
-        processes.rows_of_each(10)
+        processes.rows_per_process(10, n_processes=4)
     message = r"--set training\.batch_size=12 and --set training\.gradient_accumulation_steps=1"
     with pytest.raises(UserError, match=message):
-        processes.rows_of_each(2, accumulation=6)
+        processes.rows_per_process(2, accumulation=6, n_processes=4)
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +129,8 @@ def rows() -> PackedRows:
     return PackedRows(documents, max_seq_length=16, eos_id=1, pad_id=0)
 
 
-def test_processes_read_the_rows_that_one_would_and_none_twice(rows):
-    """In the order of accelerate's own sampler, which one process has."""
+def test_processes_read_each_row_once_in_the_order_of_one_process(rows):
+    """The order of accelerate's own sampler."""
     from accelerate.data_loader import SeedableRandomSampler
 
     for epoch in (0, 3):
@@ -153,7 +152,7 @@ def test_the_blank_row_has_no_labels(rows):
     assert (batch["labels"][1] == IGNORED).all()
 
 
-def test_the_clock_stands_still_until_they_agree(monkeypatch):
+def test_the_clock_of_several_processes_stands_still_between_agreements(monkeypatch):
     alone, shared = Budget(seconds=10.0), Budget(seconds=10.0)
     alone.start()
     monkeypatch.setattr("hf_genlm.training.budget.count", lambda: 2)
@@ -187,7 +186,7 @@ def five_documents(tmp_path_factory):
     return write_documents(5, tmp_path_factory.mktemp("five"))
 
 
-TOLD = ["training.report_to=tensorboard", "training.milestone_words=100,300"]
+TRACKED = ["training.report_to=tensorboard", "training.milestone_words=100,300"]
 # an epoch of 72 rows ends within the run, with a part of a batch, a row that is filled up, and fewer passes
 LAST_ROWS = ["training.max_seq_length=128", "training.batch_size=8", "training.gradient_accumulation_steps=2"]
 MORE = {
@@ -196,11 +195,11 @@ MORE = {
 }
 
 
-def test_two_processes_train_what_one_trains(text_folder, five_documents, tmp_path):
-    """Whole and sharded by FSDP2: with tied and untied heads, the table of pairs, accumulation, the end of an
-    epoch, validation and samples between steps, without a cache, from a stream, and of languages that are
-    balanced; with a tracker and models along the way. (Attention is in the long form.)"""
-    short = [*SHORT, *TOLD]
+def test_two_processes_train_the_model_of_one(text_folder, five_documents, tmp_path):
+    """By DDP and FSDP2: tied and untied heads, bigram embedding, accumulation, the end of an epoch, validation
+    and samples between steps, no cache, a stream, balanced languages; with a tracker and milestones.
+    (Attention is in the slow test.)"""
+    short = [*SHORT, *TRACKED]
     more = {**MORE, "all": short}
     jobs = jobs_of(five_documents, ["gated_linear"], more, sharded=False)
     streamed = ["corpus.stream=true", "corpus.shuffle_buffer=64", "training.gradient_accumulation_steps=2"]
@@ -218,13 +217,13 @@ def test_two_processes_train_what_one_trains(text_folder, five_documents, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
-def test_two_processes_train_what_one_trains_over_many_steps(five_documents, tmp_path, sharded):
+def test_two_processes_train_the_model_of_one_over_many_steps(five_documents, tmp_path, sharded):
     decoders = ["lstm", "gated_linear", "transformer", "hybrid"]
     jobs = jobs_of(five_documents, decoders, {**MORE, "all": ["training.steps=50"]}, sharded)
     compare_with_one(jobs, tmp_path / "runs")
 
 
-def loop_of_ones_own():
+def accelerate_loop():
     spec = importlib.util.spec_from_file_location("train_loop", ROOT / "recipes" / "train_loop.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -234,7 +233,7 @@ def loop_of_ones_own():
 @pytest.mark.parametrize(
     "more", [[], [*LAST_ROWS, "training.label_smoothing_factor=0.1", "model.dropout=0.1"]]
 )
-def test_the_loop_of_ones_own_has_the_same_losses(five_documents, tmp_path, more):
+def test_the_accelerate_loop_has_the_losses_of_train(five_documents, tmp_path, more):
     assignments = [
         *SMALL,
         f"corpus.sources={five_documents}",
@@ -243,7 +242,7 @@ def test_the_loop_of_ones_own_has_the_same_losses(five_documents, tmp_path, more
         "training.num_samples=0",
     ]
     run = train(load_recipe(None, [*assignments, "training.num_validations=0"]), tmp_path / "run")
-    loop_of_ones_own().main(str(run.recipe), str(tmp_path / "loop"))
+    accelerate_loop().main(str(run.recipe), str(tmp_path / "loop"))
     loop = RunFolder.open(tmp_path / "loop")
     assert losses(loop) == losses(run)
     mine, theirs = (load_file(folder.model / "model.safetensors") for folder in (loop, run))
@@ -252,7 +251,7 @@ def test_the_loop_of_ones_own_has_the_same_losses(five_documents, tmp_path, more
 
 
 @pytest.mark.slow
-def test_the_loop_by_two_processes(five_documents, tmp_path):
+def test_the_accelerate_loop_by_two_processes(five_documents, tmp_path):
     run = train(load_recipe(None, [*SMALL, f"corpus.sources={five_documents}", *LAST_ROWS]), tmp_path / "run")
     loop = str(ROOT / "recipes" / "train_loop.py")
     done = start([loop, str(run.recipe), str(tmp_path / "loop")])
@@ -262,7 +261,7 @@ def test_the_loop_by_two_processes(five_documents, tmp_path):
     assert max(abs(a - b) for a, b in zip(*curves, strict=True)) < 1e-5
 
 
-def test_what_needs_whole_matrices_is_refused_where_they_are_sharded(text_folder, tmp_path, monkeypatch):
+def test_muon_is_refused_under_fsdp(text_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     recipe = load_recipe(None, [*SMALL, f"corpus.sources={text_folder}", "training.optimizer=muon"])
     with pytest.raises(UserError, match=r"muon needs whole matrices, .* --set training\.optimizer=adamw"):
@@ -288,7 +287,7 @@ def training_for_long(text, folder) -> tuple[subprocess.Popen, list]:
 
 
 def messages(stderr: str) -> list[str]:
-    """What was told to the person; there is no traceback beside it."""
+    """The messages to the user; there is no traceback beside them."""
     assert "Traceback" not in stderr
     return [line for line in stderr.splitlines() if line.startswith("hf-genlm:")]
 
@@ -320,8 +319,8 @@ def test_signals_reach_every_process(text_folder, tmp_path, number):
 
 
 @pytest.mark.slow
-def test_what_the_first_process_cannot_use_ends_all_with_one_line(text_folder, tmp_path):
-    """An error that only the first can find, and one that all of them find."""
+def test_a_user_error_ends_all_processes_with_one_line(text_folder, tmp_path):
+    """An error that only the first process finds, and one that every process finds."""
     for more, message in (
         (["--set", "tokenizer.path=/nowhere"], "/nowhere"),
         (["--set", "training.batch_size=9"], "training.batch_size = 9 counts the rows over all processes"),
@@ -337,8 +336,8 @@ def test_what_the_first_process_cannot_use_ends_all_with_one_line(text_folder, t
 
 
 @pytest.mark.slow
-def test_processes_keep_to_one_clock(text_folder, tmp_path):
-    """A run by the clock: planned once, and ended by all after the same step."""
+def test_processes_follow_one_clock(text_folder, tmp_path):
+    """A run with a time budget: planned once, and ended by all processes after the same step."""
     words = command(text_folder, tmp_path / "run", "--minutes", "0.1", "--set", "training.steps=null")
     done = subprocess.run([sys.executable, *words], env=environment(), timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0
