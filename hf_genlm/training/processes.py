@@ -125,15 +125,15 @@ def together(act: Callable[[], T]) -> T:
     """
     from accelerate.utils import gather_object
 
-    value: Any = None
+    values: list[T] = []
     messages: list[str] = []
     try:
-        value = act()
+        values.append(act())
     except UserError as error:
-        messages = [str(error)]
+        messages.append(str(error))
     for message in gather_object(messages) if count() > 1 else messages:
         raise UserError(message)
-    return value
+    return values[0]
 
 
 def all_of(holds: bool) -> bool:
@@ -168,13 +168,15 @@ def clock_of_first(now: float) -> float:
     return broadcast(torch.tensor(now, dtype=torch.float64, device=PartialState().device)).item()
 
 
-def rows_of_each(batch_size: int, accumulation: int = 1) -> int:
+def rows_of_each(batch_size: int, accumulation: int = 1, n_processes: int | None = None) -> int:
     """Return the rows of one forward pass in each process, for `batch_size` rows over all processes.
+
+    `n_processes` are those of the process group if it is None.
 
     Raises:
         UserError: the number of processes does not divide `batch_size`.
     """
-    n = count()
+    n = n_processes or count()
     if batch_size % n == 0:
         return batch_size // n
     fewer = max(d for d in range(1, n) if batch_size % d == 0)

@@ -1,22 +1,18 @@
-"""Word vectors to an embedding table: which token gets which vector, and the report on it.
+"""Initialization of the embedding from a file of word vectors: the vector of each token, and a report.
 
-Each token has one kind. exact: its text, with or without its one leading space, is a word of the file. case:
-it is one after changing its case. composed: it is a piece of words of the training text, and gets the mean of
-their vectors, weighted by how often they occur. drawn: none of these, or a special token; normally
-distributed like the others.
+Each token has one kind. exact: its text, with or without its leading space, is a word of the file. case: its
+text is a word of the file after changing its case. composed: it is a piece of words of the training text, and
+gets the mean of their vectors, weighted by word frequency. drawn: all other tokens, special tokens included,
+are drawn from the normal distribution of the others.
 """
 
-import functools
-import itertools
-import re
-import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import regex
 
 from hf_genlm.config.settings import Settings
 from hf_genlm.errors import UserError
@@ -36,28 +32,29 @@ KINDS = ("exact", "case", "composed", "drawn")
 EXACT, CASE, COMPOSED, DRAWN = range(4)
 MAX_WORDS = 200_000  # of the training text, the most frequent ones
 _MAX_WORD_CHARACTERS = 64  # longer runs of letters are no words of a vector file
-_COUNTED_AT_ONCE = 4 * MAX_WORDS
+_COUNTED_AT_ONCE = 1_000_000  # token ids
 _ENCODE_BATCH = 10_000  # words encoded by one call
+# letters and the marks on them, of any script: `\w` knows no marks, without which Indic words fall apart
+_WORD = regex.compile(r" ?[\p{L}\p{Nl}\p{No}]+(?:\p{M}+[\p{L}\p{Nl}\p{No}]*)*")
 
 
-def count_words(documents: Iterable[Document]) -> dict[str, int]:
-    """How often each word occurs, the most frequent `MAX_WORDS` of them, most frequent first.
+def count_words(documents: Iterable[Document], max_words: int = MAX_WORDS) -> dict[str, int]:
+    """Count the words of a text; returns the `max_words` most frequent, most frequent first.
 
-    A word is a letter with the letters and marks that follow it, of any script. It keeps the one space that
-    stands before it: at the start of a line or behind a bracket it is cut into other tokens, and is counted
-    apart. Where there are very many, words that are rare at the start of the text may be missed.
+    A word is a letter and the letters and marks that follow it, of any script, with one leading space.
+    Without it, as at the start of a line, the word has other tokens and is counted separately. In a text of
+    very many words, those that are rare at its start may be missed.
     """
-    pattern = _word_pattern()
     counts: Counter[str] = Counter()
     for _, piece in pieces(as_documents(documents)):
-        counts.update(pattern.findall(piece))
-        if len(counts) > _COUNTED_AT_ONCE:
-            counts = _most_common(counts, 2 * MAX_WORDS)
-    return dict(_most_common(counts, MAX_WORDS))
+        counts.update(_WORD.findall(piece))
+        if len(counts) > 4 * max_words:
+            counts = _most_common(counts, 2 * max_words)
+    return dict(_most_common(counts, max_words))
 
 
 def token_texts(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
-    """The text of every token id; empty where it has none of its own: special, or a part of a character."""
+    """Return the text of every token id; empty for special tokens and parts of a character."""
     ids = [[token] for token in range(len(tokenizer))]
     texts = tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False)
     special = set(tokenizer.all_special_ids)
@@ -65,7 +62,7 @@ def token_texts(tokenizer: "PreTrainedTokenizerFast") -> list[str]:
 
 
 def wanted_words(tokenizer: "PreTrainedTokenizerFast", counts: Mapping[str, int]) -> set[str]:
-    """Every word whose vector `token_vectors` can use."""
+    """Return every word whose vector `token_vectors` can use."""
     spellings = {word for text in token_texts(tokenizer) for _, word in _spellings(text)}
     words = {spaced.removeprefix(" ") for spaced in counts}
     return spellings | words | {word.lower() for word in words}
@@ -78,11 +75,15 @@ def token_vectors(
     counts: Mapping[str, int],
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(table (V, D) float32, kind (V,) an index into KINDS); the file's own scale is kept.
+    """Return (table (V, D) float32, kind (V,) an index into KINDS), in the scale of the file.
 
-    `words` gives the row of each word in `vectors` (n, D); `counts` is what `count_words` gives; `seed` is
-    that of the drawn rows. They have the mean and covariance of the other rows, or, where those are too few
-    to know D directions by, of all `vectors`.
+    Drawn rows have the mean and covariance of the other rows, or of all `vectors` where the other rows are
+    fewer than D.
+
+    Args:
+        words: the row of each word in `vectors` (n, D).
+        counts: the result of `count_words`.
+        seed: of the drawn rows.
 
     Raises:
         UserError: no token finds a vector.
@@ -105,12 +106,12 @@ def token_vectors(
             "name vectors of the text's language"
         )
     sample = table[is_found] if is_found.sum() > vectors.shape[1] else vectors
-    table[~is_found] = _draw_like(sample, int((~is_found).sum()), seed)
+    table[~is_found] = draw_like(sample, int((~is_found).sum()), seed)
     return table, kind
 
 
 def scaled(table: np.ndarray, root_mean_square: float) -> np.ndarray:
-    """`table` times the one factor that gives all its entries this root mean square: directions are kept.
+    """Scale `table` to this root mean square of all entries, by one factor: directions are kept.
 
     Raises:
         UserError: all entries are zero.
@@ -163,7 +164,7 @@ def start_from_vectors(
 
 
 def coverage(read: WordVectors, kind: np.ndarray, ids: np.ndarray, file: str) -> dict[str, Any]:
-    """The content of vectors.json: tokens by kind, and the share of `ids` that each has."""
+    """Return the content of vectors.json: the number of tokens of each kind, and their share of `ids`."""
     counts = np.zeros(len(kind), dtype=np.int64)
     for start in range(0, len(ids), _COUNTED_AT_ONCE):
         counts += np.bincount(ids[start : start + _COUNTED_AT_ONCE], minlength=len(kind))
@@ -182,7 +183,7 @@ def coverage(read: WordVectors, kind: np.ndarray, ids: np.ndarray, file: str) ->
 
 
 def _spellings(text: str) -> Iterator[tuple[int, str]]:
-    """(kind, word) of the words that a token of this text may be, the best first."""
+    """Yield (kind, word) for the words that a token of this text may be, best first."""
     bare = text.removeprefix(" ")
     if bare:
         yield EXACT, text
@@ -197,7 +198,7 @@ def _means_of_words(
     vectors: np.ndarray,
     counts: Mapping[str, int],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(means (V, D), weights (V,)) over the counted words that have a vector and hold the token."""
+    """Return (means (V, D), weights (V,)) over the counted words with a vector that contain the token."""
     known = []
     for spaced in counts:
         bare = spaced.removeprefix(" ")
@@ -226,12 +227,12 @@ def _means_of_words(
     return sums / np.maximum(total, 1)[:, None], total
 
 
-def _draw_like(sample: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """(count, D) from the normal distribution of the mean and covariance of `sample` (n, D)."""
+def draw_like(sample: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Draw (count, D) from the normal distribution with the mean and covariance of `sample` (n, D)."""
     mean = sample.mean(axis=0, dtype=np.float64)
     centred = sample - mean
     variances, directions = np.linalg.eigh(centred.T @ centred / len(sample))
-    # rounding can make a variance that is zero a little less
+    # rounding can make a zero variance slightly negative
     spread = directions * np.sqrt(np.maximum(variances, 0.0))
     return mean + np.random.default_rng(seed).standard_normal((count, len(mean))) @ spread.T
 
@@ -239,17 +240,3 @@ def _draw_like(sample: np.ndarray, count: int, seed: int) -> np.ndarray:
 def _most_common(counts: Counter[str], n: int) -> Counter[str]:
     words = Counter({word: count for word, count in counts.items() if len(word) <= _MAX_WORD_CHARACTERS})
     return Counter(dict(words.most_common(n)))
-
-
-@functools.cache
-def _word_pattern() -> re.Pattern[str]:
-    r"""Letters and the marks on them: `\w` knows no marks, without which Indic words fall apart."""
-    marks = ""
-    codes = itertools.groupby(
-        range(sys.maxunicode + 1), lambda code: unicodedata.category(chr(code))[0] == "M"
-    )
-    for is_mark, group in codes:
-        if is_mark:
-            first, *rest = group
-            marks += f"\\U{first:08x}-\\U{rest[-1] if rest else first:08x}"
-    return re.compile(rf" ?[^\W\d_]+(?:[{marks}]+[^\W\d_]*)*")

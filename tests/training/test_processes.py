@@ -114,12 +114,12 @@ def test_unreachable_machines_give_the_remedy(monkeypatch):
 
 def test_a_batch_is_shared_evenly_or_refused():
     assert processes.rows_of_each(9) == 9
-    assert processes.rows_per_process(16, n_processes=4) == 4
+    assert processes.rows_of_each(16, n_processes=4) == 4
     with pytest.raises(UserError, match=r"batch_size = 10 .*--processes 2, or --set training\.batch_size=8$"):
-        processes.rows_per_process(10, n_processes=4)
+        processes.rows_of_each(10, n_processes=4)
     message = r"--set training\.batch_size=12 and --set training\.gradient_accumulation_steps=1"
     with pytest.raises(UserError, match=message):
-        processes.rows_per_process(2, accumulation=6, n_processes=4)
+        processes.rows_of_each(2, accumulation=6, n_processes=4)
 
 
 @pytest.fixture(scope="module")
@@ -196,8 +196,8 @@ MORE = {
 
 
 def test_two_processes_train_the_model_of_one(text_folder, five_documents, tmp_path):
-    """By DDP and FSDP2: tied and untied heads, bigram embedding, accumulation, the end of an epoch, validation
-    and samples between steps, no cache, a stream, balanced languages; with a tracker and milestones.
+    """By DDP and FSDP2: tied and untied heads, bigrams, accumulation, the end of an epoch, validation and
+    samples between steps, no cache, a stream, balanced languages; with a tracker and milestones.
     (Attention is in the slow test.)"""
     short = [*SHORT, *TRACKED]
     more = {**MORE, "all": short}

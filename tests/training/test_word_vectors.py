@@ -29,8 +29,8 @@ from hf_genlm.training.word_vectors import (
     COMPOSED,
     DRAWN,
     EXACT,
-    _draw_like,
     count_words,
+    draw_like,
     scaled,
     token_texts,
     token_vectors,
@@ -135,30 +135,26 @@ def test_words_are_counted_in_every_script_with_their_space():
     }  # fmt: skip
 
 
-def test_only_the_most_frequent_words_are_kept(monkeypatch):
-    from hf_genlm.training import word_vectors
-
-    monkeypatch.setattr(word_vectors, "MAX_WORDS", 3)
-    monkeypatch.setattr(word_vectors, "_COUNTED_AT_ONCE", 12)
+def test_only_the_most_frequent_words_are_kept():
     rare = " ".join(chr(97 + i) + chr(97 + j) for i in range(9) for j in range(9))
     documents = [Document(f"one one one one two two two three three {rare}", "a")] * 3
-    assert count_words(documents) == {" one": 9, " two": 9, " three": 6}
+    assert count_words(documents, max_words=3) == {" one": 9, " two": 9, " three": 6}
 
 
 def test_drawn_rows_have_the_mean_and_covariance_of_the_others():
     rng = np.random.default_rng(0)
     sample = (rng.standard_normal((500, 4)) @ rng.standard_normal((4, 4)) + [1, 2, 3, 4]).astype(np.float32)
-    drawn = _draw_like(sample, 200_000, seed=1)
+    drawn = draw_like(sample, 200_000, seed=1)
     assert drawn.mean(axis=0) == pytest.approx(sample.mean(axis=0), abs=0.03)
     assert np.cov(drawn.T) == pytest.approx(np.cov(sample.T), rel=0.03, abs=0.03)
-    assert np.array_equal(drawn[:5], _draw_like(sample, 200_000, seed=1)[:5])
-    assert not np.array_equal(drawn[:5], _draw_like(sample, 200_000, seed=2)[:5])
+    assert np.array_equal(drawn[:5], draw_like(sample, 200_000, seed=1)[:5])
+    assert not np.array_equal(drawn[:5], draw_like(sample, 200_000, seed=2)[:5])
 
 
 @pytest.mark.parametrize("sample", [[[1, 2, 3]], [[1, 1, 1], [2, 2, 2], [4, 4, 4]], [[0, 0, 0]] * 5])
 def test_a_covariance_that_is_singular_stays_in_its_directions(sample):
     sample = np.float32(sample)
-    drawn = _draw_like(sample, 50, seed=0)
+    drawn = draw_like(sample, 50, seed=0)
     centred, rank = sample - sample.mean(axis=0), np.linalg.matrix_rank(sample - sample.mean(axis=0))
     assert np.linalg.matrix_rank(np.concatenate([centred, drawn - sample.mean(axis=0)]), tol=1e-3) == rank
 
