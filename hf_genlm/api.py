@@ -60,7 +60,7 @@ SHORTCUTS = {
 }
 # public name -> the service that does it
 SERVICES = {
-    "audit": "hf_genlm.api.audit_and_draw",
+    "audit": "hf_genlm.privacy.audit.audit",
     "compare": "hf_genlm.comparison.compare",
     "evaluate": "hf_genlm.evaluation.evaluate.evaluate",
     "export": "hf_genlm.exporting.export",
@@ -138,7 +138,8 @@ def find_field(word: str) -> str | None:
 def service(name: str) -> Callable[..., Any]:
     """Return the public function `name`, a row of `SERVICES`."""
     module, _, function = SERVICES[name].rpartition(".")
-    return _as_public(getattr(import_module(module), function))
+    found = getattr(import_module(module), function)
+    return _as_public(functools.wraps(found)(audit_and_draw) if name == "audit" else found)
 
 
 def _unknown(name: str, function: str, known: Iterable[str], has_sections: bool = True) -> UnknownKeyword:
@@ -373,7 +374,7 @@ def tokenizer(
 
 
 def audit_and_draw(*args: Any, listener: Listener | None = None, **keywords: Any) -> "AuditResult":
-    """See `hf_genlm.privacy.audit.audit`; of a run, draw the picture and write the model card again, too."""
+    """Call `hf_genlm.privacy.audit.audit`; of a run, also draw the picture and write the model card."""
     from hf_genlm.card import write_card
     from hf_genlm.privacy.audit import audit
     from hf_genlm.report.audit_plot import write_audit_figure
