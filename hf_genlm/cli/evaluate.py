@@ -43,7 +43,7 @@ def evaluate(
         measured = evaluate_model(
             model,
             sources,
-            suites=None if suite is None else o.parse_words(suite),
+            suites=None if suite is None else o.parse_words(suite) or [""],
             pairs=pairs,
             tasks=None if tasks is None else o.parse_words(tasks),
             include_path=include_path,

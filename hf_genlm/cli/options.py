@@ -55,8 +55,8 @@ def verb(name: str, panel: str, example: str, takes_rest: bool = False) -> Calla
 
 
 def parse_words(text: str) -> list[str]:
-    """Split `A,B,..` at the commas."""
-    return [word.strip() for word in text.split(",") if word.strip()]
+    """Split `A,B,..` at the commas; an empty text holds no word."""
+    return [word.strip() for word in text.split(",")] if text else []
 
 
 def parse_count(text: str | int) -> int:
