@@ -74,11 +74,21 @@ class ScrubbedCounts:
 
 
 @dataclass(frozen=True)
+class LanguageSplitCounts:
+    """Counts of one language in one split, which has no hash of its own."""
+
+    documents: Count
+    bytes: Count
+    characters: Count | None = None
+    tokens: Count | None = None
+
+
+@dataclass(frozen=True)
 class LanguageCounts:
     """Text of one language, and how often training reads it in an epoch."""
 
-    train: SplitCounts
-    validation: SplitCounts
+    train: LanguageSplitCounts
+    validation: LanguageSplitCounts
     repeats: Number
     share: Number | None = None
     byte_premium: Number | None = None
