@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_genlm.config.recipe import ENDS, Recipe, load_recipe, set_field
 from hf_genlm.errors import Stopped, UserError, did_you_mean
+from hf_genlm.files import note_write_errors
 from hf_genlm.loading import load
 from hf_genlm.run_folder import Listener, RunFolder
 from hf_genlm.text.in_memory import Texts, as_sources, source_words, write_texts
@@ -385,9 +386,11 @@ def audit_and_draw(*args: Any, listener: Listener | None = None, **keywords: Any
             listener("progress", {"task": "drawing", "done": 0, "total": None})
         folder = RunFolder(result.path.parent)
         model = folder.model if keywords.get("output_dir") is None and folder.model.is_dir() else None
-        write_audit_figure(folder.path, result.measurements, result.roc_curves, model)
-        if model is not None:
-            write_card(folder)
+        note = listener or (lambda event, fields: None)
+        with note_write_errors(lambda message: note("note", {"message": message})):
+            write_audit_figure(folder.path, result.measurements, result.roc_curves, model)
+            if model is not None:
+                write_card(folder)
     return result
 
 

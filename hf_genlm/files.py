@@ -9,6 +9,7 @@ import errno
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -239,6 +240,23 @@ def read_json(path: str | Path, schema: Any = None) -> Any:
         raise _damaged(path, str(error)) from error
 
 
+def read_tensor_sizes(path: Path) -> dict[str, int]:
+    """Number of elements of each tensor in a safetensors file, by name, from its header alone.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{str(path)!r} cannot be read as safetensors ({error}): 'train' writes it"
+        ) from error
+
+
 def parse(text: str, schema: type[Schema], path: str | Path) -> Schema:
     """Parse JSON as an instance of `schema`. `path` is where it was read, for the message.
 
@@ -341,6 +359,15 @@ def os_error_of(error: BaseException) -> OSError | None:
     if isinstance(error, RuntimeError) and "inline_container.cc" in str(error):
         return OSError(errno.ENOSPC, "torch could not write it, as on a full disk")
     return None
+
+
+@contextlib.contextmanager
+def note_write_errors(note: Callable[[str], None]) -> Iterator[None]:
+    """Call `note` with the message of a WriteError instead of raising it, where results are printed too."""
+    try:
+        yield
+    except WriteError as error:
+        note(f"not kept: {error}")
 
 
 @contextlib.contextmanager

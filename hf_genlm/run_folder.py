@@ -144,6 +144,8 @@ class RunFolder:
         """Return True if a process is training in this folder."""
         from filelock import FileLock, Timeout
 
+        if self.lock_file.is_symlink() or not self.lock_file.is_file():
+            return False
         try:
             with FileLock(self.lock_file, timeout=0):
                 return False

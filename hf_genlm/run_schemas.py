@@ -211,6 +211,22 @@ class ModelConfigFile:
 
 
 @dataclass(frozen=True)
+class AnyModelConfigFile:
+    """config.json of any model."""
+
+    model_type: str | None = None
+    mixer_types: list[str] | None = None
+
+
+FinishedFile = dict[str, dict[str, str]]  # finished.json of a comparison: run -> file -> SHA-256
+
+
+@dataclass(frozen=True)
+class _Model:
+    parameters: Count
+
+
+@dataclass(frozen=True)
 class _AtStep:
     step: Count
     elapsed_s: Number | None = None
@@ -288,7 +304,9 @@ EVENTS: dict[str, Any] = {
     "validation": _Validation,
     "sample": _Sample,
     "started": _Started,
+    "model": _Model,
     "resumed": _AtStep,
+    "stopped": _AtStep,
     "diverged": _Diverged,
     "trained": _Trained,
     "evaluated": _Evaluated,

@@ -18,12 +18,12 @@ import yaml
 
 from hf_genlm.card import wording
 from hf_genlm.card.front_matter import check_card, datasets_of, front_matter, language_name, languages_of
-from hf_genlm.card.parameters import parts_of, read_sizes
+from hf_genlm.card.parameters import parts_of
 from hf_genlm.card.privacy import privacy_section
 from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements
-from hf_genlm.files import read, read_text, write_text
+from hf_genlm.files import read, read_tensor_sizes, read_text, write_text
 from hf_genlm.report import document
 from hf_genlm.report.curves import CURVES_FILE, curves_of, describe_curves, first_samples, write_curves
 from hf_genlm.run_folder import RunFolder
@@ -161,7 +161,7 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
     measured = read_measurements(run.evaluation)
     of_tokenizer = read_measurements(run.languages) if run.languages.is_file() else []
     shown = [m for m in measured if m.name.partition("/")[2] not in corpus.languages]
-    sizes = read_sizes(run.model / "model.safetensors")
+    sizes = read_tensor_sizes(run.model / "model.safetensors")
     samples = read_text(run.samples) if run.samples.is_file() else ""
     last = {event["event"]: event for event in events}
     year, version = wording.year_of(events), environment.packages.get("hf_genlm")

@@ -1,11 +1,7 @@
-"""Parameters of a model by part, counted in the header of its safetensors file without reading a weight."""
+"""Parameters of a model by part."""
 
-import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
-
-from hf_genlm.errors import UserError
 
 _MIXER = "mixer"
 _OTHER = "other"
@@ -32,25 +28,8 @@ class Part(NamedTuple):
     n_parameters: int
 
 
-def read_sizes(path: Path) -> dict[str, int]:
-    """Number of parameters of each tensor in a safetensors file, by name. A tied tensor is stored once.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{str(path)!r} cannot be read as safetensors ({error}): 'train' writes it"
-        ) from error
-
-
 def parts_of(sizes: dict[str, int], mixer_types: Sequence[str]) -> list[Part]:
-    """Sum the sizes of `read_sizes` by part, in the order in which the model computes the parts.
+    """Sum the sizes of a model's tensors by part, in the order in which the model computes the parts.
 
     `mixer_types` holds the mixer of each stored layer.
     """

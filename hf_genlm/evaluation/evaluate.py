@@ -13,7 +13,7 @@ import numpy as np
 from hf_genlm.config.recipe import EvaluationRecipe, Recipe, load_recipe, set_field
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.evaluation.measurement import Measurement, update_measurements
-from hf_genlm.files import read
+from hf_genlm.files import note_write_errors, read
 from hf_genlm.loading import load
 from hf_genlm.run_folder import Listener, RunFolder
 from hf_genlm.run_schemas import CorpusFile
@@ -121,7 +121,8 @@ def evaluate(
     subject = load_subject(path, settings.evaluation.context_length)
     measurements = _run_suites(names, subject, material, settings, tell)
     if run and not has_text and not assignments:
-        update_measurements(run.evaluation, measurements)
+        with note_write_errors(lambda message: tell("note", {"message": message})):
+            update_measurements(run.evaluation, measurements)
     return measurements
 
 

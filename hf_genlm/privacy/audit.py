@@ -6,6 +6,7 @@
 `ATTACKS` has one row per attack; a new attack is a new row.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 from hf_genlm.config.recipe import Recipe, load_recipe, set_field
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.evaluation.measurement import Measurement
-from hf_genlm.files import read, refuse_links_out, write_json
+from hf_genlm.files import WriteError, read, refuse_links_out, write_json
 from hf_genlm.loading import load
 from hf_genlm.privacy.attacks.exposure import measure_canaries
 from hf_genlm.privacy.attacks.extraction import measure_extraction
@@ -150,7 +151,11 @@ def audit(
         path=None if folder is None else folder / "audit.json",
     )
     if result.path is not None:
-        _write(result, result.path)
+        try:
+            _write(result, result.path)
+        except WriteError as error:
+            notify("note", {"message": f"not kept: {error}"})
+            result = dataclasses.replace(result, path=None)
     return result
 
 

@@ -1,7 +1,5 @@
 """A list of the runs, models and comparisons below a folder."""
 
-import json
-import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -11,8 +9,9 @@ from typing import Any
 from hf_genlm.config.recipe import load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import Measurement, read_measurements
-from hf_genlm.files import read_json
+from hf_genlm.files import read, read_json, read_tensor_sizes
 from hf_genlm.run_folder import RunFolder
+from hf_genlm.run_schemas import AnyModelConfigFile, FinishedFile
 
 
 @dataclass(frozen=True)
@@ -90,28 +89,17 @@ def _run_facts(path: Path) -> dict[str, Any]:
 
 def _comparison_facts(path: Path) -> dict[str, Any]:
     finished = path / "finished.json"
-    n_finished = len(read_json(finished)) if finished.is_file() else 0
+    n_finished = len(read_json(finished, FinishedFile)) if finished.is_file() else 0
     is_done = (path / "comparison.json").is_file()
     return {"state": f"{'done' if is_done else 'interrupted'}, {n_finished} runs finished"}
 
 
 def _model_facts(path: Path) -> dict[str, Any]:
-    config = read_json(path / "config.json")
-    mixers = Counter(config.get("mixer_types") or ())
-    decoder = ", ".join(f"{n} {mixer}" for mixer, n in mixers.items()) or str(config.get("model_type"))
+    config = read(path / "config.json", AnyModelConfigFile)
+    mixers = Counter(config.mixer_types or ())
+    decoder = ", ".join(f"{n} {mixer}" for mixer, n in mixers.items()) or str(config.model_type)
     return {
         "decoder": decoder,
-        "parameters": sum(map(_count_parameters, path.glob("*.safetensors"))),
+        "parameters": sum(sum(read_tensor_sizes(file).values()) for file in path.glob("*.safetensors")),
         "state": "done",
     }
-
-
-def _count_parameters(file: Path) -> int:
-    """Sum the sizes that the header of a safetensors file states."""
-    try:
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-    except (OSError, ValueError, KeyError, MemoryError, OverflowError) as error:
-        raise UserError(f"{str(file)!r} is damaged: {error}") from error
-    return sum(math.prod(shape) for shape in shapes)

@@ -16,11 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from hf_genlm import doctor
-from hf_genlm.card.parameters import parts_of, read_sizes
+from hf_genlm.card.parameters import parts_of
 from hf_genlm.cli.display import print_installation
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import load_recipe
 from hf_genlm.config.settle import settle
+from hf_genlm.files import read_tensor_sizes
 from hf_genlm.model import DECODERS, GenLMForCausalLM
 from hf_genlm.model.recurrence_genlm import ClassicCell
 
@@ -49,7 +50,7 @@ def test_parameters_are_those_of_the_model_and_parts_those_of_the_card(case, tmp
     parts = doctor.count_parts(case, context=12)
     assert sum(part.n_parameters for part in parts) == case.num_parameters()
     case.save_pretrained(tmp_path)
-    on_card = parts_of(read_sizes(tmp_path / "model.safetensors"), case.config.mixer_types)
+    on_card = parts_of(read_tensor_sizes(tmp_path / "model.safetensors"), case.config.mixer_types)
     assert [(part.name, part.n_parameters) for part in parts if part.n_parameters] == [
         (part.name, part.n_parameters) for part in on_card
     ]
@@ -165,7 +166,7 @@ def doctored(capsys, *arguments: str) -> dict:
 
 def test_a_run_folder_is_described_as_it_was_trained(trained, capsys):
     found = doctored(capsys, "--parameters", str(trained.path))
-    assert found["n_parameters"] == sum(read_sizes(trained.model / "model.safetensors").values())
+    assert found["n_parameters"] == sum(read_tensor_sizes(trained.model / "model.safetensors").values())
     assert (found["vocab_size"], found["is_vocab_size_assumed"]) == (400, False)
     wider = doctored(capsys, "--parameters", str(trained.path), "--set", "model.hidden_size=48")
     assert wider["hidden_size"] == 48

@@ -246,6 +246,53 @@ def test_a_text_may_be_a_link(trained, text_folder, tmp_path):
     assert main(["evaluate", str(trained / "run"), str(tmp_path / "text.txt")]) == 0
 
 
+@pytest.fixture
+def read_only(monkeypatch):
+    """A function that makes a folder read-only, as on a disk that is mounted so, for root too."""
+    opened = os.open
+
+    def seal(folder: Path) -> None:
+        def refuse(path, flags, *more, **keywords):
+            if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and str(path).startswith(str(folder)):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+            return opened(path, flags, *more, **keywords)
+
+        monkeypatch.setattr(os, "open", refuse)
+
+    return seal
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "audit"])
+def test_figures_of_a_run_on_a_read_only_disk_are_printed(verb, trained, tmp_path, capsys, read_only):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    before = snapshot(run)
+    read_only(run)
+    assert main(WRITING_VERBS[verb](str(run))) == 0
+    shown = capsys.readouterr()
+    assert {"evaluate": "bits_per_byte", "audit": "membership_auc"}[verb] in shown.out
+    notes = " ".join(shown.err.split())
+    assert "not kept" in notes
+    assert "Read-only file system" in notes
+    assert "audit:" not in shown.out, "it does not name a file that was not written"
+    assert snapshot(run) == before
+
+
+def test_what_cannot_be_written_is_one_line(trained, tmp_path, capsys, read_only):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    read_only(run)
+    for verb, name in (
+        ("card", "plots/curves.png"),
+        ("plot", "plots/curves.png"),
+        ("push", "model/README.md"),
+    ):
+        assert main(WRITING_VERBS[verb](str(run))) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert f"{name}' cannot be written (Read-only file system): name a place" in line
+    assert main(["plot", str(run), "--out", str(tmp_path / "elsewhere.png")]) == 0
+
+
 # no other writer
 
 WRITING_METHODS = {

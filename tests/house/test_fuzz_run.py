@@ -24,14 +24,15 @@ VERBS = {
     "plot": lambda run: ["plot", run],
     "evaluate": lambda run: ["evaluate", run],
     "push": lambda run: ["push", run, "owner/name", "--dry-run"],
+    "runs": lambda run: ["runs", str(Path(run).parent)],
 }
 # file -> the verbs that read it, the cheap ones more often: push writes the card, and card draws curves too
 READERS = {
-    "recipe.yaml": ["push", "push", "push", "evaluate"],
+    "recipe.yaml": ["push", "push", "runs", "evaluate"],
     "corpus.json": ["push", "push", "push", "push", "evaluate"],
     "environment.json": ["push"],
-    "log.jsonl": ["push", "push", "push", "plot"],
-    "evaluation.json": ["push", "push", "push", "push", "card", "evaluate"],
+    "log.jsonl": ["push", "push", "runs", "plot"],
+    "evaluation.json": ["push", "push", "push", "runs", "card", "evaluate"],
     "audit.json": ["push"],
     "privacy.json": ["push"],
     "vectors.json": ["push"],
