@@ -1,4 +1,4 @@
-"""What a person can mend or has asked for; everything else that is raised is a fault of ours."""
+"""Errors that a person can fix or has asked for. Any other exception is a fault of this package."""
 
 import difflib
 import os
@@ -12,50 +12,49 @@ GOOGLE = r"(?<!\w)AIza[A-Za-z0-9_-]{35}"
 BEGIN_OF_PRIVATE_KEY = r"-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----"
 END_OF_PRIVATE_KEY = BEGIN_OF_PRIVATE_KEY.replace("BEGIN", "END")
 
-# an access token of the Hub; a login in front of the host of an address
+# access tokens of the Hub; logins before the host of an address
 _SECRETS = (re.compile(HUB), re.compile(r"(?<=://)[^/\s@'\"]+(?=@)"))
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-_LEAST_SECRET = 8  # characters of a variable's value: a shorter one would be found in any text
+_MIN_SECRET = 8  # characters of a variable's value; a shorter value occurs in any text
 
 
 class UserError(ValueError):
     """Input that cannot be used. The message is one line: the value, the rule, the remedy.
 
-    The command line prints it and exits 2, without a traceback. Access tokens in it are blotted out, and
-    what is no printable character, as a line end, is written as its escape.
+    The command line prints the message without a traceback and exits with 2. Access tokens in the message are
+    masked, and unprintable characters such as line ends are escaped.
     """
 
     def __init__(self, message: str):
-        super().__init__(_printable(without_secrets(message)))
+        masked = without_secrets(message)
+        super().__init__(
+            "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in masked)
+        )
 
 
 class NoSource(UserError):
-    """There is nothing at `word`, where text was to be read."""
+    """No text source exists at `word`."""
 
     def __init__(self, word: str, message: str):
         super().__init__(message)
         self.word = word
 
 
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def without_secrets(text: str) -> str:
-    """`text` with `***` for every access token of the Hub and every login in an address."""
+    """Replace every access token of the Hub, and every login in an address, by `***`."""
     for pattern in _SECRETS:
         text = pattern.sub("***", text)
     for name in _TOKEN_VARIABLES:
         value = os.environ.get(name, "").strip()
-        if len(value) >= _LEAST_SECRET:
+        if len(value) >= _MIN_SECRET:
             text = text.replace(value, "***")
     return text
 
 
 class Stopped(KeyboardInterrupt):
-    """A run that Ctrl-C or SIGTERM ended, whole on disk: `--resume` goes on with it.
+    """Ctrl-C or SIGTERM ended a training, whose run folder is complete: `--resume` continues it.
 
-    `folder` is its run folder, `step` the last step of its checkpoint (None: it had none yet).
+    `folder` is the run folder, `step` the step of its last checkpoint (None: there is no checkpoint yet).
     """
 
     def __init__(self, folder: str, step: int | None):
@@ -64,7 +63,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'lstm'?` for a near word of `known`, otherwise the whole list of them."""
+    """End of a message: `; did you mean 'lstm'?` if one of `known` is similar, else a list of all."""
     known = list(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if near:

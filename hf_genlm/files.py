@@ -14,7 +14,6 @@ import os
 import re
 import secrets
 import shutil
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -115,7 +114,7 @@ def atomic_file(path: str | Path, mode: int = 0o666) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """As `atomic_file`, for a library that opens the file by itself: a path in a private folder."""
+    """A path in a private folder, for a library that opens a file by itself; else as `atomic_file`."""
     path = Path(path)
     with _write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -312,25 +311,25 @@ def refuse_links_out(folder: str | Path) -> None:
     A verb that writes into such a folder could write somewhere else.
 
     Raises:
-        UserError: the first such entry, by its path.
+        UserError: there is such an entry, or a folder cannot be read.
     """
     root = os.path.realpath(folder)
-    folders = [root]
-    while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                kind = entry.stat(follow_symlinks=False).st_mode
-                if stat.S_ISDIR(kind):
-                    folders.append(entry.path)
-                elif stat.S_ISLNK(kind):
-                    target = os.path.realpath(entry.path)
-                    if target != root and not target.startswith(root + os.sep):
-                        raise UserError(
-                            f"{entry.path!r} is a link to {target!r}, outside of {str(folder)!r}: put the "
-                            "file or folder itself there, or remove the link"
-                        )
-                elif not stat.S_ISREG(kind):
-                    raise UserError(f"{entry.path!r} is neither a file nor a folder: remove it")
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename!r} cannot be read: {error.strerror}") from error
+
+    for parent, folders, names in os.walk(root, onerror=refuse):
+        for name in sorted([*folders, *names]):
+            path = os.path.join(parent, name)
+            if os.path.islink(path):
+                target = os.path.realpath(path)
+                if os.path.commonpath([root, target]) != root:
+                    raise UserError(
+                        f"{path!r} is a link to {target!r}, outside of {str(folder)!r}: put the file or "
+                        "folder itself there, or remove the link"
+                    )
+            elif not os.path.isfile(path) and not os.path.isdir(path):
+                raise UserError(f"{path!r} is neither a file nor a folder: remove it")
 
 
 def require_new_folder(path: str | Path) -> None:

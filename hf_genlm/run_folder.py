@@ -1,10 +1,10 @@
-"""The run folder: the one place through which the verbs speak to each other.
+"""The run folder: paths and log of one run. All verbs read and write a run through it.
 
 RUN/ recipe.yaml  environment.json  corpus.json  log.jsonl  tokenizer/  checkpoints/
-     vectors.json (with word vectors)  languages.json (where they are named)
+     vectors.json (with word vectors)  languages.json (with named languages)
      evaluation.json  evaluation_blocks.npy (likelihood by blocks of text)
      privacy.json (the guarantee, with privacy.epsilon)  canaries.json (never pushed)  audit.json
-     samples.md  model/ (exactly what is pushed)  plots/  milestones/ (models after so many words)
+     samples.md  model/ (exactly what is pushed)  plots/  milestones/ (models at given numbers of words)
      tensorboard/  .lock (held by the process that trains)
 """
 
@@ -33,14 +33,14 @@ from hf_genlm.files import (
 from hf_genlm.run_schemas import EVENTS, Event
 
 Listener = Callable[[str, dict[str, Any]], None]
-# all that a run killed in its first moment leaves; the two .jsonl hold texts that were given in Python
+# all that a run killed at its start leaves; sources and validation hold texts that were given in Python
 _BEGINNING = {".lock", "log.jsonl", "sources.jsonl", "validation.jsonl"}
 
 
 class RunFolder:
-    """Paths of one run, and the writers of its small files.
+    """Paths of one run, and its log.
 
-    `listener(event, fields)` hears the log and what is told besides, each of `followers` the log alone.
+    `listener(event, fields)` receives all events, `followers` receive those that are logged.
     """
 
     def __init__(self, path: str | Path, listener: Listener | None = None):
@@ -71,10 +71,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, listener: Listener | None = None) -> "RunFolder":
-        """Make the folder.
+        """Make the folder of a new run.
 
         Raises:
-            UserError: it already holds something, or cannot be written.
+            UserError: the folder holds files already, a link leads out of it, or it cannot be written.
         """
         run = cls(path, listener)
         try:
@@ -82,7 +82,7 @@ class RunFolder:
                 path.name in _BEGINNING or is_private_name(path) for path in run.path.iterdir()
             ):
                 is_run, is_done = run.recipe.exists(), run.model.is_dir()
-                go_on = ", or go on with it by train --resume" if is_run and not is_done else ""
+                go_on = ", or continue it with train --resume" if is_run and not is_done else ""
                 raise UserError(
                     f"--out {str(path)!r} already holds {'a run' if is_run else 'files'}: name a new folder, "
                     f"or remove it{go_on}"
@@ -101,7 +101,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path, listener: Listener | None = None) -> "RunFolder":
-        """An existing run.
+        """Open the folder of an existing run.
 
         Raises:
             UserError: there is no run, or a link leads out of it.
@@ -114,15 +114,15 @@ class RunFolder:
         return run
 
     def discard(self) -> None:
-        """Remove the folder: for a run that ended before it began."""
+        """Remove the folder of a run that failed before training."""
         shutil.rmtree(self.path.resolve())
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """For the one process that trains in this folder. A killed one holds it no more.
+        """Hold the lock of the folder while a process trains in it; the lock ends with the process.
 
         Raises:
-            UserError: another process does.
+            UserError: another process holds the lock.
         """
         from filelock import FileLock, Timeout
 
@@ -155,9 +155,9 @@ class RunFolder:
             return False
 
     def log(self, event: str, **fields: Any) -> None:
-        """Append one line to log.jsonl and tell listener and followers. `time` is in seconds since the epoch.
+        """Append an event to log.jsonl, with `time` in seconds since 1970; send it to listener and followers.
 
-        On a full disk the listener alone hears it: a run does not end for want of a line.
+        If the line cannot be written, as on a full disk, the run continues and the listener gets a note.
         """
         line = json.dumps({"event": event, "time": round(time.time(), 3), **fields}, ensure_ascii=False)
         try:
@@ -172,15 +172,15 @@ class RunFolder:
             follower(event, fields)
 
     def tell(self, event: str, **fields: Any) -> None:
-        """Tell the listener alone: progress that is of no use afterwards."""
+        """Send an event to the listener without logging it: progress that is of no use afterwards."""
         if self.listener is not None:
             self.listener(event, fields)
 
     def read_log(self) -> list[dict[str, Any]]:
-        """All logged events, oldest first. Lines that a kill or a full disk cut off are left out.
+        """Read all logged events, oldest first. Lines that a kill or a full disk cut off are left out.
 
         Raises:
-            UserError: a line is no event, or lacks what its kind of event has.
+            UserError: a line is not an event, or a field is missing or has another type.
         """
         if not self.log_file.exists():
             return []
@@ -199,12 +199,12 @@ class RunFolder:
         return events
 
     def has_stopped(self) -> bool:
-        """True if the last that was heard of it is that a signal ended it, with a checkpoint."""
+        """True if the last logged event is that a signal ended the training."""
         events = self.read_log()
         return bool(events) and events[-1]["event"] == "stopped"
 
     def end_log_line(self) -> None:
-        """Begin a new line, where a kill cut the last one off."""
+        """Let the next event begin a new line if a kill cut the last line off."""
         with append_file(self.log_file) as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
@@ -212,20 +212,20 @@ class RunFolder:
 
 
 class FollowedRun(RunFolder):
-    """The folder of a run that another process writes: here it is only read."""
+    """The folder of a run that another process of the same training writes. All writers do nothing."""
 
     def discard(self) -> None:
-        """Left to the one that made it."""
+        """Do nothing: the first process does it."""
 
     def log(self, event: str, **fields: Any) -> None:
-        """Left to the one that made it."""
+        """Do nothing: the first process does it."""
 
     def tell(self, event: str, **fields: Any) -> None:
-        """Left to the one that made it."""
+        """Do nothing: the first process does it."""
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions and machine, without host names or paths."""
+    """Collect versions and machine for environment.json, without host names or paths."""
     packages = (
         "hf_genlm",
         "torch",

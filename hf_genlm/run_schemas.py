@@ -40,7 +40,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class SplitMethod:
-    """How the validation split was held out."""
+    """Method by which the validation split was held out."""
 
     method: str
     seed: int

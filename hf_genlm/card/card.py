@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from hf_genlm.card import wording
+import hf_genlm.card.wording as wording
 from hf_genlm.card.front_matter import check_card, datasets_of, front_matter, language_name, languages_of
 from hf_genlm.card.parameters import parts_of
 from hf_genlm.card.privacy import privacy_section

@@ -225,7 +225,7 @@ def test_long_samples_are_cut_and_only_the_last_are_shown(tmp_path):
 def test_a_validation_text_that_was_named_has_no_seed(tmp_path):
     split = {"method": "given", "seed": 7, "fraction": 0.05}
     text = write_card(make_run(tmp_path, corpus={"split": split})).read_text(encoding="utf-8")
-    assert "The validation text was named" in text
+    assert "The validation text was given separately" in text
     assert "seed 7" not in text
     assert "same sources" not in text
 

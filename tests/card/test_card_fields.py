@@ -242,17 +242,15 @@ def test_the_command_that_repeats_it_is_shown_and_understood(tmp_path):
     recipe = load_recipe(None, ["training.minutes=2"])
     text = render_card(make_run(tmp_path, recipe=recipe), recipe_file="recipes/x.yaml")
     assert "```bash\nhf-genlm train --recipe recipes/x.yaml --out run\n```" in text
-    assert "With `--steps 321` it takes as many as here." in text
+    assert "`--steps 321` makes as many as here." in text
     assert "the same weights" not in text
 
 
 def test_the_headline_is_the_measurement(tmp_path):
     text = render_card(make_run(tmp_path))
-    assert "**1.7346 bits for each byte** of text of the same kind that it never saw (95 % interval" in text
+    assert "**1.7346 bits for each byte** of held-out text from the same sources (95 % interval" in text
     given = {"split": {"method": "given", "seed": 7, "fraction": 0.05}}
-    assert "of the text that was held out (95 %" in render_card(
-        make_run(tmp_path, corpus=given, name="given")
-    )
+    assert "of held-out text (95 %" in render_card(make_run(tmp_path, corpus=given, name="given"))
 
 
 def test_nothing_is_left_for_the_reader_to_guess(tmp_path):

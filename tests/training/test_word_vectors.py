@@ -305,7 +305,7 @@ def test_frozen_rows_are_bit_equal_after_training(tied, text_folder, vector_file
     assert (model.model.embed_proj.bias != 0).any()
     assert not model.model.embed_tokens.weight._backward_hooks
     assert not list(model.buffers())
-    assert "were held as they are; " in write_card(run).read_text()
+    assert "The vectors from the file were frozen; " in write_card(run).read_text()
 
 
 @pytest.mark.parametrize(("release", "moved"), [(3, False), (2, True)])
@@ -322,7 +322,7 @@ def test_rows_are_released_after_the_step(release, moved, text_folder, vector_fi
     after = started["model"].model.embed_tokens.weight.detach()
     assert bool((after != started["before"])[found].any()) is moved
     assert not started["model"].model.embed_tokens.weight._backward_hooks
-    assert f"held as they are for {release} steps" in write_card(run).read_text()
+    assert f"were frozen for {release} steps" in write_card(run).read_text()
 
 
 @pytest.mark.parametrize(
