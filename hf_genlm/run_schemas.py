@@ -16,11 +16,12 @@ Time = Annotated[float, Field(ge=0, lt=250_000_000_000)]  # seconds since 1970, 
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """Counts of one split; None where a stream was read and not counted. `sha256` is of all texts."""
+    """Counts of one split; None where a stream was read and not counted. A language has no `sha256`, that of
+    all texts."""
 
     documents: Count | None
     bytes: Count | None
-    sha256: str | None
+    sha256: str | None = None
     characters: Count | None = None
     tokens: Count | None = None
     words: Count | None = None

@@ -8,6 +8,7 @@ every run folder has, but for samples and measurements: `hf-genlm evaluate OUT` 
 """
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -91,6 +92,7 @@ def train(
     schedule = LambdaLR(optimizer.optimizer, share)  # prepared, it would count those of each process
     terms = {"label_smoothing": training.label_smoothing_factor, "z_loss": training.z_loss}
     steps = steps_of(accelerator, rows, training)
+    began, n_tokens = time.monotonic(), 0
     for step, batches in zip(range(1, training.steps + 1), steps, strict=False):
         targets = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
         targets = accelerator.reduce(targets, "sum")  # of all processes: each token counts the same
@@ -106,8 +108,10 @@ def train(
         schedule.step()
         optimizer.zero_grad()
         loss = accelerator.reduce(loss, "sum").item()
+        n_tokens += int(targets)
         if accelerator.is_main_process:
-            run.log("step", step=step, loss=loss)
+            elapsed_s = round(time.monotonic() - began, 3)
+            run.log("step", step=step, loss=loss, tokens=n_tokens, elapsed_s=elapsed_s)
             print(f"step {step}  loss {loss:.4f}", file=sys.stderr)
 
 
