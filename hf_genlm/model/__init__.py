@@ -1,6 +1,6 @@
-"""The model as the transformers library sees it. Importing this registers it with the Auto classes.
+"""The GenLM model for transformers. Importing this package registers it with the Auto classes.
 
-Every file here but this one travels to the Hub with a saved model.
+Every file here except this one is saved with a model and uploaded to the Hub.
 """
 
 from transformers import AutoConfig

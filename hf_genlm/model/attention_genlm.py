@@ -1,4 +1,4 @@
-"""Causal attention over all earlier tokens or a sliding window of them.
+"""Causal attention to all earlier tokens or to a sliding window of them.
 
 Shapes: B batch, T tokens, S cached and new tokens, N heads, K key-value heads, H head_dim.
 """
@@ -18,12 +18,12 @@ from .configuration_genlm import GenLMConfig
 from .initialization_genlm import start_near_zero
 from .positions_genlm import apply_rotary
 
-# whether continuous batching has its pages of keys and values filled by attention functions, or by layers
-_IS_FOR_FUNCTIONS = CACHE == "past_key_values"
+# True if attention functions, not layers, write the pages of continuous batching (transformers before 5.24)
+_FUNCTIONS_WRITE_PAGES = CACHE == "past_key_values"
 
 
 class GenLMAttention(nn.Module):
-    """Grouped-query attention (Ainslie et al., 2023, arXiv:2305.13245), with `qk_norm` of normalised queries
+    """Grouped-query attention (Ainslie et al., 2023, arXiv:2305.13245), with `qk_norm` on normalised queries
     and keys (Henry et al., 2020, arXiv:2010.04245). Full and sliding attention differ only in their mask."""
 
     def __init__(self, config: GenLMConfig, layer_idx: int):
@@ -53,9 +53,11 @@ class GenLMAttention(nn.Module):
         layer_idx: int | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, hidden_size) to the same, and the weights (B, N, T, S) of implementations that keep them.
+        """Map (B, T, hidden_size) to (B, T, hidden_size); also returns the weights (B, N, T, S) or None.
 
-        `layer_idx` is the layer of the cache, where it is not that of the weights.
+        Args:
+            position_embeddings: cosines and sines of the rotary positions, each (B, T, H).
+            layer_idx: index of the layer in the cache; None: that of the weights, which layers may share.
         """
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         q_BNTH = self.q_proj(hidden_states).view(heads).transpose(1, 2)
@@ -72,9 +74,9 @@ class GenLMAttention(nn.Module):
         if past_key_values is not None:
             k_BKSH, v_BKSH = past_key_values.update(k_BKTH, v_BKTH, at)
         module = self
-        if "cache" in kwargs:  # that of continuous batching
-            if _IS_FOR_FUNCTIONS:
-                module = self._seen_at(at)
+        if "cache" in kwargs:  # the pages of continuous batching
+            if _FUNCTIONS_WRITE_PAGES:
+                module = self._with_layer_idx(at)
             else:
                 k_BKSH, v_BKSH = kwargs.pop("cache").update(k_BKTH, v_BKTH, at, kwargs=kwargs)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -93,11 +95,11 @@ class GenLMAttention(nn.Module):
         )
         return self.out_proj(mixed_BTNH.reshape(*hidden_states.shape[:-1], -1)), weights
 
-    def _seen_at(self, layer_idx: int) -> "GenLMAttention":
-        """This module as continuous batching must see it, which finds its pages by `module.layer_idx`."""
-        seen = copy.copy(self)
-        seen.layer_idx = layer_idx
-        return seen
+    def _with_layer_idx(self, layer_idx: int) -> "GenLMAttention":
+        """A view of this module with another `layer_idx`, by which continuous batching finds its pages."""
+        view = copy.copy(self)
+        view.layer_idx = layer_idx
+        return view
 
 
 def eager_attention(
@@ -110,7 +112,12 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(Q K^T scaling + mask) V, written out: the twin of every fused implementation.
+    """softmax(Q K^T scaling + mask) V: the reference of every fused implementation.
+
+    Args:
+        query: (B, N, T, H).
+        key, value: (B, K, S, H).
+        attention_mask: added to the scores, (B, 1, T, S).
 
     Returns:
         (B, T, N, H) and the weights (B, N, T, S).

@@ -1,8 +1,7 @@
-"""The cache layer that holds a recurrent state, so that transformers' caches serve RNN layers like any other,
-and the state that training carries from row to row.
+"""Cache layer for a recurrent state in transformers' caches; the state that training carries between rows.
 
-transformers' own linear-attention layer forgets a state that comes without a convolution, cannot tell how
-many tokens it has seen and cannot roll back; this one does all three.
+transformers' own linear-attention layer does not return a state without a convolution, does not count tokens
+and cannot roll back; this layer does all three.
 """
 
 import torch
@@ -10,22 +9,22 @@ from transformers import cache_utils, masking_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-# what transformers calls a cache, as an argument and in an output: the first from 5.24 on
+# transformers' name of a cache as an argument and in an output: "cache" from 5.24 on
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin, DummyLayer):
-    """State of one recurrent layer: slot 0 holds h, slot 1 holds c of an LSTM, each (batch, recurrent_size).
-    Slot 2 of a model's first layer holds the last token, plus 1, where pairs are embedded: (batch, 1).
+    """State of one recurrent layer: slot 0 is h, slot 1 is c of an LSTM, each (batch, recurrent_size).
+    Slot 2 of the first layer of a model with bigrams is the last token + 1, (batch, 1).
 
     While `record_past` is set (assisted decoding), the states after each token since the last `crop` are
-    kept, (batch, 1 + tokens, recurrent_size), so that rejected tokens can be taken back.
+    kept, (batch, 1 + tokens, recurrent_size), so that rejected tokens can be rolled back.
 
-    A CacheLayerMixin counts tokens; a DummyLayer has no keys, and is not asked for the extent of a mask over
-    them where a layer of attention comes after it.
+    It is a CacheLayerMixin because it counts tokens, and a DummyLayer because it has no keys: the size of a
+    mask then comes from a later attention layer.
     """
 
-    # for every recurrence: accelerate refuses sequence parallelism by the words linear_attention in it
+    # one name for all recurrences; accelerate refuses sequence parallelism for names with linear_attention
     _layer_type = "genlm_linear_attention"
     is_compileable = True
     is_sliding = False
@@ -35,20 +34,20 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin, DummyLayer):
         LinearAttentionLayer.__init__(self, number_of_states=3)
         self.keys = self.values = None
         self.is_initialized = False
-        # a tensor: a Python number would be a constant to torch.compile and torch.export
+        # a tensor, since a Python number would be a constant for torch.compile and torch.export
         self.cumulative_length = torch.tensor(0, dtype=torch.int64)
         self.past_states: dict[int, torch.Tensor | None] = dict.fromkeys(range(3))
 
     def update_recurrent_state(self, recurrent_states, state_idx=0, n_tokens=1, past_states=None, **kwargs):
-        """Keep the state after `n_tokens` more tokens.
+        """Store the state after `n_tokens` more tokens.
 
         Args:
             recurrent_states: (batch, recurrent_size).
-            past_states: (batch, 1 + n_tokens, recurrent_size), the state before and after each of them;
-                needed while recording.
+            past_states: (batch, 1 + n_tokens, recurrent_size), the state before the first and after each of
+                them; required while recording.
         """
         if not self.is_recurrent_states_initialized[state_idx]:
-            self._adopt(recurrent_states)
+            self._set_device_of(recurrent_states)
         super().update_recurrent_state(recurrent_states, state_idx=state_idx)
         self.has_previous_state[state_idx] = True
         if state_idx == 0:
@@ -60,7 +59,7 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin, DummyLayer):
             )
         return self.recurrent_states[state_idx]
 
-    def _adopt(self, state: torch.Tensor) -> None:
+    def _set_device_of(self, state: torch.Tensor) -> None:
         self.dtype, self.device, self.batch_size = state.dtype, state.device, state.shape[0]
         if not self.is_initialized:
             self.cumulative_length = self.cumulative_length.to(state.device)
@@ -69,15 +68,15 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin, DummyLayer):
             self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Always an error: there are no keys and values here."""
+        """Raise RuntimeError: a recurrent layer has no keys and values."""
         raise RuntimeError("a recurrent layer has no keys and values; use update_recurrent_state")
 
     def get_seq_length(self):
-        """Tokens seen so far."""
+        """Number of tokens seen so far."""
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int):
-        """(tokens seen including this query, 0): the extent of the padding mask."""
+        """(tokens seen including this query, offset 0) of the padding mask."""
         return self.cumulative_length + query_length, 0
 
     def get_max_length(self) -> int:
@@ -86,13 +85,17 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin, DummyLayer):
 
     @property
     def is_croppable(self) -> bool:
-        """A state can be taken back only while its past is recorded."""
+        """True while the past is recorded: only then can a state be rolled back."""
         return self.record_past
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` tokens (a negative number, as transformers passes it)."""
+        """Roll back the last `-tokens_to_remove` tokens (a negative number, as transformers passes it).
+
+        Raises:
+            RuntimeError: the past of so many tokens was not recorded, or the number is positive.
+        """
         if not self.record_past:
-            raise RuntimeError("crop needs activate_past_recording() before the tokens that it takes back")
+            raise RuntimeError("crop needs activate_past_recording() before the tokens that it removes")
         if tokens_to_remove > 0:
             raise RuntimeError("a recurrent layer is cropped by a negative number: the tokens to remove")
         for slot, past in self.past_states.items():
@@ -101,28 +104,28 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin, DummyLayer):
             kept = past.shape[1] + tokens_to_remove
             if kept < 1:
                 raise RuntimeError(
-                    f"cannot take back {-tokens_to_remove} tokens: {past.shape[1] - 1} are recorded"
+                    f"cannot remove {-tokens_to_remove} tokens: {past.shape[1] - 1} are recorded"
                 )
             self.past_states[slot] = past[:, kept - 1 : kept]
             self.recurrent_states[slot].copy_(past[:, kept - 1])
         self.cumulative_length.add_(tokens_to_remove)
 
     def reset(self) -> None:
-        """Forget everything; the tensors stay at their addresses."""
+        """Set the states to zero in place, so that the tensors keep their addresses."""
         LinearAttentionLayer.reset(self)
         self.cumulative_length.zero_()
         self.past_states = dict.fromkeys(self.past_states)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes row beam_idx[i]."""
+        """Replace row i by row beam_idx[i]."""
         self._map_rows(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times."""
+        """Repeat every row `repeats` times."""
         self._map_rows(lambda state: state.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Only the rows `indices`."""
+        """Keep only the rows `indices`."""
         self._map_rows(lambda state: state[indices])
 
     def _map_rows(self, rows) -> None:
@@ -134,19 +137,19 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin, DummyLayer):
             self.batch_size = self.recurrent_states[0].shape[0]
 
     def offload(self) -> None:
-        """States are small and stay where they are."""
+        """Do nothing: states are small and stay on their device."""
 
     def prefetch(self) -> None:
-        """Nothing was offloaded."""
+        """Do nothing: states are never offloaded."""
 
 
 class CarriedState(Cache):
-    """The recurrent states in which the rows of a batch end, for rows that go on from there.
+    """The recurrent states at the end of a batch of rows, for the rows that continue them.
 
-    `model(rows, position_ids=..., past_key_values=carried)` begins with the states that the same call left
-    for the rows before, at first with zeros, and forgets them wherever a position is 0, the start of a
-    document. No gradient passes from a row to the one before it: truncated backpropagation through time
-    (Williams and Peng, 1990). Attention layers leave nothing here and see each row alone.
+    `model(rows, position_ids=..., past_key_values=carried)` begins with the states that the previous call
+    stored, at first zeros, and resets them wherever a position is 0, the start of a document. No gradient
+    passes between calls: truncated backpropagation through time (Williams and Peng, 1990). Attention layers
+    store nothing and attend within each row.
     """
 
     def __init__(self):
@@ -155,15 +158,15 @@ class CarriedState(Cache):
         self.states = dict[tuple[int, int], torch.Tensor]()
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        """The state that a layer begins with; None: zero."""
+        """The state with which a layer begins; None: zeros."""
         return self.states.get((layer_idx, state_idx))
 
     def update_recurrent_state(self, recurrent_states, layer_idx: int, state_idx: int = 0, **kwargs):
-        """Keep the values of a state, (batch, recurrent_size), without their gradients."""
+        """Store a state (batch, recurrent_size) without its gradient."""
         self.states[layer_idx, state_idx] = recurrent_states.detach().clone()
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
-        """Keys and values of these tokens alone."""
+        """Return the given keys and values: there are no earlier ones."""
         return key_states, value_states
 
     def is_recording_past(self, layer_idx: int) -> bool:
@@ -171,9 +174,10 @@ class CarriedState(Cache):
         return False
 
     def check(self, position_ids, attention_mask, is_checkpointing: bool) -> None:
-        """
+        """Check the other arguments of a forward pass with a carried state.
+
         Raises:
-            ValueError: what comes with the rows does not say where they go on, or would go on twice.
+            ValueError: no position_ids, an attention_mask, or gradient checkpointing.
         """
         if position_ids is None or attention_mask is not None:
             raise ValueError(
@@ -181,12 +185,12 @@ class CarriedState(Cache):
             )
         if is_checkpointing:
             raise ValueError(
-                "gradient checkpointing runs each layer again, when its CarriedState has gone on: turn one "
+                "gradient checkpointing runs each layer again, after its CarriedState was updated: turn one "
                 "of them off"
             )
 
 
-# The base class registers the layer for DynamicCache; StaticCache and the masks have tables of their own.
+# The base class registers the layer for DynamicCache; StaticCache and the masks have separate tables.
 cache_utils.STATIC_LAYER_TYPE_MAPPING[RecurrentStateLayer._layer_type] = RecurrentStateLayer
 masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[RecurrentStateLayer._layer_type] = (
     masking_utils.create_recurrent_attention_mask

@@ -1,4 +1,4 @@
-"""Configuration of a GenLM decoder: the embedding, one mixer word per layer, and their shapes."""
+"""Configuration of a GenLM decoder: the embedding, one mixer per layer, and their shapes."""
 
 import difflib
 
@@ -10,7 +10,7 @@ ATTENTION_MIXERS = ("full_attention", "sliding_attention")
 MIXER_TYPES = RECURRENT_MIXERS + ATTENTION_MIXERS
 POSITION_TYPES = ("rotary", "learned", "none")
 
-# A preset's pattern repeats so that it ends on the last layer: a hybrid of any depth ends on attention.
+# The pattern of a preset repeats and ends on the last layer: a hybrid of any depth ends with attention.
 DECODERS = {
     "elman": ("elman",),
     "gru": ("gru",),
@@ -22,7 +22,7 @@ DECODERS = {
 }
 
 _WIDTH = (1, 2**20)
-# field: (least, most) of what is not None; where 0 or 1 itself will not do, a number next to it
+# field: (minimum, maximum) unless None; an excluded 0 or 1 is replaced by a number next to it
 _RANGES = {
     "vocab_size": (1, 2**31 - 1),
     "hidden_size": _WIDTH,
@@ -44,21 +44,26 @@ _RANGES = {
     "final_logit_softcapping": (1e-6, 1e30),
     "initializer_range": (0.0, 1e3),
 }
-_ROPE_WORDS = ("rope_type", "type", "truncate")  # the parameters of rotary positions that are no numbers
+_ROPE_WORDS = ("rope_type", "type", "truncate")  # rope_parameters that are not numbers
 
-# transformers keys caches and masks by these words; cache_genlm.py registers "genlm_linear_attention"
+# transformers chooses caches and masks by these names; cache_genlm.py registers "genlm_linear_attention"
 _LAYER_TYPE_OF = dict.fromkeys(RECURRENT_MIXERS, "genlm_linear_attention") | {
     name: name for name in ATTENTION_MIXERS
 }
 
 
-def _heads_of(hidden_size: int) -> int:
-    most = max(1, hidden_size // 64)
-    return next(heads for heads in range(most, 0, -1) if hidden_size % heads == 0)
+def _default_num_heads(hidden_size: int) -> int:
+    """The largest divisor of `hidden_size` that gives at least 64 columns to a head; 1 below 128."""
+    max_heads = max(1, hidden_size // 64)
+    return next(heads for heads in range(max_heads, 0, -1) if hidden_size % heads == 0)
 
 
 def mixers_of(decoder: str, num_hidden_layers: int) -> list[str]:
-    """The mixer words of preset `decoder`, one per layer."""
+    """The mixer of each layer of the preset `decoder`.
+
+    Raises:
+        ValueError: an unknown preset.
+    """
     if decoder not in DECODERS:
         raise ValueError(f"unknown decoder {decoder!r}; known: {', '.join(DECODERS)}")
     pattern = DECODERS[decoder]
@@ -76,37 +81,38 @@ class GenLMConfig(PreTrainedConfig):
         embedding_size: width r of the embedding table E (V x r). When it differs from `hidden_size`, the word
             embedding is E W + b with W (r x d); when it is None or equal, E alone.
         embedding_projection: force (True) or forbid (False) E W + b; None follows from `embedding_size`.
-        bigram_size: rows of a table, hashed, with a vector of width d for each pair of a token and the one
-            before it, added to the embedding; None: no such table. For decoders that start with a recurrent
-            layer, whose state remembers the token.
+        bigram_size: rows of a hashed table of vectors of width d, one for each pair of a token and its
+            predecessor, added to the embedding; None: no such table. Needs a recurrent first layer, whose
+            cache keeps the last token.
         mixer_types: per layer one of elman, gru, lstm, gated_linear, full_attention, sliding_attention.
-        num_hidden_layers: follows from `mixer_types` where they are given.
-        shared_layers: how many layers share each set of weights: the first `num_hidden_layers` /
-            `shared_layers` layers run so many times, in order, with a state or cache of their own each time.
+        num_hidden_layers: number of layers; None: that of `mixer_types`, or 4.
+        shared_layers: number of layers that share each set of weights: the first `num_hidden_layers` /
+            `shared_layers` layers run `shared_layers` times, in order, each time with its own state or cache.
         recurrent_size: width of a recurrent state; None: `hidden_size`.
-        num_attention_heads: of the attention mixers; None: one per 64 of width, as nearly as they divide it.
-        num_key_value_heads, head_dim: the other shapes of attention.
-        sliding_window: tokens that a sliding_attention layer sees, itself included.
+        num_attention_heads: of the attention mixers; None: about one per 64 columns of `hidden_size`.
+        num_key_value_heads: None: `num_attention_heads`.
+        head_dim: None: `hidden_size` / `num_attention_heads`.
+        sliding_window: tokens that a sliding_attention layer attends to, the current one included.
         qk_norm: normalise queries and keys in attention.
-        intermediate_size: width of the MLP; None: 4 * `hidden_size`, or, of a gated MLP, which has three
-            matrices instead of two, 8/3 of it, up to a multiple of 32.
-        gated_mlp: down(act(gate(x)) * up(x)) in place of down(act(up(x))).
-        mlp_rank: rank of the matrices of the MLP, each then a product of two; None: full matrices.
-        hidden_act: activation of the MLP, by transformers' name ("relu2" is the squared ReLU).
+        intermediate_size: width of the MLP; None: 4 * `hidden_size`, or 8/3 of it, rounded up to a multiple
+            of 32, for a gated MLP, which has three matrices instead of two.
+        gated_mlp: down(act(gate(x)) * up(x)) instead of down(act(up(x))).
+        mlp_rank: rank of the MLP's matrices, each a product of two; None: full matrices.
+        hidden_act: activation of the MLP, a name of transformers ("relu2" is the squared ReLU).
         position_type: rotary (attention layers only), learned (added to the embedding) or none.
-        rope_parameters: base and scaling of the rotary positions, as transformers' models take them.
-        max_position_embeddings: tokens of context the model was made for.
-        dropout: on the embedding and on the output of every mixer and MLP, in training.
+        rope_parameters: base and scaling of the rotary positions, as in transformers.
+        max_position_embeddings: maximum context in tokens; a hard limit for learned positions only.
+        dropout: on the embedding and the output of every mixer and MLP, in training.
         output_bias: add a bias to the logits.
         final_logit_softcapping: bound c of the logits, c tanh(logits / c); None: unbounded.
-        tie_word_embeddings: the head is E (through W when there is one).
+        tie_word_embeddings: the head is E, through W if there is one.
         initializer_range: standard deviation of new weights.
 
-    A key that is no field is kept as an attribute, as transformers' configs do, but not a slip of one.
+    An unknown key is kept as an attribute, as in every config of transformers, unless it resembles a field.
 
     Raises:
-        ValueError, TypeError, StrictDataclassError: a value outside its rule, with the rule; the last, of
-            huggingface_hub, stands for another type, or has the ValueError of a rule as its cause.
+        ValueError, TypeError, StrictDataclassError: a value outside its range, with the range. The last, of
+            huggingface_hub, means another type, or has the ValueError as its cause.
     """
 
     model_type = "genlm"
@@ -148,8 +154,8 @@ class GenLMConfig(PreTrainedConfig):
         decoder = kwargs.pop("decoder", None)
         rope_parameters = kwargs.pop("rope_parameters", None)
         _check_rope(rope_parameters)
-        self._refuse_slips(kwargs)
-        self.validate_ranges()  # before anything is counted by them
+        self._refuse_misspellings(kwargs)
+        self.validate_ranges()  # before sizes are derived
         if self.mixer_types is None:
             self.mixer_types = mixers_of(decoder or "gated_linear", self.num_hidden_layers or 4)
         elif decoder is not None:
@@ -162,7 +168,7 @@ class GenLMConfig(PreTrainedConfig):
             gated = 32 * -(-self.hidden_size // 12)
             self.intermediate_size = gated if self.gated_mlp else 4 * self.hidden_size
         if self.num_attention_heads is None:
-            self.num_attention_heads = _heads_of(self.hidden_size)
+            self.num_attention_heads = _default_num_heads(self.hidden_size)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -170,24 +176,24 @@ class GenLMConfig(PreTrainedConfig):
         if self.sliding_window is None and "sliding_attention" in self.mixer_types:
             self.sliding_window = max(2, self.max_position_embeddings // 4)
         self.validate_layer_type()  # before transformers reads layer_types
-        if self.has_rotary_positions:  # no field: elsewhere there is nothing that it could change
+        if self.has_rotary_positions:  # not a field: without rotary positions it has no meaning
             self.rope_parameters = rope_parameters
         super().__post_init__(**kwargs)
 
     @property
     def layer_types(self) -> list[str]:
-        """transformers' word for each layer: it chooses the cache layer and the mask."""
+        """transformers' name of each layer, by which it chooses the cache layer and the mask."""
         return [_LAYER_TYPE_OF[mixer] for mixer in self.mixer_types]
 
     @property
     def is_recurrent(self) -> bool:
-        """True if states of one size hold all that passes from token to token, in a text of any length."""
+        """True if a state of fixed size is all that passes from token to token, in a text of any length."""
         are_recurrent = all(mixer in RECURRENT_MIXERS for mixer in self.mixer_types)
         return are_recurrent and self.position_type != "learned"
 
     @property
     def num_distinct_layers(self) -> int:
-        """Layers with weights of their own."""
+        """Number of layers with their own weights."""
         return self.num_hidden_layers // self.shared_layers
 
     @property
@@ -199,7 +205,7 @@ class GenLMConfig(PreTrainedConfig):
 
     @property
     def has_rotary_positions(self) -> bool:
-        """True if any layer turns its queries and keys."""
+        """True if any layer rotates its queries and keys."""
         return self.position_type == "rotary" and any(mixer in ATTENTION_MIXERS for mixer in self.mixer_types)
 
     @property
@@ -208,7 +214,7 @@ class GenLMConfig(PreTrainedConfig):
         return self.embedding_size or self.hidden_size
 
     def validate_layer_type(self):
-        """One known mixer word for each layer; replaces transformers' check of its own words."""
+        """Check that each layer has a known mixer; replaces transformers' check of its own layer types."""
         unknown = [mixer for mixer in self.mixer_types if mixer not in MIXER_TYPES]
         if unknown:
             raise ValueError(f"unknown mixer {unknown[0]!r}; known: {', '.join(MIXER_TYPES)}")
@@ -219,7 +225,7 @@ class GenLMConfig(PreTrainedConfig):
             )
 
     def validate_sharing(self):
-        """Layers that share weights are of one kind."""
+        """Check that layers that share weights have the same mixer."""
         if self.shared_layers < 1 or self.num_hidden_layers % self.shared_layers != 0:
             raise ValueError(
                 f"shared_layers ({self.shared_layers}) must divide the number of layers "
@@ -235,7 +241,7 @@ class GenLMConfig(PreTrainedConfig):
                 )
 
     def validate_shapes(self):
-        """Sizes divide each other where the layers need it."""
+        """Check that heads divide widths."""
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
@@ -253,11 +259,11 @@ class GenLMConfig(PreTrainedConfig):
             )
 
     def validate_ranges(self):
-        """Numbers are finite and in their ranges, ids of tokens not negative."""
-        for name, (least, most) in _RANGES.items():
+        """Check that numbers are finite and in their ranges, and token ids not negative."""
+        for name, (minimum, maximum) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                raise ValueError(f"{name} must be at least {least:,} and at most {most:,}, not {value}")
+            if value is not None and not minimum <= value <= maximum:
+                raise ValueError(f"{name} must be at least {minimum:,} and at most {maximum:,}, not {value}")
         if len(self.mixer_types or ()) > _RANGES["num_hidden_layers"][1]:
             raise ValueError(f"mixer_types must name at most {_RANGES['num_hidden_layers'][1]:,} layers")
         ids = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
@@ -266,14 +272,14 @@ class GenLMConfig(PreTrainedConfig):
                 raise ValueError(f"a token id must be from 0 to 2,147,483,647, not {token_id}")
 
     def validate_activation(self):
-        """A known activation."""
+        """Check that the activation is known."""
         from transformers.activations import ACT2FN
 
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"unknown hidden_act {self.hidden_act!r}; known: {', '.join(ACT2FN)}")
 
     def validate_bigrams(self):
-        """Where pairs are embedded, the first layer has a state."""
+        """Check that a model with bigrams has a recurrent first layer."""
         if self.bigram_size is not None and self.mixer_types[0] not in RECURRENT_MIXERS:
             raise ValueError(
                 f"bigram_size needs a first layer that keeps the last token in its state, one of "
@@ -281,13 +287,13 @@ class GenLMConfig(PreTrainedConfig):
             )
 
     def validate_positions(self):
-        """A known position type."""
+        """Check that the position type is known."""
         if self.position_type not in POSITION_TYPES:
             known = ", ".join(POSITION_TYPES)
             raise ValueError(f"unknown position_type {self.position_type!r}; known: {known}")
 
     def validate_rope(self):
-        """transformers' check of the rotary parameters, where they are used, after the plainer ones."""
+        """Check the rotary parameters, ours first and then transformers', if they are used."""
         self.validate_shapes()
         if not self.has_rotary_positions:
             return
@@ -296,21 +302,21 @@ class GenLMConfig(PreTrainedConfig):
         _check_rope(self.rope_parameters)
         try:
             super().validate_rope()
-        except KeyError as error:  # transformers' word for a parameter that this kind needs
+        except KeyError as error:  # transformers' error for a missing parameter of this rope_type
             raise ValueError(f"rope_parameters: {error.args[0]}") from error
 
-    def _refuse_slips(self, keys):
-        """A key that is one letter away from a field would be ignored."""
+    def _refuse_misspellings(self, keys):
+        """Refuse a key that resembles a field, since it would be ignored."""
         for key in keys:
             near = difflib.get_close_matches(key, GenLMConfig.__annotations__, n=1, cutoff=0.9)
             if near:
                 raise ValueError(f"unknown key {key!r}; did you mean {near[0]!r}?")
             if callable(getattr(type(self), key, None)):
-                raise ValueError(f"{key!r} is a method of the config, no key")
+                raise ValueError(f"{key!r} is a method of the config, not a key")
 
 
 def _check_rope(rope_parameters):
-    """A known kind, and numbers that are finite and more than 0, or lists of such."""
+    """Check for a known rope_type, and finite numbers above 0 or lists of them."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     if not isinstance(rope_parameters, dict | None):
@@ -321,7 +327,7 @@ def _check_rope(rope_parameters):
     if kind not in known:
         raise ValueError(f"unknown rope_type {kind!r}; known: {', '.join(known)}")
     if given.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("rope_parameters: partial_rotary_factor must be 1: whole heads are turned")
+        raise ValueError("rope_parameters: partial_rotary_factor must be 1: whole heads are rotated")
     for name, value in given.items():
         for number in value if isinstance(value, list) else [value]:
             is_number = isinstance(number, int | float) and not isinstance(number, bool)

@@ -1,4 +1,7 @@
-"""What the time axis of a batch holds: padding, packed documents, and where a state starts and ends."""
+"""Layout of the time axis of a batch: padding, packed documents, and where a state starts and ends.
+
+Shapes: B batch, T tokens, S segments of at most L tokens, n tokens in all segments.
+"""
 
 from functools import cached_property
 from typing import NamedTuple
@@ -8,19 +11,19 @@ import torch.nn.functional as F
 
 
 class Segments(NamedTuple):
-    """The runs of tokens that share one state, as rows of their own. n tokens in S segments of at most L."""
+    """Runs of tokens that share one state, as separate rows."""
 
     tokens: torch.Tensor  # (n,) indices into the flattened (B * T) tokens, padding left out
     lengths: torch.Tensor  # (S,)
-    row: torch.Tensor  # (S,) the batch row that each comes from
-    continues: torch.Tensor  # (S,) whether it goes on from the given state
+    row: torch.Tensor  # (S,) batch row of each segment
+    continues: torch.Tensor  # (S,) True if it continues from the given state
     grid: torch.Tensor  # (S, L) indices into `tokens`
     filled: torch.Tensor  # (S, L) False where `grid` is beyond the segment
 
 
-def documents_going_on(position_ids: torch.Tensor) -> torch.Tensor | None:
-    """(B, T) numbers of the documents of rows that may begin in mid-document: 0 before the first position 0,
-    one more from each on. None where no document starts, unless this is compiled."""
+def number_documents(position_ids: torch.Tensor) -> torch.Tensor | None:
+    """Number the documents (B, T) of rows that may begin inside a document: 0 before the first position 0,
+    one more from each position 0 on. None if no document starts, except under torch.compile."""
     is_start = position_ids == 0
     if not torch.compiler.is_compiling() and not is_start.any():
         return None
@@ -28,18 +31,18 @@ def documents_going_on(position_ids: torch.Tensor) -> torch.Tensor | None:
 
 
 class TimeLayout:
-    """What the time axis of one forward pass holds, for all recurrent layers of it.
+    """Layout of the time axis of one forward pass, for all its recurrent layers.
 
     Args:
         valid: (B, T) bool, False at padding; None: no padding.
-        document: (B, T) int, rising where a packed document starts, 0 going on from the given state; None:
-            one each.
+        document: (B, T) int, increasing where a packed document starts, 0 for one that continues from the
+            given state; None: each row is one document.
     """
 
     def __init__(self, valid: torch.Tensor | None = None, document: torch.Tensor | None = None):
         self.valid = valid
         self.document = document
-        self.starts = None  # (B, T) bool: where the state is forgotten
+        self.starts = None  # (B, T) bool, True where the state is reset
         if document is not None:
             self.starts = torch.diff(document, dim=1, prepend=torch.zeros_like(document[:, :1])) != 0
 
@@ -50,8 +53,8 @@ class TimeLayout:
 
     @cached_property
     def last_valid(self) -> torch.Tensor:
-        """(B, 1 + T) int: before the first token 0, after token t the number, from 1, of the last that is no
-        padding, or 0. For a layout with padding."""
+        """(B, 1 + T) int: 0 before the first token; after token t the number, from 1, of the last token that
+        is not padding, or 0. For a layout with padding."""
         number = torch.arange(1, self.valid.shape[1] + 1, device=self.valid.device)
         return F.pad(torch.where(self.valid, number, 0), (1, 0)).cummax(dim=1).values
 

@@ -1,6 +1,6 @@
-"""The loss L = - sum_t log P(w_t | w_<t) of a head, with all logits or without ever holding them all.
+"""Next-token loss L = - sum_t log P(w_t | w_<t), from all logits or without storing them all at once.
 
-Shapes: N rows (tokens), V vocabulary, R what the head reads.
+Shapes: B batch, T tokens, N rows (B * T), V vocabulary, R inputs of the head.
 """
 
 import functools
@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-# Logits that exist at once where they are not all kept, measured by recipes/benchmarks/loss_memory.py
+# logits stored at once by the loss without logits; chosen by recipes/benchmarks/loss_memory.py
 _LOGITS_AT_ONCE = 1 << 24
 
 
 def cap_logits(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118, section 2), or the logits as they are."""
+    """softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118, section 2), or unchanged if None."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -29,15 +29,15 @@ def causal_loss(
     shift_labels: torch.Tensor | None = None,
     **kwargs,
 ) -> torch.Tensor:
-    """Next-token loss of all logits, with both of the terms that transformers' ForCausalLMLoss lacks.
+    """Next-token loss of all logits, with two terms that transformers' ForCausalLMLoss lacks.
 
     Args:
-        logits: (B, T, V), softly capped already where they are.
-        labels: (B, T), not shifted; `shift_labels`: (B, T), already shifted, in their place.
+        logits: (B, T, V), after `cap_logits`.
+        labels: (B, T), not shifted; or `shift_labels`: (B, T), already shifted.
         label_smoothing: share of the target spread evenly over the vocabulary (Szegedy et al., 2015,
             arXiv:1512.00567).
-        z_loss: weight of log^2 of the normaliser, which keeps it near 1 (PaLM, arXiv:2204.02311, section 5).
-        num_items_in_batch: the sum is divided by it; None: the mean over labels.
+        z_loss: weight of log^2 of the normaliser, to keep it near 1 (PaLM, arXiv:2204.02311, section 5).
+        num_items_in_batch: divisor of the sum; None: the number of labels.
 
     Returns:
         the loss in nats.
@@ -67,15 +67,15 @@ def causal_loss_without_logits(
     shift_labels: torch.Tensor | None = None,
     **kwargs,
 ) -> torch.Tensor:
-    """`causal_loss` of cap_logits(states @ weight.T + bias), a few rows of logits at a time.
+    """`causal_loss` of cap_logits(states @ weight.T + bias), computed for a few rows of logits at a time.
 
     Args:
         states: (B, T, R).
         weight, bias: (V, R) and (V,), or None.
-        others: as `causal_loss`.
+        others: as in `causal_loss`.
 
     Returns:
-        the loss in nats; its gradients are those of the plain path, to rounding. It is differentiable once.
+        the loss in nats; its gradients equal those of `causal_loss` up to rounding. Differentiable once.
     """
     targets = _targets(states, labels, shift_labels, ignore_index)
     terms = _Terms(softcap, label_smoothing, z_loss, ignore_index, torch.is_grad_enabled())
@@ -94,7 +94,7 @@ class _Terms(NamedTuple):
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Sum over rows of the loss of a head; its gradients are made beside it, while a row's logits are there.
+    """Loss of a head summed over rows; the gradients are computed in the forward pass, chunk by chunk.
 
     With u = W x + b, l = c tanh(u / c), p = softmax(l), z = logsumexp(l), target y and smoothing s:
 
@@ -123,7 +123,7 @@ class _HeadLoss(torch.autograd.Function):
             if bias is not None:
                 logits.add_(bias)
             total += _rows_loss(logits, targets[rows], terms, gradient=any(needed))
-            grad = logits.to(weight.dtype)  # `logits` hold their gradient now
+            grad = logits.to(weight.dtype)  # `_rows_loss` has overwritten them
             if needed[0]:
                 grads[0][rows] = grad @ weight
             if needed[1] and weight.dtype == dtype:
@@ -144,7 +144,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def liger_loss(states, weight, bias, targets, terms: _Terms) -> torch.Tensor:
-    """The sum of `_HeadLoss` by Liger's kernels (Hsu et al., 2024, arXiv:2410.10989), in fewer passes."""
+    """`_HeadLoss` by Liger's kernels (Hsu et al., 2024, arXiv:2410.10989), in fewer passes over memory."""
     return _liger_kernel()(
         states,
         weight,
@@ -169,7 +169,7 @@ def _liger_kernel() -> Callable | None:
 
 
 def _as_autocast(*tensors):
-    """The tensors in the type that autocast multiplies in, where it is on: a Function must cast by itself."""
+    """Cast to the dtype of autocast if it is enabled, which does not act inside a Function."""
     device, dtype = tensors[0].device.type, tensors[0].dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
@@ -177,7 +177,7 @@ def _as_autocast(*tensors):
 
 
 def _rows_loss(logits: torch.Tensor, targets: torch.Tensor, terms: _Terms, gradient: bool) -> torch.Tensor:
-    """The summed loss of these rows; with `gradient`, their logits (N, V) are overwritten by its gradient."""
+    """Sum the loss of these rows. `logits` (N, V) are overwritten, with `gradient` by their gradient."""
     softcap, label_smoothing, z_loss, ignore_index, _ = terms
     counted = targets != ignore_index
     index = targets.masked_fill(~counted, 0)[:, None]
@@ -190,7 +190,7 @@ def _rows_loss(logits: torch.Tensor, targets: torch.Tensor, terms: _Terms, gradi
     mean = logits.mean(-1) if label_smoothing else 0.0
     largest = logits.amax(-1)
     torch.softmax(logits, dim=-1, out=logits)
-    normalizer = largest - logits.amax(-1).log()  # logsumexp without another pass of exponentials
+    normalizer = largest - logits.amax(-1).log()  # logsumexp without computing the exponentials again
     losses = normalizer - (1 - label_smoothing) * hits - label_smoothing * mean + z_loss * normalizer.square()
     if gradient:
         if z_loss:
@@ -205,7 +205,7 @@ def _rows_loss(logits: torch.Tensor, targets: torch.Tensor, terms: _Terms, gradi
 
 
 def _targets(values, labels, shift_labels, ignore_index):
-    """(N,) what each row is to predict."""
+    """(N,) the next token of each row."""
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     return shift_labels.reshape(-1).to(values.device)

@@ -1,4 +1,4 @@
-"""The MLP of a layer: what happens over the width, at each token by itself."""
+"""MLP of a layer, applied to each token separately."""
 
 from functools import partial
 
@@ -12,8 +12,8 @@ from .initialization_genlm import start_isometric, start_near_zero
 
 
 class GenLMLowRankLinear(nn.Module):
-    """x A B, with A (in_features x rank) and B (rank x out_features), in place of one full matrix: fewer
-    parameters and multiplications while rank < in * out / (in + out)."""
+    """x A B, with A (in_features x rank) and B (rank x out_features), instead of one full matrix: fewer
+    parameters and multiplications if rank < in * out / (in + out)."""
 
     def __init__(self, in_features: int, out_features: int, rank: int):
         super().__init__()
@@ -27,7 +27,7 @@ class GenLMLowRankLinear(nn.Module):
 
 
 class _SquaredReLU(torch.autograd.Function):
-    """Its gradient is 2 relu(x), in half of the passes over memory that autograd makes."""
+    """relu(x)^2 with the gradient 2 relu(x), in half of the passes over memory that autograd needs."""
 
     generate_vmap_rule = True
 
@@ -47,7 +47,7 @@ class _SquaredReLU(torch.autograd.Function):
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
     """relu(x)^2 (So et al., 2021, arXiv:2109.08668)."""
-    if torch.compiler.is_compiling():  # which saves the passes by itself
+    if torch.compiler.is_compiling():  # a compiler fuses the passes
         return F.relu(x).square()
     return _SquaredReLU.apply(x)
 
@@ -69,7 +69,7 @@ class GenLMMLP(nn.Module):
         self.act_fn = squared_relu if config.hidden_act == "relu2" else ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, T, hidden_size) to the same."""
+        """Map (B, T, hidden_size) to (B, T, hidden_size)."""
         if self.gate_proj is None:
             return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))

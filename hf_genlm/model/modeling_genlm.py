@@ -1,11 +1,13 @@
 """GenLM: one decoder class for recurrent, attention and hybrid language models.
 
-    e_w = E w (+ W, b)                      word embedding (+ that of the pair with the word before)
-    x  <- x + mixer(norm(x))                for each layer: moves information along time
-    x  <- x + mlp(norm(x))                  and over the width
+    e_w = E w (+ W, b)                      word embedding (+ that of the bigram that ends in the word)
+    x  <- x + mixer(norm(x))                in each layer: along time
+    x  <- x + mlp(norm(x))                  and at each token
     P(w_{t+1} | w_1..w_t) = softmax(head norm(x_t))
 
-This folder travels to the Hub with every saved model: it imports torch, transformers and its own files.
+This folder is uploaded to the Hub with every model: it imports only torch, transformers and its own files.
+
+Shapes: B batch, T tokens.
 """
 
 import torch
@@ -47,7 +49,7 @@ from .bigram_genlm import GenLMBigramEmbedding
 from .cache_genlm import CACHE, CarriedState, RecurrentStateLayer
 from .configuration_genlm import GenLMConfig
 from .initialization_genlm import start_isometric
-from .layout_genlm import TimeLayout, documents_going_on
+from .layout_genlm import TimeLayout, number_documents
 from .loss_genlm import cap_logits, causal_loss, causal_loss_without_logits
 from .mlp_genlm import GenLMMLP
 from .positions_genlm import GenLMRotaryEmbedding
@@ -89,7 +91,7 @@ class GenLMRMSNorm(nn.Module):
 
 
 class GenLMDecoderLayer(GradientCheckpointingLayer):
-    """norm, mixer, norm, MLP, each pair added to the residual stream."""
+    """Pre-norm mixer and pre-norm MLP, each with a residual connection."""
 
     def __init__(self, config: GenLMConfig, layer_idx: int):
         super().__init__()
@@ -100,14 +102,14 @@ class GenLMDecoderLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        """(B, T, hidden_size) to the same; `kwargs` as each mixer's forward names them."""
+        """Map (B, T, hidden_size) to (B, T, hidden_size); `kwargs` are those of the mixers' forward."""
         mixed, _ = self.mixer(self.mixer_norm(hidden_states), **kwargs)
         hidden_states = hidden_states + self.dropout(mixed)
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
 
 class GenLMPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation shared by all GenLM classes."""
+    """Base class: loading, saving and initialisation."""
 
     config: GenLMConfig
     base_model_prefix = "model"
@@ -118,12 +120,12 @@ class GenLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _supports_context_parallel = False  # accelerate takes masks away from modules named self_attn only
+    _supports_context_parallel = False  # accelerate removes masks only from modules named self_attn
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": GenLMDecoderLayer, "attentions": GenLMAttention}
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As PreTrainedModel.save_pretrained; the folder serves every Auto class that has a GenLM class."""
+        """Save as PreTrainedModel does, with an auto_map for every Auto class that has a GenLM class."""
         self.config.auto_map = {
             auto.__name__: f"modeling_genlm.{model_class.__name__}"
             for auto, model_class in AUTO_CLASSES.items()
@@ -132,7 +134,7 @@ class GenLMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights of deviation `initializer_range`, then what a module's own `start` makes of them."""
+        """Draw normal weights of deviation `initializer_range`, then call a module's own `start`, if any."""
         super()._init_weights(module)
         start = getattr(module, "start", None)
         if start is not None:
@@ -142,9 +144,9 @@ class GenLMPreTrainedModel(PreTrainedModel):
 class GenLMModel(GenLMPreTrainedModel):
     """Embedding and layers, without a head.
 
-    Under a language model's head that is tied through W (h W^T E^T), `last_hidden_state`, and so the last of
-    `hidden_states`, is h W^T, of width r, as in OPT: every tool that computes a loss of its own looks there
-    for what the head multiplies.
+    In a language model whose head is tied through W (h W^T E^T), `last_hidden_state`, and so the last of
+    `hidden_states`, is h W^T, of width r, as in OPT: tools that compute the loss themselves expect there the
+    input of the head.
     """
 
     def __init__(self, config: GenLMConfig, is_under_head: bool = False):
@@ -184,35 +186,36 @@ class GenLMModel(GenLMPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """
+        """Compute the final hidden states (B, T, hidden_size), or (B, T, embedding_width) under a tied head.
+
         Args:
             input_ids: (B, T) tokens; or `inputs_embeds`: (B, T, embedding_width), before W and b.
             attention_mask: (B, past + T), 0 at padding; or a dict with one mask for each layer type.
-            position_ids: (B, T) or (1, T). A step other than +1 starts a packed document, where there is
-                neither mask nor cache; position 0 does under a `CarriedState`.
-            past_key_values: keys, values and states of the tokens before these; or a `CarriedState`, for rows
-                of packed documents that begin with a state and have no keys and values of earlier tokens.
+            position_ids: (B, T) or (1, T). A step other than +1 starts a packed document if there is neither
+                mask nor cache; with a `CarriedState`, position 0 starts one.
+            past_key_values: keys, values and states of the earlier tokens; or a `CarriedState`, for rows of
+                packed documents that begin with a state and have no keys and values of earlier tokens.
 
         Raises:
-            ValueError: not exactly one of `input_ids` and `inputs_embeds`, or these where pairs of tokens
-                are embedded; rows that a `CarriedState` cannot serve.
+            ValueError: not exactly one of `input_ids` and `inputs_embeds`; `inputs_embeds` for a model with
+                bigrams; rows that do not suit a `CarriedState`.
         """
         cache = kwargs.get("cache")
-        if cache is None or isinstance(cache, Cache):  # that of continuous batching is for the layers
+        if cache is None or isinstance(cache, Cache):  # the layers take that of continuous batching
             kwargs.pop("cache", None)
             past_key_values = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if input_ids is None and self.embed_bigrams is not None:
-            raise ValueError("inputs_embeds do not say which tokens they are: bigram_size needs input_ids")
+            raise ValueError("bigram_size needs input_ids: inputs_embeds do not identify their tokens")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         document = self._documents(inputs_embeds.shape[0], attention_mask, past_key_values, position_ids)
-        use_cache = use_cache and document is None  # packed rows end in several: nothing to go on from
+        use_cache = use_cache and document is None  # packed rows cannot be continued
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if isinstance(past_key_values, DynamicCache) and len(past_key_values.layers) == 0:
-            past_key_values.layers.extend(DynamicCache(config=self.config).layers)  # given as DynamicCache()
+            past_key_values.layers.extend(DynamicCache(config=self.config).layers)  # an empty DynamicCache()
         if position_ids is None:
             n_past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + n_past)[None]
@@ -242,39 +245,39 @@ class GenLMModel(GenLMPreTrainedModel):
         )
 
     def _documents(self, n_rows, attention_mask, past_key_values, position_ids) -> torch.Tensor | None:
-        """(n_rows, T) numbers of packed documents, 0 for one that goes on; None: each row is one."""
+        """(n_rows, T) numbers of packed documents, 0 for a continued one; None: each row is one document."""
         if isinstance(past_key_values, CarriedState):
             is_checkpointing = self.gradient_checkpointing and self.training
             past_key_values.check(position_ids, attention_mask, is_checkpointing)
-            return documents_going_on(position_ids.expand(n_rows, -1))
+            return number_documents(position_ids.expand(n_rows, -1))
         if position_ids is None or attention_mask is not None or past_key_values is not None:
             return None
         return find_packed_sequence_indices(position_ids.expand(n_rows, -1))
 
     def _embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """From (B, T, embedding_width) to (B, T, hidden_size): W and b where there are any, and positions."""
+        """Map (B, T, embedding_width) to (B, T, hidden_size) by W and b if present, and add positions."""
         hidden_states = inputs_embeds if self.embed_proj is None else self.embed_proj(inputs_embeds)
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(position_ids)
         return hidden_states
 
     def _read_out(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, T, hidden_size) to what the head reads: h W^T for a head that is tied through W."""
+        """Map (B, T, hidden_size) to the input of the head: h W^T if the head is tied through W."""
         if not self.reads_out:
             return hidden_states
         if is_plain_linear(self.embed_proj):
             return F.linear(hidden_states, self.embed_proj.weight.t())
-        # an adapter or quantiser shows its W only by what it does
+        # the W of an adapter or quantiser is only known by its outputs
         unit = torch.eye(self.config.embedding_width, dtype=hidden_states.dtype, device=hidden_states.device)
         weight_rd = self.embed_proj(unit) - self.embed_proj(torch.zeros_like(unit[:1]))
         return F.linear(hidden_states, weight_rd)
 
     def _masks(self, inputs_embeds, attention_mask, past_key_values, position_ids) -> dict:
-        """One mask for each layer type in use."""
+        """Layer type -> mask, for each layer type in use."""
         if isinstance(attention_mask, dict):
             return attention_mask
         if isinstance(past_key_values, CarriedState):
-            past_key_values = None  # it has no keys of earlier tokens
+            past_key_values = None  # a carried state has no keys of earlier tokens
         return {
             layer_type: MASKS[layer_type](
                 config=self.config,
@@ -314,16 +317,17 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
         skip_logits: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """
+        """Compute logits (B, T, vocab_size) and, with `labels`, the loss.
+
         Args:
-            labels: (B, T), not shifted; -100 is ignored. The loss is in nats, the mean over labels, or
-                their sum over `num_items_in_batch` when Trainer gives it.
-            logits_to_keep: compute logits for the last so many tokens, or at these indices; 0 for all.
-            skip_logits: with `labels`, give the loss alone, in a fraction of the memory, and no logits.
-            label_smoothing, z_loss: terms of the loss, as loss_genlm.causal_loss takes them.
-            others: as GenLMModel.forward.
+            labels: (B, T), not shifted; -100 is ignored. The loss in nats is the mean over labels, or their
+                sum divided by `num_items_in_batch`, which Trainer passes.
+            logits_to_keep: compute logits of the last so many tokens only, or at these indices; 0: all.
+            skip_logits: with `labels`, return the loss without logits, in a fraction of the memory.
+            label_smoothing, z_loss: terms of the loss, as in loss_genlm.causal_loss.
+            others: as in GenLMModel.forward.
         """
-        # not in the signature: Trainer takes every name there that holds "label" for one of its labels
+        # not in the signature: Trainer takes every parameter with "label" in its name for labels
         terms = {name: kwargs.pop(name, 0.0) for name in ("label_smoothing", "z_loss")}
         outputs = self.model(
             input_ids=input_ids,
@@ -359,18 +363,18 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
         )
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
-        """By the model's loss function, which may be another than transformers', unless it lacks a term."""
+        """The loss by `loss_function`, which a user may replace, or by ours if it lacks a term."""
         if kwargs["label_smoothing"] or kwargs["z_loss"]:
             return causal_loss(logits, labels, **kwargs)
         return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
 
 class GenLMForSequenceClassification(GenericForSequenceClassification, GenLMPreTrainedModel):
-    """Scores the last token of each row that is not padding, on whichever side the padding is."""
+    """Classifier of rows by their last token that is not padding, on whichever side the padding is."""
 
 
 class GenLMForTokenClassification(GenericForTokenClassification, GenLMPreTrainedModel):
-    """Scores every token."""
+    """Classifier of every token."""
 
 
 AUTO_CLASSES = {
@@ -379,8 +383,8 @@ AUTO_CLASSES = {
     AutoModelForSequenceClassification: GenLMForSequenceClassification,
     AutoModelForTokenClassification: GenLMForTokenClassification,
 }
-# Here, for a copy of this file from the Hub too: the heads build their decoder through AutoModel, which must
-# not ask whether it may trust this file; label smoothing and the pipelines know a class by these names.
+# Also needed for a copy of this file from the Hub: the heads build their decoder by AutoModel, which must not
+# ask whether to trust this file; label smoothing and the pipelines look classes up by these names.
 for _auto, _model_class in AUTO_CLASSES.items():
     _auto.register(GenLMConfig, _model_class, exist_ok=True)
 for _names, _model_class in (

@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al., 2021, arXiv:2104.09864), with every scaling that transformers offers."""
+"""Rotary positions (Su et al., 2021, arXiv:2104.09864), with every scaling of transformers."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from .configuration_genlm import GenLMConfig
 
 
 class GenLMRotaryEmbedding(nn.Module):
-    """Cosines and sines of the angles by which queries and keys are turned."""
+    """Cosines and sines of the angles by which queries and keys are rotated."""
 
     inv_freq: torch.Tensor
 
@@ -35,7 +35,7 @@ class GenLMRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(batch, tokens) positions to cosines and sines in the dtype of `x`, (batch, tokens, head_dim)."""
+        """Map positions (B, T) to cosines and sines (B, T, head_dim) in the dtype of `x`."""
         angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         angles = torch.cat((angles, angles), dim=-1)
         return (
@@ -45,6 +45,6 @@ class GenLMRotaryEmbedding(nn.Module):
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn (batch, heads, tokens, head_dim) by (batch, tokens, head_dim) cosines and sines."""
+    """Rotate (batch, heads, tokens, head_dim) by cosines and sines (batch, tokens, head_dim)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)

@@ -1,8 +1,8 @@
 """Recurrent mixers: Elman, GRU and LSTM cells, and a gated linear recurrence.
 
-Each has one definition (`step`, or the recurrence that `linear_scan` solves) and a fast path over the same
-parameters. State comes in from the cache and goes out to it, in float32 at least; padding holds it and the
-start of a packed document forgets it.
+Each has one definition (`step`, or the recurrence solved by `linear_scan`) and a fast path over the same
+parameters. The state is read from the cache and written to it, in float32 at least; padding keeps it and the
+start of a packed document resets it.
 
 Shapes: B batch, T tokens, D hidden_size, R recurrent_size, G gates.
 """
@@ -25,12 +25,13 @@ from .initialization_genlm import (
 from .layout_genlm import Segments, TimeLayout
 from .scan_genlm import linear_scan, scan_steps
 
-# PackedSequence skips the padding of short segments but costs an Elman or GRU several times as much per token
-_MOST_PADDING = 3.0
+# PackedSequence skips the padding of short segments, but is several times slower per token for Elman and GRU:
+# it is used if rows padded to the longest segment would hold more than so many times the tokens
+_MAX_PADDED_RATIO = 3.0
 
 
 class RecurrentMixer(nn.Module):
-    """Reads the state, runs the recurrence, writes the state. Subclasses give `run`."""
+    """Base class: read the state, `run` the recurrence, write the state."""
 
     n_states = 1
 
@@ -49,9 +50,11 @@ class RecurrentMixer(nn.Module):
         layer_idx: int | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, None]:
-        """(B, T, D) to the same; the second item stands where attention gives its weights.
+        """Map (B, T, D) to (B, T, D); the second item is None in place of attention weights.
 
-        `layer_idx` is the layer of the cache, where it is not that of the weights.
+        Args:
+            layout: padding and packed documents; None: each row is one document.
+            layer_idx: index of the layer in the cache; None: that of the weights, which layers may share.
         """
         states, recording = None, False
         at = self.layer_idx if layer_idx is None else layer_idx
@@ -79,11 +82,11 @@ class RecurrentMixer(nn.Module):
         return tuple(x.new_zeros(x.shape[0], self.recurrent_size, dtype=dtype) for _ in range(self.n_states))
 
     def run(self, x, layout, states, recording):
-        """The recurrence over (B, T, D) inputs.
+        """Compute the recurrence over inputs x (B, T, D).
 
         Returns:
-            outputs (B, T, R); the last states, each (B, R); and, when recording, per state (B, 1 + T, R):
-            before the first and after each token.
+            outputs (B, T, R); the last states, each (B, R); if recording, the history of each state
+            (B, 1 + T, R), before the first and after each token, else None.
         """
         raise NotImplementedError
 
@@ -92,17 +95,17 @@ class ClassicCell(RecurrentMixer):
     """h_t = cell(in_proj(x_t), rec_proj(h_{t-1})), with torch's fused kernels where they apply."""
 
     n_gates = 1
-    remembering_gate: int | None = None  # starts with a bias of 1, so that the state is kept
+    remembering_gate: int | None = None  # its bias is initialised to 1, so that the state is kept
 
     def __init__(self, config: GenLMConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         width = self.n_gates * config.recurrent_size
         self.in_proj = nn.Linear(config.hidden_size, width)
         self.in_proj.start = partial(start_remembering, n_gates=self.n_gates, gate=self.remembering_gate)
-        # only the GRU has a use for a second bias: its reset gate scales what the recurrent product adds
+        # only the GRU needs a second bias: its reset gate scales the recurrent product with that bias
         self.rec_proj = nn.Linear(config.recurrent_size, width, bias=self.n_gates == 3)
         self.rec_proj.start = partial(start_orthogonal, n_gates=self.n_gates)
-        # an optimizer of matrices must see one for each gate, not the stack that the kernels want
+        # Muon must treat these as one matrix per gate, not as the stack that the kernels need
         self.in_proj.n_matrices = self.rec_proj.n_matrices = self.n_gates
 
     def step(
@@ -117,7 +120,7 @@ class ClassicCell(RecurrentMixer):
 
     def run(self, x, layout, states, recording):
         stepwise = x.shape[1] == 1 or recording or torch.compiler.is_compiling()
-        # a kernel reads the weights itself: not those of an adapter or quantiser, nor half precision on a CPU
+        # a kernel reads the weights directly: no adapters, no quantisers, no half precision on CPUs
         if stepwise or self.in_proj.weight.dtype.itemsize < 4 or not self._owns_plain_projections():
             return self.run_stepwise(x, layout, states, recording)
         if layout.is_plain:
@@ -131,7 +134,7 @@ class ClassicCell(RecurrentMixer):
         return is_plain_linear(self.in_proj) and is_plain_linear(self.rec_proj)
 
     def run_stepwise(self, x, layout, states, recording=False):
-        """`run` by the definition, token by token."""
+        """`run` by the definition, one token after the other."""
         inputs = [self.in_proj(x)]
         inputs += [mask for mask in (layout.starts, layout.valid) if mask is not None]
 
@@ -149,11 +152,11 @@ class ClassicCell(RecurrentMixer):
         states, history = scan_steps(advance, states, inputs)
         outputs = history[0][:, 1:]
         if layout.valid is not None:
-            outputs = outputs * layout.valid[..., None]  # as the segments of the fused path leave it
+            outputs = outputs * layout.valid[..., None]  # zeros at padding, as in the fused path
         return outputs, states, history if recording else None
 
     def _run_kernel(self, x, states, lengths=None):
-        """(S, L, D) rows and (S, R) states through the fused kernel; with `lengths`, as a PackedSequence."""
+        """Run rows (S, L, D) from states (S, R) by the fused kernel; with `lengths`, as a PackedSequence."""
         x = x.to(self.in_proj.weight.dtype)
         zero_bias = self.in_proj.bias.new_zeros(self.in_proj.bias.shape)
         rec_bias = zero_bias if self.rec_proj.bias is None else self.rec_proj.bias
@@ -179,7 +182,7 @@ class ClassicCell(RecurrentMixer):
         x_SLD = x.flatten(0, 1)[segments.tokens[segments.grid]]
         begin = tuple(state[segments.row] * segments.continues[:, None] for state in states)
         # only the packed form returns the c of an LSTM where a short segment ends
-        is_sparse = segments.grid.numel() > _MOST_PADDING * len(segments.tokens)
+        is_sparse = segments.grid.numel() > _MAX_PADDED_RATIO * len(segments.tokens)
         if self.n_states > 1 or is_sparse:
             outputs_SLR, end = self._run_kernel(x_SLD, begin, segments.lengths)
         else:
@@ -227,8 +230,7 @@ class GRUCell(ClassicCell):
 
 class LSTMCell(ClassicCell):
     """Long short-term memory (Hochreiter and Schmidhuber, 1997) with a forget gate (Gers et al., 2000), in
-    torch's
-    gate order i, f, g, o: c_t = f * c_{t-1} + i * tanh(g), h_t = o * tanh(c_t)."""
+    torch's gate order i, f, g, o: c_t = f * c_{t-1} + i * tanh(g), h_t = o * tanh(c_t)."""
 
     n_gates = 4
     n_states = 2
@@ -248,9 +250,8 @@ class GatedLinearRecurrence(RecurrentMixer):
     """h_t = f_t * h_{t-1} + (1 - f_t) * v_t with f_t = sigmoid(W_f x_t + b_f), v_t = W_v x_t; output h_t *
     silu(W_g x_t).
 
-    Gates see only the input, so all steps solve in parallel (Martin and Cundy, 2018, arXiv:1709.04057; the
-    gating is that of Qin et al., 2023, arXiv:2311.04823). A scan serves training and prefill, a step
-    generation.
+    Gates depend only on the input, so training and prefill solve all steps in parallel (Martin and Cundy,
+    2018, arXiv:1709.04057; gating by Qin et al., 2023, arXiv:2311.04823).
     """
 
     def __init__(self, config: GenLMConfig, layer_idx: int):
@@ -275,10 +276,10 @@ class GatedLinearRecurrence(RecurrentMixer):
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """True if its weight says all: no adapter, quantiser, hook or offloading stands before it."""
+    """True if a module computes its weight and bias alone: no adapter, quantiser, hook or offloading."""
     return (
         type(module) is nn.Linear
-        and type(module.weight) in (nn.Parameter, torch.Tensor)  # a quantiser may put its own tensor there
+        and type(module.weight) in (nn.Parameter, torch.Tensor)  # a quantiser may use its own tensor class
         and "forward" not in module.__dict__
         and not module._forward_hooks
         and not module._forward_pre_hooks

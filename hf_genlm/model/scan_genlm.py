@@ -1,4 +1,4 @@
-"""Recurrences over the time axis: any step by step, linear ones in whatever way the hardware does fastest.
+"""Recurrences over the time axis: any step by step, linear ones in the form that is fastest on the device.
 
 Shapes: B batch, T tokens, R recurrent_size.
 """
@@ -11,14 +11,14 @@ import torch.nn.functional as F
 
 
 def scan_steps(advance: Callable, states: tuple[torch.Tensor, ...], inputs: Sequence[torch.Tensor]):
-    """All states of s_t = advance(s_{t-1}, inputs at t).
+    """Compute all states s_t = advance(s_{t-1}, inputs at t).
 
     Args:
-        advance: from states, each (B, R), and the list of `inputs` at one step, to new states.
+        advance: maps states, each (B, R), and the list of `inputs` at one step to new states.
         inputs: each (B, T, ...).
 
     Returns:
-        the last states, each (B, R), and for each the history (B, 1 + T, R), the given one first.
+        the last states, each (B, R), and the history of each (B, 1 + T, R), beginning with the given one.
     """
     if torch.compiler.is_exporting() and inputs[0].shape[1] != 1:
         return _exportable_scan(advance, states, inputs)
@@ -29,7 +29,7 @@ def scan_steps(advance: Callable, states: tuple[torch.Tensor, ...], inputs: Sequ
 
 
 def _exportable_scan(advance, states, inputs):
-    """One loop in the graph instead of T copies of the step, so that an exported program takes any length."""
+    """One loop in the graph, not T copies of the step, so that an exported program accepts any length."""
     from torch._higher_order_ops.scan import scan
 
     def step(states, inputs):
@@ -42,7 +42,7 @@ def _exportable_scan(advance, states, inputs):
 
 
 def linear_scan(decay: torch.Tensor, new: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
-    """All h_t = decay_t * h_{t-1} + new_t from h_0 = `initial`: (B, T, R), (B, T, R), (B, R) to (B, T, R)."""
+    """h_t = decay_t * h_{t-1} + new_t for all t, (B, T, R), from `decay`, `new` (B, T, R) and h_0 (B, R)."""
     if new.shape[1] == 1:
         return decay * initial[:, None] + new
     if torch.compiler.is_exporting():
@@ -52,8 +52,8 @@ def linear_scan(decay: torch.Tensor, new: torch.Tensor, initial: torch.Tensor) -
 
 
 class _LinearScan(torch.autograd.Function):
-    """The gradient is the same recurrence backwards: g_t = grad_t + decay_{t+1} g_{t+1}; d new = g,
-    d decay_t = g_t h_{t-1}, d initial = decay_1 g_1.
+    """Linear recurrence whose gradient is the same recurrence backwards: g_t = grad_t + decay_{t+1} g_{t+1};
+    d new = g, d decay_t = g_t h_{t-1}, d initial = decay_1 g_1.
     """
 
     @staticmethod
@@ -72,7 +72,7 @@ class _LinearScan(torch.autograd.Function):
 
 
 def _scan(decay: torch.Tensor, new: torch.Tensor, initial: torch.Tensor, backwards: bool = False):
-    """An accelerator pays for each dependent step, a CPU for each operation that its cores must share."""
+    """Choose the form: on CPUs the sequential one, which has the least work; else few dependent steps."""
     if new.device.type == "cpu" and not torch.compiler.is_compiling():
         return _sequential_scan(decay, new, initial, backwards)
     is_for_kernel = new.is_cuda and new.dtype == torch.float32 and not torch.compiler.is_compiling()
@@ -83,9 +83,9 @@ def _scan(decay: torch.Tensor, new: torch.Tensor, initial: torch.Tensor, backwar
 
 
 def fused_scan(decay: torch.Tensor, new: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
-    """By flash-linear-attention's kernel of HGRN (Qin et al., 2023, arXiv:2311.04823): a loop on the chip.
+    """`linear_scan` by flash-linear-attention's kernel of HGRN (Qin et al., 2023, arXiv:2311.04823).
 
-    It takes the logarithm of the decay, of which 0 has none: 1e-38 stands for it.
+    The kernel takes the logarithm of the decay, so a decay of 0 is replaced by the smallest normal number.
     """
     least = torch.finfo(decay.dtype).tiny
     h, _ = _fla_kernel()(new.contiguous(), decay.clamp(min=least).log().contiguous(), initial.contiguous())
@@ -110,7 +110,7 @@ def _sequential_scan(decay, new, state, backwards=False):
 
 
 def _chunked_scan(decay: torch.Tensor, new: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
-    """Chunks are solved side by side, then joined: about 2 sqrt(T) dependent steps instead of T."""
+    """Solve chunks in parallel, then join them: about 2 sqrt(T) dependent steps instead of T."""
     n_rows, n_tokens, width = new.shape
     length = max(1, round(n_tokens**0.5))
     missing = -n_tokens % length

@@ -438,7 +438,7 @@ def test_a_hundred_thousand_of_all_kinds(what, tmp_path):
 def test_the_checks_see_what_they_are_there_for(tmp_path, monkeypatch):
     """With a reader that drops a record, a rounding recipe and a config without ranges, each fails."""
     with monkeypatch.context() as patch:
-        patch.setattr(GenLMConfig, "_refuse_slips", lambda self, keys: None)
+        patch.setattr(GenLMConfig, "_refuse_misspellings", lambda self, keys: None)
         with pytest.raises(AssertionError, match="slip"):
             check_config({**SMALL, "hiden_size": 5})
 
