@@ -1,13 +1,13 @@
-"""Generation by a step of static shapes, traced or compiled, that gives the tokens of plain `generate`.
+"""Fast generation by a traced or compiled step of static shapes, with the same tokens as `generate`.
 
 from hf_genlm.decoding import FastGenerator
 
-fast = FastGenerator(model)                       # traced: ready in half a second, needs no compiler
-fast = FastGenerator(model, program="compiled")   # one program, kept on disk for all models of this shape
+fast = FastGenerator(model)                       # traced: ready in 0.5 s, needs no compiler
+fast = FastGenerator(model, program="compiled")   # cached on disk for all models of this shape
 fast.generate(**prompt, max_new_tokens=256)       # takes what model.generate takes
 """
 
 from hf_genlm.decoding.generator import FastGenerator
-from hf_genlm.decoding.program import PROGRAMS
+from hf_genlm.decoding.step import PROGRAMS
 
 __all__ = ["PROGRAMS", "FastGenerator"]

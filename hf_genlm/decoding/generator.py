@@ -1,4 +1,4 @@
-"""`generate` by a step of static shapes, where it gives the same tokens; by the model's own elsewhere."""
+"""Generation with a decoding step of static shapes, and with the model's own `generate` otherwise."""
 
 from functools import partial
 from typing import Any
@@ -11,14 +11,21 @@ from transformers.generation.stopping_criteria import (
     StoppingCriteriaList,
 )
 
-from hf_genlm.decoding.program import PROGRAMS, Program, program_file
-from hf_genlm.decoding.step import MOVING_ROTATIONS, SLOTS_AT_ONCE, DecodeStep, StepState
+from hf_genlm.decoding.step import (
+    MOVING_ROTATIONS,
+    PROGRAMS,
+    SLOTS_AT_ONCE,
+    DecodeStep,
+    Program,
+    StepState,
+    program_file,
+)
 from hf_genlm.errors import UserError
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.model.cache_genlm import CACHE
 from hf_genlm.model.recurrence_genlm import is_plain_linear
 
-# what generate can be given that changes how it goes on from a token
+# arguments of generate that the fast loop does not support
 _NOT_FAST = (
     "assistant_model", "custom_generate", "synced_gpus", "inputs_embeds", "past_key_values", "cache",
     "position_ids", "negative_prompt_ids",
@@ -28,22 +35,22 @@ _KNOWN_MODULES = ("hf_genlm.model.", "torch.nn.modules.", "transformers.activati
 
 
 class _NotFast(Exception):
-    """Why plain generate must do it."""
+    """The reason for which the model's own generate is used."""
 
 
 class FastGenerator:
-    """Generates with `model` by a step that Python does not slow down.
+    """Generate with a traced or compiled decoding step, without the overhead of Python in the model.
 
-    Greedy search and sampling, with every processor of logits and stopping criterion that generate knows,
-    batches, left padding and streamers. Everything else is done by `model.generate` itself; `plain_because`
-    then says why, and is None otherwise.
+    Supports greedy search and sampling with all logits processors and stopping criteria of generate, batches,
+    left padding and streamers. `model.generate` does everything else; `plain_because` is then the reason, and
+    None otherwise.
 
     Args:
-        model: in eval mode, as it was built or loaded: with adapters, quantised weights or hooks, its own
-            generate is used. Its weights are shared, not copied.
-        program: "traced" (half a second, any machine), "compiled" (tens of seconds once for a shape, then
-            from disk), "module" (neither); None: compiled where the disk has it, traced otherwise.
-        int8: matrices of 8 bits, copied from the model at first use: other tokens than the model's own.
+        model: in eval mode. With adapters, quantized weights or hooks, its own generate is used. Its weights
+            are shared, not copied.
+        program: "traced" (0.5 s, any machine), "compiled" (tens of seconds once per shape, then from disk),
+            "module" (neither). Default: compiled if it is on disk, otherwise traced.
+        int8: 8-bit matrices, copied from the model at first use; the tokens may differ from the model's own.
 
     Raises:
         UserError: `program` is unknown; `int8` is asked of a model that is not in float32 on a CPU, or of a
@@ -64,7 +71,7 @@ class FastGenerator:
         self._programs: dict[int, Program] = {}
 
     def generate(self, inputs: torch.Tensor | None = None, streamer: Any = None, **kwargs: Any) -> Any:
-        """What `model.generate` takes and gives."""
+        """Generate; arguments and results are those of `model.generate`."""
         try:
             _check_arguments(kwargs)
             _check_model(self.model)
@@ -79,7 +86,7 @@ class FastGenerator:
 
     def _decode(
         self,
-        model: GenLMForCausalLM,
+        model: Any,  # a GenLMForCausalLM; transformers types _prefill for a protocol
         input_ids: torch.Tensor,
         logits_processor: Any,
         stopping_criteria: StoppingCriteriaList,
@@ -87,7 +94,7 @@ class FastGenerator:
         streamer: Any,
         **model_kwargs: Any,
     ) -> torch.Tensor:
-        """The loop of GenerationMixin._sample, (B, T) to (B, T + new), after generate's own preparations."""
+        """Run the loop of GenerationMixin._sample, (B, T) to (B, T + new), after generate's preparations."""
         _check_request(generation_config, model_kwargs)
         if streamer is not None:
             streamer.put(input_ids.cpu())
@@ -119,9 +126,9 @@ class FastGenerator:
         return rows.ids
 
     def _program_for(self, *inputs: torch.Tensor) -> Program:
-        """The program for so many rows and the weights that the model has now."""
+        """The program for this number of rows and the current weights of the model."""
         weights = tuple(weight.data_ptr() for weight in self.model.parameters())
-        if self.int8:  # copies: they must follow what is written to the weights in place
+        if self.int8:  # copies must follow in-place updates of the weights
             weights += tuple(weight._version for weight in self.model.parameters())
         if weights != self._weights:
             self._weights, self._programs = weights, {}
@@ -132,7 +139,10 @@ class FastGenerator:
 
     def _build(self, inputs: tuple[torch.Tensor, ...]) -> Program:
         weight = self.model.lm_head.weight
-        is_exact = weight.dtype in (torch.float32, torch.float64)  # sums of fewer bits would be other sums
+        is_exact = weight.dtype in (
+            torch.float32,
+            torch.float64,
+        )  # in fewer bits, another order of summation gives other results
         row_sums = len(inputs[0]) == 1 and is_exact and weight.device.type == "cpu"
         as_compiled = DecodeStep(self.model, row_sums=row_sums, int8=self.int8)
         program = self.program
@@ -143,7 +153,7 @@ class FastGenerator:
 
 
 class _Rows:
-    """The tokens of a batch as they come, and which rows have ended."""
+    """Tokens of a batch, and the rows that have ended."""
 
     def __init__(
         self, ids: torch.Tensor, generation_config: GenerationConfig, criteria: StoppingCriteriaList
@@ -152,13 +162,13 @@ class _Rows:
         self._ids[:, : ids.shape[1]] = ids
         self.n_tokens = ids.shape[1]
         self._ended = [False] * len(ids)
-        self._pad = None  # as in generate, rows go on past the end that only a criterion of the caller sees
+        self._pad = None  # as in generate, without an eos criterion rows are not padded after their end
         if any(hasattr(criterion, "eos_token_id") for criterion in criteria):
             self._pad = generation_config._pad_token_tensor
-        self._most, self._ends, self._others = None, set(), StoppingCriteriaList()
-        for criterion in criteria:  # the two that nearly every call has, without their tensors
+        self._max_length, self._ends, self._others = None, set(), StoppingCriteriaList()
+        for criterion in criteria:  # the two common ones are evaluated without tensors
             if type(criterion) is MaxLengthCriteria:
-                self._most = criterion.max_length
+                self._max_length = criterion.max_length
             elif type(criterion) is EosTokenCriteria:
                 self._ends.update(criterion.eos_token_id.tolist())
             else:
@@ -166,11 +176,11 @@ class _Rows:
 
     @property
     def ids(self) -> torch.Tensor:
-        """(B, n_tokens)."""
+        """All tokens so far, (B, n_tokens)."""
         return self._ids[:, : self.n_tokens]
 
     def append(self, token: torch.Tensor) -> torch.Tensor:
-        """Keep (B, 1), padding where a row has ended; returns what was kept."""
+        """Append (B, 1), replaced by padding in rows that have ended; return what was appended."""
         if self._pad is not None and any(self._ended):
             ended = torch.tensor(self._ended, device=token.device)[:, None]
             token = torch.where(ended, self._pad.to(token.device), token)
@@ -181,14 +191,14 @@ class _Rows:
         return token
 
     def all_ended(self, token: torch.Tensor) -> bool:
-        """True if every row has ended with its last token, (B, 1)."""
+        """True if every row has ended with its last `token` (B, 1)."""
         if self._ends:
             for row, last in enumerate(token[:, 0].tolist()):
                 self._ended[row] |= last in self._ends
         if self._others:
             for row, ends in enumerate(self._others(self.ids, None).tolist()):
                 self._ended[row] |= ends
-        return all(self._ended) or (self._most is not None and self.n_tokens >= self._most)
+        return all(self._ended) or (self._max_length is not None and self.n_tokens >= self._max_length)
 
 
 def _state_after(
@@ -211,7 +221,7 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
 
 
 def _check_model(model: torch.nn.Module) -> None:
-    """Only what the class itself builds: what stands before a weight must not be passed by."""
+    """Check that the model is as its class builds it: hooks and adapters must not be bypassed."""
     if type(model) is not GenLMForCausalLM:
         raise _NotFast(f"the model is a {type(model).__name__}")
     if model.training:
@@ -226,7 +236,7 @@ def _check_model(model: torch.nn.Module) -> None:
         is_plain = not isinstance(module, torch.nn.Linear) or is_plain_linear(module)
         is_hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
         if not is_ours or not is_plain or is_hooked:
-            raise _NotFast(f"{name or 'the model'} ({type(module).__name__}) is not as it was built")
+            raise _NotFast(f"{name or 'the model'} ({type(module).__name__}) has been modified")
     for name, weight in model.named_parameters():
         if type(weight) not in (torch.nn.Parameter, torch.Tensor) or weight.device != model.device:
             raise _NotFast(f"{name} is not a plain tensor on {model.device}")

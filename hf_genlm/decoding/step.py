@@ -1,39 +1,58 @@
-"""One token through the model's own forward, over state that lives in buffers of the caller.
+"""One decoding step, its state, and its forms: module, trace, or compiled library.
 
-Nothing of the model is written a second time: the step is a copy of its module tree that shares its
-parameters, with each Linear in the form that suits one token.
+The step is the model's own forward for one token, with its state in buffers of the caller: a copy of the
+model's module tree that shares its parameters, with each Linear in the form that suits one token. No part of
+the model is implemented twice.
 
 Shapes: B batch, S slots for keys and values, K key-value heads, H head_dim, R recurrent_size.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+import platform
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
+from hf_genlm.errors import UserError
+from hf_genlm.files import atomic_path
 from hf_genlm.model import MIXERS, GenLMConfig, GenLMForCausalLM
 from hf_genlm.model.bigram_genlm import LAST_TOKEN_SLOT
 from hf_genlm.model.configuration_genlm import RECURRENT_MIXERS
+from hf_genlm.text.cache import cache_folder
 
-MOVING_ROTATIONS = ("dynamic", "longrope")  # their frequencies depend on how long the text is
-SLOTS_AT_ONCE = 64  # attention sees a multiple of so many slots: few shapes, little in vain
+MOVING_ROTATIONS = ("dynamic", "longrope")  # their frequencies depend on the length of the text
+SLOTS_AT_ONCE = 64  # attention reads a multiple of so many slots: few shapes, little wasted work
+
+Program = Callable[..., torch.Tensor]  # (token, position, slot, *buffers) -> logits
+Inputs = Sequence[torch.Tensor]
+
+# config fields that do not change the instructions of a step
+_NOT_SHAPE = {
+    "architectures", "auto_map", "transformers_version", "dtype", "use_cache", "initializer_range",
+    "dropout", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id", "id2label", "label2id",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Slots:
-    """How the state of one layer is kept: a name for each buffer, and what is in it."""
+    """Buffers of the state of one layer."""
 
     kind: str  # "full_attention", "sliding_attention" or "recurrent"
     states: tuple[int, ...] = ()  # the slots of a recurrent state
 
 
 def slots_of(config: GenLMConfig) -> list[Slots]:
-    """One for each layer."""
+    """The slots of each layer."""
     found = []
-    for layer, mixer in enumerate(config.mixer_types):
+    for layer, mixer in enumerate(config.mixer_types or ()):
         if mixer not in RECURRENT_MIXERS:
             found.append(Slots(mixer))
             continue
@@ -46,43 +65,43 @@ def slots_of(config: GenLMConfig) -> list[Slots]:
 
 
 class StepCache:
-    """What the mixers ask of a cache, over buffers that are written in place."""
+    """The part of a cache that the mixers use, over buffers that are written in place."""
 
     def __init__(self, layers: list[Slots], buffers: Iterator[torch.Tensor], at: dict[str, torch.Tensor]):
         self.layers = layers
         self._at = at
-        self._kept: list[Any] = []
+        self._states: list[Any] = []
         for slots in layers:
             names = slots.states or ("keys", "values")
-            self._kept.append({name: next(buffers) for name in names})
+            self._states.append({name: next(buffers) for name in names})
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, K, 1, H) of one token to all (B, K, S, H)."""
-        kept, at = self._kept[layer], self._at[self.layers[layer].kind]
-        kept["keys"].index_copy_(0, at, key.permute(2, 0, 1, 3))
-        kept["values"].index_copy_(0, at, value.permute(2, 0, 1, 3))
-        return kept["keys"].permute(1, 2, 0, 3), kept["values"].permute(1, 2, 0, 3)
+        """Append the keys and values (B, K, 1, H) of one token; return all of them (B, K, S, H)."""
+        state, at = self._states[layer], self._at[self.layers[layer].kind]
+        state["keys"].index_copy_(0, at, key.permute(2, 0, 1, 3))
+        state["values"].index_copy_(0, at, value.permute(2, 0, 1, 3))
+        return state["keys"].permute(1, 2, 0, 3), state["values"].permute(1, 2, 0, 3)
 
     def get_recurrent_state(self, layer: int, slot: int = 0) -> torch.Tensor:
-        """(B, R)."""
-        return self._kept[layer][slot]
+        """The recurrent state (B, R)."""
+        return self._states[layer][slot]
 
     def update_recurrent_state(self, state: torch.Tensor, layer: int, slot: int = 0, **kwargs: Any) -> None:
-        """Keep (B, R)."""
-        self._kept[layer][slot].copy_(state)
+        """Write the recurrent state (B, R)."""
+        self._states[layer][slot].copy_(state)
 
     def is_recording_past(self, layer: int) -> bool:
-        """Never: nothing is taken back."""
+        """Always False: no token is removed again."""
         return False
 
 
 class DecodeStep(nn.Module):
-    """Logits of the next token from one token, all state in `buffers`, which are written in place.
+    """Module that computes the logits of the next token from one token and the state in `buffers`.
 
     Args:
-        row_sums: matrix products written as products and sums, which a compiler makes loops of that suit one
-            row; otherwise as calls of torch's kernels.
-        int8: matrices as 8-bit integers with a scale for each row, the nearest to the given ones.
+        row_sums: express matrix products as products and sums, from which a compiler makes loops that suit
+            one row; otherwise torch's kernels are called.
+        int8: round matrices to 8-bit integers with a scale for each row.
     """
 
     def __init__(self, model: GenLMForCausalLM, row_sums: bool = False, int8: bool = False):
@@ -93,6 +112,7 @@ class DecodeStep(nn.Module):
         self.form = {"row_sums": row_sums, "int8": int8}
         self.layer_slots = slots_of(model.config)
         self.config = model.config
+        self._window: Any = model.config.sliding_window  # None without sliding layers
         if int8:
             _replace_linears(self.model, Int8Linear, suits=lambda linear: linear.in_features % 32 == 0)
         elif row_sums:
@@ -103,20 +123,19 @@ class DecodeStep(nn.Module):
     def forward(
         self, token: torch.Tensor, position: torch.Tensor, slot: torch.Tensor, *buffers: torch.Tensor
     ) -> torch.Tensor:
-        """
+        """Compute the logits (B, V) after `token`, and write its state into `buffers`.
+
         Args:
             token: (B, 1).
-            position: (B, 1), padding not counted; 1 is added in place.
-            slot: (1,), tokens so far, padding counted; 1 is added in place.
-            buffers: as `StepState.buffers` gives them.
-
-        Returns:
-            (B, V).
+            position: (B, 1), without padding; incremented in place.
+            slot: (1,), number of tokens so far including padding; incremented in place.
+            buffers: of `StepState.buffers`; written in place.
         """
-        given, at, masks = iter(buffers), {}, {}
+        given, at = iter(buffers), {}
+        masks: dict[str, torch.Tensor | None] = {}
         for kind in _attention_kinds(self.config):
             seen = next(given)
-            at[kind] = slot % self.config.sliding_window if kind == "sliding_attention" else slot
+            at[kind] = slot % self._window if kind == "sliding_attention" else slot
             seen.index_copy_(0, at[kind], torch.ones_like(seen[:1]))
             masks[kind] = seen.t()[:, None, None]
         masks |= dict.fromkeys(set(self.config.layer_types) - set(masks))
@@ -133,36 +152,39 @@ class DecodeStep(nn.Module):
 
 
 class StepState:
-    """The buffers of one generation: keys and values (S, B, K, H), which slots hold a token (S, B), and
-    recurrent states (B, R). A sliding layer has as many slots as its window and uses them in turn."""
+    """Buffers of one generation: keys and values (S, B, K, H), slots in use (S, B), recurrent states (B, R).
+
+    A sliding layer has as many slots as its window, and overwrites the oldest.
+    """
 
     def __init__(self, config: GenLMConfig, like: torch.Tensor, n_rows: int, n_slots: int):
-        """For `n_rows`, and at first `n_slots` of attention; `like` gives the dtype and device."""
+        """Allocate buffers for `n_rows` rows and `n_slots` slots, with the dtype and device of `like`."""
         self.config, self.n_slots = config, max(n_slots, 1)
-        heads = (n_rows, config.num_key_value_heads, config.head_dim)
+        sizes: Any = config  # a built config has no None where a layer reads it
+        heads = (n_rows, sizes.num_key_value_heads, sizes.head_dim)
         state_dtype = torch.promote_types(like.dtype, torch.float32)
 
         def n_of(kind: str) -> int:
-            return config.sliding_window if kind == "sliding_attention" else self.n_slots
+            return sizes.sliding_window if kind == "sliding_attention" else self.n_slots
 
         self.grows: list[bool] = []
         self._whole: list[torch.Tensor] = []
         for kind in _attention_kinds(config):
-            self._keep(like.new_zeros(n_of(kind), n_rows, dtype=torch.bool), kind == "full_attention")
+            self._add(like.new_zeros(n_of(kind), n_rows, dtype=torch.bool), kind == "full_attention")
         for slots in slots_of(config):
             for state in slots.states:
-                width = 1 if state == LAST_TOKEN_SLOT else config.recurrent_size
-                self._keep(like.new_zeros(n_rows, width, dtype=state_dtype), False)
+                width = 1 if state == LAST_TOKEN_SLOT else sizes.recurrent_size
+                self._add(like.new_zeros(n_rows, width, dtype=state_dtype), False)
             if slots.kind != "recurrent":
                 for _ in ("keys", "values"):
-                    self._keep(like.new_zeros(n_of(slots.kind), *heads), slots.kind == "full_attention")
+                    self._add(like.new_zeros(n_of(slots.kind), *heads), slots.kind == "full_attention")
 
-    def _keep(self, buffer: torch.Tensor, grows: bool) -> None:
+    def _add(self, buffer: torch.Tensor, grows: bool) -> None:
         self._whole.append(buffer)
         self.grows.append(grows)
 
     def buffers(self, n_tokens: int) -> list[torch.Tensor]:
-        """For a step that makes `n_tokens` in all, its own included; more slots where they are needed."""
+        """The buffers for a step after which there are `n_tokens`; enlarge them if necessary."""
         n_used = -(-n_tokens // SLOTS_AT_ONCE) * SLOTS_AT_ONCE
         if n_used > self.n_slots and any(self.grows):
             self.n_slots = max(n_used, 2 * self.n_slots)
@@ -174,7 +196,7 @@ class StepState:
         return [b[:n_used] if grows else b for b, grows in zip(self._whole, self.grows, strict=True)]
 
     def fill(self, cache: Any, valid: torch.Tensor) -> None:
-        """Take over transformers' `cache` after a prompt, whose mask is `valid` (B, T)."""
+        """Copy transformers' `cache` after a prompt, whose mask is `valid` (B, T)."""
         n_tokens = valid.shape[1]
         given = iter(self._whole)
         for _ in _attention_kinds(self.config):
@@ -188,16 +210,17 @@ class StepState:
 
     @staticmethod
     def _write(buffer: torch.Tensor, rows: torch.Tensor, n_tokens: int) -> None:
-        """The last of `rows`, which end at token `n_tokens`, to the slots of their tokens."""
+        """Write the last of `rows`, which end at token `n_tokens`, into the slots of their tokens."""
         rows = rows[-len(buffer) :]
         at = torch.arange(n_tokens - len(rows), n_tokens, device=rows.device) % len(buffer)
         buffer[at] = rows.to(buffer.dtype)
 
 
 class RowSums(nn.Module):
-    """A Linear as products and sums, for a compiler: for one token, as fast as memory gives the weights.
+    """Linear as products and sums, for a compiler: for one token, limited by memory bandwidth only.
 
-    Four sums go through the rows side by side, since each by itself would wait for its last addition.
+    The rows are split into four chunks so that four sums run in parallel instead of waiting for each
+    addition.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -205,14 +228,14 @@ class RowSums(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in) to (..., out)."""
+        """Apply the layer: (..., in) to (..., out)."""
         parts = [(x.unsqueeze(-2) * rows).sum(-1) for rows in self.weight.chunk(4)]
         y = torch.cat(parts, dim=-1)
         return y if self.bias is None else y + self.bias
 
 
 class Int8Linear(nn.Module):
-    """A Linear with 8-bit weights, a scale for each row, and inputs of 16 bits (bfloat16)."""
+    """Linear with 8-bit weights, a scale for each row, and bfloat16 inputs."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -223,7 +246,7 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in) to (..., out)."""
+        """Apply the layer: (..., in) to (..., out)."""
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
         y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
         y = y.to(x.dtype).view(*x.shape[:-1], -1)
@@ -244,4 +267,134 @@ def _replace_linears(
 
 
 def _attention_kinds(config: GenLMConfig) -> list[str]:
-    return [kind for kind in ("full_attention", "sliding_attention") if kind in config.mixer_types]
+    return [kind for kind in ("full_attention", "sliding_attention") if kind in (config.mixer_types or ())]
+
+
+def as_module(step: DecodeStep, inputs: Inputs) -> Program:
+    """The step as Python runs it: the reference of the others."""
+    return step
+
+
+def traced(step: DecodeStep, inputs: Inputs) -> Program:
+    """Trace the step: its operations without Python, for any number of slots and rows."""
+    copies = [tensor.clone() for tensor in inputs]  # tracing runs the step, which writes to them
+    with warnings.catch_warnings():
+        # the Python values that the trace makes constant do not depend on the number of slots and rows
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return torch.jit.trace(lambda *tensors: step(*tensors), tuple(copies), check_trace=False)
+
+
+def compiled(step: DecodeStep, inputs: Inputs) -> Program:
+    """Compile the step.
+
+    On a CPU into the library `program_file`, which all models of one shape share (tens of seconds once); on
+    other devices by torch.compile with CUDA graphs, for this process.
+
+    Raises:
+        UserError: there is no C++ compiler.
+    """
+    if inputs[0].device.type != "cpu":
+        for tensor in inputs[1:]:
+            torch._dynamo.mark_static_address(tensor)
+        return torch.compile(step, mode="reduce-overhead", fullgraph=True)
+    file = program_file(step, inputs)
+    if not file.is_file():
+        _compile_to(file, step, inputs)
+    library = torch._inductor.aoti_load_package(str(file))
+    weights = _weights(step)
+    return _Library(library, {name: weights[name].detach() for name in library.get_constant_fqns()})
+
+
+class _Library:
+    """Compiled library and the weights that it reads.
+
+    The weights are those of the model, not copies: training them changes what the program computes.
+    """
+
+    def __init__(self, library: Any, weights: dict[str, torch.Tensor]):
+        self._library, self._weights = library, weights
+        library.load_constants(weights, check_full_update=True, user_managed=True)
+
+    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+        # by its loader: the library itself would parse the layout of its arguments at each call
+        return self._library.loader.run(list(tensors))[0]
+
+
+PROGRAMS: dict[str, Callable[[DecodeStep, Inputs], Program]] = {
+    "module": as_module,
+    "traced": traced,
+    "compiled": compiled,
+}
+
+
+def program_file(step: DecodeStep, inputs: Inputs) -> Path:
+    """Path of the step's library in the cache; the name is a hash of all that its instructions depend on."""
+    decided = {
+        "config": _shape_of(step.config),
+        "form": step.form,
+        "sources": [hashlib.sha256(file.read_bytes()).hexdigest() for file in _sources()],
+        "tensors": [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in _weights(step).items()],
+        "rows": len(inputs[0]),
+        "versions": [torch.__version__, transformers.__version__],
+        "machine": [_processor(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
+    }
+    digest = hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()
+    return cache_folder() / f"step-{digest[:24]}.pt2"
+
+
+def _shape_of(config: GenLMConfig) -> dict:
+    return {name: value for name, value in config.to_dict().items() if name not in _NOT_SHAPE}
+
+
+def _sources() -> list[Path]:
+    package = Path(__file__).parent.parent
+    return sorted([*package.glob("model/*.py"), package / "decoding" / "step.py"])
+
+
+def _processor() -> str:
+    """Instruction set of the CPU: a home folder may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _weights(step: DecodeStep) -> dict[str, torch.Tensor]:
+    return dict(step.named_parameters(remove_duplicate=False)) | dict(
+        step.named_buffers(remove_duplicate=False)
+    )
+
+
+def _compile_to(file: Path, step: DecodeStep, inputs: Inputs) -> None:
+    _check_compiler()
+    copies = [tensor.clone() for tensor in inputs]
+    dynamic = torch.export.Dim.DYNAMIC
+    grows_of = StepState(step.config, torch.empty(0), 1, 1).grows
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's, about itself
+        program = torch.export.export(
+            step,
+            tuple(copies),
+            # (token, position, slot, buffers): only the slots of full attention grow
+            dynamic_shapes=(None, None, None, tuple({0: dynamic} if grows else None for grows in grows_of)),
+            strict=False,
+        )
+        with atomic_path(file) as part:
+            torch._inductor.aoti_compile_and_package(
+                program,
+                package_path=str(part),
+                inductor_configs={"aot_inductor.package_constants_in_so": False},
+            )
+
+
+def _check_compiler() -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UserError(
+            "a compiled program needs a C++ compiler, such as g++: install one, or use the traced program"
+        ) from error

@@ -108,17 +108,10 @@ def measure_range(
     decoders = _check_names(decoders, DECODERS, "decoder")
     tasks = _check_names(tasks, TASKS, "task")
     sizes = {name: _sizes_of(name, pairs, lengths) for name in tasks}
+    budget: dict[str, Any] = {"steps": steps} if minutes is None else {"steps": None, "minutes": minutes}
+    shape = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
     runs = [
-        TaskRun(
-            task=task,
-            decoder=decoder,
-            seed=seed,
-            sizes=sizes[task],
-            steps=steps if minutes is None else None,
-            minutes=minutes,
-            hidden_size=hidden_size,
-            num_hidden_layers=num_hidden_layers,
-        )
+        TaskRun(task=task, decoder=decoder, seed=seed, sizes=sizes[task], **budget, **shape)
         for seed in range(seeds)  # the outer loop: an early end leaves complete seeds
         for task in tasks
         for decoder in decoders
@@ -131,8 +124,7 @@ def measure_range(
         tasks=tasks,
         pairs=pairs,
         lengths=lengths,
-        steps=steps if minutes is None else None,
-        minutes=minutes,
+        **budget,
         seeds=seeds,
         rates=learning_rates,
         width=hidden_size,

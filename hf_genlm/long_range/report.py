@@ -1,6 +1,6 @@
-"""What came of training decoders on made tasks: means over seeds, and a report of who remembers how far.
+"""Results of decoders on synthetic tasks: means over seeds, and the report.
 
-Every sentence of it is written from the measurements.
+All sentences of the report are derived from the measurements.
 """
 
 import math
@@ -13,14 +13,14 @@ from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.report import figures
 from hf_genlm.report.document import Block, Code, Heading, Picture, Table, Text, write_report
 
-SOLVED = 0.9  # the accuracy from which on a size counts as remembered
+SOLVED = 0.9  # accuracy from which on a size counts as solved
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One model, trained on one task from one seed, and its accuracies.
+    """Accuracies of one model, trained on one task with one seed.
 
-    `chance` has the accuracy of guessing for each of `sizes`, which `size_name` says what they count.
+    `chance` is the accuracy of guessing for each of `sizes`; `size_name` is the unit of the sizes.
     """
 
     task: str
@@ -38,28 +38,30 @@ class Outcome:
 
     @property
     def accuracies(self) -> tuple[float, ...]:
-        """One for each of `sizes`."""
+        """Accuracy for each of `sizes`."""
         by_name = {m.name: m.value for m in self.measurements}
         return tuple(by_name[f"{self.task}_accuracy/{size}_{self.size_name}"] for size in self.sizes)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by name."""
+        """The fields by name, in JSON types."""
         return {**asdict(self), "measurements": [m.to_json() for m in self.measurements]}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Outcome":
-        """The inverse of `to_json`."""
+        """Invert `to_json`."""
         lists = {name: tuple(content[name]) for name in ("sizes", "chance", "mixers")}
         measurements = tuple(Measurement.from_json(item) for item in content["measurements"])
         return cls(**{**content, **lists, "measurements": measurements})
 
 
 def over_seeds(outcomes: Sequence[Outcome]) -> list[Measurement]:
-    """Means over the seeds of each task and decoder.
+    """Average over the seeds of each task and decoder.
 
-    NAME_accuracy/DECODER/64_pairs and those by distance below it: n counts the questions to all seeds, the
-    standard error is that over seeds (None for one). NAME_remembered/DECODER is the largest size up to which
-    that mean is at least SOLVED throughout, 0 where the least is not; n counts seeds.
+    Returns:
+        - NAME_accuracy/DECODER/64_pairs, and by distance below it: n counts the questions to all seeds, the
+          standard error is over seeds (None for one).
+        - NAME_remembered/DECODER: the largest size up to which every mean is at least SOLVED, 0 if there is
+          none; n counts seeds.
     """
     found = []
     for task, decoder, group in _groups(outcomes):
@@ -91,7 +93,7 @@ def over_seeds(outcomes: Sequence[Outcome]) -> list[Measurement]:
 
 
 def sentence(outcomes: Sequence[Outcome], task: str, size: int) -> str:
-    """Which decoders reach SOLVED in `task` at `size`, and which do not, with their accuracies."""
+    """State which decoders reach an accuracy of SOLVED in `task` at `size`, and which do not."""
     of_task = [outcome for outcome in outcomes if outcome.task == task]
     measured = {m.name: m for m in over_seeds(of_task)}
     able: list[str] = []
@@ -116,7 +118,7 @@ def write_range_report(folder: Path, outcomes: Sequence[Outcome], command: str) 
     tasks = list(dict.fromkeys(outcome.task for outcome in outcomes))
     picture = _draw(folder / "plots" / "range.png", outcomes, tasks)
     blocks: list[Block] = [Text(sentence(outcomes, t, _of(outcomes, t)[0].sizes[-1])) for t in tasks]
-    blocks.append(Picture(picture, "accuracy of each decoder by the size of the task", "Grey: guessing."))
+    blocks.append(Picture(picture, "accuracy of each decoder by the size of the task", "Grey: chance."))
     for task in tasks:
         blocks += _task_blocks(_of(outcomes, task))
     blocks += [Heading("What was trained"), _model_table(outcomes), Code(command, "bash")]
@@ -140,7 +142,7 @@ def _task_blocks(outcomes: Sequence[Outcome]) -> list[Block]:
     ]
     best = frozenset(i for i, d in enumerate(remembered) if remembered[d] == first.sizes[-1])
     rows.append(["chance", *(f"{chance:.2f}" for chance in first.chance), ""])
-    head = ["decoder", *(f"{size} {first.size_name}" for size in first.sizes), f"holds at {SOLVED}"]
+    head = ["decoder", *(f"{size} {first.size_name}" for size in first.sizes), f"solved at {SOLVED}"]
     largest = _name_of(first, first.sizes[-1]).split("/")[-1]
     prefix = f"{first.task}_accuracy/{first.decoder}/{largest}/distance_"
     distances = [name.removeprefix(prefix) for name in measured if name.startswith(prefix)]
@@ -156,8 +158,8 @@ def _task_blocks(outcomes: Sequence[Outcome]) -> list[Block]:
         Table(
             ["decoder", *distances],
             by_distance,
-            f"At {first.sizes[-1]} {first.size_name}, by the tokens between where an answer stands and where "
-            "it is asked.",
+            f"At {first.sizes[-1]} {first.size_name}, by the number of tokens between an answer and its "
+            "question.",
         ),
     ]
 
@@ -178,11 +180,11 @@ def _model_table(outcomes: Sequence[Outcome]) -> Table:
             ]
         )
     return Table(
-        ["decoder", "task", "layers", "parameters", "rate", "steps", "seconds"],
+        ["decoder", "task", "layers", "parameters", "learning rate", "steps", "seconds"],
         rows,
-        "Width, number of layers, optimizer, tokens a step and curriculum are the same for all; parameters "
-        "and seconds of training are not. Of the rates, the next was tried where the one before did not "
-        f"reach {SOLVED} at the largest size with the first seed; the best of those tried is shown.",
+        "Width, number of layers, optimizer, tokens per step and curriculum are equal for all; parameters "
+        "and seconds of training are not. With the first seed, the next learning rate was tried if the one "
+        f"before did not reach {SOLVED} at the largest size; the best of those tried is shown.",
     )
 
 
@@ -214,7 +216,7 @@ def _of(outcomes: Sequence[Outcome], task: str) -> list[Outcome]:
 
 
 def _groups(outcomes: Sequence[Outcome]) -> list[tuple[str, str, list[Outcome]]]:
-    """(task, decoder, its outcomes by seed), in the order in which they come."""
+    """Group by (task, decoder), in order of appearance; outcomes are in order of seeds."""
     keys = dict.fromkeys((outcome.task, outcome.decoder) for outcome in outcomes)
     return [(*key, [o for o in outcomes if (o.task, o.decoder) == key]) for key in keys]
 

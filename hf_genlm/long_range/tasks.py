@@ -1,15 +1,14 @@
-"""Made tasks that ask a decoder for what it read earlier: how far does it remember, and how much?
+"""Synthetic tasks that ask a decoder for what it read earlier.
 
-| task | a row | asked |
+| task | row | question |
 |---|---|---|
 | recall | K pairs of a key and a value, then all keys in another order | the value of each key |
 | copy | N symbols scattered among blanks, then N marks | the symbols in their order |
 | passkey | a mark and five digits hidden in filler, and at the end the mark again | the digits |
 
 Sources: multi-query associative recall, Arora et al., 2023, arXiv:2312.04927; selective copying, Gu and Dao,
-2023, arXiv:2312.00752; passkey retrieval, Mohtashami and Jaggi, 2023, arXiv:2305.16300. Each task has a small
-vocabulary of its own, and rows are drawn from a seeded generator: there is no data set to read, or to know
-by heart.
+2023, arXiv:2312.00752; passkey retrieval, Mohtashami and Jaggi, 2023, arXiv:2305.16300. Each task has its own
+small vocabulary, and rows are drawn from a seeded generator: there is no data set to read or to memorize.
 
 Legend of shapes: B rows, T tokens, K pairs, N symbols.
 """
@@ -23,7 +22,7 @@ import numpy as np
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import Measurement, ratio_stderr
 
-IGNORED = -100  # the target where nothing is asked, as torch's cross-entropy knows it
+IGNORED = -100  # target of positions without a question, ignored by torch's cross-entropy
 
 N_KEYS = N_VALUES = 128
 N_SYMBOLS, N_COPIED = 16, 16
@@ -31,10 +30,10 @@ N_DIGITS, N_FILLERS, PASSKEY_DIGITS = 10, 32, 5
 
 
 class Batch(NamedTuple):
-    """Rows of a task; all (B, T) int64.
+    """Rows of a task, (B, T) int64 each.
 
-    `targets` stand where the model's output should be that token, `IGNORED` elsewhere: they are not shifted
-    again. `distances` count the tokens from where an answer was read to where it is asked, 0 elsewhere.
+    `targets` are at the positions whose output should be that token (no further shift), `IGNORED` elsewhere.
+    `distances` count the tokens between the answer in the input and its question, 0 elsewhere.
     """
 
     inputs: np.ndarray
@@ -44,19 +43,19 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """A way to make rows of a given size, and what that size counts."""
+    """A synthetic task: rows of a given size, and the unit of the size."""
 
     name: str
     vocab_size: int
-    size_name: str  # what the size counts: pairs, or tokens of a row
-    sizes: tuple[int, ...]  # usual ones, ascending
-    limits: tuple[int, int]  # the least and the largest size
+    size_name: str  # unit of the size: pairs, or tokens of a row
+    sizes: tuple[int, ...]  # defaults, ascending
+    limits: tuple[int, int]  # minimum and maximum size
     n_tokens: Callable[[int], int]  # of a row of this size
     make: Callable[[np.random.Generator, int, int], Batch]  # (generator, rows, size)
-    chance: Callable[[int], float]  # accuracy of the best guess that does not look where the answer stands
+    chance: Callable[[int], float]  # accuracy of the best guess that ignores the position of the answer
 
     def batch(self, generator: np.random.Generator, n_rows: int, size: int) -> Batch:
-        """`n_rows` rows of `size`; the same generator state gives the same rows.
+        """Make `n_rows` rows of `size`; the same generator state gives the same rows.
 
         Raises:
             UserError: a size outside `limits`.
@@ -65,13 +64,14 @@ class Task:
         return self.make(generator, n_rows, size)
 
     def check_size(self, size: int) -> None:
-        """
+        """Check a size.
+
         Raises:
-            UserError: a size outside `limits`.
+            UserError: it is outside `limits`.
         """
-        least, most = self.limits
-        if not least <= size <= most:
-            raise UserError(f"{self.name} of {size} {self.size_name}: must lie in {least}..{most}")
+        low, high = self.limits
+        if not low <= size <= high:
+            raise UserError(f"{self.name} of {size} {self.size_name}: must be in {low}..{high}")
 
 
 def _empty(n_rows: int, n_tokens: int) -> Batch:
@@ -82,14 +82,16 @@ def _empty(n_rows: int, n_tokens: int) -> Batch:
 
 
 def _distinct(generator: np.random.Generator, n_rows: int, n_of: int, n_drawn: int) -> np.ndarray:
-    """(n_rows, n_drawn) numbers below `n_of` in random order, none twice in a row."""
+    """Draw (n_rows, n_drawn) numbers below `n_of` in random order, without repeats within a row."""
     return generator.random((n_rows, n_of)).argsort(axis=1)[:, :n_drawn]
 
 
 def make_recall(generator: np.random.Generator, n_rows: int, n_pairs: int) -> Batch:
-    """Keys are 0 .. N_KEYS - 1 and values the ids after them; none stands twice in a row. T = 3 K.
+    """Make rows of K pairs of a key (0 .. N_KEYS - 1) and a value (the ids after them), and K questions.
+    3 K.
 
-    A guess among the values of the row is right once in K. The distance is that of the key and its question.
+    No key and no value repeats within a row, so that a guess among its values is right once in K. The
+    distance is that between the key and its question.
     """
     keys_BK = _distinct(generator, n_rows, N_KEYS, n_pairs)
     values_BK = N_KEYS + _distinct(generator, n_rows, N_VALUES, n_pairs)
@@ -104,7 +106,7 @@ def make_recall(generator: np.random.Generator, n_rows: int, n_pairs: int) -> Ba
 
 
 def make_copy(generator: np.random.Generator, n_rows: int, n_tokens: int) -> Batch:
-    """N_COPIED symbols 0 .. N_SYMBOLS - 1, among blanks (N_SYMBOLS), then as many marks (N_SYMBOLS + 1)."""
+    """Make rows of N_COPIED symbols (0 .. N_SYMBOLS - 1) among blanks, and as many marks as questions."""
     blank, mark = N_SYMBOLS, N_SYMBOLS + 1
     first_asked = n_tokens - N_COPIED
     places_BN = np.sort(_distinct(generator, n_rows, first_asked, N_COPIED), axis=1)
@@ -119,9 +121,10 @@ def make_copy(generator: np.random.Generator, n_rows: int, n_tokens: int) -> Bat
 
 
 def make_passkey(generator: np.random.Generator, n_rows: int, n_tokens: int) -> Batch:
-    """Digits 0 .. 9, fillers, and a mark before the digits; at the end the mark and all digits but the last.
+    """Make rows of fillers with a mark and digits hidden in them, and a question for the digits at the end.
+    last.
 
-    A digit is thus asked given those before it, as when the answer is generated.
+    The question is the mark and all digits but the last, so that each digit is asked given those before it.
     """
     mark = N_DIGITS + N_FILLERS
     asked_at = n_tokens - PASSKEY_DIGITS
@@ -178,12 +181,12 @@ TASKS = {
 def measure_task(
     model: Any, task: Task, sizes: Sequence[int], *, n_rows: int = 64, seed: int = 0, batch_size: int = 32
 ) -> list[Measurement]:
-    """How often a causal model's likeliest token is the answer, by size of the task and by distance.
+    """Measure the accuracy of a causal model on a task, by size and by distance.
 
     Args:
         model: in evaluation mode, called as `model(input_ids=(B, T) int64, use_cache=False)`; its `.logits`
             are (B, T, V), V at least `task.vocab_size`.
-        n_rows: rows of each size, all made from `seed`: the same for every model.
+        n_rows: rows of each size, drawn with `seed`: the same for every model.
 
     Returns:
         NAME_accuracy/64_pairs, and NAME_accuracy/64_pairs/distance_33-64 for distances of doubling width
@@ -209,7 +212,7 @@ def measure_task(
 
 
 def distance_buckets(farthest: int) -> list[tuple[int, int]]:
-    """(first, last) distances: 1-16, 17-32, 33-64, ... until `farthest` is in one."""
+    """(first, last) distances: 1-16, 17-32, 33-64, ... up to the one that contains `farthest`."""
     found = [(1, 16)]
     while found[-1][1] < farthest:
         found.append((found[-1][1] + 1, 2 * found[-1][1]))

@@ -1,8 +1,9 @@
-"""Trains a small decoder on one of the made tasks of `evaluation/tasks.py`, the same way whatever it is.
+"""Train a small decoder on a synthetic task; every decoder is trained in the same way.
 
-Rows are made as they are needed, each step of one size. A curriculum opens the sizes: in the first half of a
-run each in its turn, from the smallest, for equally long; in the second any of them, by chance. Long rows
-come in smaller batches, so that every step reads about as many tokens. The loss is that of the answers alone.
+Rows are made as they are needed; all rows of a step have one size. Curriculum: in the first half of a run,
+each size in ascending order for an equal time; in the second half, a random size per step. Batches of long
+rows are smaller, so that every step reads about the same number of tokens. The loss is that of the answers
+only.
 """
 
 import time
@@ -22,15 +23,15 @@ from hf_genlm.model import GenLMConfig, GenLMForCausalLM
 from hf_genlm.model.configuration_genlm import mixers_of
 from hf_genlm.training.optimizer import OptimizerFactory
 
-_OPENING = 0.5  # of a run, in which the sizes open
-_DECAY = 0.5  # of a run, at its end, in which the rates fall to zero
+_CURRICULUM = 0.5  # part of a run in which the sizes ascend
+_DECAY = 0.5  # part of a run, at its end, in which the learning rates decay to zero
 _WARMUP_STEPS = 20
 _MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True)
 class TaskRun:
-    """What decides a training run; `steps` or `minutes` ends it, whichever comes first."""
+    """Settings of a training run; `steps` or `minutes` ends it, whichever comes first."""
 
     task: str
     decoder: str
@@ -45,7 +46,7 @@ class TaskRun:
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
-            raise UserError("a run needs an end: give --steps or --minutes")
+            raise UserError("a run needs a budget: give --steps or --minutes")
         if self.minutes is not None and self.minutes <= 0:
             raise UserError(f"minutes = {self.minutes}: must be more than 0")
         if self.learning_rate <= 0:
@@ -53,33 +54,34 @@ class TaskRun:
 
     @property
     def name(self) -> str:
-        """For files: the task, the decoder, the seed, the rate."""
+        """Name of its file: task, decoder, seed, learning rate."""
         return f"{self.task}-{self.decoder}-{self.seed}-{self.learning_rate:g}"
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by name, as JSON keeps them."""
+        """The fields by name, in JSON types."""
         return {**asdict(self), "sizes": list(self.sizes)}
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in evaluation mode, and what it took."""
+    """A trained model in evaluation mode, and its cost."""
 
     model: GenLMForCausalLM
     steps: int
     seconds: float
-    loss: float  # nats per answer, of the last step
+    loss: float  # of the last step, nats per answer
 
     @property
     def n_parameters(self) -> int:
-        """Of the model, each once."""
+        """Number of parameters; shared ones count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
 def train_on_task(run: TaskRun, on_progress: Callable[[float, str], None] | None = None) -> Trained:
-    """Train from scratch. `on_progress` hears (share of the run that is done, facts) at each step.
+    """Train a model from scratch. A budget of steps gives the same weights on the same machine.
 
-    The same run of `steps` gives the same weights on the same machine.
+    Args:
+        on_progress: called with (share of the run that is done, facts to show) at each step.
     """
     task, generator = TASKS[run.task], np.random.default_rng(run.seed)
     model = new_model(run)
@@ -109,9 +111,9 @@ def train_on_task(run: TaskRun, on_progress: Callable[[float, str], None] | None
 
 
 def new_model(run: TaskRun) -> GenLMForCausalLM:
-    """A decoder preset for the task, its weights drawn from the seed.
+    """Build a decoder preset for the task, with weights drawn from the seed.
 
-    A head of its own: what answers need not look like what is asked.
+    The embedding is not tied: a question and its answer need no similar vectors.
 
     Raises:
         UserError: a width or a number of layers that the decoder cannot have.
@@ -139,19 +141,19 @@ def new_model(run: TaskRun) -> GenLMForCausalLM:
 
 
 def draw_size(sizes: tuple[int, ...], progress: float, generator: np.random.Generator) -> int:
-    """The size of a step at `progress` (0 to 1) of a run: see the curriculum above."""
-    if progress < _OPENING:
-        return sizes[int(len(sizes) * progress / _OPENING)]
+    """Draw the size of a step at `progress` (0 to 1) of a run, by the curriculum."""
+    if progress < _CURRICULUM:
+        return sizes[int(len(sizes) * progress / _CURRICULUM)]
     return sizes[generator.integers(len(sizes))]
 
 
 def _progress(run: TaskRun, begin: float) -> Iterator[tuple[int, float]]:
-    """Numbers of steps, from 1, and the share of the run before each of them."""
+    """Yield the number of each step, from 1, and the share of the run before it."""
     step = 0
     while True:
         by_steps = step / run.steps if run.steps else 0.0
-        by_clock = (time.monotonic() - begin) / (60 * run.minutes) if run.minutes else 0.0
-        progress = max(by_steps, by_clock)
+        by_time = (time.monotonic() - begin) / (60 * run.minutes) if run.minutes else 0.0
+        progress = max(by_steps, by_time)
         if progress >= 1:
             return
         step += 1
@@ -161,7 +163,7 @@ def _progress(run: TaskRun, begin: float) -> Iterator[tuple[int, float]]:
 def _loss(
     model: GenLMForCausalLM, task: Task, size: int, n_rows: int, generator: np.random.Generator
 ) -> tuple[torch.Tensor, float]:
-    """The mean over the answers in nats, and the share of them that is right. The head sees these alone."""
+    """Mean loss of the answers in nats, and their accuracy. The head computes only their logits."""
     batch = task.batch(generator, n_rows, size)
     inputs_BT = torch.from_numpy(batch.inputs).to(model.device)
     targets_BT = torch.from_numpy(batch.targets).to(model.device)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import TokenizerRecipe
-from hf_genlm.evaluation.evaluate import SUITES, Material
+from hf_genlm.evaluation.evaluate import SUITES, Material, evaluate
 from hf_genlm.evaluation.likelihood import document_nats, make_windows, measure_likelihood
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.text.store import Document
@@ -245,6 +245,25 @@ def test_windows_beside_each_other_are_lm_evals():
         windows = make_windows([length], 8, 8)
         inputs = [0, *ids]
         assert [(inputs[w.start : w.stop], ids[w.first : w.stop]) for w in windows] == theirs
+
+
+def test_settings_of_the_recipe_reach_the_likelihood(loaded, folder):
+    """Through the service as by hand: stride, context and texts in memory, for each combination."""
+    model, tokenizer = loaded
+    texts = TEXTS[:3]
+    documents = [(np.array(tokenizer(text).input_ids), len(text.encode())) for text in texts]
+    found = []
+    for context, stride in ((CONTEXT, CONTEXT), (CONTEXT, 3), (CONTEXT, None), (16, None)):
+        assignments = [f"evaluation.context_length={context}"]
+        assignments += [] if stride is None else [f"evaluation.stride={stride}"]
+        measured = evaluate(str(folder), texts=texts, assignments=assignments)
+        expected = measure_likelihood(
+            model, documents, start_id=tokenizer.bos_token_id, context=context, stride=stride
+        )
+        assert measured[0].value == pytest.approx(expected[0].value, rel=1e-6)
+        assert {m.split for m in measured} == {"given"}
+        found.append(measured[0].value)
+    assert len({round(value, 5) for value in found}) == 4, "each setting changes the windows"
 
 
 class TestSuite:

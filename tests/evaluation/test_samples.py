@@ -118,6 +118,26 @@ def test_settings_of_the_model_and_random_states_stay_out_of_it(model, tokenizer
     assert random.getstate() == states[2]
 
 
+@pytest.mark.parametrize("kind", ["hybrid", "gpt2"])
+def test_a_model_left_in_training_mode_samples_without_dropout(kind, tokenizer):
+    """Dropout would change the logits, and so the likeliest tokens."""
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos")}
+    if kind == "gpt2":
+        torch.manual_seed(0)
+        dropout = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+        size = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+        model = GPT2LMHeadModel(GPT2Config(**size, **special, **dropout, initializer_range=0.5))
+    else:
+        model = build_model(kind, vocab_size=len(tokenizer), **special, dropout=0.5)
+    model.train()
+    ids = torch.tensor([tokenizer("The cat saw").input_ids])
+    assert not torch.equal(model(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    texts = sample_texts(model, tokenizer, count=4, max_new_tokens=16, temperature=0, prompts=["The cat"])
+    assert model.training
+    with torch.no_grad():
+        assert set(texts) == {greedy(model.eval(), tokenizer, "The cat", 16)}
+
+
 def by_name(found: list[Measurement], split: str) -> dict[str, Measurement]:
     return {m.name: m for m in found if m.split == split}
 
