@@ -367,7 +367,7 @@ def _weights(step: DecodeStep) -> dict[str, torch.Tensor]:
 
 
 def _compile_to(file: Path, step: DecodeStep, inputs: Inputs) -> None:
-    _check_compiler()
+    check_compiler()
     copies = [tensor.clone() for tensor in inputs]
     dynamic = torch.export.Dim.DYNAMIC
     grows_of = StepState(step.config, torch.empty(0), 1, 1).grows
@@ -388,7 +388,12 @@ def _compile_to(file: Path, step: DecodeStep, inputs: Inputs) -> None:
             )
 
 
-def _check_compiler() -> None:
+def check_compiler() -> None:
+    """Check that there is a C++ compiler.
+
+    Raises:
+        UserError: there is none.
+    """
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 

@@ -6,7 +6,7 @@ from support.models import EOS, PAD, STACKS, VOCAB, build_model
 from torch.nn.utils import parametrize
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from hf_genlm.decoding import FastGenerator, generator, program, step
+from hf_genlm.decoding import PROGRAMS, FastGenerator, step
 from hf_genlm.decoding.step import SLOTS_AT_ONCE, DecodeStep, Int8Linear, RowSums, StepCache, StepState
 from hf_genlm.errors import UserError
 
@@ -81,7 +81,7 @@ def test_a_compiled_int8_step_is_the_module_compiled(stack, tokens, tmp_path, mo
 
 def needs_compiler() -> None:
     try:
-        program._check_compiler()
+        step.check_compiler()
     except UserError:
         pytest.skip("no C++ compiler")
 
@@ -379,7 +379,7 @@ def test_a_library_is_named_by_what_it_depends_on(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_GENLM_CACHE", str(tmp_path))
 
     def file_of(model, n_rows=1, **forms):
-        return program.program_file(DecodeStep(model, **forms), [torch.zeros(n_rows, 1)])
+        return step.program_file(DecodeStep(model, **forms), [torch.zeros(n_rows, 1)])
 
     same = [file_of(build_model("hybrid", seed=seed), row_sums=True) for seed in (0, 1)]
     assert same[0] == same[1]
@@ -413,6 +413,6 @@ def test_a_missing_compiler_is_named(tokens, monkeypatch, tmp_path):
 
 def test_nothing_is_compiled_unasked(tokens, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_GENLM_CACHE", str(tmp_path))
-    monkeypatch.setattr(generator, "PROGRAMS", {"traced": program.traced})
+    monkeypatch.delitem(PROGRAMS, "compiled")
     assert_fast_and_equal(FastGenerator(build_model("gru")), {"input_ids": tokens})
     assert not list(tmp_path.iterdir())
