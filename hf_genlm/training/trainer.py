@@ -199,6 +199,7 @@ def training_arguments_of(run: RunFolder, training: TrainingSettings, budget: Bu
         max_grad_norm=training.max_grad_norm,
         seed=training.seed,
         bf16=use_bf16,
+        use_cpu=use_bf16 and not torch.accelerator.is_available(),  # else bfloat16 would need a GPU
         torch_compile_backend=training.torch_compile_backend,
         logging_strategy="no",
         logging_nan_inf_filter=False,
