@@ -126,9 +126,8 @@ class ModelSource:
         return [ModelSource(folder, self.run) for folder in found]
 
     def canaries(self) -> list[str]:
-        """Return the texts in canaries.json of the run and of the two folders above the model."""
+        """Return the texts in canaries.json of the run that the model or milestone lies in."""
         runs = [RunFolder(parent) for parent in list(self.folder.resolve().parents)[:2]]
-        runs += [] if self.run is None else [self.run]
         files = [run.canaries for run in runs if run.canaries.is_file()]
         return sorted({text for file in files for text in _strings(read_json(file))})
 

@@ -211,9 +211,9 @@ class HubRepository:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         head = self._ask(self.api.model_info, self.repo_id, revision=branch)
-        tagged = None if tag is None else self._tags().get(tag)
-        if tagged is not None:
-            self._check_tag(tag, tagged == head.sha)
+        if tag is not None and (tagged := self._tags().get(tag)) is not None:
+            if tagged != head.sha:
+                raise self._tag_taken(tag)
             return tagged
         operations: list[Any] = [CommitOperationAdd(name, path) for name, path in files.items()]
         present = {sibling.rfilename for sibling in head.siblings}
@@ -247,8 +247,8 @@ class HubRepository:
             for name, path in received.items()
             if not path.is_file() or sha256_of(path) != sha256_of(files[name])
         ]
-        if different and tag is not None:
-            self._check_tag(tag, tag not in self._tags())
+        if different and tag is not None and tag in self._tags():
+            raise self._tag_taken(tag)
         if different:
             raise PushFailed(f"{self.url} returns other content than was sent: {', '.join(different)}")
 
@@ -267,14 +267,14 @@ class HubRepository:
         if tag is None:
             existing = [name for name in versions if commits[name] == commit]
             tag = existing[0] if existing else f"v{max(versions.values(), default=0) + 1}"
-        self._check_tag(tag, commits.get(tag, commit) == commit)
+        if commits.get(tag, commit) != commit:
+            raise self._tag_taken(tag)
         if tag not in commits:
             self._ask(self.api.create_tag, self.repo_id, tag=tag, revision=commit)
         return tag
 
-    def _check_tag(self, tag: str | None, is_free: bool) -> None:
-        if not is_free:
-            raise UserError(f"--tag {tag!r}: {self.url} has that version with other files: choose a new name")
+    def _tag_taken(self, tag: str) -> UserError:
+        return UserError(f"--tag {tag!r}: {self.url} has that version with other files: choose a new name")
 
     def _tags(self) -> dict[str, str]:
         refs = self._ask(self.api.list_repo_refs, self.repo_id)
@@ -331,7 +331,7 @@ def _explain(error: BaseException, status: int | None) -> str | None:
         return _REMEDIES[401]
     if any(isinstance(c, (HTTPError, ConnectionError, TimeoutError, RuntimeError)) for c in _causes(error)):
         return f"{_NETWORK_ERROR} ({message})"
-    return None
+    return message if isinstance(error, OSError) and error.errno is not None else None  # such as a full disk
 
 
 @contextlib.contextmanager

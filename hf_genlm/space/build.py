@@ -65,7 +65,7 @@ class DemoModel:
 
 def build_space(
     models: Sequence[str | Path],
-    out_dir: str | Path,
+    output_dir: str | Path,
     *,
     repo_ids: Sequence[str] = (),
     title: str | None = None,
@@ -78,10 +78,10 @@ def build_space(
         title: default: the names of the models.
 
     Raises:
-        UserError: a model is missing, `out_dir` holds files or cannot be written, or a library that the demo
-            needs is not installed.
+        UserError: a model is missing, `output_dir` holds files or cannot be written, or a library of the demo
+            is not installed.
     """
-    out = Path(out_dir)
+    out = Path(output_dir)
     if not 1 <= len(models) <= 2:
         raise UserError(f"the demo shows one model or two side by side, not {len(models)}")
     if repo_ids and len(repo_ids) != len(models):

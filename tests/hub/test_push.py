@@ -308,6 +308,15 @@ def test_a_tag_of_another_version_is_refused_before_anything_is_sent(hub, run):
     assert len(repo.commits) == n_commits + 1
 
 
+def test_a_full_disk_while_reading_back_is_explained(hub, run, monkeypatch):
+    def fill_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.snapshot_download", fill_disk)
+    with pytest.raises(PushFailed, match=r"No space left on device; the repository is complete at commit"):
+        publish(run)
+
+
 def test_private_is_private_or_refused(hub, run):
     publish(run, private=True)
     assert hub.repos[REPO].private
@@ -463,6 +472,10 @@ def test_allowed_findings_are_published_and_no_others(hub, run):
         publish(run, allow=[*allow, "README.md:canary"])
     publish(run, allow=allow)
     assert hub.repos[REPO].files("main") == files_of(run.model)
+    run.samples.write_text(f"```text\n/home/ann/novel.txt\nhf_{'a1B2' * 8}\n```\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"README\.md:\d+: token") as refusal:
+        publish(run, allow=allow)
+    assert "home-path" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -475,11 +488,14 @@ def test_ordinary_text_is_no_finding(text, tmp_path):
     assert findings_of(tmp_path) == []
 
 
-def test_the_header_of_weights_is_scanned(folder):
+def test_of_weights_the_header_is_scanned_and_the_numbers_are_not(folder):
     import torch
     from safetensors.torch import save_file
 
-    save_file({"w": torch.zeros(1)}, folder / "model.safetensors", {"from": "/home/ann/x"})
+    numbers = torch.tensor(list(b" /home/ann/x "), dtype=torch.uint8)
+    save_file({"w": numbers}, folder / "model.safetensors")
+    assert findings_of(folder) == []
+    save_file({"w": numbers}, folder / "model.safetensors", {"from": "/home/ann/x"})
     assert findings_of(folder) == ["model.safetensors:1 home-path"]
 
 

@@ -39,7 +39,7 @@ from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import TokenizerRecipe
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.model.configuration_genlm import RECURRENT_MIXERS
-from hf_genlm.space.build import build_space
+from hf_genlm.space.build import build_space, run_space
 from hf_genlm.space.files.demo import page
 from hf_genlm.space.files.demo.layers import (
     last_token_attention,
@@ -455,6 +455,11 @@ def test_the_config_of_a_hub_model_is_downloaded(tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     assert main(["space", "owner/small-gpt", "--out", str(tmp_path / "x")]) == 2  # tests run offline
     assert "no config.json of 'owner/small-gpt'" in last_line(capsys)
+
+
+def test_run_space_serves_the_app_at_the_port_and_returns_its_exit_code(tmp_path):
+    (tmp_path / "app.py").write_text("import os, sys; sys.exit(int(os.environ['GRADIO_SERVER_PORT']) - 7000)")
+    assert run_space(tmp_path, 7003) == 3
 
 
 MISTAKES = {
