@@ -457,6 +457,14 @@ def test_the_config_of_a_hub_model_is_downloaded(tmp_path, monkeypatch, capsys):
     assert "no config.json of 'owner/small-gpt'" in last_line(capsys)
 
 
+def test_two_models_of_one_name_are_both_included(tokenizer, tmp_path):
+    folders = [saved(tmp_path / place / "small model", "gru", tokenizer) for place in "ab"]
+    build_space(folders, tmp_path / "demo")
+    entries = json.loads((tmp_path / "demo" / "space.json").read_text())["models"]
+    assert [entry["name"] for entry in entries] == ["small-model", "small-model-2"]
+    assert all((tmp_path / "demo" / entry["source"] / "config.json").is_file() for entry in entries)
+
+
 def test_run_space_serves_the_app_at_the_port_and_returns_its_exit_code(tmp_path):
     (tmp_path / "app.py").write_text("import os, sys; sys.exit(int(os.environ['GRADIO_SERVER_PORT']) - 7000)")
     assert run_space(tmp_path, 7003) == 3
