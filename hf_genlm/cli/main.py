@@ -18,7 +18,7 @@ from hf_genlm.cli import train, text, evaluate, models, inspect  # noqa: F401  t
 # isort: on
 from hf_genlm.cli.launch import complain, is_first, is_launched
 from hf_genlm.cli.options import WORDS, app, explain_usage_error
-from hf_genlm.errors import Stopped, UserError, did_you_mean
+from hf_genlm.errors import Stopped, UserError
 
 _ENDED_BY_SIGPIPE = 128 + 13  # the exit code that a shell reports for it
 _COMPLETION = "_HF_GENLM_COMPLETE"  # set by the shell's completion script
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         if _COMPLETION in os.environ:
-            return _command().main(words, prog_name="hf-genlm", complete_var=_COMPLETION)
+            return typer.main.get_command(app).main(words, prog_name="hf-genlm", complete_var=_COMPLETION)
         _quiet_libraries()
         code = _run(words) or 0
         sys.stdout.flush()
@@ -81,7 +81,7 @@ def parse(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _run(words: list[str], record: dict[str, Any] | None = None) -> Any:
-    command: Any = _command()
+    command: Any = typer.main.get_command(app)
     try:
         with command.make_context("hf-genlm", list(words), obj=record) as context:
             context.meta[WORDS] = words
@@ -90,19 +90,6 @@ def _run(words: list[str], record: dict[str, Any] | None = None) -> Any:
         return end.exit_code
     except typer.TyperException as error:
         raise explain_usage_error(error) from error
-
-
-def _command() -> Any:
-    command: Any = typer.main.get_command(app)
-    resolve = command.resolve_command
-
-    def resolve_verb(ctx: Any, args: list[str]) -> Any:
-        if args and not args[0].startswith("-") and args[0] not in command.commands:
-            raise UserError(f"no verb {args[0]!r}{did_you_mean(args[0], command.commands)}")
-        return resolve(ctx, args)
-
-    command.resolve_command = resolve_verb
-    return command
 
 
 def _has_lost_reader() -> bool:

@@ -152,8 +152,8 @@ def test_invalid_utf8_names_the_byte(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["trian"], "did you mean 'train'"),
-        (["tran"], "did you mean 'train'"),
+        (["trian"], "Did you mean 'train'"),
+        (["tran"], "Did you mean 'train'"),
         (["train", "--stps", "3"], "did you mean --steps"),
         (["train", "--output_dir", "x"], "did you mean --out"),
         (["train", "--lr", "1"], "--set training.learning_rate=VALUE"),
