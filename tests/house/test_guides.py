@@ -4,6 +4,7 @@ Each page runs in a folder of its own that holds the texts its commands name, bl
 `bash` and `python` run; blocks of `shell` (which need a cluster) and `text` (output) do not.
 """
 
+import random
 import re
 import shlex
 import shutil
@@ -35,7 +36,10 @@ PARSED_ONLY = {
 }
 SHORT = [word for assignment in SMALL if "steps" not in assignment for word in ("--set", assignment)]
 TRAINING = {"train"}
-LANGUAGES = {"fra": "le chat voit la mer et le bateau", "swh": "paka anaona bahari na mashua"}
+LANGUAGES = {
+    "fra": "le la ma tou bre ché ir eau que vi",
+    "swh": "pa ka na ba ha ri mwe nzi ku ta",
+}  # syllables
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -76,12 +80,13 @@ def material(tmp_path, monkeypatch):
     for name, text in {"dev": documents[0], "seen": documents[1] * 4, "unseen": documents[2] * 4,
                        "other-text": documents[3], "old-text": documents[4]}.items():  # fmt: skip
         (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
-    for code, sentence in LANGUAGES.items():
-        words = sentence.split()
-        lines = [" ".join(words[j % len(words)] for j in range(i, i + 6)) for i in range(400)]
+    for code, syllables in LANGUAGES.items():
+        draw = random.Random(code)
+        words = ["".join(draw.choices(syllables.split(), k=draw.randint(1, 4))) for _ in range(300)]
+        lines = [" ".join(draw.choices(words, k=6)) for _ in range(400)]
         (tmp_path / f"{code}.txt").write_text("\n".join(lines), encoding="utf-8")
         (tmp_path / f"parallel-{code}.txt").write_text("\n".join(lines[:20]), encoding="utf-8")
-    (tmp_path / "new-language.txt").write_text("mbwa anakimbia pwani kila siku\n" * 300, encoding="utf-8")
+    shutil.copy(tmp_path / "swh.txt", tmp_path / "new-language.txt")
     (tmp_path / "glove.txt").write_text("the 0.1 0.2 0.3 0.4\nof 0.4 0.3 0.2 0.1\n", encoding="utf-8")
     (tmp_path / "blimp" / "pairs.jsonl").write_text(
         '{"sentence_good": "the names are", "sentence_bad": "the names is", "UID": "agreement"}\n'
