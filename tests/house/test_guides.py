@@ -36,7 +36,8 @@ PARSED_ONLY = {
 }
 SHORT = [word for assignment in SMALL if "steps" not in assignment for word in ("--set", assignment)]
 TRAINING = {"train"}
-LANGUAGES = {
+# syllables of two made-up languages
+LANGUAGES = {"fra": "le la ma tou bre ché ir eau que vi", "swh": "pa ka na ba ha ri mwe nzi ku ta"}
     "fra": "le la ma tou bre ché ir eau que vi",
     "swh": "pa ka na ba ha ri mwe nzi ku ta",
 }  # syllables
