@@ -38,9 +38,6 @@ SHORT = [word for assignment in SMALL if "steps" not in assignment for word in (
 TRAINING = {"train"}
 # syllables of two made-up languages
 LANGUAGES = {"fra": "le la ma tou bre ché ir eau que vi", "swh": "pa ka na ba ha ri mwe nzi ku ta"}
-    "fra": "le la ma tou bre ché ir eau que vi",
-    "swh": "pa ka na ba ha ri mwe nzi ku ta",
-}  # syllables
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
