@@ -14,8 +14,9 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import hf_genlm.exporting.gguf_file as gguf_file
+import hf_genlm.exporting.onnx_step as onnx_step
 from hf_genlm.errors import UserError, did_you_mean
-from hf_genlm.exporting import gguf_file, onnx_step
 from hf_genlm.exporting.layouts import LAYOUTS, convert, find_misfits
 from hf_genlm.exporting.onnx_runner import OnnxRunner
 from hf_genlm.files import atomic_folder, copy_file, require_new_folder, write_text
