@@ -154,3 +154,19 @@ def test_the_readme_is_short_and_shows_a_result():
     first_screen = "\n".join(README.read_text(encoding="utf-8").splitlines()[:40])
     assert "bits per byte" in first_screen
     assert first_screen.count("```bash") == 2
+
+
+def test_the_picture_of_the_package_names_every_module():
+    picture = (ROOT / "hf_genlm" / "README.md").read_text(encoding="utf-8").split("```")[1]
+    for file in (ROOT / "hf_genlm").rglob("*.py"):
+        name = file.stem.removesuffix("_genlm")
+        is_part = "metrics" in file.parts or "files" in file.parts or name.startswith("__")
+        assert is_part or re.search(rf"\b{name}\b", picture), file
+
+
+def test_files_and_tables_that_the_architecture_names_exist():
+    text = (ROOT / "hf_genlm" / "README.md").read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:\w+/)+\w+\.\w+)`", text):
+        assert (ROOT / "hf_genlm" / path).is_file() or (ROOT / path).is_file(), path
+    for table, path in re.findall(r"`([A-Z_]+)` in `([\w/]+\.py)`", text):
+        assert re.search(rf"^{table}\b", (ROOT / "hf_genlm" / path).read_text("utf-8"), re.MULTILINE), table
