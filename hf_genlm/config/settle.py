@@ -71,8 +71,7 @@ def settle(recipe: Recipe, facts: Facts | None = None) -> Settings:
     """
     facts = facts or Facts()
     recipe = _with_base(settle_reading(recipe, facts), facts)
-    is_private = recipe.privacy.epsilon is not None
-    stated, vectors = recipe.training, recipe.vectors
+    vectors = recipe.vectors
     if vectors.frozen and vectors.path is None:
         raise UserError("vectors.frozen holds word vectors, and none are given: add --vectors FILE")
     if vectors.unfreeze_step is not None and not vectors.frozen:
@@ -85,7 +84,8 @@ def settle(recipe: Recipe, facts: Facts | None = None) -> Settings:
     is_tied = recipe.model.tie_word_embeddings
     if is_tied is None:
         is_tied = is_narrow and vectors.path is None  # word vectors are a poor head
-    init = stated.init or ("random" if is_private or is_tied else "bigrams")
+    is_private = recipe.privacy.epsilon is not None  # counts of the text must not go into the model
+    init = recipe.training.init or ("random" if is_private or is_tied else "bigrams")
     if init == "bigrams" and is_tied:
         raise UserError(
             "training.init = 'bigrams' fits the head to the text, and model.tie_word_embeddings makes it the "
@@ -93,33 +93,7 @@ def settle(recipe: Recipe, facts: Facts | None = None) -> Settings:
         )
     architecture = _settle_architecture(recipe, facts, shape, init, is_tied)
     model = _model_settings(recipe.model, architecture)
-    learning_rate = stated.learning_rate
-    if learning_rate is None:
-        learning_rate = float(f"{_LEARNING_RATE_AT_256 * (256 / model.hidden_size) ** 0.5:.2g}")
-    rows = {"max_seq_length": shape.max_seq_length, "batch_size": shape.batch_size}
-    tokens_per_step = shape.batch_size * stated.gradient_accumulation_steps * (shape.max_seq_length - 1)
-    ends = _settle_end(stated)
-    length = _settle_length(recipe, facts, ends, tokens_per_step, shape.max_seq_length)
-    weight_decay = stated.weight_decay
-    if weight_decay is None and is_private:
-        weight_decay = _MIN_DECAY  # noise prevents memorisation
-    if weight_decay is None:
-        epoch_tokens = facts.epoch_tokens(shape.max_seq_length)
-        epoch_steps = (
-            length.expected_steps if epoch_tokens is None else max(1.0, epoch_tokens / tokens_per_step)
-        )
-        weight_decay = decay_for(length.epochs or 1.0, epoch_steps, learning_rate)
-    is_short = length.seconds is not None and length.seconds < _SHORT_S
-    decided = {
-        **ends,
-        **rows,
-        "init": init,
-        "learning_rate": learning_rate,
-        "embedding_lr_ratio": _or(stated.embedding_lr_ratio, 1.0 if init == "bigrams" else 2.0),
-        "weight_decay": weight_decay,
-        "num_threads": _or(stated.num_threads, facts.num_threads),
-        "num_validations": _or(stated.num_validations, 0 if is_short else _NUM_VALIDATIONS),
-    }
+    training, length = _settle_training(recipe, facts, shape, init)
     return Settings(
         corpus=CorpusSettings(**recipe.corpus.model_dump()),
         tokenizer=TokenizerSettings(
@@ -127,7 +101,7 @@ def settle(recipe: Recipe, facts: Facts | None = None) -> Settings:
         ),
         model=model,
         vectors=VectorsSettings(**vectors.model_dump()),
-        training=TrainingSettings(**{**stated.model_dump(), **decided}),
+        training=training,
         evaluation=_settle_evaluation(recipe, model, shape.max_seq_length),
         privacy=PrivacySettings(
             **{**recipe.privacy.model_dump(), "delta": _or(recipe.privacy.delta, facts.delta)}
@@ -283,6 +257,40 @@ def _model_settings(stated: ModelRecipe, config: GenLMConfig) -> ModelSettings:
     from_config = {name: getattr(config, name) for name in ModelRecipe.model_fields if hasattr(config, name)}
     own = {"mixers": list(config.mixer_types or ()), "bigram_size": config.bigram_size or 0}
     return ModelSettings(**{**stated.model_dump(), **from_config, **own})
+
+
+def _settle_training(
+    recipe: Recipe, facts: Facts, shape: Shape, init: str
+) -> tuple[TrainingSettings, Length]:
+    stated = recipe.training
+    learning_rate = stated.learning_rate
+    if learning_rate is None:
+        learning_rate = float(f"{_LEARNING_RATE_AT_256 * (256 / shape.hidden_size) ** 0.5:.2g}")
+    tokens_per_step = shape.batch_size * stated.gradient_accumulation_steps * (shape.max_seq_length - 1)
+    ends = _settle_end(stated)
+    length = _settle_length(recipe, facts, ends, tokens_per_step, shape.max_seq_length)
+    weight_decay = stated.weight_decay
+    if weight_decay is None and recipe.privacy.epsilon is not None:
+        weight_decay = _MIN_DECAY  # noise prevents memorisation
+    if weight_decay is None:
+        epoch_tokens = facts.epoch_tokens(shape.max_seq_length)
+        epoch_steps = float(length.expected_steps)  # of an unknown text: as in one epoch
+        if epoch_tokens is not None:
+            epoch_steps = max(1.0, epoch_tokens / tokens_per_step)
+        weight_decay = decay_for(length.epochs or 1.0, epoch_steps, learning_rate)
+    is_short = length.seconds is not None and length.seconds < _SHORT_S
+    decided = {
+        **ends,
+        "max_seq_length": shape.max_seq_length,
+        "batch_size": shape.batch_size,
+        "init": init,
+        "learning_rate": learning_rate,
+        "embedding_lr_ratio": _or(stated.embedding_lr_ratio, 1.0 if init == "bigrams" else 2.0),
+        "weight_decay": weight_decay,
+        "num_threads": _or(stated.num_threads, facts.num_threads),
+        "num_validations": _or(stated.num_validations, 0 if is_short else _NUM_VALIDATIONS),
+    }
+    return TrainingSettings(**{**stated.model_dump(), **decided}), length
 
 
 def _settle_end(training: TrainingRecipe) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from hf_genlm.files import append_file, note_no_space
 from hf_genlm.memory import keeping_memory
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.run_folder import RunFolder
+from hf_genlm.text.packed_stream import PackedStream
 from hf_genlm.text.packing import DocumentWindows, collate
 from hf_genlm.training.budget import Budget
 from hf_genlm.training.callbacks import (
@@ -91,40 +92,20 @@ def fit(
         Stopped: `stop` was asked for; a checkpoint was written.
         Diverged: the loss became infinite or NaN.
     """
-    training, budget, length = job.settings.training, job.budget, job.settings.length
+    training, budget = job.settings.training, job.budget
     if begin is not None:
         budget.seconds, budget.steps = begin.progress.seconds, begin.progress.steps
         budget.spent_s = max(budget.spent_s, begin.progress.elapsed_s)
-    validate = functools.partial(_validate_and_sample, run, job)
-    callbacks: list[TrainerCallback] = [
-        BudgetCallback(budget),  # first: the others read its clock
-        LogCallback(run, budget, job.pace, training.logging_steps),
-        ValidationCallback(
-            budget, training.num_validations, lambda _, step: on_whole_model(lambda m: validate(m, step))
-        ),
-    ]
-    if length.step_s is not None and length.may_lower_threads:
-        callbacks.append(ThreadsCallback(run, length.step_s))
-    if job.frozen_rows is not None:
-        callbacks.append(FrozenRowsCallback(job.frozen_rows, job.settings.vectors.unfreeze_step))
-    if isinstance(job.corpus, StreamedCorpus):
-        callbacks.append(StreamCallback(job.rows, training.rows_per_step))  # type: ignore[arg-type]
-    if job.words is not None:
-        words = read_milestones(training.milestone_words)
-        save = functools.partial(_save_milestone, run, job)
-        callbacks.append(
-            MilestoneCallback(
-                run, budget, job.pace, job.words, words,
-                lambda _, n_words, step: on_whole_model(lambda m: save(m, n_words, step)),
-                is_retry=lr_scale < 1,
-            )
-        )  # fmt: skip
-    save_every_s = 60 * training.save_minutes
-    callbacks.append(  # last: a checkpoint holds the states of the callbacks before it
-        CheckpointCallback(budget, save_every_s, training.save_steps, lambda: trainer.is_stopped())
-    )
+
+    def on_whole_model(act: Callable[[GenLMForCausalLM], None]) -> None:
+        whole = trainer.whole_model()
+        from_first(lambda: act(whole))  # type: ignore[arg-type]
+
+    rows: Rows | DrawnSteps = job.rows
     make_trainer: Callable[..., BudgetTrainer] = BudgetTrainer
     if job.private is not None:
+        assert isinstance(job.rows, DocumentWindows)
+        rows = DrawnSteps(job.rows, job.private)
         make_trainer = functools.partial(PrivateTrainer, job.private, training.batch_size)
     trainer = make_trainer(
         run=run,
@@ -136,16 +117,11 @@ def fit(
         is_rate_halved=lr_scale < 1 or (begin is not None and begin.progress.is_rate_halved),
         model=model,
         args=job.arguments,
-        train_dataset=_dataset_of(job),
+        train_dataset=rows,
         data_collator=collate if job.private is None else unwrap_batch,
         optimizer_cls_and_kwargs=(OptimizerFactory, {"recipe": training}),
-        callbacks=callbacks,
+        callbacks=_callbacks(run, job, on_whole_model, lambda: trainer.is_stopped(), is_retry=lr_scale < 1),
     )
-
-    def on_whole_model(act: Callable[[GenLMForCausalLM], None]) -> None:
-        whole = trainer.whole_model()
-        from_first(lambda: act(whole))  # type: ignore[arg-type]
-
     trainer.remove_callback(PrinterCallback)
     trainer.saved_step = None if begin is None else begin.progress.step
     with keeping_memory(), stop.deferred():
@@ -171,11 +147,44 @@ def fit(
     return whole
 
 
-def _dataset_of(job: Job) -> Rows | DrawnSteps:
-    if job.private is None:
-        return job.rows
-    assert isinstance(job.rows, DocumentWindows)
-    return DrawnSteps(job.rows, job.private)
+def _callbacks(
+    run: RunFolder,
+    job: Job,
+    on_whole_model: Callable[[Callable[[GenLMForCausalLM], None]], None],
+    is_stopped: Callable[[], bool],
+    is_retry: bool,
+) -> list[TrainerCallback]:
+    """Callbacks in the order in which Trainer calls them. `on_whole_model` calls its argument with the model
+    in the first process; all processes call it."""
+    settings, budget = job.settings, job.budget
+    training, length = settings.training, settings.length
+    validate = functools.partial(_validate_and_sample, run, job)
+    save = functools.partial(_save_milestone, run, job)
+    found: list[TrainerCallback] = [
+        BudgetCallback(budget),  # first: the others read its clock
+        LogCallback(run, budget, job.pace, training.logging_steps),
+        ValidationCallback(
+            budget, training.num_validations, lambda _, step: on_whole_model(lambda m: validate(m, step))
+        ),
+    ]
+    if length.step_s is not None and length.may_lower_threads:
+        found.append(ThreadsCallback(run, length.step_s))
+    if job.frozen_rows is not None:
+        found.append(FrozenRowsCallback(job.frozen_rows, settings.vectors.unfreeze_step))
+    if isinstance(job.rows, PackedStream):
+        found.append(StreamCallback(job.rows, training.rows_per_step))
+    if job.words is not None:
+        words = read_milestones(training.milestone_words)
+        found.append(
+            MilestoneCallback(
+                run, budget, job.pace, job.words, words,
+                lambda _, n_words, step: on_whole_model(lambda m: save(m, n_words, step)),
+                is_retry=is_retry,
+            )
+        )  # fmt: skip
+    every_s = 60 * training.save_minutes
+    # last: a checkpoint holds the states of the callbacks before it
+    return [*found, CheckpointCallback(budget, every_s, training.save_steps, is_stopped)]
 
 
 def _save_milestone(run: RunFolder, job: Job, model: GenLMForCausalLM, words: int, step: int) -> None:

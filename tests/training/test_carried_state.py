@@ -133,7 +133,7 @@ def test_loss_and_gradients_are_those_of_the_row_given_the_state_as_it_is(name):
 @torch.no_grad()
 def test_attention_sees_its_row_alone(name):
     """Where recurrent layers say nothing a row is what it is without a carried state, and else it is not."""
-    model, rows, plain = build_model(name).double(), packed(), packed(carries_state=False)
+    model, rows, plain = build_model(name).double(), packed(), packed(goes_on=False)
 
     def distance() -> float:
         carried = CarriedState()
