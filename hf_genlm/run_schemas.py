@@ -217,8 +217,22 @@ class AnyModelConfigFile:
 
     model_type: str | None = None
     mixer_types: list[str] | None = None
+    vocab_size: Count | None = None
 
 
+@dataclass(frozen=True)
+class PreparedCandidate:
+    """Settings and size of a candidate of a comparison; `text` is the folder of its corpus.json."""
+
+    text: str
+    fields: dict[str, JsonValue]
+    parameters: Count
+    training_flops_per_token: Number
+    hidden_size: Count
+    layers: Count
+
+
+PreparedFile = dict[str, PreparedCandidate]  # prepared.json of a comparison, by candidate
 FinishedFile = dict[str, dict[str, str]]  # finished.json of a comparison: run -> file -> SHA-256
 
 

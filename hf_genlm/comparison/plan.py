@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import yaml
 
 from hf_genlm.config.recipe import Recipe, load_recipe, set_field, stated_fields
 from hf_genlm.errors import UserError
+from hf_genlm.files import parse, read_text
 
 # budget of a run -> its recipe field; FLOPs become tokens when the sizes are known
 BUDGETS: dict[str, str | None] = {
@@ -106,12 +108,12 @@ class Plan:
         Raises:
             UserError: the file is missing or damaged.
         """
+        text = read_text(path)
         try:
-            return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
-        except OSError as error:
-            raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
-        except (yaml.YAMLError, TypeError, ValueError) as error:
+            content = json.dumps(yaml.safe_load(text), default=str)
+        except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{str(path)!r} is damaged: {' '.join(str(error).split())}") from error
+        return parse(content, cls, path)
 
     def check_same(self, begun: "Plan", folder: Path) -> None:
         """Check that this plan equals the one that the comparison in `folder` began with.

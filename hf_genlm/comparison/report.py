@@ -11,9 +11,10 @@ import numpy as np
 from hf_genlm.comparison.plan import Plan
 from hf_genlm.comparison.results import CandidateResult, Results, format_p_value, verdict
 from hf_genlm.comparison.runs import ComparisonFolder
-from hf_genlm.files import read_json
+from hf_genlm.files import read
 from hf_genlm.report.document import Block, Code, Heading, Lead, Picture, Table, Text, write_report
 from hf_genlm.report.figures import COLOURS, line_style, new_figure, save_png
+from hf_genlm.run_schemas import CorpusFile, EnvironmentFile
 
 _UNKNOWN = "unknown"
 _EQUAL_WITHIN = 0.01  # relative difference up to which quantities are called equal
@@ -59,7 +60,7 @@ def write_comparison(folder: ComparisonFolder, plan: Plan, results: Results) -> 
         ),
         Code("\n".join(commands), "bash"),
         Text(_describe_text(folder, results)),
-        Text(_describe_machine(read_json(folder.run(results.best.first_run).environment))),
+        Text(_describe_machine(read(folder.run(results.best.first_run).environment, EnvironmentFile))),
     ]
     return write_report(folder.path, f"{listed}: which one?", blocks)
 
@@ -238,23 +239,21 @@ def _describe_limits(results: Results, plan: Plan) -> list[str]:
 
 
 def _describe_text(folder: ComparisonFolder, results: Results) -> str:
-    corpus = read_json(folder.run(results.best.first_run).corpus)
+    corpus = read(folder.run(results.best.first_run).corpus, CorpusFile)
     splits = "; ".join(
-        f"{name} {corpus[split]['bytes']:,} bytes"
-        if corpus[split]["bytes"] is not None
-        else f"{name} what was read of a stream"
-        for name, split in (("trained on", "train"), ("held out", "validation"))
+        f"{name} {split.bytes:,} bytes" if split.bytes is not None else f"{name} what was read of a stream"
+        for name, split in (("trained on", corpus.train), ("held out", corpus.validation))
     )
-    digest = (corpus["validation"]["sha256"] or _UNKNOWN)[:16]
-    return f"Text: {corpus['description']}; {splits}. The held-out text has the sha256 {digest}..."
+    digest = (corpus.validation.sha256 or _UNKNOWN)[:16]
+    return f"Text: {corpus.description}; {splits}. The held-out text has the sha256 {digest}..."
 
 
-def _describe_machine(environment: dict[str, Any]) -> str:
-    versions = {name: environment["packages"][name] for name in ("hf_genlm", "torch", "transformers")}
+def _describe_machine(environment: EnvironmentFile) -> str:
+    versions = {name: environment.packages.get(name) for name in ("hf_genlm", "torch", "transformers")}
     packages = ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None)
     return (
-        f"Machine: {environment['device']}, {environment['cpu_count']} CPU cores, {environment['platform']}; "
-        f"Python {environment['python']}, {packages}."
+        f"Machine: {environment.device}, {environment.cpu_count} CPU cores, {environment.platform}; "
+        f"Python {environment.python}, {packages}."
     )
 
 

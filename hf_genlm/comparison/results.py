@@ -21,13 +21,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from hf_genlm.comparison.plan import Plan, Run
-from hf_genlm.comparison.runs import ComparisonFolder
+from hf_genlm.comparison.runs import ComparisonFolder, read_prepared
 from hf_genlm.config.recipe import load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.aggregation import MIN_DOCUMENT_CLUSTERS, BlockSums
 from hf_genlm.evaluation.measurement import CONFIDENCE_LEVEL, ratio_stderr
-from hf_genlm.files import read_json, write_json
+from hf_genlm.files import read, write_json
 from hf_genlm.run_folder import RunFolder
+from hf_genlm.run_schemas import AnyModelConfigFile
 
 SIGNIFICANCE_LEVEL = 0.05
 Key = TypeVar("Key")
@@ -172,7 +173,7 @@ def read_results(folder: ComparisonFolder, plan: Plan, failed: dict[str, str]) -
     Raises:
         UserError: no run was finished.
     """
-    prepared = read_json(folder.prepared)
+    prepared = read_prepared(folder, plan)
     tables: dict[str, list[np.ndarray]] = {}
     runs: dict[str, list[RunResult]] = {}
     for run in sorted(plan.runs(), key=lambda run: run.seed):
@@ -200,15 +201,15 @@ def read_results(folder: ComparisonFolder, plan: Plan, failed: dict[str, str]) -
                 runs=finished,
                 mean=mean_bits(nats[name], bytes_C),
                 nats_per_token=float(np.mean([run.nats_per_token for run in finished])),
-                parameters=prepared[name]["parameters"],
-                hidden_size=prepared[name]["hidden_size"],
-                layers=prepared[name]["layers"],
+                parameters=prepared[name].parameters,
+                hidden_size=prepared[name].hidden_size,
+                layers=prepared[name].layers,
                 context=None if settings.carry_state else settings.context_length,
-                training_flops=prepared[name]["training_flops_per_token"] * n_tokens,
+                training_flops=prepared[name].training_flops_per_token * n_tokens,
             )
         )
     candidates.sort(key=lambda candidate: candidate.mean.value)
-    config = read_json(folder.run(candidates[0].first_run).model / "config.json")
+    config = read(folder.run(candidates[0].first_run).model / "config.json", AnyModelConfigFile)
     results = Results(
         candidates=candidates,
         differences=_compare_with_best([candidate.name for candidate in candidates], nats, bytes_C),
@@ -216,7 +217,7 @@ def read_results(folder: ComparisonFolder, plan: Plan, failed: dict[str, str]) -
         n_pieces=len(bytes_C),
         piece="document" if by_document else "block",
         n_bytes=round(float(bytes_C.sum())),
-        vocab_size=config["vocab_size"] if plan.one_tokenizer else None,
+        vocab_size=config.vocab_size if plan.one_tokenizer else None,
     )
     write_json(folder.results, results.to_json())
     return results
@@ -224,7 +225,9 @@ def read_results(folder: ComparisonFolder, plan: Plan, failed: dict[str, str]) -
 
 def _read_run(folder: RunFolder, run: Run, table: np.ndarray) -> RunResult:
     events = folder.read_log()
-    (trained,) = [event for event in events if event["event"] == "trained"][-1:]
+    trained = next((event for event in reversed(events) if event["event"] == "trained"), None)
+    if trained is None:
+        raise UserError(f"{str(folder.log_file)!r} holds no end of the training: remove the run to repeat it")
     nats = math.fsum(table["nats"])
     steps = {event["step"]: event for event in events if event["event"] == "step"}
     elapsed = {step: event["elapsed_s"] for step, event in steps.items()}
@@ -236,7 +239,7 @@ def _read_run(folder: RunFolder, run: Run, table: np.ndarray) -> RunResult:
         nats_per_token=nats / int(table["tokens"].sum()),
         steps=trained["steps"],
         tokens=trained["tokens"],
-        passes=trained["epochs"],
+        passes=trained.get("epochs"),
         seconds=trained["seconds"],
         tokens_per_s=trained["tokens_per_s"],
         validation_curve=[

@@ -29,8 +29,9 @@ from hf_genlm.comparison.plan import Plan, Run
 from hf_genlm.config.recipe import Recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements
-from hf_genlm.files import append_file, read_json, refuse_links_out, sha256_of, write_json, write_text
+from hf_genlm.files import append_file, read, read_json, refuse_links_out, sha256_of, write_json, write_text
 from hf_genlm.run_folder import Listener, RunFolder
+from hf_genlm.run_schemas import CorpusFile, FinishedFile, PreparedCandidate, PreparedFile
 from hf_genlm.text.corpus import changed_text
 
 # files of a finished run whose hashes are checked: the sources of its results, and its weights
@@ -109,9 +110,9 @@ def run_all(folder: ComparisonFolder, plan: Plan) -> dict[str, str]:
                 continue
             folder.log("run", **event)
             of_candidate = prepared[run.candidate]
-            text = folder.path / of_candidate["text"]
+            text = folder.path / of_candidate.text
             own = {"tokenizer.path": str(text / "tokenizer"), "tokenizer.vocab_size": None}
-            recipe = plan.recipe(run.candidate, {**of_candidate["fields"], **own}, run.seed)
+            recipe = plan.recipe(run.candidate, {**of_candidate.fields, **own}, run.seed)
             path = folder.run(run).path
             try:
                 run_in_process(
@@ -122,7 +123,9 @@ def run_all(folder: ComparisonFolder, plan: Plan) -> dict[str, str]:
                 failed[run.name] = str(error)
                 folder.log("failed", **event, reason=str(error), details=getattr(error, "details", ""))
                 continue
-            changed = changed_text(read_json(text / "corpus.json"), read_json(folder.run(run).corpus))
+            changed = changed_text(
+                read_json(text / "corpus.json", CorpusFile), read_json(folder.run(run).corpus, CorpusFile)
+            )
             if changed is not None:
                 shutil.rmtree(path)
                 raise UserError(
@@ -158,7 +161,7 @@ def _prepare(plan: Plan, path: Path, listener: Listener) -> dict[str, dict[str, 
     return prepare(plan, path, listener)
 
 
-def _load_or_prepare(folder: ComparisonFolder, plan: Plan) -> dict[str, dict[str, Any]]:
+def _load_or_prepare(folder: ComparisonFolder, plan: Plan) -> dict[str, PreparedCandidate]:
     if not folder.prepared.is_file():
         try:
             found = run_in_process(
@@ -169,8 +172,23 @@ def _load_or_prepare(folder: ComparisonFolder, plan: Plan) -> dict[str, dict[str
             raise
         except ProcessCrash as error:
             raise RuntimeError(error.details or str(error)) from error
-        write_json(folder.prepared, found)
-    return read_json(folder.prepared)
+        write_json(folder.prepared, found, PreparedFile)
+    return read_prepared(folder, plan)
+
+
+def read_prepared(folder: ComparisonFolder, plan: Plan) -> dict[str, PreparedCandidate]:
+    """Read prepared.json: settings and size of each candidate.
+
+    Raises:
+        UserError: the file is missing, damaged, or of other candidates.
+    """
+    prepared = read(folder.prepared, PreparedFile)
+    if prepared.keys() != plan.candidates.keys():
+        raise UserError(
+            f"{str(folder.prepared)!r} is of the candidates {', '.join(prepared)}, not of "
+            f"{', '.join(plan.candidates)}: name another --out"
+        )
+    return prepared
 
 
 def _is_finished(folder: ComparisonFolder, run: Run) -> bool:
@@ -193,7 +211,7 @@ def _is_finished(folder: ComparisonFolder, run: Run) -> bool:
 
 
 def _finished_hashes(folder: ComparisonFolder) -> dict[str, dict[str, str]]:
-    return read_json(folder.finished) if folder.finished.is_file() else {}
+    return read_json(folder.finished, FinishedFile) if folder.finished.is_file() else {}
 
 
 @contextlib.contextmanager

@@ -324,8 +324,18 @@ class BlockSums:
             table = np.load(path, allow_pickle=False)
         except OSError as error:
             raise UserError(f"{str(path)!r} cannot be read: {error}") from error
-        except ValueError as error:
+        except (ValueError, EOFError, MemoryError, OverflowError) as error:
             raise UserError(f"{str(path)!r} is damaged: {error}") from error
-        if table.dtype != np.dtype(_BLOCK_FIELDS) or table.ndim != 1:
+        is_table = isinstance(table, np.ndarray) and table.dtype == np.dtype(_BLOCK_FIELDS)
+        if not is_table or table.ndim != 1 or not _is_plausible(table):
             raise UserError(f"{str(path)!r} is damaged: it is no table of blocks")
         return cls(table)
+
+
+def _is_plausible(table: np.ndarray) -> bool:
+    """False for a table of blocks whose numbers cannot have been written by `BlockSums.save`."""
+    sizes = np.stack([table["bytes"], table["tokens"], table["nats"]])
+    documents = table["document"]
+    return bool(
+        np.isfinite(sizes).all() and (sizes >= 0).all() and ((documents >= 0) & (documents < 1e8)).all()
+    )

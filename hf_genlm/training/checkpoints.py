@@ -6,7 +6,6 @@ and sha256 of every file. A checkpoint is complete or absent, whenever the proce
 
 import contextlib
 import dataclasses
-import json
 import shutil
 import signal
 import threading
@@ -18,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_genlm.errors import Stopped, UserError
-from hf_genlm.files import atomic_folder, note_no_space, sha256_of, sync_folder, write_json
+from hf_genlm.files import atomic_folder, note_no_space, read, sha256_of, sync_folder, write_json
 
 _PREFIX = "checkpoint-"  # as Trainer names them
 _PENDING = ".part"  # the folder in which a checkpoint is written
@@ -42,6 +41,13 @@ class Progress:
     seconds: float | None  # of the budget, without the planning
     steps: int  # of the budget
     is_rate_halved: bool = False  # after the loss became NaN or infinite
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest(Progress):
+    """manifest.json of a checkpoint: size in bytes and SHA-256 of each file."""
+
+    files: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,19 +97,19 @@ def newest_checkpoint(folder: Path, note: Callable[[str], None] = lambda message
     """
     for path in reversed(_list_checkpoints(folder)):
         try:
-            content = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-            files = content.pop("files")
-            progress = Progress(**content)
-            for name, (n_bytes, sha256) in files.items():
+            manifest = read(path / _MANIFEST, Manifest)
+            if not manifest.files:
+                raise ValueError(f"{_MANIFEST} names no files")
+            for name, (n_bytes, sha256) in manifest.files.items():
                 if (path / name).stat().st_size != n_bytes or sha256_of(path / name) != sha256:
                     raise ValueError(f"{name} is not what was written")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             note(f"{path.name} is damaged and not used: {error}")
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             continue
-        return Checkpoint(path, progress)
+        return Checkpoint(path, manifest)
     return None
 
 

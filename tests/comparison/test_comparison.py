@@ -39,6 +39,7 @@ from hf_genlm.evaluation.likelihood import make_windows
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.files import read_json, write_json
 from hf_genlm.run_folder import RunFolder
+from hf_genlm.run_schemas import CorpusFile
 from hf_genlm.training.train import train
 
 SMALL = (
@@ -460,8 +461,10 @@ def three_candidates(tmp_path) -> tuple[Path, Plan, dict[str, np.ndarray]]:
         sums.save(path.blocks)
         path.recipe.write_text("{}")
         write_json(path.model / "config.json", {"vocab_size": 300})
-        text = {"bytes": 25_000, "sha256": "ab" * 32}
-        write_json(path.corpus, {"description": "made", "train": text, "validation": text})
+        text = {"documents": 25, "bytes": 25_000, "sha256": "ab" * 32}
+        split = {"method": "documents", "seed": 0, "fraction": 0.5}
+        report = {"description": "made", "files": [], "split": split, "train": text, "validation": text}
+        write_json(path.corpus, report, CorpusFile)
         packages = dict.fromkeys(("hf_genlm", "torch", "transformers"), "1.0")
         machine = {"device": "cpu", "cpu_count": 2, "platform": "x", "python": "3"}
         write_json(path.environment, {**machine, "packages": packages})

@@ -14,9 +14,14 @@ import pytest
 from support.runs import SMALL
 
 from hf_genlm.cli.main import main
+from hf_genlm.comparison.plan import Plan
+from hf_genlm.comparison.report import write_comparison
+from hf_genlm.comparison.results import read_results
+from hf_genlm.comparison.runs import ComparisonFolder
+from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
-from hf_genlm.files import write_json
-from hf_genlm.run_schemas import GuaranteeFile
+from hf_genlm.files import write_json, write_text
+from hf_genlm.run_schemas import FinishedFile, GuaranteeFile, PreparedFile
 
 SHORT, LONG = 90, 2000
 VERBS = {
@@ -181,6 +186,48 @@ def test_a_changed_file_of_a_run_is_used_or_named(finished, tmp_path, capsys):
     seen = fuzz(int(os.environ.get("HF_GENLM_FUZZ", SHORT)), finished, tmp_path, capsys)
     for outcome in ("push 0", "push 2", "evaluate 0", "evaluate 2"):
         assert seen[outcome], f"no changed file gave {outcome}: {seen}"
+
+
+COMPARED = ("compare.yaml", "prepared.json", "finished.json", *(
+    f"runs/one-seed0/{name}" for name in ("environment.json", "corpus.json", "log.jsonl", "recipe.yaml",
+                                          "evaluation_blocks.npy", "model/config.json")
+))  # fmt: skip
+
+
+def test_a_changed_file_of_a_comparison_is_used_or_named(finished, tmp_path, capsys):
+    """Read as `compare` does before it trains anything, with the report."""
+    plan = Plan({"one": {}, "two": {}}, "steps", 3.0, seeds=1)
+    original = ComparisonFolder.open_or_create(tmp_path / "original", plan)
+    write_text(original.plan, plan.to_yaml())
+    sizes = {"parameters": 1000, "training_flops_per_token": 6e3, "hidden_size": 8, "layers": 2}
+    prepared = {name: {"text": ".", "fields": {}, **sizes} for name in plan.candidates}
+    write_json(original.prepared, prepared, PreparedFile)
+    write_json(original.finished, {run.name: {"log.jsonl": "0" * 64} for run in plan.runs()}, FinishedFile)
+    for run in plan.runs():
+        shutil.copytree(finished, original.run(run).path)
+    seen: Counter = Counter()
+    for number in range(30):
+        draw = random.Random(1000 + number)
+        name = draw.choice(COMPARED)
+        path, message = tmp_path / "changed", ""
+        shutil.copytree(original.path, path)
+        content = change(draw, path / name)
+        try:
+            folder = ComparisonFolder.open_or_create(path, plan)
+            results = read_results(folder, plan, {})
+            if number % 13 == 0:
+                write_comparison(folder, plan, results)
+            seen["used"] += 1
+        except UserError as error:
+            message = str(error)
+            seen["refused"] += 1
+        except Exception as error:
+            raise AssertionError(f"example {number}: {name}: {error!r}: {content}") from error
+        is_plan = name == "compare.yaml" and "began with" in message  # the option that differs is named
+        assert not message or is_plan or Path(name).name in message, (number, name, message, content)
+        assert main(["runs", str(path)]) == 0, (number, name, content)
+        shutil.rmtree(path)
+    assert min(seen["used"], seen["refused"]) > 5, seen
 
 
 @pytest.mark.slow
