@@ -44,13 +44,13 @@ if TYPE_CHECKING:
     from hf_genlm.exporting import export
     from hf_genlm.extension import extend
     from hf_genlm.hub.push import push
-    from hf_genlm.hub.trainer_callback import PushWithCode
     from hf_genlm.loading import load
     from hf_genlm.long_range import measure_range
     from hf_genlm.model import GenLMConfig, GenLMForCausalLM, GenLMModel
     from hf_genlm.report import plot
     from hf_genlm.report.runs import list_runs
     from hf_genlm.space.build import build_space as write_space
+    from hf_genlm.training.callbacks import PushWithCode
 
 __version__ = "0.1.0"
 _HOMES = {
@@ -59,7 +59,7 @@ _HOMES = {
     "hf_genlm.errors": ("Stopped", "UserError"),
     "hf_genlm.evaluation.measurement": ("Measurement",),
     "hf_genlm.evaluation.metrics": ("metric_path",),
-    "hf_genlm.hub.trainer_callback": ("PushWithCode",),
+    "hf_genlm.training.callbacks": ("PushWithCode",),
     "hf_genlm.loading": ("load",),
     "hf_genlm.model": ("GenLMConfig", "GenLMForCausalLM", "GenLMModel"),
     "hf_genlm.report.runs": ("list_runs",),

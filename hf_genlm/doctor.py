@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from torch import nn
 from transformers import TrainingArguments
 
-from hf_genlm.card.parameters import part_names, part_of, parts_of
+from hf_genlm.card.wording import part_names, part_of, parts_of
 from hf_genlm.config.recipe import Recipe, TokenizerRecipe
 from hf_genlm.config.settle import settle, settle_reading
 from hf_genlm.model import GenLMForCausalLM

@@ -18,8 +18,8 @@ import yaml
 
 import hf_genlm.card.wording as wording
 from hf_genlm.card.front_matter import check_card, datasets_of, front_matter, language_name, languages_of
-from hf_genlm.card.parameters import parts_of
 from hf_genlm.card.privacy import privacy_section
+from hf_genlm.card.wording import parts_of
 from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 # isort: off
-from hf_genlm.cli import train, text, evaluate, models, inspect  # noqa: F401  the order of the help
+from hf_genlm.cli import train, evaluate, models, inspect  # noqa: F401  the order of the help
 
 # isort: on
 from hf_genlm.cli.launch import complain, is_first, is_launched

@@ -7,12 +7,17 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 
+import hf_genlm.model
 from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.files import copy_file, write_text
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.training.budget import Budget
 from hf_genlm.training.processes import draw_apart, from_first
@@ -402,3 +407,29 @@ def write_samples(
         )
     model.train(was_training)
     return tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=True)
+
+
+class PushWithCode(TrainerCallback):
+    """Add the model's code to every push of `push_to_hub=True`, and exclude training_args.bin.
+
+    Trainer copies config and weights of a checkpoint into the folder that it pushes, but no code, so the
+    repository cannot be loaded before the last push. It also uploads its arguments as a pickle.
+
+    Usage: `Trainer(..., callbacks=[PushWithCode()])`.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.push_to_hub:
+            self.on_push_begin(args, state, control)
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in Path(hf_genlm.model.__file__).parent.glob("*_genlm.py"):
+            copy_file(path, folder / path.name)
+        gitignore = folder / ".gitignore"  # the Hub skips the files that it names
+        rules = gitignore.read_text(encoding="utf-8").splitlines() if gitignore.is_file() else []
+        if TRAINING_ARGS_NAME not in rules:
+            write_text(gitignore, "\n".join([*rules, TRAINING_ARGS_NAME]) + "\n")

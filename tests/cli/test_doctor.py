@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from hf_genlm import doctor
-from hf_genlm.card.parameters import parts_of
+from hf_genlm.card.wording import parts_of
 from hf_genlm.cli.display import print_installation
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import load_recipe

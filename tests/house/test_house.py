@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "comparison": MEASURING | {"training", "doctor", "card", "report"},
     "space.files": set(),  # it runs where this package is not installed
 }
-TOP = {"api", "cli", "__init__", "__main__"}  # may import everything
+TOP = {"api", "run", "cli", "__init__", "__main__"}  # may import everything
 
 
 def room_of(file: Path) -> str:
@@ -166,7 +166,8 @@ def test_files_and_functions_stay_readable(file):
     assert file.stat().st_size == 0 or ast.get_docstring(tree), "a module's first line says what it is for"
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 70, f"{node.name} is too long"
+            docstring = len((ast.get_docstring(node) or "").splitlines())
+            assert node.end_lineno - node.lineno - docstring < 70, f"{node.name} is too long"
 
 
 def test_importing_the_rooms_is_free_of_torch():
