@@ -185,7 +185,7 @@ class TrainingRecipe(Section):
     seed: Whole = setting(0, "Seed of weights, dropout and the order of rows.", at_least=0, at_most=2**32 - 1,
         synonyms="random_seed")
     max_seq_length: Whole | None = setting(None, "Tokens in one packed row. null: by size.", at_least=2,
-        at_most=MAX_SIZE, synonyms="seq_len sequence_length block_size context max_length row_length")
+        at_most=MAX_SIZE, synonyms="seq_len sequence_length block_size context max_length")
     batch_size: Whole | None = setting(None, "Rows in one forward pass, over all processes. null: by size.",
         at_least=1, at_most=MAX_SIZE, synonyms="batch bs per_device_train_batch_size train_batch_size")
     gradient_accumulation_steps: Whole = setting(1, "Forward passes in one optimizer step.", at_least=1,

@@ -36,7 +36,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Facts:
-    """What was measured or read. The defaults stand for facts that are not known yet."""
+    """Facts that were measured or read. The defaults stand for facts that are not known yet."""
 
     base: GenLMConfig | None = None  # config of the model in `model.init_from`
     base_source: str | None = None  # folder or Hub id of that model

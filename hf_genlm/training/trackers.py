@@ -21,7 +21,7 @@ _NO_CURVE = {"step", "partial", "progress", "left_s"}
 
 
 class Tracker(Protocol):
-    """What a tracker does with the events of a run."""
+    """Interface of a tracker: it receives the events of a run."""
 
     def rewind(self, step: int) -> None:
         """Discard the steps after `step`, which are trained again."""

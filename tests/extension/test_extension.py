@@ -15,8 +15,7 @@ from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements
-from hf_genlm.extension import extend_model
-from hf_genlm.extension.tokens import extend_bpe
+from hf_genlm.extension import extend_bpe, extend_model
 from hf_genlm.text.encoding import encode_documents
 from hf_genlm.text.fast_bpe import ranks_of
 from hf_genlm.text.store import Document
