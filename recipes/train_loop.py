@@ -79,7 +79,7 @@ def train(
 ) -> None:
     """Make the steps of the recipe; each one's loss, over all processes, goes to the log."""
     n = accelerator.num_processes
-    processes.draw_apart()
+    processes.offset_seed()
     model.train()
     model.config.use_cache = False
     optimizer = OptimizerFactory()(model, training)
@@ -118,10 +118,10 @@ def train(
 def steps_of(accelerator: Accelerator, rows: PackedRows, training: TrainingSettings) -> Iterator[list[dict]]:
     """Yield the batches of each optimizer step in this process, epoch after epoch."""
     epoch = 0
-    order = processes.SharedOrder(len(rows), training.batch_size, training.seed, lambda: epoch)
+    order = processes.PaddedSampler(len(rows), training.batch_size, training.seed, lambda: epoch)
     loader = DataLoader(
-        processes.RowsAndBlank(rows),
-        batch_size=processes.rows_of_each(training.batch_size, training.gradient_accumulation_steps),
+        processes.PaddedRows(rows),
+        batch_size=processes.rows_per_process(training.batch_size, training.gradient_accumulation_steps),
         sampler=order,
         collate_fn=collate,
     )

@@ -103,10 +103,10 @@ def _launch_several(words: list[str], output_dir: str, processes: int) -> int:
 
 def _train_as_one_of_several(recipe: "Recipe", output_dir: str, resume: bool) -> int:
     from hf_genlm.api import run_training
-    from hf_genlm.training.processes import LostProcess, leave, noticing_losses
+    from hf_genlm.training.processes import LostProcess, detect_lost_process, leave
 
     try:
-        with noticing_losses():
+        with detect_lost_process():
             if is_first():
                 _train_and_print(recipe, output_dir, resume)
             else:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hf_genlm.training.processes import clock_of_first, count
+from hf_genlm.training.processes import broadcast_time, count
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Budget:
         """Read the clock of the first process in all processes, which must call this together. Until the next
         call the clock stands still, so that all processes decide alike."""
         if count() > 1:
-            self._agreed = clock_of_first(self.clock())
+            self._agreed = broadcast_time(self.clock())
 
     def note_step(self) -> None:
         """Record the time of a step that has ended."""

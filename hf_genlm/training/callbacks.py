@@ -20,7 +20,7 @@ from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.files import copy_file, write_text
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.training.budget import Budget
-from hf_genlm.training.processes import draw_apart, from_first
+from hf_genlm.training.processes import from_first, offset_seed
 
 _EVENT_S = 0.5  # between two `step` events
 _MAX_LINES = 2000  # of `step` events in the log of a run, however long
@@ -74,7 +74,7 @@ class BudgetCallback(TrainerCallback):
         self.budget = budget
 
     def on_train_begin(self, args, state, control, **kwargs):
-        draw_apart()
+        offset_seed()
         self.budget.start()
 
     def on_optimizer_step(self, args, state, control, **kwargs):

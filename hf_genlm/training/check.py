@@ -83,7 +83,7 @@ def check(recipe: Recipe) -> Facts:
         )
     if processes.is_sharded():
         _check_sharded(settings)
-    processes.rows_of_each(training.batch_size, training.gradient_accumulation_steps)
+    processes.rows_per_process(training.batch_size, training.gradient_accumulation_steps)
     return facts
 
 

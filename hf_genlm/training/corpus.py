@@ -165,7 +165,7 @@ def prepare_corpus(run: RunFolder, recipe: Recipe, is_resuming: bool = False) ->
         return tokenized_of(file)
 
     tokenizer, languages = processes.from_first(write_shared)
-    train = processes.together(lambda: found[0].train if found else read_shared())
+    train = processes.in_every_process(lambda: found[0].train if found else read_shared())
     if found:
         shutil.rmtree(run.shared)
         return found[0]

@@ -40,7 +40,7 @@ from hf_genlm.training.checkpoints import Checkpoint, StopRequest, write_model
 from hf_genlm.training.corpus import Rows, StreamCallback, StreamedCorpus, TokenizedCorpus
 from hf_genlm.training.optimizer import OptimizerFactory
 from hf_genlm.training.private import DrawnSteps, PrivateState, PrivateTrainer, unwrap_batch
-from hf_genlm.training.processes import from_first, load_whole
+from hf_genlm.training.processes import from_first, load_whole_models
 from hf_genlm.training.trainer import BudgetTrainer
 
 _PARTIAL_VALIDATION_TOKENS = 16_384
@@ -131,7 +131,7 @@ def fit(
         run.log("stopped", step=step, checkpoint=trainer.saved_step)
         raise Stopped(str(run.path), trainer.saved_step)
     whole = trainer.whole_model()
-    load_whole()
+    load_whole_models()
     if whole is None:
         return None
     whole.config.use_cache = True  # Trainer turned it off for training

@@ -23,7 +23,7 @@ from hf_genlm.config.settle import is_size_open, settle
 from hf_genlm.model import DECODERS, GenLMForCausalLM
 from hf_genlm.training.optimizer import OptimizerFactory
 from hf_genlm.training.private import measure_private_step
-from hf_genlm.training.processes import rows_of_each
+from hf_genlm.training.processes import rows_per_process
 
 LADDER = (
     Shape(hidden_size=32, num_hidden_layers=1, max_seq_length=64, batch_size=16),
@@ -125,7 +125,7 @@ def measure_step(model: GenLMForCausalLM, training: TrainingSettings) -> tuple[f
     update on rows of random tokens, those of one process. Torch's number of threads is left as it was.
     """
     optimizer = OptimizerFactory()(model, training)
-    shape = (rows_of_each(training.batch_size), training.max_seq_length)
+    shape = (rows_per_process(training.batch_size), training.max_seq_length)
     tokens = torch.randint(0, model.config.vocab_size, shape, device=model.device)
 
     def step() -> float:

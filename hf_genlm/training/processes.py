@@ -117,7 +117,7 @@ def from_first(make: Callable[[], T]) -> T:
     return value
 
 
-def together(act: Callable[[], T]) -> T:
+def in_every_process(act: Callable[[], T]) -> T:
     """Call `act` in every process and wait for all of them.
 
     Raises:
@@ -136,7 +136,7 @@ def together(act: Callable[[], T]) -> T:
     return values[0]
 
 
-def all_of(holds: bool) -> bool:
+def is_true_in_all(holds: bool) -> bool:
     """Return True if `holds` is true in every process."""
     if count() == 1:
         return holds
@@ -147,7 +147,7 @@ def all_of(holds: bool) -> bool:
     return not n_failing.item()
 
 
-def share_weights(model: torch.nn.Module) -> None:
+def broadcast_weights(model: torch.nn.Module) -> None:
     """Copy parameters and buffers of the first process to the others."""
     if count() == 1:
         return
@@ -158,7 +158,7 @@ def share_weights(model: torch.nn.Module) -> None:
         tensor.data.copy_(broadcast(tensor.detach().to(PartialState().device)))
 
 
-def clock_of_first(now: float) -> float:
+def broadcast_time(now: float) -> float:
     """Return `now`, in seconds, of the first process."""
     if count() == 1:
         return now
@@ -168,7 +168,7 @@ def clock_of_first(now: float) -> float:
     return broadcast(torch.tensor(now, dtype=torch.float64, device=PartialState().device)).item()
 
 
-def rows_of_each(batch_size: int, accumulation: int = 1, n_processes: int | None = None) -> int:
+def rows_per_process(batch_size: int, accumulation: int = 1, n_processes: int | None = None) -> int:
     """Return the rows of one forward pass in each process, for `batch_size` rows over all processes.
 
     `n_processes` are those of the process group if it is None.
@@ -194,13 +194,13 @@ def rows_of_each(batch_size: int, accumulation: int = 1, n_processes: int | None
     )
 
 
-def draw_apart() -> None:
+def offset_seed() -> None:
     """Seed torch differently in every process, for dropout; the first process keeps its random state."""
     if index() > 0:
         torch.manual_seed(torch.initial_seed() + index())
 
 
-def share_threads(stated: int | None) -> None:
+def set_threads(stated: int | None) -> None:
     """Set torch's threads in this process: `stated`, or else an equal share of the machine's cores."""
     if stated is not None:
         torch.set_num_threads(stated)
@@ -208,7 +208,7 @@ def share_threads(stated: int | None) -> None:
         torch.set_num_threads(_cores_per_process())
 
 
-def shard_on_cpu() -> None:
+def allow_fsdp_on_cpu() -> None:
     """Let Accelerate apply FSDP on CPUs too, which it does only for the distributed type of accelerators."""
     from accelerate import DistributedType, PartialState
 
@@ -217,7 +217,7 @@ def shard_on_cpu() -> None:
         state.distributed_type = DistributedType.MULTI_GPU
 
 
-def load_whole() -> None:
+def load_whole_models() -> None:
     """Load whole models from here on: under ZeRO-3, transformers shards what `from_pretrained` loads."""
     if is_sharded():
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -226,7 +226,7 @@ def load_whole() -> None:
 
 
 @contextlib.contextmanager
-def noticing_losses() -> Iterator[None]:
+def detect_lost_process() -> Iterator[None]:
     """Raise LostProcess where a collective fails because another process has ended."""
     try:
         yield
@@ -236,7 +236,7 @@ def noticing_losses() -> Iterator[None]:
         raise
 
 
-class RowsAndBlank(Dataset):
+class PaddedRows(Dataset):
     """`rows`, and one more row without labels, which adds nothing to a loss: it fills up the last step."""
 
     def __init__(self, rows: Any):
@@ -253,7 +253,7 @@ class RowsAndBlank(Dataset):
         return batch
 
 
-class SharedOrder(Sampler[int]):
+class PaddedSampler(Sampler[int]):
     """The order of `n_rows` in which one process would read them, filled up to whole steps by the blank row.
 
     Every process then has the same number of batches, and no row is read twice. `draw(seed, epoch)` gives the

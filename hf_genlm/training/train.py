@@ -136,7 +136,7 @@ def _prepare(run: RunFolder, recipe: Recipe, facts: Facts) -> Job:
     first = settle(recipe, facts)  # sizes that the time decides are assumed here
     base = None if recipe.model.init_from is None else hub_id_of(recipe.model.init_from)
     run.log("started", decoder=first.model.decoder, mixers=first.model.mixers, base_model=base)
-    processes.share_threads(recipe.training.num_threads)
+    processes.set_threads(recipe.training.num_threads)
     corpus = _read(run, recipe, facts)
     facts = _with_corpus(facts, recipe, corpus)
     if first.length.seconds is not None:
@@ -213,7 +213,7 @@ def _job_of(
     private: PrivateState | None,
 ) -> Job:
     training, length = settings.training, settings.length
-    processes.share_threads(training.num_threads)
+    processes.set_threads(training.num_threads)
     budget = Budget(length.max_steps, length.seconds)
     rows: Rows
     if settings.privacy.epsilon is not None:
@@ -304,7 +304,7 @@ def _build(run: RunFolder, job: Job, is_new: bool = True) -> GenLMForCausalLM:
     job.frozen_rows = processes.from_first(
         lambda: start_model(run, model, settings, job.corpus, job.rows, is_new)
     )
-    processes.share_weights(model)
+    processes.broadcast_weights(model)
     n_rows, max_seq_length = job.rows.n_rows, settings.training.max_seq_length
     run.log("model", parameters=model.num_parameters(), rows=n_rows, max_seq_length=max_seq_length)
     return model

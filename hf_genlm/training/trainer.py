@@ -22,15 +22,15 @@ from hf_genlm.training.callbacks import Diverged
 from hf_genlm.training.carried_state import StateCallback
 from hf_genlm.training.checkpoints import Progress, commit_checkpoint, pending_folder, remove_pending
 from hf_genlm.training.processes import (
-    RowsAndBlank,
-    SharedOrder,
-    all_of,
+    PaddedRows,
+    PaddedSampler,
+    allow_fsdp_on_cpu,
     count,
     from_first,
     is_first,
     is_sharded,
-    rows_of_each,
-    shard_on_cpu,
+    is_true_in_all,
+    rows_per_process,
 )
 
 
@@ -63,24 +63,24 @@ class BudgetTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the rows; several processes also read the blank row that fills up a step."""
-        if count() > 1 and not isinstance(self.train_dataset, (RowsAndBlank, IterableDataset)):
-            self.train_dataset = RowsAndBlank(self.train_dataset)
+        if count() > 1 and not isinstance(self.train_dataset, (PaddedRows, IterableDataset)):
+            self.train_dataset = PaddedRows(self.train_dataset)
         return super().get_train_dataloader()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if self.carried is not None:
             return self.carried.sampler
-        is_shared = isinstance(self.train_dataset, RowsAndBlank)
+        is_shared = isinstance(self.train_dataset, PaddedRows)
         rows: Any = getattr(self.train_dataset, "rows", self.train_dataset)  # without the blank one
         draw = rows.order if isinstance(rows, BalancedRows) else None
         if not is_shared and draw is None:
             return super()._get_train_sampler(train_dataset)
         n_at_once = self.recipe.batch_size if is_shared else 1
-        return SharedOrder(len(rows), n_at_once, self.args.seed, lambda: int(self.state.epoch or 0), draw)
+        return PaddedSampler(len(rows), n_at_once, self.args.seed, lambda: int(self.state.epoch or 0), draw)
 
     def is_stopped(self) -> bool:
         """Return True if a process was asked to stop. Every process must call it, after the same step."""
-        return not all_of(not self._was_stopped())
+        return not is_true_in_all(not self._was_stopped())
 
     def whole_model(self) -> GenLMForCausalLM | None:
         """Return the model with all of its weights in the first process, None in the others.
@@ -139,7 +139,7 @@ class BudgetTrainer(Trainer):
                     commit_checkpoint(folder, progress, keep=self.recipe.save_total_limit)
             return failures[0] if failures else None
 
-        if not all_of(not failures):
+        if not is_true_in_all(not failures):
             failures = failures or ["another process had no space"]
         failure = from_first(finish)
         if failure is None:
@@ -156,7 +156,7 @@ class BudgetTrainer(Trainer):
     def _check_finite(self, model: torch.nn.Module) -> None:
         """Refuse to save a state from which nothing can be resumed."""
         values = [self._tr_loss, *(getattr(p, "_local_tensor", p) for p in model.parameters())]
-        if not all_of(all(bool(torch.isfinite(value).all()) for value in values)):
+        if not is_true_in_all(all(bool(torch.isfinite(value).all()) for value in values)):
             raise Diverged(self.state.global_step)
 
     def create_scheduler(
@@ -190,10 +190,11 @@ def training_arguments_of(run: RunFolder, training: TrainingSettings, budget: Bu
         UserError: a batch that the processes cannot share, or several GPUs in one process.
     """
     use_bf16 = {"auto": computes_bfloat16(), "bfloat16": True, "float32": False}[training.dtype]
+    n_rows = rows_per_process(training.batch_size, training.gradient_accumulation_steps)
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
         max_steps=budget.steps,
-        per_device_train_batch_size=rows_of_each(training.batch_size, training.gradient_accumulation_steps),
+        per_device_train_batch_size=n_rows,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
         max_grad_norm=training.max_grad_norm,
@@ -218,7 +219,7 @@ def training_arguments_of(run: RunFolder, training: TrainingSettings, budget: Bu
             f"{arguments.n_gpu} GPUs in one process would train by nn.DataParallel, slowly and inexactly: "
             f"--processes {arguments.n_gpu} for all of them, or --processes 1 for the first"
         )
-    shard_on_cpu()
+    allow_fsdp_on_cpu()
     return arguments
 
 

@@ -105,8 +105,8 @@ def step_of(decoder: str, shape: str, n: int) -> Callable[[], None]:
         optimizer.step()
         optimizer.zero_grad()
         if n > 1:
-            processes.clock_of_first(time.monotonic())
-            processes.all_of(True)
+            processes.broadcast_time(time.monotonic())
+            processes.is_true_in_all(True)
 
     return step
 

@@ -39,7 +39,7 @@ from hf_genlm.text.languages import (
     spans,
 )
 from hf_genlm.text.packing import PackedRows
-from hf_genlm.training.processes import SharedOrder
+from hf_genlm.training.processes import PaddedSampler
 from hf_genlm.training.train import train
 
 LINES = {"eng": 100, "rus": 30, "hin": 15}
@@ -241,7 +241,7 @@ def test_every_pass_has_each_language_in_its_share_and_no_row_waits_for_another(
 
 def test_several_processes_read_the_same_order_filled_to_whole_steps(balanced):
     _, _, rows = balanced
-    order = list(SharedOrder(len(rows), 8, 5, lambda: 2, rows.order))
+    order = list(PaddedSampler(len(rows), 8, 5, lambda: 2, rows.order))
     assert order[: len(rows)] == rows.order(5, 2).tolist()
     assert set(order[len(rows) :]) <= {len(rows)}
     assert len(order) % 8 == 0

@@ -113,13 +113,13 @@ def test_unreachable_machines_give_the_remedy(monkeypatch):
 
 
 def test_a_batch_is_shared_evenly_or_refused():
-    assert processes.rows_of_each(9) == 9
-    assert processes.rows_of_each(16, n_processes=4) == 4
+    assert processes.rows_per_process(9) == 9
+    assert processes.rows_per_process(16, n_processes=4) == 4
     with pytest.raises(UserError, match=r"batch_size = 10 .*--processes 2, or --set training\.batch_size=8$"):
-        processes.rows_of_each(10, n_processes=4)
+        processes.rows_per_process(10, n_processes=4)
     message = r"--set training\.batch_size=12 and --set training\.gradient_accumulation_steps=1"
     with pytest.raises(UserError, match=message):
-        processes.rows_of_each(2, accumulation=6, n_processes=4)
+        processes.rows_per_process(2, accumulation=6, n_processes=4)
 
 
 @pytest.fixture(scope="module")
@@ -136,16 +136,16 @@ def test_processes_read_each_row_once_in_the_order_of_one_process(rows):
     for epoch in (0, 3):
         alone = SeedableRandomSampler(range(len(rows)), data_seed=7)
         alone.set_epoch(epoch)
-        order = list(processes.SharedOrder(len(rows), 8, seed=7, epoch=lambda epoch=epoch: epoch))
+        order = list(processes.PaddedSampler(len(rows), 8, seed=7, epoch=lambda epoch=epoch: epoch))
         assert order[: len(rows)] == list(alone)
         assert set(order[len(rows) :]) == {len(rows)}
-        assert len(order) == len(processes.SharedOrder(len(rows), 8, 7, lambda: 0)) == 16
+        assert len(order) == len(processes.PaddedSampler(len(rows), 8, 7, lambda: 0)) == 16
 
 
 def test_the_blank_row_has_no_labels(rows):
     n = len(rows)
     assert n == 14
-    batch = processes.RowsAndBlank(rows).__getitems__([3, n, 5])
+    batch = processes.PaddedRows(rows).__getitems__([3, n, 5])
     plain = rows.__getitems__([3, 5])
     for key, value in plain.items():
         assert np.array_equal(batch[key][[0, 2]], value)
@@ -156,7 +156,7 @@ def test_the_clock_of_several_processes_stands_still_between_agreements(monkeypa
     alone, shared = Budget(seconds=10.0), Budget(seconds=10.0)
     alone.start()
     monkeypatch.setattr("hf_genlm.training.budget.count", lambda: 2)
-    monkeypatch.setattr("hf_genlm.training.budget.clock_of_first", lambda now: times.pop(0))
+    monkeypatch.setattr("hf_genlm.training.budget.broadcast_time", lambda now: times.pop(0))
     times = [100.0, 104.0]
     shared.start()
     assert shared.elapsed_s == 0.0
