@@ -56,8 +56,8 @@ def documents_of(lengths: list[int]) -> TokenizedDocuments:
     return TokenizedDocuments(ids, offsets, np.array(lengths, dtype=np.int64))
 
 
-def packed(lengths: list[int] = DOCUMENTS, goes_on: bool = True) -> PackedRows:
-    return PackedRows(documents_of(lengths), ROW, EOS, PAD, carries_state=goes_on)
+def packed(lengths: list[int] = DOCUMENTS, carries_state: bool = True) -> PackedRows:
+    return PackedRows(documents_of(lengths), ROW, EOS, PAD, carries_state=carries_state)
 
 
 def batch_of(rows: PackedRows, chosen) -> dict[str, torch.Tensor]:
@@ -133,7 +133,7 @@ def test_loss_and_gradients_are_those_of_the_row_given_the_state_as_it_is(name):
 @torch.no_grad()
 def test_attention_sees_its_row_alone(name):
     """Where recurrent layers say nothing a row is what it is without a carried state, and else it is not."""
-    model, rows, plain = build_model(name).double(), packed(), packed(goes_on=False)
+    model, rows, plain = build_model(name).double(), packed(), packed(carries_state=False)
 
     def distance() -> float:
         carried = CarriedState()
