@@ -30,7 +30,9 @@ def load(name: "str | os.PathLike[str]") -> "tuple[PreTrainedModel, PreTrainedTo
     try:
         model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # a damaged folder raises anything, from KeyError to the Rust libraries' own
+    except BaseException as error:  # a damaged folder raises anything, also a panic of a Rust library
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = without_secrets(" ".join(str(error).split()))[:500] or type(error).__name__
         raise UserError(f"cannot load {os.fspath(name)!r}: {reason}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer  # type: ignore[arg-type]
