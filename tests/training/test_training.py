@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from hf_genlm.config.recipe import Recipe, TrainingRecipe, load_recipe
+from hf_genlm.config.settings import Facts
 from hf_genlm.config.settle import decay_for, settle
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements
@@ -147,6 +148,8 @@ def test_a_small_text_ends_a_run_by_the_clock_and_that_is_told(text_folder, tmp_
     assert note.endswith("is read 0.2 times at most (training.max_epochs)")
     (trained,) = [event for event in events if event["event"] == "trained"]
     assert trained["seconds"] < 60
+    rates = [event["learning_rate"] for event in events if event["event"] == "step"]
+    assert rates[-1] < 0.3 * max(rates), "the rate falls to the end of the text, not to that of the time"
 
 
 def test_budget_by_the_clock(monkeypatch):
@@ -170,6 +173,29 @@ def test_budget_by_tokens_rounds_up_to_whole_steps():
     assert settle(Recipe(training=TrainingRecipe(tokens=1000, **rows))).length.max_steps == 4
     with pytest.raises(UserError, match="--minutes and --steps"):
         settle(Recipe(training=TrainingRecipe(minutes=1, steps=3)))
+
+
+def test_planning_counts_as_training_time():
+    recipe = Recipe(training=TrainingRecipe(minutes=1))
+    length = settle(recipe, Facts(step_s=0.1, planning_s=20.0)).length
+    assert length.seconds == 40.0
+    assert length.expected_steps == 400
+    assert settle(recipe, Facts(step_s=0.1, planning_s=80.0)).length.seconds == 0.1, "at least a step"
+
+
+def test_validation_counts_as_training_time():
+    now = [0.0]
+    budget = Budget(seconds=100.0, clock=lambda: now[0])
+    budget.start()
+
+    def validate(model, step):
+        now[0] += 30.0
+
+    callback = ValidationCallback(budget, 1, validate)
+    now[0] = 51.0
+    callback.on_step_end(None, type("State", (), {"global_step": 5}), TrainerControl())
+    assert budget.elapsed_s == pytest.approx(81.0)
+    assert budget.progress(5) == pytest.approx(0.81)
 
 
 def test_trapezoid():
@@ -340,6 +366,16 @@ def test_terms_outside_their_range_are_refused(setting, text_folder, tmp_path):
     with pytest.raises(UserError, match=setting.split("=")[0].split(".")[1]):
         train(small_recipe(text_folder, setting), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_biases_and_norms_do_not_decay_and_matrices_do(optimizer):
+    model = build_model("bigram", tie_word_embeddings=False)
+    recipe = TrainingRecipe(optimizer=optimizer, learning_rate=1e-3, embedding_lr_ratio=3.0, weight_decay=0.5)
+    groups = OptimizerFactory()(model, recipe).param_groups
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert (decays[id(parameter)] > 0) == (parameter.ndim >= 2), name
 
 
 def test_each_role_has_its_rate_and_its_decay():
