@@ -3,7 +3,6 @@ batches, passes and processes and through interruptions; and what cannot carry o
 
 import itertools
 import math
-import os
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file, save_file
+from support.launching import environment
 from support.models import EOS, PAD, STACKS, VOCAB, build_model
 from torch.nn.functional import cross_entropy
 from torch.utils.data import BatchSampler
@@ -349,15 +349,14 @@ def _as_a_process(folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(tmp_path):
+def test_two_processes_train_the_model_of_one(tmp_path):
     one = trainer_of(recurrent_model("bigram"), tmp_path / "one")
     one.train()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *launch, str(tmp_path)], check=True, timeout=240, env=environment)
+    subprocess.run([sys.executable, *launch, str(tmp_path)], check=True, timeout=240, env=environment())
     found = load_file(tmp_path / "weights.safetensors")["weights"]
     torch.testing.assert_close(found, weights_of(one.model), atol=1e-9, rtol=0)
     states = [
