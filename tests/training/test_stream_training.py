@@ -166,7 +166,7 @@ def test_the_command_line_streams(sources, tmp_path, capsys):
     values = {m.name: m for m in read_measurements(run.evaluation)}
     assert values["bits_per_byte"].n == read_json(run.corpus)["validation"]["bytes"]
     card = (run.model / "README.md").read_text()
-    assert "was read as a stream" in card
+    assert "was streamed during training" in card
     assert "None" not in card
     capsys.readouterr()
     assert main(["evaluate", str(run.path), "--json"]) == 0
