@@ -250,7 +250,7 @@ def measure_lm_eval_tasks(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError("lm-eval's tasks need one more library: pip install 'hf_genlm[eval]'") from error
+        raise UserError("lm-eval's tasks need one more library: pip install '.[eval]'") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     folder = None if include_path is None else str(include_path)
     manager = TaskManager(include_path=folder, include_defaults=False)

@@ -245,7 +245,7 @@ def mauve_score(reference: np.ndarray, samples: np.ndarray) -> float:
 
 def _check_mauve(n_samples: int, n_references: int) -> None:
     if find_spec("mauve") is None:
-        raise UserError("MAUVE needs the package mauve-text: pip install 'hf_genlm[mauve]'")
+        raise UserError("MAUVE needs the package mauve-text: pip install '.[mauve]'")
     if min(n_samples, n_references) < MIN_MAUVE_TEXTS:
         raise UserError(
             f"MAUVE of {n_samples} samples and {n_references} reference texts: it needs at least "

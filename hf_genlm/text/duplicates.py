@@ -94,7 +94,7 @@ def check_near_duplicates(recipe: CorpusRecipe) -> None:
     if recipe.near_duplicates is not None and importlib.util.find_spec("datasketch") is None:
         raise UserError(
             f"corpus.near_duplicates = {recipe.near_duplicates:g} needs the library datasketch: pip install "
-            "'hf_genlm[privacy]'"
+            "'.[privacy]'"
         )
 
 

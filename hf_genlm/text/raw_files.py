@@ -113,9 +113,7 @@ def unpacked(label: str, stream: IO[bytes], compression: str | None) -> Iterator
     if compression == "zip":
         only_member(label, stream)
     if compression == "zstd" and find_spec("zstandard") is None:
-        raise UserError(
-            f"{label!r} is zstd-compressed, which needs one more package: pip install 'hf_genlm[zstd]'"
-        )
+        raise UserError(f"{label!r} is zstd-compressed, which needs one more package: pip install '.[zstd]'")
     try:
         yield from filter(None, _UNPACK[compression](stream))
     except _FAULTS as error:

@@ -129,7 +129,7 @@ def check_scrubbing(recipe: CorpusRecipe) -> None:
         if name in LIBRARIES and importlib.util.find_spec(LIBRARIES[name][0]) is None:
             raise UserError(
                 f"corpus.scrub = {name} needs the library {LIBRARIES[name][1]}: pip install "
-                "'hf_genlm[privacy]', or name the other types"
+                "'.[privacy]', or name the other types"
             )
     if not recipe.phone_regions:
         return

@@ -242,9 +242,7 @@ def _layout_of(path: Path) -> _Layout:
     n_words = None
     if head.startswith(_FASTTEXT):
         if importlib.util.find_spec("gensim") is None:
-            raise UserError(
-                f"{name} is a fastText model, which gensim reads: pip install 'hf_genlm[vectors]'"
-            )
+            raise UserError(f"{name} is a fastText model, which gensim reads: pip install '.[vectors]'")
         if len(head) < 12:
             raise UserError(f"{name} is cut short in its header: copy it anew")
         kind, (dimension,) = "fasttext binary", struct.unpack_from("<i", head, 8)

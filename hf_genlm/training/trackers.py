@@ -111,8 +111,7 @@ def check_trackers(names: Sequence[str]) -> None:
             raise UserError(f"unknown training.report_to {name!r}{did_you_mean(name, TRACKERS)}")
         if find_spec(name) is None:
             raise UserError(
-                f"training.report_to = {name} needs {name}, which is not installed: "
-                "pip install 'hf_genlm[track]'"
+                f"training.report_to = {name} needs {name}, which is not installed: pip install '.[track]'"
             )
 
 

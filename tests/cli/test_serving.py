@@ -12,7 +12,7 @@ from hf_genlm.cli.main import main
 from hf_genlm.serving import LIBRARIES, background_server
 
 pytestmark = pytest.mark.skipif(
-    any(find_spec(name) is None for name in LIBRARIES), reason="pip install 'hf_genlm[serve]'"
+    any(find_spec(name) is None for name in LIBRARIES), reason="pip install '.[serve]'"
 )
 
 

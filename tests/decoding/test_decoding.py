@@ -228,7 +228,7 @@ def offloaded(model):
 
 
 def adapted(model):
-    peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'hf_genlm[test]'")
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install '.[test]'")
     config = peft.LoraConfig(r=2, target_modules=["value_proj", "q_proj"], init_lora_weights=False)
     peft.inject_adapter_in_model(config, model)
 

@@ -35,8 +35,8 @@ def test_exported_program_takes_any_length(kind):
 @pytest.mark.parametrize("kind", SHALLOW)
 def test_decode_step_runs_in_onnxruntime_with_its_state(kind):
     """One step from the state of a prompt: logits and state are those of the model."""
-    pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'hf_genlm[test]'")
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'hf_genlm[test]'")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install '.[test]'")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install '.[test]'")
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     model = build_model(SHALLOW[kind])

@@ -55,7 +55,7 @@ def prompt(tokenizer):
 
 
 def importorskip(name: str):
-    return pytest.importorskip(name, reason=f"{name} is not installed: pip install 'hf_genlm[test]'")
+    return pytest.importorskip(name, reason=f"{name} is not installed: pip install '.[test]'")
 
 
 def test_pipeline_generates_what_the_model_does(folder, model, tokenizer):

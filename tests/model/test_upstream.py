@@ -15,7 +15,7 @@ from hf_genlm.model import (
     GenLMModel,
 )
 
-pytest.importorskip("parameterized", reason="parameterized is not installed: pip install 'hf_genlm[test]'")
+pytest.importorskip("parameterized", reason="parameterized is not installed: pip install '.[test]'")
 try:
     common = upstream.load("test_modeling_common")
     ConfigTester = upstream.load("test_configuration_common").ConfigTester

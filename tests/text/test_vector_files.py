@@ -24,7 +24,7 @@ def binary(words=WORDS, vectors=VECTORS, end=b"\n") -> bytes:
 
 
 def by_gensim(path: Path, is_binary: bool) -> bytes:
-    gensim = pytest.importorskip("gensim", reason="gensim is not installed: pip install 'hf_genlm[vectors]'")
+    gensim = pytest.importorskip("gensim", reason="gensim is not installed: pip install '.[vectors]'")
     keyed = gensim.models.KeyedVectors(VECTORS.shape[1])
     keyed.add_vectors(WORDS, VECTORS)
     keyed.save_word2vec_format(path, binary=is_binary)
@@ -64,7 +64,7 @@ def test_every_format_gives_the_same_vectors(name, compress, tmp_path):
 def fasttext(tmp_path_factory):
     """(a model of n-grams that gensim made and wrote as fastText does, the file's bytes)."""
     name = "gensim.models.fasttext"
-    module = pytest.importorskip(name, reason="gensim is not installed: pip install 'hf_genlm[vectors]'")
+    module = pytest.importorskip(name, reason="gensim is not installed: pip install '.[vectors]'")
     sentences = [["the", "cat", "sat"], ["the", "naïve", "नमस्ते"], ["a", "cat"]] * 4
     model = module.FastText(
         sentences, vector_size=6, min_count=1, bucket=64, epochs=2, workers=1, seed=3, min_n=2, max_n=4
@@ -101,7 +101,7 @@ def test_a_fasttext_model_without_gensim_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gensim", None)
     path = tmp_path / "model.bin"
     path.write_bytes((793712314).to_bytes(4, "little") + bytes(200))
-    with pytest.raises(UserError, match=r"pip install 'hf_genlm\[vectors\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[vectors\]'"):
         peek_dimension(path)
 
 
