@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 # logits stored at once by the loss without logits; chosen by recipes/benchmarks/loss_memory.py
-_LOGITS_AT_ONCE = 1 << 24
+MAX_LOGITS_AT_ONCE = 1 << 24
 
 
 def cap_logits(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
@@ -111,7 +111,7 @@ class _HeadLoss(torch.autograd.Function):
         grads = [torch.zeros_like(t, dtype=dtype) if n else None for t, n in zip(inputs, needed, strict=True)]
         total = torch.zeros((), dtype=dtype, device=states.device)
         states, weight, bias = _as_autocast(states, weight, bias)
-        n_rows = min(len(targets), max(1, _LOGITS_AT_ONCE // weight.shape[0]))
+        n_rows = min(len(targets), max(1, MAX_LOGITS_AT_ONCE // weight.shape[0]))
         buffer = torch.empty(n_rows, weight.shape[0], dtype=dtype, device=states.device)  # new memory is slow
         for start in range(0, len(targets), n_rows):
             rows = slice(start, start + n_rows)

@@ -27,7 +27,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 @pytest.fixture(autouse=True)
 def _several_pieces(monkeypatch):
-    monkeypatch.setattr(loss_genlm, "_LOGITS_AT_ONCE", 5 * VOCAB)
+    monkeypatch.setattr(loss_genlm, "MAX_LOGITS_AT_ONCE", 5 * VOCAB)
 
 
 def masked_labels(tokens: torch.Tensor) -> torch.Tensor:
@@ -120,7 +120,7 @@ def test_a_loss_can_be_had_without_gradients_and_with_frozen_parts(tokens):
 @pytest.mark.parametrize("size", [5, 12, 36, 1000])
 def test_the_size_of_a_piece_does_not_matter(size, tokens, monkeypatch):
     model = build_model(["gru"]).double()
-    monkeypatch.setattr(loss_genlm, "_LOGITS_AT_ONCE", size * VOCAB)
+    monkeypatch.setattr(loss_genlm, "MAX_LOGITS_AT_ONCE", size * VOCAB)
     loss = model(tokens, labels=tokens, skip_logits=True).loss
     torch.testing.assert_close(loss, by_definition(model(tokens).logits, tokens))
 
