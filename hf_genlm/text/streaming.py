@@ -74,9 +74,9 @@ class Lane:
     """The texts of some shards, one shard after another, epoch after epoch."""
 
     def __init__(
-        self, shards: Sequence[Shard], held: HeldOut, at: Position, scrubber: Scrubber | None = None
+        self, shards: Sequence[Shard], held_out: HeldOut, at: Position, scrubber: Scrubber | None = None
     ):
-        self.shards, self.held, self.scrubber = shards, held, scrubber
+        self.shards, self.held_out, self.scrubber = shards, held_out, scrubber
         self.before = self.behind = at  # positions around the last text
 
     def texts(self) -> Iterator[Parts | None]:
@@ -93,7 +93,7 @@ class Lane:
                 for parts, behind in self.shards[number].texts(state):
                     if self.scrubber is not None:
                         parts = self.scrubber.scrub_parts(parts)
-                    text = self.held.filter(parts)
+                    text = self.held_out.filter(parts)
                     if text is not None:
                         self.before, self.behind = self.behind, Position(number, behind, begin.passes)
                         is_empty = False
@@ -123,7 +123,7 @@ class DocumentStream:
 
     lanes: Sequence[Sequence[Shard]]
     weights: Sequence[float]
-    held: HeldOut = field(default_factory=HeldOut)
+    held_out: HeldOut = field(default_factory=HeldOut)
     scrubber: Scrubber | None = None
 
     @property
@@ -140,7 +140,7 @@ class DocumentStream:
         """Hash of all that decides the texts and their order, except the content of the files."""
         files = [[(shard.name, shard.n_bytes) for shard in lane] for lane in self.lanes]
         scrubbed = [] if self.scrubber is None else [self.scrubber.to_json(None)]
-        content = json.dumps([files, list(self.weights), self.held.sha256, *scrubbed])
+        content = json.dumps([files, list(self.weights), self.held_out.sha256, *scrubbed])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def walk(self, position: dict[str, Any] | None = None) -> "Walk":
@@ -164,7 +164,7 @@ class Walk:
         self._taken_before = 0  # by this lane, when its document began
         starts = [Position(lane["shard"], lane["state"], lane["passes"]) for lane in position["lanes"]]
         self._lanes = [
-            Lane(shards, stream.held, start, stream.scrubber)
+            Lane(shards, stream.held_out, start, stream.scrubber)
             for shards, start in zip(stream.lanes, starts, strict=True)
         ]
         self._texts = [lane.texts() for lane in self._lanes]
@@ -313,7 +313,7 @@ def read_stream(recipe: CorpusRecipe) -> StreamedText:
     }
     if stream.scrubber is not None:
         report["scrubbed"] = stream.scrubber.to_json(None)
-    return StreamedText(replace(stream, held=HeldOut(validation)), validation, report)
+    return StreamedText(replace(stream, held_out=HeldOut(validation)), validation, report)
 
 
 def hold_out(stream: DocumentStream, recipe: CorpusRecipe) -> Documents:
@@ -327,7 +327,7 @@ def hold_out(stream: DocumentStream, recipe: CorpusRecipe) -> Documents:
     Raises:
         UserError: there are not two different documents that are short enough.
     """
-    writer, held = DocumentWriter(), HeldOut()
+    writer, held_out = DocumentWriter(), HeldOut()
     walk = stream.walk()
     longest = int(_MAX_HELD_SHARE * recipe.validation_bytes)
     lowest: tuple[float, str] | None = None
@@ -338,7 +338,7 @@ def hold_out(stream: DocumentStream, recipe: CorpusRecipe) -> Documents:
             break
         text, is_whole = _up_to(parts, longest)
         n_walked += len(text)
-        is_new = text not in held
+        is_new = text not in held_out
         n_different += is_new
         if not is_whole or len(text.encode()) > longest or not is_new:
             continue
@@ -349,7 +349,7 @@ def hold_out(stream: DocumentStream, recipe: CorpusRecipe) -> Documents:
             n_bytes += len(text.encode())
             if n_bytes > recipe.validation_bytes:
                 break
-            held.add(text)
+            held_out.add(text)
             writer.add((text,), "stream")
     if not len(writer) and lowest is not None:
         writer.add((lowest[1],), "stream")

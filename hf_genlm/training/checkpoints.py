@@ -68,8 +68,8 @@ def remove_pending(folder: Path) -> None:
     shutil.rmtree(pending_folder(folder), ignore_errors=True)
 
 
-def commit_checkpoint(folder: Path, progress: Progress, keep: int) -> None:
-    """Make the pending files a checkpoint of `folder`, then remove all but the `keep` newest.
+def commit_checkpoint(folder: Path, progress: Progress, total_limit: int) -> None:
+    """Make the pending files a checkpoint of `folder`, then remove all but the `total_limit` newest.
 
     Raises:
         OSError: no space; the earlier checkpoints are as they were.
@@ -85,7 +85,7 @@ def commit_checkpoint(folder: Path, progress: Progress, keep: int) -> None:
     written.rename(final)
     remove_pending(folder)
     sync_folder(folder)  # the new name is on disk before an old checkpoint is removed
-    for path in _list_checkpoints(folder)[:-keep]:
+    for path in _list_checkpoints(folder)[:-total_limit]:
         shutil.rmtree(path)
 
 

@@ -305,12 +305,15 @@ def prepare_stream(run: RunFolder, recipe: Recipe, is_resuming: bool = False) ->
 
     def make() -> tuple[PreTrainedTokenizerFast, HeldOut]:
         made.append(_open_stream(run, recipe, is_resuming))
-        return made[0].tokenizer, made[0].stream.held
+        return made[0].tokenizer, made[0].stream.held_out
 
-    tokenizer, held = processes.from_first(make)
+    tokenizer, held_out = processes.from_first(make)
     if made:
         return made[0]
-    stream, none = dataclasses.replace(open_stream(recipe.corpus), held=held), np.zeros(0, dtype=np.int64)
+    stream, none = (
+        dataclasses.replace(open_stream(recipe.corpus), held_out=held_out),
+        np.zeros(0, dtype=np.int64),
+    )
     nothing = TokenizedDocuments(none, np.zeros(1, dtype=np.int64), none)
     return StreamedCorpus(tokenizer, stream, nothing, {}, recipe.corpus.shuffle_buffer, run)
 

@@ -136,7 +136,7 @@ class BudgetTrainer(Trainer):
         def finish() -> str | None:
             with note_no_space(failures.append):
                 if not failures:
-                    commit_checkpoint(folder, progress, keep=self.recipe.save_total_limit)
+                    commit_checkpoint(folder, progress, total_limit=self.recipe.save_total_limit)
             return failures[0] if failures else None
 
         if not is_true_in_all(not failures):

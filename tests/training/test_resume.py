@@ -136,7 +136,7 @@ def test_a_checkpoint_is_on_disk_before_it_has_its_name_and_before_an_older_one_
         (written / "deep").mkdir(parents=True)
         for name in ("weights", "deep/state"):
             (written / name).write_text(f"{name} of step {step}")
-        commit_checkpoint(folder, Progress(step, 1.0, None, 20), keep=2)
+        commit_checkpoint(folder, Progress(step, 1.0, None, 20), total_limit=2)
 
     commit(1)
     commit(2)
