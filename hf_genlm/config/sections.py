@@ -24,7 +24,7 @@ from hf_genlm.config.fields import (
 MAX_SIZE = 2**20  # of a width, a batch or a row
 # fmt: off
 # below: a table, a field in one to three lines
-# test_settings.py compares these words with the tables that act on them
+# tests/config/test_recipe.py compares these words with the tables that act on them
 DAMAGED = ("stop", "skip")
 DECODERS = ("elman", "gru", "lstm", "gated_linear", "transformer", "sliding", "hybrid")
 MIXERS = ("elman", "gru", "lstm", "gated_linear", "full_attention", "sliding_attention")
