@@ -10,6 +10,9 @@ This folder is uploaded to the Hub with every model: it imports only torch, tran
 Shapes: B batch, T tokens.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -323,7 +326,8 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
             labels: (B, T), not shifted; -100 is ignored. The loss in nats is the mean over labels, or their
                 sum divided by `num_items_in_batch`, which Trainer passes.
             logits_to_keep: compute logits of the last so many tokens only, or at these indices; 0: all.
-            skip_logits: with `labels`, return the loss without logits, in a fraction of the memory.
+            skip_logits: with `labels`, return the loss without logits; in a fraction of the memory if the head
+                is a plain linear map, without adapter, hook or quantiser.
             label_smoothing, z_loss: terms of the loss, as in loss_genlm.causal_loss.
             others: as in GenLMModel.forward.
         """
@@ -340,7 +344,7 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
         )
         loss, logits = None, None
         kwargs |= terms
-        if labels is not None and skip_logits:
+        if labels is not None and skip_logits and is_plain_linear(self.lm_head):
             loss = causal_loss_without_logits(
                 outputs.last_hidden_state,
                 self.lm_head.weight,
@@ -354,6 +358,7 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
             logits = cap_logits(self.lm_head(kept), self.config.final_logit_softcapping)
             if labels is not None:
                 loss = self._loss(logits, labels, **kwargs)
+                logits = None if skip_logits else logits
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -369,12 +374,53 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
         return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
 
+def divide_by_num_items(forward: Callable) -> Callable:
+    """Wrap a head's forward: divide its sum of losses by `num_items_in_batch`, if given, as Trainer expects.
+
+    transformers' classification heads accept that argument and ignore it: gradient accumulation over n
+    batches then gives n times the loss.
+    """
+
+    @functools.wraps(forward)
+    def divided(self, *args, labels=None, num_items_in_batch=None, **kwargs):
+        outputs = forward(self, *args, labels=labels, **kwargs)
+        if labels is None or num_items_in_batch is None:
+            return outputs
+        scale = (labels != -100).sum() / num_items_in_batch
+        if isinstance(outputs, tuple):
+            return (outputs[0] * scale, *outputs[1:])
+        outputs.loss = outputs.loss * scale
+        return outputs
+
+    return divided
+
+
 class GenLMForSequenceClassification(GenericForSequenceClassification, GenLMPreTrainedModel):
     """Classifier of rows by their last token that is not padding, on whichever side the padding is."""
+
+    forward = divide_by_num_items(GenericForSequenceClassification.forward)
+
+    def __init__(self, config: GenLMConfig):
+        GenLMPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = GenLMModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 
 
 class GenLMForTokenClassification(GenericForTokenClassification, GenLMPreTrainedModel):
     """Classifier of every token."""
+
+    forward = divide_by_num_items(GenericForTokenClassification.forward)
+
+    def __init__(self, config: GenLMConfig):
+        GenLMPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = GenLMModel(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
 
 
 AUTO_CLASSES = {
@@ -383,8 +429,8 @@ AUTO_CLASSES = {
     AutoModelForSequenceClassification: GenLMForSequenceClassification,
     AutoModelForTokenClassification: GenLMForTokenClassification,
 }
-# Also needed for a copy of this file from the Hub: the heads build their decoder by AutoModel, which must not
-# ask whether to trust this file; label smoothing and the pipelines look classes up by these names.
+# Also needed for a copy of this file from the Hub: label smoothing and the pipelines look classes up by these
+# names.
 for _auto, _model_class in AUTO_CLASSES.items():
     _auto.register(GenLMConfig, _model_class, exist_ok=True)
 for _names, _model_class in (

@@ -10,7 +10,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_genlm.model import GenLMForSequenceClassification, GenLMForTokenClassification
+from hf_genlm.model import GenLMConfig, GenLMForSequenceClassification, GenLMForTokenClassification
 
 
 def with_head(folder, head, stack, **overrides):
@@ -70,3 +70,33 @@ def test_plain_trainer_learns_labels_and_the_result_loads(head, tmp_path):
     accuracy = (loaded(rows).logits.argmax(-1) == labels).float().mean()
     assert accuracy > 0.95
     assert EOS not in rows
+
+
+@pytest.mark.parametrize("head", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_gradient_accumulation_equals_one_batch(head, tmp_path):
+    """Four batches of unequal numbers of labels accumulate to the gradient of all of them at once."""
+    build_model(["gru"]).save_pretrained(tmp_path / "lm")
+    rows = torch.randint(6, 61, (8, 6), generator=torch.Generator().manual_seed(0))
+    labels = rows % 3
+    labels[:3, 1:] = -100
+    if head is AutoModelForSequenceClassification:
+        labels = labels[:, 0]
+    data = [{"input_ids": row, "labels": label} for row, label in zip(rows, labels, strict=True)]
+    results = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        config = GenLMConfig.from_pretrained(tmp_path / "lm", num_labels=3)
+        config.classifier_dropout = 0.0
+        model = head.from_pretrained(tmp_path / "lm", config=config)
+        arguments = TrainingArguments(
+            tmp_path / "out", max_steps=1, learning_rate=1.0, lr_scheduler_type="constant", optim="sgd",
+            max_grad_norm=0.0, per_device_train_batch_size=batch_size, use_cpu=True, disable_tqdm=True,
+            gradient_accumulation_steps=accumulation, save_strategy="no", logging_steps=1,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=data)
+        trainer.train()
+        results.append((trainer.state.log_history[0]["loss"], model.state_dict()))
+    (loss, weights), (accumulated_loss, accumulated) = results
+    assert accumulated_loss == pytest.approx(loss, rel=1e-3)
+    for name, weight in weights.items():
+        torch.testing.assert_close(accumulated[name], weight, atol=1e-6, rtol=1e-4)

@@ -93,6 +93,8 @@ sys.modules["hf_genlm"] = None  # as if it were not installed
 import torch
 import transformers
 for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    # before any other class of this folder: a head must not need them
+    transformers.AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
     ids = torch.load(folder / "expected.pt", weights_only=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     assert type(model).__module__.startswith("transformers_modules"), type(model)

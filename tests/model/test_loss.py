@@ -216,3 +216,22 @@ def test_an_empty_piece_of_labels_is_nan_as_in_transformers(tokens):
     model = build_model(["gru"])
     assert math.isnan(model(tokens, labels=labels).loss.item())
     assert math.isnan(model(tokens, labels=labels, skip_logits=True).loss.item())
+
+
+@pytest.mark.parametrize("change", ["hook", "adapter", "wrapped"])
+def test_changes_of_the_head_are_not_passed_by(change, tokens):
+    """A hook, a LoRA adapter or a replaced forward of the head changes the loss without logits as it does the logits."""
+    model = build_model(["gru"], tie_word_embeddings=False)
+    if change == "hook":
+        model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    elif change == "wrapped":
+        forward = model.lm_head.forward
+        model.lm_head.forward = lambda states: 2 * forward(states)
+    else:
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+        model = peft.get_peft_model(model, config)
+    outputs = model(input_ids=tokens, labels=tokens, skip_logits=True)
+    assert outputs.logits is None
+    logits = model(input_ids=tokens).logits
+    torch.testing.assert_close(outputs.loss, by_definition(logits, tokens))
