@@ -220,7 +220,7 @@ def test_an_empty_piece_of_labels_is_nan_as_in_transformers(tokens):
 
 @pytest.mark.parametrize("change", ["hook", "adapter", "wrapped"])
 def test_changes_of_the_head_are_not_passed_by(change, tokens):
-    """A hook, a LoRA adapter or a replaced forward of the head changes the loss without logits as it does the logits."""
+    """A hook, a LoRA adapter or a replaced forward of the head acts on the loss without logits too."""
     model = build_model(["gru"], tie_word_embeddings=False)
     if change == "hook":
         model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
