@@ -11,6 +11,7 @@ Shapes: B batch, T tokens.
 """
 
 import functools
+import sys
 from collections.abc import Callable
 
 import torch
@@ -78,6 +79,8 @@ MASKS = {
     RecurrentStateLayer._layer_type: create_recurrent_attention_mask,
 }
 
+LORA_TARGETS = ["in_proj", "value_proj", "q_proj", "v_proj"]  # of `LoraConfig()` with no target_modules
+
 
 class GenLMRMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, in float32 at least (Zhang, Sennrich, 2019, arXiv:1910.07467)."""
@@ -127,8 +130,24 @@ class GenLMPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": GenLMDecoderLayer, "attentions": GenLMAttention}
 
+    def __init__(self, config: GenLMConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        peft_constants = sys.modules.get("peft.utils.constants")  # PEFT looks defaults up by model_type
+        if peft_constants is not None:
+            defaults = peft_constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+            defaults.setdefault(config.model_type, LORA_TARGETS)
+
     def save_pretrained(self, save_directory, **kwargs):
-        """Save as PreTrainedModel does, with an auto_map for every Auto class that has a GenLM class."""
+        """Save as PreTrainedModel does, with an auto_map for every Auto class that has a GenLM class.
+
+        A head that was tied through W and is no longer tied (PEFT unties it at a merge) is saved as one map of
+        h, because an untied model reads h: its weight (V, r) becomes weight W^T (V, hidden_size).
+        """
+        if getattr(self.base_model, "reads_out", False) and not self.config.tie_word_embeddings:
+            state_dict = dict(kwargs.pop("state_dict", None) or self.state_dict())
+            projection = state_dict["model.embed_proj.weight"]
+            state_dict["lm_head.weight"] = state_dict["lm_head.weight"] @ projection.t()
+            kwargs["state_dict"] = state_dict
         self.config.auto_map = {
             auto.__name__: f"modeling_genlm.{model_class.__name__}"
             for auto, model_class in AUTO_CLASSES.items()
