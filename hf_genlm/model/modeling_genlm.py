@@ -140,8 +140,8 @@ class GenLMPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, **kwargs):
         """Save as PreTrainedModel does, with an auto_map for every Auto class that has a GenLM class.
 
-        A head that was tied through W and is no longer tied (PEFT unties it at a merge) is saved as one map of
-        h, because an untied model reads h: its weight (V, r) becomes weight W^T (V, hidden_size).
+        A head that was tied through W and is no longer tied (PEFT unties it at a merge) is saved as one map
+        of h, because an untied model reads h: its weight (V, r) becomes weight W^T (V, hidden_size).
         """
         if getattr(self.base_model, "reads_out", False) and not self.config.tie_word_embeddings:
             state_dict = dict(kwargs.pop("state_dict", None) or self.state_dict())
@@ -345,8 +345,8 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
             labels: (B, T), not shifted; -100 is ignored. The loss in nats is the mean over labels, or their
                 sum divided by `num_items_in_batch`, which Trainer passes.
             logits_to_keep: compute logits of the last so many tokens only, or at these indices; 0: all.
-            skip_logits: with `labels`, return the loss without logits; in a fraction of the memory if the head
-                is a plain linear map, without adapter, hook or quantiser.
+            skip_logits: with `labels`, return the loss without logits; in a fraction of the memory if the
+                head is a plain linear map, without adapter, hook or quantiser.
             label_smoothing, z_loss: terms of the loss, as in loss_genlm.causal_loss.
             others: as in GenLMModel.forward.
         """
