@@ -9,6 +9,7 @@ from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
 )
 
 from hf_genlm.decoding.step import (
@@ -28,7 +29,7 @@ from hf_genlm.model.recurrence_genlm import is_plain_linear
 # arguments of generate that the fast loop does not support
 _NOT_FAST = (
     "assistant_model", "custom_generate", "synced_gpus", "inputs_embeds", "past_key_values", "cache",
-    "position_ids", "negative_prompt_ids",
+    "position_ids", "negative_prompt_ids", "tokenizer",  # generate loses it beside a loop of ours
 )  # fmt: skip
 _OWN_INPUTS = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
 _KNOWN_MODULES = ("hf_genlm.model.", "torch.nn.modules.", "transformers.activations")
@@ -73,11 +74,12 @@ class FastGenerator:
     def generate(self, inputs: torch.Tensor | None = None, streamer: Any = None, **kwargs: Any) -> Any:
         """Generate; arguments and results are those of `model.generate`."""
         try:
-            _check_arguments(kwargs)
+            ours = _with_stop_criterion(kwargs)
+            _check_arguments(ours)
             _check_model(self.model)
             self.plain_because = None
             loop = partial(self._decode, streamer=streamer)
-            return self.model.generate(inputs, custom_generate=loop, **kwargs)
+            return self.model.generate(inputs, custom_generate=loop, **ours)
         except _NotFast as reason:
             if self.int8:
                 raise UserError(f"int8 weights cannot be used here: {reason}") from reason
@@ -212,6 +214,16 @@ def _state_after(
     state.fill(model_kwargs[CACHE], valid.bool())
     position = (model_kwargs["position_ids"][:, -1:] + 1).expand(n_rows, 1).clone()
     return state, position, torch.tensor([n_tokens], device=input_ids.device)
+
+
+def _with_stop_criterion(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Replace `stop_strings` and `tokenizer`, if both are given, by the criterion that generate builds."""
+    if not arguments.get("stop_strings") or arguments.get("tokenizer") is None:
+        return arguments
+    others = dict(arguments)
+    criterion = StopStringCriteria(others.pop("tokenizer"), others.pop("stop_strings"))
+    criteria = [*(others.pop("stopping_criteria", None) or []), criterion]
+    return {**others, "stopping_criteria": StoppingCriteriaList(criteria)}
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:

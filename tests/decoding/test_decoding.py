@@ -6,9 +6,12 @@ from support.models import EOS, PAD, STACKS, VOCAB, build_model
 from torch.nn.utils import parametrize
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
+from hf_genlm.config.recipe import TokenizerRecipe
 from hf_genlm.decoding import PROGRAMS, FastGenerator, step
 from hf_genlm.decoding.step import SLOTS_AT_ONCE, DecodeStep, Int8Linear, RowSums, StepCache, StepState
 from hf_genlm.errors import UserError
+from hf_genlm.text.store import Document
+from hf_genlm.text.tokenizer import train_tokenizer
 
 N = SLOTS_AT_ONCE - 6  # with the prompt of 12, past the first slots of attention, and past the window of 5
 GREEDY = {"max_new_tokens": N, "do_sample": False, "eos_token_id": None}
@@ -194,6 +197,22 @@ class Heard:
 
     def end(self):
         self.pieces.append("end")
+
+
+def test_stop_strings_and_token_healing_have_the_tokenizer():
+    """transformers' generate loses `tokenizer` beside a loop of ours."""
+    tokenizer = train_tokenizer([Document("some words in the house", "here")], TokenizerRecipe(), 6)
+    model = build_model(["gru"], vocab_size=len(tokenizer))
+    fast = FastGenerator(model, program="module")
+    prompt = tokenizer("in the", return_tensors="pt")
+    whole = tokenizer.decode(text_of(model.generate, prompt, do_sample=True)[0])
+    letters = [letter for letter in "abcdefghijklmnopqrstuvwxyz" if letter in whole[10:40]][:2]
+    text = assert_fast_and_equal(fast, prompt, stop_strings=letters, tokenizer=tokenizer, do_sample=True)
+    assert text.shape[1] < prompt["input_ids"].shape[1] + N
+    options = {"token_healing": True, "tokenizer": tokenizer}
+    healed = text_of(lambda input_ids, **rest: fast.generate(input_ids, **rest), prompt, **options)
+    assert torch.equal(healed, text_of(model.generate, prompt, **options))
+    assert fast.plain_because is not None
 
 
 def test_a_streamer_hears_what_it_hears_from_generate(tokens):
