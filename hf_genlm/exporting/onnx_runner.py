@@ -40,7 +40,11 @@ class OnnxRunner:
 
         Raises:
             ValueError: the text would exceed the positions of the model.
+            IndexError: `token` is not an id of the vocabulary.
         """
+        vocab_size = self.description["logits"]["shape"][1]
+        if not 0 <= token < vocab_size:
+            raise IndexError(f"token {token} is out of range: the model has {vocab_size} tokens")
         max_tokens = self.description["max_tokens"]
         if max_tokens is not None and self.n_tokens == max_tokens:
             raise ValueError(f"the model has positions for {max_tokens} tokens")
@@ -54,7 +58,13 @@ class OnnxRunner:
         return logits[0]
 
     def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Decode greedily after `prompt`, which has at least one token, up to an end-of-text token."""
+        """Decode greedily after `prompt` up to an end-of-text token.
+
+        Raises:
+            ValueError: `prompt` is empty.
+        """
+        if not prompt:
+            raise ValueError("the prompt is empty: give at least one token")
         self.reset()
         for token in prompt:
             logits = self.read(token)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache_genlm import CACHE
+from .cache_genlm import CACHE, raise_size_mismatch
 from .configuration_genlm import GenLMConfig
 from .initialization_genlm import start_near_zero
 from .positions_genlm import apply_rotary
@@ -73,6 +73,8 @@ class GenLMAttention(nn.Module):
         k_BKSH, v_BKSH = k_BKTH, v_BKTH
         if past_key_values is not None:
             k_BKSH, v_BKSH = past_key_values.update(k_BKTH, v_BKTH, at)
+            if len(k_BKSH) != len(k_BKTH):  # a full static window takes one row for many
+                raise_size_mismatch(k_BKSH.shape, k_BKTH.shape)
         module = self
         if "cache" in kwargs:  # the pages of continuous batching
             if _FUNCTIONS_WRITE_PAGES:

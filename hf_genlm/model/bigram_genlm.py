@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from .cache_genlm import read_states
 from .configuration_genlm import GenLMConfig
 from .initialization_genlm import start_at_zero
 from .layout_genlm import TimeLayout
@@ -38,9 +39,9 @@ class GenLMBigramEmbedding(nn.Embedding):
         tokens = input_ids + 1  # 0 means no token, as in a cache after its reset
         seen, recording = None, False
         if past_key_values is not None:
-            seen = past_key_values.get_recurrent_state(_LAYER, LAST_TOKEN_SLOT)
+            seen = read_states(past_key_values, _LAYER, (LAST_TOKEN_SLOT,), (len(tokens), 1))
             recording = past_key_values.is_recording_past(_LAYER)
-        seen = torch.zeros_like(tokens[:, :1]) if seen is None else seen.to(tokens.dtype)
+        seen = torch.zeros_like(tokens[:, :1]) if seen is None else seen[0].to(tokens.dtype)
         last = torch.cat([seen, tokens], dim=1)  # (B, 1 + T): the last token before the row, after each token
         if layout.valid is not None:
             last = last.gather(1, layout.last_valid)

@@ -13,6 +13,32 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
+def read_states(cache, layer_idx: int, slots, shape: tuple[int, int]) -> list[torch.Tensor] | None:
+    """Read the states in `slots` of a layer, each of `shape` (batch, width); None: the cache has none yet.
+
+    Kernels read and write memory by the shape of the batch: this is the one place where a mixer gets a state.
+
+    Raises:
+        RuntimeError: a state has another shape, as of a cache of other rows or of another model.
+    """
+    states = [cache.get_recurrent_state(layer_idx, slot) for slot in slots]
+    if states[0] is None:
+        return None
+    for state in states:
+        found = (0, 0) if state is None else state.shape
+        if found != shape:
+            raise_size_mismatch(found, shape)
+    return states
+
+
+def raise_size_mismatch(cached, given) -> None:
+    """Raise RuntimeError as torch.cat does for cached keys that do not fit the batch."""
+    raise RuntimeError(
+        f"Sizes of tensors must match. Expected size {list(given)} but got size {list(cached)} in the cache: "
+        "give the cache of these rows and of this model, or none"
+    )
+
+
 class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin, DummyLayer):
     """State of one recurrent layer: slot 0 is h, slot 1 is c of an LSTM, each (batch, recurrent_size).
     Slot 2 of the first layer of a model with bigrams is the last token + 1, (batch, 1).

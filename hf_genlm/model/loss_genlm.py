@@ -144,7 +144,14 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def liger_loss(states, weight, bias, targets, terms: _Terms) -> torch.Tensor:
-    """`_HeadLoss` by Liger's kernels (Hsu et al., 2024, arXiv:2410.10989), in fewer passes over memory."""
+    """`_HeadLoss` by Liger's kernels (Hsu et al., 2024, arXiv:2410.10989), in fewer passes over memory.
+
+    Raises:
+        IndexError: a target beyond the vocabulary, at which the kernels would write past their logits.
+    """
+    is_outside = ((targets < 0) | (targets >= len(weight))) & (targets != terms.ignore_index)
+    if is_outside.any():
+        raise IndexError(f"Target {int(targets[is_outside][0])} is out of bounds.")
     return _liger_kernel()(
         states,
         weight,
@@ -208,7 +215,11 @@ def _targets(values, labels, shift_labels, ignore_index):
     """(N,) the next token of each row."""
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    return shift_labels.reshape(-1).to(values.device)
+    targets = shift_labels.reshape(-1).to(values.device)
+    n_rows = values.shape[:-1].numel()
+    if len(targets) != n_rows:  # torch's own message
+        raise ValueError(f"Expected input batch_size ({n_rows}) to match target batch_size ({len(targets)}).")
+    return targets
 
 
 def _per_item(total, targets, num_items_in_batch, ignore_index):

@@ -220,7 +220,8 @@ class GenLMModel(GenLMPreTrainedModel):
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds`; `inputs_embeds` for a model with
-                bigrams; rows that do not suit a `CarriedState`.
+                bigrams; rows that do not suit a `CarriedState`; a mask or positions of another shape.
+            RuntimeError: a cache of another number of rows, or of another model.
         """
         cache = kwargs.get("cache")
         if cache is None or isinstance(cache, Cache):  # the layers take that of continuous batching
@@ -232,6 +233,7 @@ class GenLMModel(GenLMPreTrainedModel):
             raise ValueError("bigram_size needs input_ids: inputs_embeds do not identify their tokens")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        self._check_shapes(inputs_embeds, attention_mask, position_ids)
         document = self._documents(inputs_embeds.shape[0], attention_mask, past_key_values, position_ids)
         use_cache = use_cache and document is None  # packed rows cannot be continued
         if use_cache and past_key_values is None:
@@ -265,6 +267,22 @@ class GenLMModel(GenLMPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self._read_out(self.norm(hidden_states)), **{CACHE: past_key_values}
         )
+
+    def _check_shapes(self, inputs_embeds, attention_mask, position_ids) -> None:
+        """Raise ValueError for a mask or positions of other rows or another length than the batch."""
+        n_rows, n_tokens = inputs_embeds.shape[:2]
+        if position_ids is not None and position_ids.shape not in ((n_rows, n_tokens), (1, n_tokens)):
+            raise ValueError(
+                f"position_ids are {list(position_ids.shape)}, and the tokens {[n_rows, n_tokens]}: give "
+                "(rows, tokens) or (1, tokens)"
+            )
+        masks = attention_mask.values() if isinstance(attention_mask, dict) else (attention_mask,)
+        for mask in masks:
+            if getattr(mask, "ndim", 0) == 2 and (len(mask) != n_rows or mask.shape[1] < n_tokens):
+                raise ValueError(
+                    f"attention_mask is {list(mask.shape)}, and the tokens {[n_rows, n_tokens]}: give (rows, "
+                    "earlier and new tokens)"
+                )
 
     def _documents(self, n_rows, attention_mask, past_key_values, position_ids) -> torch.Tensor | None:
         """(n_rows, T) numbers of packed documents, 0 for a continued one; None: each row is one document."""

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers.cache_utils import Cache
 
+from .cache_genlm import read_states
 from .configuration_genlm import GenLMConfig
 from .initialization_genlm import (
     start_near_zero,
@@ -59,11 +60,14 @@ class RecurrentMixer(nn.Module):
         states, recording = None, False
         at = self.layer_idx if layer_idx is None else layer_idx
         if past_key_values is not None:
-            read = [past_key_values.get_recurrent_state(at, slot) for slot in range(self.n_states)]
-            states = None if read[0] is None else tuple(state.clone() for state in read)
+            shape = (hidden_states.shape[0], self.recurrent_size)
+            states = read_states(past_key_values, at, range(self.n_states), shape)
             recording = past_key_values.is_recording_past(at)
         if states is None:
             states = self.initial_states(hidden_states)
+        else:
+            dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+            states = tuple(state.to(dtype, copy=True) for state in states)
         mixed_BTR, states, past = self.run(hidden_states, layout or TimeLayout(), states, recording)
         if past_key_values is not None:
             for slot, state in enumerate(states):

@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainingArguments
 
+from hf_genlm.decoding.step import slots_of
 from hf_genlm.errors import UserError
 from hf_genlm.files import write_bytes
-from hf_genlm.model import CarriedState
+from hf_genlm.model import CarriedState, GenLMConfig
+from hf_genlm.model.bigram_genlm import LAST_TOKEN_SLOT
 
 STATE_FILE = "carried_state.safetensors"
 
@@ -89,11 +92,12 @@ class StateCallback(TrainerCallback):
         if self.args.process_index == 0:
             write_bytes(Path(folder) / STATE_FILE, save(written))
 
-    def load(self, folder: str | Path) -> None:
+    def load(self, folder: str | Path, config: GenLMConfig) -> None:
         """Load the states that `save` wrote, for the same sequences in any number of processes and passes.
 
         Raises:
-            UserError: no states in `folder`, or of another number of sequences.
+            UserError: no states in `folder`, of another number of sequences, or of another model than
+                `config` describes.
         """
         path = Path(folder) / STATE_FILE
         if not path.is_file():
@@ -103,13 +107,28 @@ class StateCallback(TrainerCallback):
             )
         self._reset()
         shape = (len(self._states), self.args.world_size, -1)
-        for name, every in load_file(path, device=str(self.args.device)).items():
-            if len(every) != self.sampler.n_sequences:
-                raise UserError(
-                    f"{str(path)!r} has the states of {len(every)} rows a step, and this run takes "
-                    f"{self.sampler.n_sequences}: keep training.batch_size times "
-                    "training.gradient_accumulation_steps"
-                )
+        try:
+            states = load_file(path, device=str(self.args.device))
+        except SafetensorError as error:
+            raise UserError(
+                f"{str(path)!r} cannot be read ({error}): resume from another checkpoint"
+            ) from error
+        found = {name: tuple(every.shape) for name, every in states.items()}
+        n_sequences = self.sampler.n_sequences
+        n_found = next((size[0] for size in found.values() if size), 0)
+        if n_found != n_sequences:
+            raise UserError(
+                f"{str(path)!r} has the states of {n_found} rows a step, and this run takes {n_sequences}: "
+                "keep training.batch_size times training.gradient_accumulation_steps"
+            )
+        expected = {
+            f"{layer}.{slot}": (n_sequences, 1 if slot == LAST_TOKEN_SLOT else config.recurrent_size)
+            for layer, slots in enumerate(slots_of(config))
+            for slot in slots.states
+        }
+        if found != expected:
+            raise UserError(f"{str(path)!r} has the states of another model: resume from another checkpoint")
+        for name, every in states.items():
             layer, slot = map(int, name.split("."))
             mine = every.unflatten(0, shape)[:, self.args.process_index]
             for state, values in zip(self._states, mine, strict=True):

@@ -316,6 +316,12 @@ def test_an_onnx_text_ends_where_learned_positions_do(tokenizers, tmp_path):
         runner.read(token)
     with pytest.raises(ValueError, match="positions for 16 tokens"):
         runner.read(16)
+    vocab_size = model.config.vocab_size
+    for token in (-1, vocab_size):  # onnxruntime reads -1 as the last token
+        with pytest.raises(IndexError, match=f"token {token} is out of range: the model has {vocab_size}"):
+            runner.read(token)
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        runner.generate([], 1)
 
 
 @pytest.mark.slow

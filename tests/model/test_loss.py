@@ -211,6 +211,35 @@ def test_liger_gives_the_same_loss():
     assert by_triton_interpreter(WITH_LIGER) == "equal"
 
 
+def test_liger_kernels_see_no_target_beyond_the_vocabulary(monkeypatch):
+    """They write the gradient at it, into whatever memory is there."""
+    seen = []
+    monkeypatch.setattr(loss_genlm, "_liger_kernel", lambda: lambda *args, **kwargs: seen.append(args))
+    terms = loss_genlm._Terms(None, 0.0, 0.0, -100, True)
+    loss_genlm.liger_loss(torch.zeros(3, 8), torch.zeros(VOCAB, 8), None, torch.tensor([0, -100, 60]), terms)
+    assert len(seen) == 1
+    for target in (VOCAB, -1, -101, 2**40):
+        with pytest.raises(IndexError, match=f"Target {target} is out of bounds"):
+            loss_genlm.liger_loss(
+                torch.zeros(2, 8), torch.zeros(VOCAB, 8), None, torch.tensor([3, target]), terms
+            )
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_labels_of_another_shape_or_beyond_the_vocabulary_are_refused(skip_logits, tokens):
+    model = build_model(["gru"])
+    for shape in ((3, 11), (3, 13), (1, 12), (4, 12)):
+        labels = torch.full(shape, 5)
+        with pytest.raises(
+            ValueError, match=rf"batch_size \(36\) to match target batch_size \({labels.numel()}\)"
+        ):
+            model(tokens, labels=labels, skip_logits=skip_logits)
+    for label in (VOCAB, -1, -101):
+        with pytest.raises((IndexError, RuntimeError), match=f"{label} is out of bounds"):
+            model(tokens, labels=torch.full_like(tokens, label), skip_logits=skip_logits)
+
+
 def test_an_empty_piece_of_labels_is_nan_as_in_transformers(tokens):
     labels = torch.full_like(tokens, -100)
     model = build_model(["gru"])

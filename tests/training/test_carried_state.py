@@ -179,6 +179,7 @@ def test_rows_that_cannot_go_on_are_refused():
     [("bigram", "eager"), *(pytest.param(s, "aot_eager", marks=pytest.mark.slow) for s in STACKS)],
 )
 def test_a_compiled_model_carries_too(stack, backend):
+    torch._dynamo.reset()  # of the programs of other tests, which count towards its limit
     model, rows = build_model(stack).double(), packed()
     results = []
     for forward in (model, torch.compile(model, backend=backend, fullgraph=True)):
@@ -334,7 +335,16 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     checkpoint = tmp_path / "checkpoints/checkpoint-1"
     args = TrainingArguments(tmp_path, per_device_train_batch_size=2, use_cpu=True)
     with pytest.raises(UserError, match="has the states of 4 rows a step, and this run takes 2"):
-        StateCallback(args, 40).load(checkpoint)
+        StateCallback(args, 40).load(checkpoint, build_model("gru").config)
+    for other in ("lstm", "elman", "hybrid"):
+        with pytest.raises(UserError, match="has the states of another model"):
+            trainer_of(build_model(other, recurrent_size=40), tmp_path).carried.load(
+                checkpoint, build_model(other, recurrent_size=40).config
+            )
+    for damaged in (b"", b"no tensors"):
+        (checkpoint / STATE_FILE).write_bytes(damaged)
+        with pytest.raises(UserError, match="cannot be read"):
+            trainer_of(build_model("gru"), tmp_path).carried.load(checkpoint, build_model("gru").config)
     (checkpoint / STATE_FILE).unlink()
     with pytest.raises(UserError, match="its run carried no states"):
         trainer_of(build_model("gru"), tmp_path).train(resume_from_checkpoint=str(checkpoint))
