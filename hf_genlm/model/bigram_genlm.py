@@ -37,11 +37,11 @@ class GenLMBigramEmbedding(nn.Embedding):
     ) -> torch.Tensor:
         """Map tokens (B, T) to (B, T, D); the last token is read from the cache and written to it."""
         tokens = input_ids + 1  # 0 means no token, as in a cache after its reset
-        seen, recording = None, False
+        states, recording = None, False
         if past_key_values is not None:
-            seen = read_states(past_key_values, _LAYER, (LAST_TOKEN_SLOT,), (len(tokens), 1))
+            states = read_states(past_key_values, _LAYER, (LAST_TOKEN_SLOT,), (len(tokens), 1))
             recording = past_key_values.is_recording_past(_LAYER)
-        seen = torch.zeros_like(tokens[:, :1]) if seen is None else seen[0].to(tokens.dtype)
+        seen = torch.zeros_like(tokens[:, :1]) if states is None else states[0].to(tokens.dtype)
         last = torch.cat([seen, tokens], dim=1)  # (B, 1 + T): the last token before the row, after each token
         if layout.valid is not None:
             last = last.gather(1, layout.last_valid)

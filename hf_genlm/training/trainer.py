@@ -108,7 +108,8 @@ class BudgetTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.carried is not None:
-            self.carried.load(resume_from_checkpoint, self.model.config)
+            model_config: Any = self.model.config  # type: ignore[union-attr]
+            self.carried.load(resume_from_checkpoint, model_config)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
