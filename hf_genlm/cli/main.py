@@ -112,7 +112,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
-    for library in ("torch", "matplotlib"):
+    for library in ("torch", "torch.utils._pytree", "torchao", "matplotlib"):
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch|transformers|accelerate|matplotlib")
 

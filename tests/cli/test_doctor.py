@@ -300,3 +300,10 @@ def test_the_installation_is_printed(capsys):
     assert found.to_json()["training_dtype"] == "bfloat16"
     print_installation(dataclasses.replace(found, n_training_gpus=1))
     assert "--processes" not in capsys.readouterr().out
+
+
+def test_the_libraries_that_it_imports_are_silent():
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_genlm", "doctor"], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
