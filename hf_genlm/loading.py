@@ -42,7 +42,7 @@ def source_of(name: "str | os.PathLike[str]") -> str:
     """Resolve a run folder, a model folder or a Hub id to what `from_pretrained` takes.
 
     Raises:
-        UserError: there is no model at `name`, or its weights are not safetensors.
+        UserError: there is no model at `name`, its weights are not safetensors, or it is an adapter.
     """
     name = os.fspath(name)
     path = Path(name)
@@ -61,7 +61,25 @@ def source_of(name: "str | os.PathLike[str]") -> str:
         )
     if not path.exists() and name.count("/") != 1:
         raise UserError(f"no model at {name!r}: name a run folder, a model folder or a Hub id")
+    if _has_adapter(source):
+        raise UserError(
+            f"{name!r} has an adapter_config.json, which names another model to load: where you trust both, "
+            "merge the adapter by PEFT's merge_and_unload, and save the result with save_pretrained"
+        )
     return source
+
+
+def _has_adapter(source: str) -> bool:
+    """True if a model folder or Hub id has an adapter_config.json; False if the Hub cannot be asked."""
+    if Path(source).exists():
+        return (Path(source) / "adapter_config.json").exists()
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return bool(hf_hub_download(source, "adapter_config.json"))
+    except (HfHubHTTPError, OSError, ValueError):
+        return False
 
 
 def hub_id_of(name: "str | os.PathLike[str]") -> str | None:

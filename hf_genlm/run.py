@@ -65,7 +65,7 @@ class Run:
         """Load the tokenizer."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.folder.tokenizer)
+        return AutoTokenizer.from_pretrained(self.folder.tokenizer, trust_remote_code=False)
 
     def curves(self) -> "Curves":
         """Read loss, bits per byte, learning rate, gradient norm and speed over the steps from the log."""

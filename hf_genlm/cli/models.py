@@ -15,9 +15,6 @@ from hf_genlm.errors import UserError
 if TYPE_CHECKING:
     from hf_genlm.hub.manifest import Manifest
 
-if TYPE_CHECKING:
-    pass
-
 
 @o.verb("generate", "Use", 'hf-genlm generate lstm-10 "Once upon a time"')
 def generate(
@@ -93,6 +90,7 @@ def space(
     ),
     title: str | None = o.option("--title TITLE", "Title.", shown="the names of the models"),
     run: bool = o.option("--run", "Serve it on this machine until Ctrl-C."),
+    allow: list[str] | None = o.option("--allow FILE:KIND", "Include what was found there anyway."),
     port: int | None = o.option("--port N", "For --run.", shown="7860", parse=o.parse_count),
 ) -> int:
     """Write a demo for the browser, to run here or to push as a Space."""
@@ -104,7 +102,7 @@ def space(
         raise UserError(f"--port {port} is where the demo is served: add --run")
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(output_dir or Path(temporary) / "space")
-        built = build_space(models, out, repo_ids=repo_ids or (), title=title)
+        built = build_space(models, out, repo_ids=repo_ids or (), title=title, allow=allow or ())
         if output_dir is not None:
             for name, size in built.sizes.items():
                 print(f"{size:>12,}  {name}")
@@ -127,13 +125,16 @@ def export(
     dtype: str | None = o.option(
         "--dtype TYPE", "Of the weights; for gguf also float16 or q8_0.", shown="float32"
     ),
+    allow: list[str] | None = o.option("--allow FILE:KIND", "Export what was found there anyway."),
 ) -> None:
     """Write a model for transformers alone, llama.cpp or onnxruntime."""
     with Display() as display:
         display.show("loading torch and transformers")
         from hf_genlm.exporting import export as export_model
 
-        found = export_model(model, to=to, output_dir=output_dir, dtype=dtype, listener=display.hear)
+        found = export_model(
+            model, to=to, output_dir=output_dir, dtype=dtype, allow=allow or (), listener=display.hear
+        )
     for file in sorted(Path(output_dir).iterdir()):
         print(f"{file.stat().st_size:>14,} bytes  {file}")
     print(

@@ -203,7 +203,7 @@ def read_back(folder: Path, model: GenLMForCausalLM, dtype: str) -> PreTrainedMo
     Only head_dim is given: transformers does not read that of a Qwen3.
     """
     _, layout = choose_layout(model.config)
-    config = AutoConfig.from_pretrained(folder, gguf_file=file_name(dtype))
+    config = AutoConfig.from_pretrained(folder, gguf_file=file_name(dtype), trust_remote_code=False)
     config.head_dim = model.config.head_dim
     return layout.model_class.from_pretrained(
         folder, gguf_file=file_name(dtype), config=config, dtype=torch.float32

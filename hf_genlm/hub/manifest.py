@@ -1,16 +1,24 @@
-"""Upload manifest: the files of a model folder, their sizes, and whatever must not be published.
+"""Manifest: the files of a model folder that leave the machine, and whatever in them must not be published.
 
-A finding names file, line and kind; the secret itself is never printed.
+`push`, `space` and `export` check their files here. A finding names file, line and kind; the secret itself is
+never printed.
+
+Code counts as this package's by its bytes alone, never by its name. A pickle is known by its opcodes.
 """
 
+import contextlib
 import fnmatch
+import itertools
 import json
+import pickletools
 import re
 import struct
-from collections.abc import Iterator, Sequence
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hf_genlm.errors import (
     BEGIN_OF_PRIVATE_KEY,
@@ -20,7 +28,7 @@ from hf_genlm.errors import (
     did_you_mean,
     without_secrets,
 )
-from hf_genlm.files import read_json, refuse_links_out
+from hf_genlm.files import read_json, read_tensor_sizes, refuse_links_out, sha256_of
 from hf_genlm.run_folder import RunFolder
 
 # files from which transformers loads a model and its tokenizer
@@ -34,7 +42,22 @@ MODEL_FILES = (
 PUBLISHED_FILES = ("README.md", "LICENSE", *MODEL_FILES, "*_genlm.py", "plots/*.png")
 _CHECKPOINT = ("checkpoint*/*", "optimizer.*", "scheduler.*", "rng_state*", "scaler.*", "trainer_state.json")
 _PICKLE = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
-_PICKLE_HEADER = re.compile(rb"\x80[\x02-\x05]")
+_READERS: dict[str, Callable[[Path], Any]] = {".safetensors": read_tensor_sizes, ".json": read_json}
+_CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh")
+_OWN_CODE = Path(__file__).parents[1] / "model"
+# sha256 of the code of released versions by file name, for models that these saved; none is released yet
+RELEASED_CODE: dict[str, set[str]] = {}
+POINTERS = ("auto_map", "custom_pipelines")  # keys of JSON files whose values name code to load
+# opcodes of a pickle without a header that calls something: a name, its arguments and the call
+_CALLS = re.compile(r"(?s)[c\x93].*(?:[)t\x85-\x87].*[R\x81]|\x92|.b)|\(.*(?:i|c.*o)")
+_NAME_OF_CODE = re.compile(r"[\w.]+ [\w.]+")  # module and attribute
+_OPCODES = {opcode.code for opcode in pickletools.opcodes}
+_MAX_OPCODES = 1_000_000
+# first bytes of packed files: gzip, bzip2, xz, lzma, zlib (joblib), Zstandard, 7-Zip, RAR, compress, LZ4
+_PACKED = (
+    b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x5d\0\0", b"x\x01", b"x\x9c", b"x\xda", b"\x28\xb5\x2f\xfd",
+    b"7z\xbc\xaf", b"Rar!", b"\x1f\x9d", b"\x04\x22\x4d\x18",
+)  # fmt: skip
 _MIN_CANARY_LENGTH = 8  # characters: a shorter string of canaries.json would match ordinary text
 
 
@@ -51,7 +74,15 @@ KINDS = {
     "canaries": Kind("the canaries planted for an audit", "move the file out of the folder"),
     "canary": Kind("a canary planted for an audit", "remove it from samples.md, or train again"),
     "checkpoint": Kind("training state", "move it out of the folder"),
-    "pickle": Kind("a pickle, which can run code when it is loaded", "remove it"),
+    "code": Kind(
+        "code that is not this package's, or a config that names such code",
+        "load the model and save it again with save_pretrained, or remove it",
+        True,
+    ),
+    "pickle": Kind(
+        "a pickle, which can run code when it is loaded, or an archive, which can hold one", "remove it", True
+    ),
+    "format": Kind("not of the format that its name says", "save the model again"),
     "link": Kind("a link that leads out of the folder", "replace it by the file itself"),
     "unlisted": Kind("not a file of a model repository", "move it out of the folder", True),
     "token": Kind("an access token, password or private key", "remove it, and revoke it", True),
@@ -129,7 +160,7 @@ class ModelSource:
         """Return the texts in canaries.json of the run that the model or milestone lies in."""
         runs = [RunFolder(parent) for parent in list(self.folder.resolve().parents)[:2]]
         files = [run.canaries for run in runs if run.canaries.is_file()]
-        return sorted({text for file in files for text in _strings(read_json(file))})
+        return sorted({text for file in files for text in _strings(read_json(file), _MIN_CANARY_LENGTH)})
 
 
 @dataclass(frozen=True, order=True)
@@ -162,19 +193,27 @@ class Manifest:
         return {name: self.folder / name for name in self.sizes}
 
 
-def build_manifest(source: ModelSource) -> Manifest:
-    """List all files of a model folder and scan them for whatever must not be published."""
+def build_manifest(source: ModelSource, only: Sequence[str] | None = None) -> Manifest:
+    """List the files of a model folder that leave, and scan them for whatever must not be published.
+
+    Args:
+        only: patterns of the files that leave, data without the code that loads them; None: all files.
+    """
     canaries = source.canaries()
     sizes: dict[str, int] = {}
     findings: set[Finding] = set()
     root = source.folder.resolve()
     for path in sorted(source.folder.rglob("*")):
         name = path.relative_to(source.folder).as_posix()
+        if only is not None and not _matches(name, only):
+            continue
         if path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(root)):
             findings.add(Finding("link", name))
         elif path.is_file():
             sizes[name] = path.stat().st_size
             findings.update(_scan_file(path, name))
+            if only is None and path.suffix == ".json":
+                findings.update(_scan_pointers(path, name))
             findings.update(_scan_lines(path, name, canaries))
     in_order = sorted(findings, key=lambda found: (found.file, found.line or 0, found.kind))
     return Manifest(source.folder, sizes, in_order)
@@ -215,12 +254,72 @@ def _scan_file(path: Path, name: str) -> Iterator[Finding]:
     if any(fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(path.name, pattern) for pattern in _CHECKPOINT):
         yield Finding("checkpoint", name)
         return
-    with path.open("rb") as file:
-        is_pickle = _PICKLE_HEADER.match(file.read(2)) is not None
-    if is_pickle or any(fnmatch.fnmatch(path.name, pattern) for pattern in _PICKLE):
+    suffix = path.suffix.lower()
+    is_damaged, is_pickle = True, any(fnmatch.fnmatch(path.name, pattern) for pattern in _PICKLE)
+    with contextlib.suppress(UserError):
+        is_damaged = _READERS[suffix](path) is None if suffix in _READERS else False
+    if is_damaged or suffix not in _READERS:
+        with path.open("rb") as file:
+            is_pickle = is_pickle or _may_be_unpickled(file)
+    if is_pickle:
         yield Finding("pickle", name)
-    elif not any(name.count("/") == p.count("/") and fnmatch.fnmatchcase(name, p) for p in PUBLISHED_FILES):
+    elif is_damaged:
+        yield Finding("format", name)
+    if suffix in _CODE and sha256_of(path) not in _hashes_of_own_code(name):
+        yield Finding("code", name)
+    elif not is_pickle and not _matches(name, PUBLISHED_FILES):
         yield Finding("unlisted", name)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(name.count("/") == p.count("/") and fnmatch.fnmatchcase(name, p) for p in patterns)
+
+
+def _hashes_of_own_code(name: str) -> set[str]:
+    """Hashes of a file of this package that travels with a model, in this version and in released ones."""
+    own = _OWN_CODE / name
+    is_own = fnmatch.fnmatchcase(name, "*_genlm.py") and "/" not in name and own.is_file()
+    return RELEASED_CODE.get(name, set()) | ({sha256_of(own)} if is_own else set())
+
+
+def _scan_pointers(path: Path, name: str) -> Iterator[Finding]:
+    """Find keys of JSON, also repeated ones, by which transformers loads code that is not this package's."""
+    named: list[str] = []
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        named.extend(text for key, value in pairs if key in POINTERS for text in _strings(value, 1))
+        return dict(pairs)
+
+    with contextlib.suppress(ValueError, RecursionError):  # a `format` finding
+        json.loads(path.read_bytes(), object_pairs_hook=collect)
+    if any(not _hashes_of_own_code(f"{text.partition('.')[0]}.py") for text in named):
+        yield Finding("code", name)
+
+
+def _may_be_unpickled(file: BinaryIO) -> bool:
+    """True if a file is a pickle, an array of objects, or an archive, whatever it is called.
+
+    A pickle has the header of one, or its opcodes call something, or they end where the file ends.
+    """
+    head, codes = file.read(256), []
+    is_object_array = head.startswith(b"\x93NUMPY") and b"|O" in head
+    has_header = len(head) > 2 and head[0] == 0x80 and head[1] <= 5 and chr(head[2]) in _OPCODES
+    if is_object_array or has_header or head.startswith(_PACKED):
+        return True
+    file.seek(0)
+    with contextlib.suppress(ValueError, OverflowError, MemoryError):
+        for opcode, argument, _ in itertools.islice(pickletools.genops(file), _MAX_OPCODES):
+            if opcode.code in "ci" and not _NAME_OF_CODE.fullmatch(str(argument)):
+                break
+            codes.append(opcode.code)
+    is_whole = codes[-1:] == ["."] and len(codes) > 1 and not file.read(1)
+    if is_whole or len(codes) == _MAX_OPCODES or _CALLS.search("".join(codes)):
+        return True
+    file.seek(0)
+    if zipfile.is_zipfile(file):
+        return True
+    file.seek(0)
+    return tarfile.is_tarfile(file)
 
 
 def _scan_lines(path: Path, name: str, canaries: Sequence[str]) -> Iterator[Finding]:
@@ -269,11 +368,11 @@ def _png_texts(path: Path) -> list[bytes]:
     return [value if isinstance(value, bytes) else str(value).encode() for value in values]
 
 
-def _strings(content: Any) -> Iterator[str]:
-    """Yield every string value in parsed JSON that is long enough to identify a canary."""
+def _strings(content: Any, min_length: int) -> Iterator[str]:
+    """Yield every string value in parsed JSON that has at least `min_length` characters."""
     if isinstance(content, str):
-        if len(content.strip()) >= _MIN_CANARY_LENGTH:
+        if len(content.strip()) >= min_length:
             yield content.strip()
     elif isinstance(content, (list, dict)):
         for item in content.values() if isinstance(content, dict) else content:
-            yield from _strings(item)
+            yield from _strings(item, min_length)

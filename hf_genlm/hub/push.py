@@ -33,6 +33,12 @@ _VERSION = re.compile(r"v([0-9]+)")
 _URL = re.compile(r"\S+://\S+")
 # files of an older push that would be loaded together with those of a newer one
 _STALE = ("*_genlm.py", "model*.safetensors", "model.safetensors.index.json", "vocab.json", "merges.txt")
+# environment variables that the process that loads a pushed model gets
+_HARMLESS = (
+    "PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "SYSTEMROOT",
+    "LANG", "TMPDIR", "TEMP", "TMP", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_DISABLE_XET",
+    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
+)  # fmt: skip
 # remedy by HTTP status
 _REMEDIES = {
     401: "the Hub does not accept the access token: run `hf auth login` with one that may write",
@@ -93,8 +99,8 @@ def push(
         dry_run: only write the card and list the files.
         listener: receives `manifest` (with `manifest`) before anything is sent, then `progress` and `note`.
         sleep: waits for a number of seconds when the Hub asks for it.
-        check_load: takes repo_id, commit, HF_HOME and endpoint, and raises if the model does not load;
-            default: `load_in_clean_process`.
+        check_load: takes the arguments of `load_in_clean_process`, which is the default, and raises if the
+            model does not load.
 
     Raises:
         UserError: there is no model, it holds something that must not be published, or `tag` is taken.
@@ -130,7 +136,8 @@ def push(
         show("reading it back")
         repository.verify(commit, main.paths, Path(home), tag)
         show("loading it from the Hub in a clean process")
-        (check_load or load_in_clean_process)(repo_id, commit, Path(home), repository.api.endpoint)
+        check = check_load or load_in_clean_process
+        check(repo_id, commit, Path(home), repository.api.endpoint, repository.is_public)
         version = repository.tag(commit, tag)
         commits = {}
         for milestone in milestones:
@@ -175,6 +182,7 @@ class HubRepository:
         self.repo_id, self.tell, self.sleep, self.api = repo_id, tell, sleep, HfApi()
         self.url = f"{self.api.endpoint}/{repo_id}"
         self.state = "unchanged"  # the repository's, if the next request fails
+        self.is_public = False  # readable without a token; known once `open` is called
 
     def open(self, private: bool) -> None:
         """Find the repository, or create it.
@@ -195,6 +203,7 @@ class HubRepository:
                 f"--private: {self.repo_id!r} exists and is public: make it private in its settings on the "
                 "Hub, or name another"
             )
+        self.is_public = not (info.private or info.gated)
 
     def commit(
         self, files: Mapping[str, Path], message: str, branch: str = MAIN, tag: str | None = None
@@ -354,21 +363,25 @@ def _hub_messages_to(note: Callable[[str], None]) -> Iterator[None]:
             enable_progress_bars()
 
 
-def load_in_clean_process(repo_id: str, commit: str, home: Path, endpoint: str) -> None:
+def load_in_clean_process(
+    repo_id: str, commit: str, home: Path, endpoint: str, is_public: bool = True
+) -> None:
     """Load a model by its Hub id in a new process without this package, and generate with it.
+
+    The process runs the code of the repository, so it gets neither the access token nor the rest of this
+    process's environment, and `home` as its home folder.
 
     Args:
         home: HF_HOME of the process; what is cached there is not downloaded again.
+        is_public: False: the process reads only what is cached in `home`.
 
     Raises:
         PushFailed: it does not load.
     """
-    from huggingface_hub import get_token
-
-    hidden = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HF_MODULES_CACHE", "HF_XET_CACHE")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    environment |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_TOKEN": get_token() or ""}
+    environment = {name: value for name, value in os.environ.items() if name.upper() in _HARMLESS}
+    environment |= dict.fromkeys(("HF_HOME", "HOME", "USERPROFILE"), str(home)) | {"HF_ENDPOINT": endpoint}
     environment |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment |= {} if is_public else {"HF_HUB_OFFLINE": "1"}
     script = f"{inspect.getsource(_load_and_generate)}\n_load_and_generate({repo_id!r}, {commit!r})"
     done = subprocess.run(
         [sys.executable, "-c", script],
@@ -388,11 +401,11 @@ def _load_and_generate(repo_id: str, revision: str) -> None:
 
     sys.modules["hf_genlm"] = None  # type: ignore[assignment]  # an import of it fails
     import torch
-    from huggingface_hub import file_exists
+    from huggingface_hub import try_to_load_from_cache
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(repo_id, revision=revision, trust_remote_code=True)
-    if file_exists(repo_id, "tokenizer_config.json", revision=revision):
+    if isinstance(try_to_load_from_cache(repo_id, "tokenizer_config.json", revision=revision), str):
         AutoTokenizer.from_pretrained(repo_id, revision=revision, trust_remote_code=True)
     prompt = torch.tensor([[model.config.bos_token_id or 0]])
     model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)

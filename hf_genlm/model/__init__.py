@@ -1,6 +1,7 @@
 """The GenLM model for transformers. Importing this package registers it with the Auto classes.
 
-Every file here except this one is saved with a model and uploaded to the Hub.
+Every file here except this one is saved with a model and uploaded to the Hub. A demo (`hf-genlm space`) holds
+all of them.
 """
 
 from transformers import AutoConfig

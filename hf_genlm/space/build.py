@@ -1,7 +1,8 @@
 """Build a browser demo (Gradio) of one or two models as a folder: a Hugging Face Space.
 
-The folder runs without this package. A model is either included (`models/NAME`) or named by its Hub id. An
-included GenLM gets the code of this package, never the code that lies beside its weights.
+The folder runs without this package. A model is either included (`models/NAME`) or named by its Hub id and
+commit. Code that lies beside weights is never run: for a GenLM the folder holds the code of this package, in
+`genlm/`.
 """
 
 import os
@@ -17,17 +18,12 @@ from pathlib import Path
 from hf_genlm.config.recipe import CardRecipe, load_recipe
 from hf_genlm.errors import UserError, without_secrets
 from hf_genlm.files import atomic_folder, copy_file, read_json, require_new_folder, write_json, write_text
-from hf_genlm.hub.manifest import MODEL_FILES
+from hf_genlm.hub.manifest import MODEL_FILES, POINTERS, ModelSource, build_manifest, check_findings
 from hf_genlm.loading import source_of
 from hf_genlm.run_folder import RunFolder
 
 DEFAULT_PORT = 7860
 _PINNED = ("gradio", "torch", "transformers")  # required at the versions installed here
-# the `auto_map` that `save_pretrained` writes for the two classes that the demo loads
-_AUTO_MAP = {
-    "AutoConfig": "configuration_genlm.GenLMConfig",
-    "AutoModelForCausalLM": "modeling_genlm.GenLMForCausalLM",
-}
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -52,8 +48,9 @@ class DemoModel:
     """A model of the demo, included in the folder unless `repo_id` names it on the Hub."""
 
     name: str
-    folder: Path | None  # None: only on the Hub
+    included: ModelSource | None  # None: on the Hub
     repo_id: str | None
+    revision: str | None  # commit on the Hub
     license: str | None
     is_genlm: bool
 
@@ -69,6 +66,7 @@ def build_space(
     *,
     repo_ids: Sequence[str] = (),
     title: str | None = None,
+    allow: Sequence[str] = (),
 ) -> Space:
     """Write the demo of one model, or of two side by side, into a new folder.
 
@@ -76,10 +74,11 @@ def build_space(
         models: run folders, model folders or Hub ids.
         repo_ids: Hub id of each model, to name it there; default: include the files of local models.
         title: default: the names of the models.
+        allow: findings in the files of a model that may leave, as `tokenizer_config.json:home-path`.
 
     Raises:
-        UserError: a model is missing, `output_dir` holds files or cannot be written, or a library of the demo
-            is not installed.
+        UserError: a model is missing or its files hold something that must not be published, `output_dir`
+            holds files or cannot be written, or a library of the demo is not installed.
     """
     out = Path(output_dir)
     if not 1 <= len(models) <= 2:
@@ -93,7 +92,9 @@ def build_space(
         shown.append(_find_model(str(model), repo_id, {other.name for other in shown}))
     requirements = "".join(f"{name}=={_version(name)}\n" for name in _PINNED)
     title = title or " and ".join(each.name for each in shown)
-    entries = [{"name": each.name, "source": each.source, "has_own_code": each.is_genlm} for each in shown]
+    entries = [{"name": each.name, "source": each.source, "revision": each.revision} for each in shown]
+    included = [each.included for each in shown if each.included is not None]
+    check_findings([build_manifest(source, MODEL_FILES) for source in included], allow)
     with (
         resources.as_file(resources.files("hf_genlm.space").joinpath("files")) as files,
         atomic_folder(out) as folder,
@@ -102,8 +103,12 @@ def build_space(
             if path.is_file() and "__pycache__" not in path.parts:
                 copy_file(path, folder / path.relative_to(files))
         for each in shown:
-            if each.repo_id is None and each.folder is not None:
-                _include(each.folder, folder / each.source, each.is_genlm)
+            if each.included is not None:
+                _include(each.included.folder, folder / each.source)
+        if any(each.is_genlm for each in shown):
+            with resources.as_file(resources.files("hf_genlm").joinpath("model")) as code:
+                for path in code.glob("*.py"):
+                    copy_file(path, folder / "genlm" / path.name)
         write_json(folder / "space.json", {"title": title, "models": entries})
         write_text(folder / "requirements.txt", requirements)
         write_text(folder / "README.md", _readme(title, shown))
@@ -123,35 +128,31 @@ def _find_model(name: str, repo_id: str | None, taken: set[str]) -> DemoModel:
     if repo_id is not None and not _REPO_ID.fullmatch(repo_id):
         raise UserError(f"--repo-id {repo_id!r} is not a Hub id: write OWNER/NAME")
     source = Path(source_of(name))
-    if source.is_dir():
+    found = ModelSource.find(source) if source.is_dir() else None
+    if found is not None:
         recipe = RunFolder(name).recipe
         card = load_recipe(recipe).card if recipe.is_file() else CardRecipe()
         path = Path(name).resolve()
         shown = card.name or (path.parent.name if path.name == "model" else path.name)
-        config, folder, license = source / "config.json", source, card.license
+        license = card.license
     else:
-        shown, folder, license, repo_id = name.split("/")[1], None, None, repo_id or name
-        config = _download_config(name)
+        shown, license, repo_id = name.split("/")[1], None, repo_id or name
+    config = source / "config.json" if repo_id is None else _download_config(repo_id)
+    revision = None if repo_id is None else config.parent.name  # the cache of the Hub has a folder a commit
     shown = re.sub(r"[^\w.-]+", "-", shown).strip(".-") or "model"
     shown = f"{shown}-{len(taken) + 1}" if shown in taken else shown
-    is_genlm = read_json(config).get("model_type") == "genlm"
-    return DemoModel(shown, folder, repo_id, license, is_genlm)
+    is_genlm = read_json(config, dict).get("model_type") == "genlm"
+    return DemoModel(shown, found if repo_id is None else None, repo_id, revision, license, is_genlm)
 
 
-def _include(source: Path, target: Path, is_genlm: bool) -> None:
-    """Copy the files that load a model, and for a GenLM the code of this package; nothing else is copied."""
-    target.mkdir(parents=True)
-    for pattern in MODEL_FILES:
-        for path in source.glob(pattern):
-            copy_file(path, target / path.name)
-    config = read_json(target / "config.json")
-    config.pop("auto_map", None)  # may name any file
-    if is_genlm:
-        config["auto_map"] = _AUTO_MAP
-        with resources.as_file(resources.files("hf_genlm").joinpath("model")) as code:
-            for path in code.glob("*_genlm.py"):
-                copy_file(path, target / path.name)
-    write_json(target / "config.json", config)
+def _include(source: Path, target: Path) -> None:
+    """Copy the data files that load a model, without what names code in them; nothing else is copied."""
+    for path in sorted({path for pattern in MODEL_FILES for path in source.glob(pattern)}):
+        copy_file(path, target / path.name)
+    for path in target.glob("*config.json"):
+        write_json(
+            path, {name: value for name, value in read_json(path, dict).items() if name not in POINTERS}
+        )
 
 
 def _readme(title: str, models: Sequence[DemoModel]) -> str:
@@ -192,7 +193,9 @@ def _download_config(repo_id: str) -> Path:
         return Path(hf_hub_download(repo_id, "config.json"))
     except Exception as error:  # of the network, the disk or the Hub
         reason = without_secrets(" ".join(str(error).split()))[:300]
-        raise UserError(f"no config.json of {repo_id!r} from the Hub: {reason}") from error
+        raise UserError(
+            f"no config.json of {repo_id!r} from the Hub; push the model first: {reason}"
+        ) from error
 
 
 def _version(package: str) -> str:

@@ -61,7 +61,7 @@ def start_model(
 
 def _load_weights(model: GenLMForCausalLM, source: str) -> None:
     """Copy the weights of the model in `source`, whose config `model` was made with."""
-    base = GenLMForCausalLM.from_pretrained(source_of(source))
+    base = GenLMForCausalLM.from_pretrained(source_of(source), use_safetensors=True)
     if base.config.vocab_size != model.config.vocab_size:
         raise UserError(f"the tokenizer in {source!r} has not as many tokens as its model: save both again")
     model.load_state_dict(base.state_dict())

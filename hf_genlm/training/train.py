@@ -379,7 +379,8 @@ def evaluate_run(
     """Measure the saved model on the whole validation split; write evaluation.json, and the sums by block of
     the text beside it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = GenLMForCausalLM.from_pretrained(run.model).to(device)  # type: ignore[arg-type]
+    model = GenLMForCausalLM.from_pretrained(run.model, use_safetensors=True)
+    model.to(device)  # type: ignore[arg-type]
 
     def on_progress(done: int, total: int) -> None:
         run.tell("progress", task="evaluation", done=done, total=total)

@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "card": {*BASE, "loading", "model", "evaluation.measurement", "report"},
     "hub": SHOWING,
     "space": SHOWING | {"hub"},
-    "exporting": {*MEASURING, "report"},
+    "exporting": {*MEASURING, "report", "hub"},
     "doctor": MEASURING | {"training", "card", "report", "serving"},
     "serving": {"errors", "model"},
     "comparison": MEASURING | {"training", "doctor", "card", "report"},

@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import pickle
+import re
 import threading
 from pathlib import Path
 
@@ -80,6 +81,34 @@ def executes(source: str) -> list[str]:
 @pytest.mark.parametrize("file", FILES, ids=by_path)
 def test_nothing_of_ours_executes_what_it_reads(file):
     assert set(executes(file.read_text(encoding="utf-8"))) == ASKED.get(by_path(file), set())
+
+
+def loads_unsaid(source: str) -> list[str]:
+    """Calls that load a model and leave open whose code they run, or which weights they read."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and dotted(node.func).endswith(".from_pretrained"):
+            name = dotted(node.func).split(".")[-2]
+            said = {keyword.arg for keyword in node.keywords}
+            needed = {"trust_remote_code"} if name.startswith("Auto") else set()
+            needed |= {"use_safetensors"} if re.fullmatch(r"(Auto|GenLM)\w*(Model|For)\w*", name) else set()
+            found += [] if needed <= said else [ast.unparse(node)]
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=by_path)
+def test_every_load_says_whose_code_runs_and_reads_only_safetensors(file):
+    asked = ["AutoModelForCausalLM.from_pretrained(repo_id, revision=revision, trust_remote_code=True)"]
+    assert loads_unsaid(file.read_text(encoding="utf-8")) == (asked if by_path(file) in ASKED else [])
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["AutoTokenizer.from_pretrained(name)", "GenLMForCausalLM.from_pretrained(name)",
+     "transformers.AutoModel.from_pretrained(name, trust_remote_code=False)"],
+)  # fmt: skip
+def test_that_check_of_loads_can_fail(fault):
+    assert loads_unsaid(fault)
 
 
 @pytest.mark.parametrize(

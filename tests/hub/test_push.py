@@ -387,6 +387,7 @@ def test_each_finding_is_named_and_no_secret_is_printed(hub, run):
         "link": {"merges.txt", "plots/more"},
         "unlisted": {"notes.txt"},
         "token": {"mlp_genlm.py:2"},
+        "code": {"mlp_genlm.py"},
         "home-path": {f"README.md:{at['home-path']}"},
     }
     for kind, places in expected.items():
@@ -443,9 +444,9 @@ HOMES = {
     ids=[*SECRETS, *HOMES],
 )
 def test_each_pattern_of_a_secret_is_found_alone(kind, text, tmp_path):
-    (tmp_path / "mlp_genlm.py").write_text(f"#\n# {text} is here\n#\n", encoding="utf-8")
+    (tmp_path / "LICENSE").write_text(f"#\n# {text} is here\n#\n", encoding="utf-8")
     manifest = build_manifest(ModelSource(tmp_path))
-    assert [(str(found), found.kind) for found in manifest.findings] == [("mlp_genlm.py:2", kind)]
+    assert [(str(found), found.kind) for found in manifest.findings] == [("LICENSE:2", kind)]
     with pytest.raises(UserError) as refusal:
         check_findings([manifest])
     assert text not in str(refusal.value)
@@ -484,7 +485,7 @@ def test_allowed_findings_are_published_and_no_others(hub, run):
      "sk-learn", "C:/Programs/Users", "xox-x", "AKIAB", "-----BEGIN PUBLIC KEY-----"],
 )  # fmt: skip
 def test_ordinary_text_is_no_finding(text, tmp_path):
-    (tmp_path / "mlp_genlm.py").write_text(f"# {text}\n", encoding="utf-8")
+    (tmp_path / "LICENSE").write_text(f"# {text}\n", encoding="utf-8")
     assert findings_of(tmp_path) == []
 
 

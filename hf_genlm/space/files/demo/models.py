@@ -1,6 +1,7 @@
 """Load the models that `space.json` names, and map their tokens to the characters of a text."""
 
 import codecs
+import importlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -76,24 +77,28 @@ class LanguageModel:
 
 
 def load_models(folder: Path) -> list[LanguageModel]:
-    """Load the models of `space.json`, from subfolders of `folder` or from the Hub.
+    """Load the models of `space.json`, from subfolders of `folder` or from the Hub at the commit named there.
 
-    With `has_own_code`, the architecture is not part of transformers, and Python files beside the weights are
-    executed. They are the Space owner's; input of visitors is never loaded. Weights are read only from
-    safetensors, which cannot contain code.
+    Nothing that lies beside weights is executed: the classes of a GenLM are those of `genlm/` in `folder`,
+    and weights are read only from safetensors, which cannot contain code.
     """
+    if (folder / "genlm").is_dir():
+        importlib.import_module("genlm")  # registers the Auto classes
     models = []
     for entry in json.loads((folder / "space.json").read_text(encoding="utf-8"))["models"]:
         path = folder / entry["source"]
-        source = str(path) if path.is_dir() else entry["source"]
+        source = str(path) if entry["revision"] is None else entry["source"]
         module: Any = AutoModelForCausalLM.from_pretrained(
             source,
-            trust_remote_code=entry["has_own_code"],
+            revision=entry["revision"],
+            trust_remote_code=False,
             use_safetensors=True,
             attn_implementation="eager",  # fused attention does not return its weights
         )
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        tokenizer = AutoTokenizer.from_pretrained(source, config=module.config, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=entry["revision"], config=module.config, trust_remote_code=False
+        )
         models.append(LanguageModel(entry["name"], module.to(device).eval(), tokenizer))
     return models
 
