@@ -34,6 +34,8 @@ def load(name: "str | os.PathLike[str]") -> "tuple[PreTrainedModel, PreTrainedTo
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = without_secrets(" ".join(str(error).split()))[:500] or type(error).__name__
+        if "trust_remote_code" in reason:
+            reason = "it needs code of its own, which is not run here"
         raise UserError(f"cannot load {os.fspath(name)!r}: {reason}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer  # type: ignore[arg-type]
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import constants
 from support.cards import make_run
-from support.hub import TOKEN, LoopbackHub
+from support.hub import TOKEN, LoopbackHub, connect
 from support.models import build_model
 
 import hf_genlm
@@ -41,18 +41,6 @@ def hub(monkeypatch):
     with LoopbackHub(lfs=True) as hub:
         connect(hub, monkeypatch)
         yield hub
-
-
-def connect(hub: LoopbackHub, monkeypatch) -> None:
-    """Lead huggingface_hub to `hub`, in this process (it reads its constants at import) and in new ones."""
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers the first address
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
 
 
 @pytest.fixture

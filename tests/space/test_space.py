@@ -23,6 +23,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.command_line import last_line
+from support.hub import LoopbackHub, Repo, connect
 from support.models import STACKS, build_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -47,7 +48,7 @@ from hf_genlm.space.files.demo.layers import (
     memory_length,
     recurrent_states,
 )
-from hf_genlm.space.files.demo.models import MAX_PROMPT_TOKENS, LanguageModel, decode_spans
+from hf_genlm.space.files.demo.models import MAX_PROMPT_TOKENS, LanguageModel, decode_spans, load_models
 from hf_genlm.space.files.demo.scoring import (
     Sampling,
     encode_prompt,
@@ -404,18 +405,21 @@ def test_the_folder_is_a_space_and_includes_only_files_that_load_the_models(toke
     config = json.loads((ours / "config.json").read_text())
     config["auto_map"]["AutoConfig"] = "evil.GenLMConfig"
     (ours / "config.json").write_text(json.dumps(config))
+    settings = json.loads((ours / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": [None, "evil.Tokenizer"]}
+    (ours / "tokenizer_config.json").write_text(json.dumps(settings))
     out = tmp_path / "demo"
     assert main(["space", str(ours), str(theirs), "--out", str(out), "--title", "Two"]) == 0
     printed = capsys.readouterr().out
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert all(f"  {name}\n" in printed for name in files)  # every file that a push sends is listed
     assert not [name for name in files if "evil" in name or "notes" in name or "__pycache__" in name]
-    code = (out / "models/ours/modeling_genlm.py").read_text()
-    assert code == (FILES.parents[1] / "model/modeling_genlm.py").read_text()
-    assert json.loads((out / "models/ours/config.json").read_text())["auto_map"]["AutoConfig"] == (
-        "configuration_genlm.GenLMConfig"
-    )
-    assert not list((out / "models/gpt").glob("*.py"))
+    assert {path.name: path.read_bytes() for path in (out / "genlm").iterdir()} == {
+        path.name: path.read_bytes() for path in (FILES.parents[1] / "model").glob("*.py")
+    }
+    assert not list((out / "models").rglob("*.py"))
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "auto_map" not in json.loads((out / "models/ours" / name).read_text())
     data = front_matter(out)
     assert (data["sdk"], data["app_file"], data["title"]) == ("gradio", "app.py", "Two")
     pins = dict(line.split("==") for line in (out / "requirements.txt").read_text().split())
@@ -428,14 +432,32 @@ def test_the_folder_is_a_space_and_includes_only_files_that_load_the_models(toke
 HF = str(Path(sys.executable).parent / "hf")
 
 
-def test_hub_ids_replace_included_files(tokenizer, tmp_path, capsys):
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with LoopbackHub() as hub:
+        connect(hub, monkeypatch, tmp_path / "home")
+        yield hub
+
+
+def test_hub_ids_replace_included_files(tokenizer, tmp_path, capsys, hub):
+    """The demo names the commit that is there now; later ones, which others may make, are not read."""
     ours = saved(tmp_path / "ours", "gru", tokenizer)
     out = tmp_path / "demo"
-    assert main(["space", str(ours), "--repo-id", "me/model", "--out", str(out)]) == 0
+    arguments = ["space", str(ours), "--repo-id", "me/model", "--out", str(out)]
+    assert main(arguments) == 2
+    assert "no config.json of 'me/model' from the Hub; push the model first" in last_line(capsys)
+    hub.repos["me/model"] = Repo(private=False)
+    commit = hub.repos["me/model"].add({path.name: path.read_bytes() for path in ours.iterdir()})
+    assert main(arguments) == 0
     assert front_matter(out)["models"] == ["me/model"]
     assert not (out / "models").exists()
+    assert (out / "genlm/modeling_genlm.py").is_file()
     (entry,) = json.loads((out / "space.json").read_text())["models"]
-    assert entry == {"name": "ours", "source": "me/model", "has_own_code": True}
+    assert entry == {"name": "ours", "source": "me/model", "revision": commit}
+    hub.repos["me/model"].add({"config.json": b"{}"})
+    shutil.rmtree(out / "genlm")  # this process has the package
+    (model,) = load_models(out)
+    assert model.mixers == ["gru", "gru"]
     commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("hf ")]
     assert len(commands) == 2
     for command in commands:
@@ -445,16 +467,18 @@ def test_hub_ids_replace_included_files(tokenizer, tmp_path, capsys):
         assert all(word in described for word in words if word.startswith("--"))
 
 
-def test_the_config_of_a_hub_model_is_downloaded(tmp_path, monkeypatch, capsys):
-    config = tmp_path / "config.json"
-    config.write_text('{"model_type": "gpt2"}')
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo_id, name: str(config))
+def test_the_config_of_a_hub_model_is_downloaded(tmp_path, monkeypatch, capsys, hub):
+    hub.repos["owner/small-gpt"] = Repo(private=False)
+    commit = hub.repos["owner/small-gpt"].add({"config.json": b'{"model_type": "gpt2"}'})
     build_space(["owner/small-gpt"], tmp_path / "demo")
+    assert not (tmp_path / "demo" / "genlm").exists()
     (entry,) = json.loads((tmp_path / "demo" / "space.json").read_text())["models"]
-    assert entry == {"name": "small-gpt", "source": "owner/small-gpt", "has_own_code": False}
-    monkeypatch.undo()
-    assert main(["space", "owner/small-gpt", "--out", str(tmp_path / "x")]) == 2  # tests run offline
-    assert "no config.json of 'owner/small-gpt'" in last_line(capsys)
+    assert entry == {"name": "small-gpt", "source": "owner/small-gpt", "revision": commit}
+    hub.repos["owner/list"] = Repo(private=False)
+    hub.repos["owner/list"].add({"config.json": b"[]"})
+    for name, message in (("absent", "no config.json of 'owner/absent'"), ("list", "is damaged")):
+        assert main(["space", f"owner/{name}", "--out", str(tmp_path / "x")]) == 2
+        assert message in last_line(capsys)
 
 
 def test_two_models_of_one_name_are_both_included(tokenizer, tmp_path):

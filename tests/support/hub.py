@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -67,6 +68,10 @@ class Repo:
         self.commits[oid] = Commit(message, parent, blobs)
         self.branches[branch] = oid
         return oid
+
+    def add(self, files: dict[str, bytes]) -> str:
+        """A commit of these files alone on main."""
+        return self.commit("main", "by hand", {name: Blob(content, False) for name, content in files.items()})
 
     def resolve(self, revision: str) -> str:
         oid = self.branches.get(revision) or self.tags.get(revision) or revision
@@ -165,6 +170,27 @@ class LoopbackHub:
         if repo_id not in self.repos or (self.repos[repo_id].private and not is_authorised):
             raise Refusal(404 if is_authorised else 401, "RepoNotFound")
         return self.repos[repo_id]
+
+
+def connect(hub: LoopbackHub, monkeypatch: Any, home: Path | None = None) -> None:
+    """Lead huggingface_hub to `hub`, in this process (it reads its constants at import) and in new ones.
+
+    What is downloaded is kept in `home`, if one is given.
+    """
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it remembers the first address
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    if home is not None:
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        for name, value in (("HF_HOME", str(home)), ("HF_ENDPOINT", hub.url), ("HF_HUB_OFFLINE", "0")):
+            monkeypatch.setenv(name, value)
 
 
 @dataclass(frozen=True)
