@@ -30,7 +30,7 @@ _MAX_WAIT_S = 600  # a longer wait that the Hub asks for ends the push
 _DEFAULT_WAIT_S = 10  # when the Hub asks to wait without saying how long
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VERSION = re.compile(r"v([0-9]+)")
-_URL = re.compile(r"\S+://\S+")
+_URL = re.compile(r"(?<!\S)\S+?://\S+")
 # files of an older push that would be loaded together with those of a newer one
 _STALE = ("*_genlm.py", "model*.safetensors", "model.safetensors.index.json", "vocab.json", "merges.txt")
 # environment variables that the process that loads a pushed model gets

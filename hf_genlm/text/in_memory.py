@@ -16,8 +16,11 @@ from hf_genlm.files import atomic_file, sha256_of
 Texts = Any  # a path, several paths, strings, a datasets.Dataset, or None
 
 _MAX_PATH = 4096  # characters
+# no part can match in two ways: time is linear
 _PATH_FORM = re.compile(
-    r"[\w.~*?\[\]{}:\\-]*([/\\][\w.~*?\[\]{}:\\-]+)+/?|[\w~-]+(\.[A-Za-z]\w{0,7}){1,2}", re.ASCII
+    r"[\w.~*?\[\]{}:\\-]*(/[\w.~*?\[\]{}:\\-]+)+/?|[\w.~*?\[\]{}:-]*\\[\w.~*?\[\]{}:\\-]+/?"
+    r"|[\w~-]+(\.[A-Za-z]\w{0,7}){1,2}",
+    re.ASCII,
 )
 
 

@@ -4,6 +4,7 @@ A placeholder is plain text: the tokenizer learns it like any frequent word, and
 token. `corpus.scrub` chooses among DETECTORS; each finds the spans of its type in a text.
 """
 
+import bisect
 import functools
 import importlib
 import importlib.util
@@ -166,7 +167,7 @@ def _merged(found: Iterable[tuple[int, int, int]]) -> Iterator[tuple[int, int, i
 
 # detectors
 
-_LOCAL = re.compile(r"\w[\w.%+-]*(?:'[\w.%+-]+)*\Z")
+_LOCAL = re.compile(r"\w[\w.%+-]*(?:'[\w.%+-]+)*")
 _MAX_LOCAL = 128  # characters before the @: twice of what RFC 5321 allows
 # behind the @: labels, and a last one of letters (or xn--, in punycode)
 _DOMAIN = re.compile(
@@ -235,9 +236,12 @@ _MIN_DIGITS = 7
 _DIGITS = rf"\d(?:{_BETWEEN}\d){{{_MIN_DIGITS - 1},}}"
 _INTERNATIONAL, _NATIONAL = re.compile(rf"[+\uff0b]{_BETWEEN}{_DIGITS}"), re.compile(_DIGITS)
 _AROUND = 64  # characters around a number that may decide about it, as an extension or a date
+_WINDOW = 1 << 12  # characters of a line that phonenumbers reads at once
+_MAX_NUMBER = 1 << 9  # characters of the longest candidate of phonenumbers
 
 # detect-secrets' plugins that recognise a key by its form -> words of which any match contains one, in lower
-# case; plugins that judge by a variable's name, by entropy or by two letters are left out
+# case; left out are plugins that judge by a variable's name, by entropy or by two letters, and those of npm
+# and OpenAI, whose time is quadratic
 PLUGINS = {
     "aws.AWSKeyDetector": ("a3t", "abia", "acca", "akia", "asia", "aws"),
     "azure_storage_key.AzureStorageKeyDetector": ("accountkey=",),
@@ -245,8 +249,6 @@ PLUGINS = {
     "github_token.GitHubTokenDetector": ("ghp_", "gho_", "ghu_", "ghs_", "ghr_"),
     "gitlab_token.GitLabTokenDetector": ("gl", "gr1348941"),
     "mailchimp.MailchimpDetector": ("-us",),
-    "npm.NpmDetector": (":_authtoken=",),
-    "openai.OpenAIDetector": ("t3blbkfj",),
     "pypi_token.PypiTokenDetector": ("pypi-age",),
     "sendgrid.SendGridDetector": ("sg.",),
     "slack.SlackDetector": ("xox", "hooks.slack.com"),
@@ -255,18 +257,22 @@ PLUGINS = {
     "telegram_token.TelegramBotTokenDetector": (":",),
     "twilio.TwilioKeyDetector": ("ac", "sk"),
 }
-# forms that detect-secrets lacks, or of which it matches only the beginning
+# forms that detect-secrets lacks, or of which it matches only the beginning. No pattern may read the same
+# text from many starts: where it does not match, the group `skipped` takes what later starts would read again
 _MORE_SECRETS: dict[str, tuple[str, ...]] = {
     HUB: ("hf_",),
     GITHUB_FINE_GRAINED: ("github_pat_",),
     GOOGLE: ("aiza",),
     r"(?<!\w)sk-(?:ant|proj)-[A-Za-z0-9_-]{20,}": ("sk-ant-", "sk-proj-"),  # Anthropic, OpenAI
-    r"(?<!\w)eyJ[\w=-]+\.[\w=-]+(?:\.[\w.+/=-]*\w)?": ("eyj",),  # JSON Web Token, with its signature
+    r"sk-(?:[A-Za-z0-9_-]*[A-Za-z0-9]{20}T3BlbkFJ[A-Za-z0-9]{20}|(?P<skipped>[A-Za-z0-9_-]*))": ("t3blbkfj",),
+    r"/:_authToken=\s*(npm_.+|[A-Fa-f0-9-]{36})": (":_authtoken=",),
+    # JSON Web Token, with its signature
+    r"(?<!\w)eyJ(?:[\w=-]+\.[\w=-]+(?:\.[\w.+/=-]*\w)?|(?P<skipped>[\w=-]*))": ("eyj",),
     r"(?<=://)[^/\s:@'\"<>]+:[^/\s@'\"<>]+(?=@)": ("://",),  # a login in an address
-    rf"{BEGIN_OF_PRIVATE_KEY}(?:[\s\S]{{0,65536}}?{END_OF_PRIVATE_KEY}|(?:\s*[A-Za-z0-9+/=]{{16,}})*)": (
-        "private key",
-    ),
 }
+_BEGIN_OF_KEY, _END_OF_KEY = re.compile(BEGIN_OF_PRIVATE_KEY), re.compile(END_OF_PRIVATE_KEY)
+_LINES_OF_KEY = re.compile(r"(?:\s*[A-Za-z0-9+/=]{16,})*")
+_MAX_KEY = 1 << 16  # characters between the borders of a private key
 _REST = re.compile(r"[\w/+=-]*", re.ASCII)
 _MIN_VALUE = 16  # a shorter group of a match is the head of a value, not the value
 
@@ -276,9 +282,9 @@ def emails(text: str, recipe: CorpusRecipe) -> Iterator[Span]:
     for domain in _DOMAIN.finditer(text) if "@" in text else ():
         start = domain.start()
         first = max(0, start - _MAX_LOCAL)
-        local = _LOCAL.search(text[first:start])
-        if local is not None:
-            yield first + local.start(), domain.end()
+        *_, local = None, *_LOCAL.finditer(text, first, start)
+        if local is not None and local.end() == start:
+            yield local.start(), domain.end()
 
 
 def phones(text: str, recipe: CorpusRecipe) -> Iterator[Span]:
@@ -288,16 +294,21 @@ def phones(text: str, recipe: CorpusRecipe) -> Iterator[Span]:
 
     candidates = _NATIONAL if recipe.phone_regions else _INTERNATIONAL
     for start, stop, _ in _merged((*_around(found), 0) for found in candidates.finditer(text)):
-        for region in recipe.phone_regions or (None,):
-            for match in PhoneNumberMatcher(text[start:stop], region):
-                if sum(c.isdigit() for c in match.raw_string) >= _MIN_DIGITS:
-                    yield start + match.start, start + match.end
+        # phonenumbers copies the text behind a candidate and gives up after many: a long line is cut
+        for first in range(start, stop, _WINDOW):
+            low, high = max(start, first - _MAX_NUMBER), min(stop, first + _WINDOW + _MAX_NUMBER)
+            for region in recipe.phone_regions or (None,):
+                for match in PhoneNumberMatcher(text[low:high], region):
+                    is_here = first <= low + match.start < first + _WINDOW
+                    if is_here and sum(c.isdigit() for c in match.raw_string) >= _MIN_DIGITS:
+                        yield low + match.start, low + match.end
 
 
 def _around(found: re.Match[str]) -> Span:
     """The match with the text around it on its line."""
     text = found.string
-    start = max(text.rfind("\n", 0, found.start()) + 1, found.start() - _AROUND)
+    first = max(0, found.start() - _AROUND)
+    start = max(first, text.rfind("\n", first, found.start()) + 1)
     end = text.find("\n", found.end(), found.end() + _AROUND)
     return start, end if end >= 0 else min(len(text), found.end() + _AROUND)
 
@@ -357,21 +368,47 @@ def secrets(text: str, recipe: CorpusRecipe) -> Iterator[Span]:
     lowered = text.lower()
     for pattern, words in secret_patterns():
         if any(word in lowered for word in words):
-            yield from map(_value_in, pattern.finditer(text))
+            found = (match for match in pattern.finditer(text) if match.lastgroup != "skipped")
+            yield from _values(text, map(_value_in, found))
+    if "private key" in lowered:
+        yield from _values(text, _private_keys(text))
 
 
 def _value_in(found: re.Match[str]) -> Span:
-    """Span of the secret in a match: a long group, or the match without quotes and separators.
-
-    It extends to the end of the word, as the length of some keys has changed since their pattern was written.
-    """
+    """Span of the secret in a match: a long group, or the match."""
     start, stop = found.span(found.lastindex or 0)
-    if stop - start < _MIN_VALUE:
-        start, stop = found.span()
-    value = found.string[start:stop]
-    start += len(value) - len(value.lstrip(" \t\r\n=:\"'"))
-    stop -= len(value) - len(value.rstrip(" \t\r\n\"'"))
-    return start, _REST.match(found.string, stop).end()  # type: ignore[union-attr]
+    return (start, stop) if stop - start >= _MIN_VALUE else found.span()
+
+
+def _values(text: str, spans: Iterable[Span]) -> Iterator[Span]:
+    """Spans, in order, without the quotes and separators around them.
+
+    Each extends to the end of the word, as the length of some keys has changed since their pattern was
+    written; a span within the one before is left out.
+    """
+    end = 0
+    for start, stop in spans:
+        value = text[start:stop]
+        start += len(value) - len(value.lstrip(" \t\r\n=:\"'"))
+        stop -= len(value) - len(value.rstrip(" \t\r\n\"'"))
+        if stop > end:
+            end = _REST.match(text, stop).end()  # type: ignore[union-attr]
+            yield start, end
+
+
+def _private_keys(text: str) -> Iterator[Span]:
+    """Private keys to the first end within reach, or as far as lines of a key follow the header."""
+    ends = [found.span() for found in _END_OF_KEY.finditer(text)]
+    stop = 0
+    for begin in _BEGIN_OF_KEY.finditer(text):
+        if begin.start() < stop:
+            continue
+        i = bisect.bisect_left(ends, (begin.end(), 0))
+        if i < len(ends) and ends[i][0] - begin.end() <= _MAX_KEY:
+            stop = ends[i][1]
+        else:
+            stop = _LINES_OF_KEY.match(text, begin.end()).end()  # type: ignore[union-attr]
+        yield begin.start(), stop
 
 
 @functools.cache

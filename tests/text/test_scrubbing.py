@@ -239,7 +239,8 @@ def test_the_words_of_a_secret_stand_in_every_one():
     texts = list(FOUND["secret"])
     for pattern, words in secret_patterns():
         for text in texts:
-            if pattern.search(text):
+            found = pattern.search(text)
+            if found is not None and found.lastgroup != "skipped":
                 assert any(word in text.lower() for word in words), pattern.pattern
     assert len(secret_patterns()) > len(PLUGINS)
 
