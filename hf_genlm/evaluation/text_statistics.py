@@ -41,6 +41,7 @@ _MARKS = (
 )
 _WORD = re.compile(rf"[^\s{_MARKS}{_UNSPACED}]+|\S")
 _MAX_CHARACTERS = 1 << 20  # of a text that are split at once
+_MAX_WORD = 1 << 13  # characters: a longer word may be cut where a part ends
 _NO_MATCH = 0.1  # matches that nltk's smoothing method 1 assumes instead of none
 _NONE = -1  # number of a span that no text has, and of the end of a text
 
@@ -57,7 +58,8 @@ def split_words_of_parts(texts: Iterable[str | tuple[int, str]]) -> Iterator[tup
         texts: whole texts, or (number of the text, part of it) in reading order.
 
     Yields:
-        (number of the text, some of its words); concatenated, they are the words of the whole text.
+        (number of the text, some of its words); concatenated, they are the words of the whole text, but for
+        words of more than 8,192 characters, which may be cut.
     """
     number, unfinished = -1, ""
     for i, item in enumerate(texts):
@@ -69,7 +71,8 @@ def split_words_of_parts(texts: Iterable[str | tuple[int, str]]) -> Iterator[tup
         for start in range(0, len(text), _MAX_CHARACTERS):
             part = unfinished + text[start : start + _MAX_CHARACTERS]
             words = split_words(part)
-            is_open = bool(words) and not part[-1].isspace()  # the last word may continue in the next part
+            # the last word may continue in the next part
+            is_open = bool(words) and not part[-1].isspace() and len(words[-1]) <= _MAX_WORD
             unfinished = words.pop() if is_open else ""
             if words:
                 yield number, words

@@ -1,6 +1,7 @@
 """Promise: with `corpus.near_duplicates`, no two training documents are that similar, none is like one of the
 validation split, and none goes without a twin that stays."""
 
+import itertools
 import json
 import random
 from collections import Counter
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from hf_genlm.config.recipe import CorpusRecipe, Recipe, load_recipe
 from hf_genlm.errors import UserError
+from hf_genlm.text import duplicates
 from hf_genlm.text.corpus import read_corpus
 from hf_genlm.text.duplicates import (
     MAX_MISS_RATE,
@@ -190,21 +192,81 @@ def test_parts_do_not_matter():
         assert len(whole) == max(len(units_of(text)) - 4, min(1, len(units_of(text))))
 
 
-def test_long_documents_are_compared_by_classes():
+def test_long_documents_are_compared_by_a_sample():
+    """Of a long document the least hashes decide, in bounded memory: exactly if they are all."""
     generator = random.Random(3)
     text = some_text(generator, 3000)
-    other = changed(text, 60, generator)
-    sizes = []
+    texts = [text, changed(text, 60, generator), some_text(generator, 40), " ".join(text.split()[:1500])]
+    exact = ShingledDocuments(documents_of(texts), documents_of([]))
+    sampled = ShingledDocuments(documents_of(texts), documents_of([]), max_shingles=1000)
+    for i, j in itertools.product(range(4), repeat=2):
+        wanted = by_sets(texts[i], texts[j])
+        assert exact.similarity(i, j) == wanted
+        assert abs(sampled.similarity(i, j) - wanted) <= 4 * (wanted * (1 - wanted) / 1000) ** 0.5
+        assert max(len(sampled.hashes(i)), len(sampled.hashes(j))) <= 1000 < len(exact.hashes(0))
+    repeating = " ".join(["a b c d e f"] * 5000)
+    short = ShingledDocuments(documents_of([repeating, repeating + " a b"]), documents_of([]), max_shingles=9)
+    assert short.similarity(0, 1) == 1, "few distinct shingles, however long the text"
 
-    class Noted(ShingledDocuments):
-        def hashes(self, *args):
-            found = super().hashes(*args)
-            sizes.append(len(found))
-            return found
 
-    documents = Noted(documents_of([text]), documents_of([other]), max_bytes=1000)
-    assert documents.similarity(0, 1) == similarity(text, other) == by_sets(text, other)
-    assert max(sizes) < 400, "of some 3,000 shingles"
+def test_the_cache_is_bounded_by_bytes():
+    generator = random.Random(7)
+    texts = [some_text(generator, 200) for _ in range(20)]
+    documents = ShingledDocuments(documents_of(texts), documents_of([]), cache_bytes=8 * 700)
+    for i in range(20):
+        documents.hashes(i)
+        held = [hashes.nbytes for hashes in documents._sets.values()]
+        assert sum(held) == documents._n_bytes <= 8 * 700
+    assert 2 <= len(held) <= 4
+
+
+def boilerplate(n: int, n_words: int = 400) -> list[str]:
+    """Texts that share about two thirds of their shingles with each other: alike, but for the threshold."""
+    generator = random.Random(8)
+    same = some_text(generator, n_words).split()
+    return [" ".join([*same, *some_text(generator, n_words // 10).split()]) for _ in range(n)]
+
+
+def counting(monkeypatch, **bounds: int) -> Counter:
+    counts: Counter[str] = Counter()
+
+    class Counted(ShingledDocuments):
+        def similarity(self, i, j):
+            counts["compared"] += 1
+            return super().similarity(i, j)
+
+        def _document(self, i):
+            counts["read"] += 1
+            return super()._document(i)
+
+    monkeypatch.setattr(duplicates, "ShingledDocuments", Counted)
+    for name, value in bounds.items():
+        monkeypatch.setattr(duplicates, name, value)
+    return counts
+
+
+@pytest.mark.parametrize("n", [40, 80])
+def test_boilerplate_is_compared_in_linear_time(monkeypatch, n):
+    """All documents are candidates of each other, and none is a near-duplicate."""
+    counts = counting(monkeypatch, MAX_MEMBERS=16, MAX_COMPARED=8)
+    texts = boilerplate(n)
+    assert 0.75 < similarity(*texts[:2]) < 0.88
+    found = find_near_duplicates(documents_of(texts), documents_of([]), 0.9)
+    assert found.kept.all()
+    assert 4 * n < counts["compared"] <= 8 * n, "all pairs would be n^2 / 2"
+    assert counts["read"] <= n, "each is read once, and not for each pair"
+
+
+def test_near_duplicates_among_boilerplate_are_found(monkeypatch):
+    """The most similar signatures are compared first, whatever the number of candidates."""
+    counting(monkeypatch, MAX_MEMBERS=64, MAX_COMPARED=4)
+    texts = boilerplate(60)
+    generator = random.Random(9)
+    copies = [changed(text, 1, generator) for text in texts[20:40]]
+    held = changed(texts[5], 1, generator)
+    found = find_near_duplicates(documents_of([*texts, *copies]), documents_of([held]), 0.95)
+    assert found.kept.tolist() == [i != 5 and i < 60 for i in range(80)]
+    assert found.of_validation == 1
 
 
 # the corpus
