@@ -7,6 +7,7 @@ the tokenizer's JSON (`ranks_of`), and by the characters that both regex engines
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,8 @@ CLASSES = (
     r"(?i:ll|ve|re)",
 )
 _SAME, _DIFFERS = 1, 2
+MAX_WORD = 1 << 10  # characters of a pre-token of the text that trains a tokenizer: a longer one is cut
+_MAX_CHECKS = 1 << 25  # pairs of bytes looked at to prove that ids are equal, some seconds
 _N_CODE_POINTS = 0x110000
 
 
@@ -69,6 +72,14 @@ def pre_tokenizer(pattern: str = PATTERN) -> pre_tokenizers.PreTokenizer:
     """Pre-tokenizer of our own tokenizers."""
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def bounded(pattern: str) -> str:
+    """`pattern` whose matches are at most about MAX_WORD characters long, and otherwise the same.
+
+    Training takes time with the square of a pre-token's length, and learns tokens as long as it.
+    """
+    return re.sub(r"(?<!\\)([+*])", lambda found: f"{{{int(found[1] == '+')},{MAX_WORD}}}", pattern)
 
 
 class FastBPE:
@@ -160,6 +171,8 @@ def ranks_of(state: Mapping[str, Any]) -> dict[bytes, int] | None:
         return None
     ranks = {bytes([byte]): vocab[letter] for letter, byte in byte_of.items()}
     last, pairs = -1, set()
+    if sum(len(token) ** 2 for token in vocab) > _MAX_CHECKS:  # long tokens, or very many
+        return None
     for merge in model["merges"]:
         left, right = merge if isinstance(merge, (list, tuple)) else merge.split(" ")
         rank = vocab.get(left + right)

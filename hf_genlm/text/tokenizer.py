@@ -22,7 +22,7 @@ from hf_genlm.run_folder import Listener
 from hf_genlm.text.cache import ArrayWriter, Cache, key_of
 from hf_genlm.text.corpus import notes_on, read_documents, with_sources
 from hf_genlm.text.encoding import encode_documents
-from hf_genlm.text.fast_bpe import PATTERNS, pre_tokenizer
+from hf_genlm.text.fast_bpe import PATTERNS, bounded, pre_tokenizer
 from hf_genlm.text.languages import balanced_text, check_languages
 from hf_genlm.text.sources import Sources
 from hf_genlm.text.store import Document, Documents, as_documents
@@ -131,6 +131,7 @@ def train_tokenizer(
 ) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE tokenizer on at most `recipe.max_characters`, taken evenly from all of the text.
 
+    A word of more than 1,024 characters trains the merges in pieces of this length; honest text has none.
     Encoding adds no special token by itself (GPT-2's convention). `model_max_length` is left to the caller.
 
     Args:
@@ -150,14 +151,14 @@ def train_tokenizer(
             text=sha256,
             vocab_size=vocab_size,
             max_characters=recipe.max_characters,
-            rules=[PATTERNS[recipe.pattern], END_OF_TEXT, PAD, _SAMPLE_PIECE],
+            rules=[bounded(PATTERNS[recipe.pattern]), END_OF_TEXT, PAD, _SAMPLE_PIECE],
             library=tokenizers.__version__,
         )
         found = cache.load(key)
         if found is not None:
             return wrap_tokenizer(Tokenizer.from_str(found.arrays["json"].tobytes().decode("utf-8")))
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizer(PATTERNS[recipe.pattern])
+    backend.pre_tokenizer = pre_tokenizer(bounded(PATTERNS[recipe.pattern]))
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
     trainer = trainers.BpeTrainer(
@@ -168,6 +169,7 @@ def train_tokenizer(
         show_progress=False,
     )
     backend.train_from_iterator(sample_evenly(documents, recipe.max_characters), trainer)
+    backend.pre_tokenizer = pre_tokenizer(PATTERNS[recipe.pattern])
     del trainer
     give_back_memory()
     reached = backend.get_vocab_size()
