@@ -107,6 +107,8 @@ def fit(
         assert isinstance(job.rows, DocumentWindows)
         rows = DrawnSteps(job.rows, job.private)
         make_trainer = functools.partial(PrivateTrainer, job.private, training.batch_size)
+        # the clock depends on the drawn documents: rate and end follow the steps that were accounted for
+        budget.seconds, budget.steps = None, job.private.guarantee.steps
     trainer = make_trainer(
         run=run,
         budget=budget,

@@ -7,11 +7,12 @@ on average.
 Shapes: B documents that a step draws, T tokens of a window, V vocabulary.
 """
 
+import hashlib
 import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ from hf_genlm.training.optimizer import OptimizerFactory
 from hf_genlm.training.trainer import BudgetTrainer
 
 STATE_FILE = "privacy_state.json"
+_IDS_AT_ONCE = 1 << 22
+# fields of `training` that a resumed run may change
+_WITHOUT_EFFECT = dict.fromkeys(
+    ("save_minutes", "save_steps", "save_total_limit", "milestone_words", "logging_steps", "report_to")
+)
 
 
 @dataclass(frozen=True)
@@ -48,15 +54,41 @@ class PrivateState:
     from.
 
     The key is in checkpoints alone, which are removed when the run is done: it would allow to subtract the
-    noise.
+    noise. `fingerprint` binds the key to the text and the settings that it is used for.
     """
 
     guarantee: Guarantee
     key: bytes
+    fingerprint: str = ""
+
+    def bound_to(self, windows: DocumentWindows, settings: Settings) -> "PrivateState":
+        """This state, for these documents and settings alone: the difference of two steps of other documents
+        with the same noise would be exact.
+
+        Raises:
+            UserError: it is bound to others.
+        """
+        digest = hashlib.sha256(windows.documents.offsets.tobytes())
+        for start in range(0, windows.documents.n_tokens, _IDS_AT_ONCE):
+            digest.update(windows.documents.ids[start : start + _IDS_AT_ONCE].tobytes())
+        windows.documents.release()
+        for section in (settings.model, settings.training.model_copy(update=_WITHOUT_EFFECT), settings.privacy):
+            digest.update(section.model_dump_json().encode())
+        found = digest.hexdigest()
+        if self.fingerprint not in ("", found):
+            raise UserError(
+                "the noise of this run was drawn for another text, tokenizer or recipe, and the guarantee would "
+                "not hold if it was used again: bring them back, or start a new run"
+            )
+        return replace(self, fingerprint=found)
 
     def save(self, folder: Path) -> None:
         """Write it to a checkpoint, readable by its owner alone."""
-        content = {"guarantee": asdict(self.guarantee), "key": self.key.hex()}
+        content = {
+            "guarantee": asdict(self.guarantee),
+            "key": self.key.hex(),
+            "fingerprint": self.fingerprint,
+        }
         write_bytes(folder / STATE_FILE, json.dumps(content, indent=2).encode() + b"\n", mode=0o600)
 
     @classmethod
@@ -68,7 +100,8 @@ class PrivateState:
         """
         try:
             content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-            state = cls(Guarantee(**content["guarantee"]), bytes.fromhex(content["key"]))
+            key, fingerprint = bytes.fromhex(content["key"]), content.get("fingerprint", "")
+            state = cls(Guarantee(**content["guarantee"]), key, fingerprint)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{str(folder)!r} holds no {STATE_FILE} that can be used: without what was spent there is no "
@@ -249,8 +282,9 @@ def begin_private(run: RunFolder, settings: Settings, n_documents: int) -> Priva
     if length.step_s is not None:
         times = length.max_steps * n_drawn / n_documents
         message = (
-            f"with noise, a step takes {1000 * length.step_s:.0f} ms: the run is limited to "
-            f"{length.max_steps:,} steps, which draw each document {times:.2g} times on average"
+            f"with noise, a step takes {1000 * length.step_s:.0f} ms: the run makes "
+            f"{length.max_steps:,} steps, however long they take, which draw each document {times:.2g} times "
+            "on average"
         )
         run.log("note", message=message)
     run.tell("progress", task="choosing the noise", done=0, total=None)
@@ -259,8 +293,10 @@ def begin_private(run: RunFolder, settings: Settings, n_documents: int) -> Priva
     return PrivateState(guarantee, os.urandom(KEY_BYTES))
 
 
-def write_guarantee(run: RunFolder, private: PrivateState, settings: Settings) -> None:
-    """Write privacy.json, after all steps were made."""
+def write_guarantee(
+    run: RunFolder, private: PrivateState, settings: Settings, device: str = "cpu"
+) -> None:
+    """Write privacy.json, after all steps were made on a type of `device`."""
     log = run.read_log()
     steps = max(event["steps"] for event in log if event["event"] == "trained")
     not_covered = []
@@ -269,11 +305,9 @@ def write_guarantee(run: RunFolder, private: PrivateState, settings: Settings) -
     if settings.corpus.damaged == "skip":
         not_covered.append("which files were left out: one damaged record takes those beside it along")
     if settings.model.init_from is not None:
-        not_covered.append(
-            f"the training text of the model that it continues from ({settings.model.init_from})"
-        )
+        not_covered.append("the training text of the model that it continues from")
     if settings.tokenizer.path is not None:
         not_covered.append("the text that its tokenizer was learned from")
     elif not (settings.corpus.sources or settings.corpus.languages):
         not_covered.append("the vocabulary, which was learned from the same text, as everyone has it")
-    write_json(run.privacy, private.guarantee.to_json(steps, not_covered), GuaranteeFile)
+    write_json(run.privacy, private.guarantee.to_json(steps, not_covered, device), GuaranteeFile)

@@ -221,7 +221,7 @@ def _job_of(
         rows = corpus.windows(training)
         return Job(
             rows, corpus, settings, budget, training_arguments_of(run, trainer_settings(training), budget),
-            private=private,
+            private=None if private is None else private.bound_to(rows, settings),
         )  # fmt: skip
     rows = corpus.rows(training)
     arguments = training_arguments_of(run, training, budget)
@@ -319,7 +319,7 @@ def _finish(
             run.log("resumed", step=begin.progress.step)
         trained = _fit(run, job, model, begin, stop)
         if trained is not None and job.private is not None:
-            write_guarantee(run, job.private, job.settings)
+            write_guarantee(run, job.private, job.settings, job.arguments.device.type)
         if trained is not None:
             save(run, trained, job.corpus.tokenizer)
         return _evaluate(run, job)

@@ -349,14 +349,38 @@ def test_a_run_by_the_clock_counts_its_steps_out_beforehand(text, tokenizer, tmp
     run = RunFolder(tmp_path / "run")
     (promised,) = [event for event in run.read_log() if event["event"] == "guarantee"]
     said = read_json(run.privacy)
-    assert 1 <= said["steps"] <= promised["steps"]
-    assert said["epsilon"] <= promised["epsilon"] <= 8
+    assert said["steps"] == promised["steps"]
+    assert said["epsilon"] - 1e-4 < promised["epsilon"] <= said["epsilon"] <= 8
     assert (said["clip_norm"], said["noise"]) == (0.3, "SHAKE-256")
     line = f"privacy: epsilon {said['epsilon']:g}, delta {said['delta']:g}, for one document"
     printed = capsys.readouterr()
     assert line in printed.out
-    assert f"limited to {promised['steps']:,} steps, which draw each document" in printed.err
+    assert f"the run makes {promised['steps']:,} steps, however long they take" in printed.err
     assert "ends early" not in printed.err
+
+
+@pytest.mark.parametrize("step_s", [0.002, 0.4])  # much less and much more than a step takes
+def test_steps_counted_beforehand_decide_rate_and_end_whatever_the_clock_shows(
+    step_s, text, tokenizer, tmp_path, fixed_key, monkeypatch
+):
+    """The time of a step depends on the documents that it draws: by the clock, the rate would reveal them."""
+    monkeypatch.setattr("hf_genlm.training.plan.measure_private_step", lambda *args: step_s)
+    monkeypatch.setattr("hf_genlm.training.plan.measure_step", lambda *args: (step_s, 1))
+    common = ["training.logging_steps=1", "training.num_validations=0", "training.weight_decay=0.1"]
+    settings = [tokenizer, *common, "training.steps=null", "training.minutes=0.02", "training.max_epochs=0.2"]
+    by_clock = train(recipe_of(text, *settings), tmp_path / "clock")
+    said = read_json(by_clock.privacy)
+    (planned,) = [event for event in by_clock.read_log() if event["event"] == "guarantee"]
+    assert said["steps"] == planned["steps"]
+    assert said["steps"] == 31 if step_s == 0.002 else 1 <= said["steps"] <= 3
+    by_steps = train(recipe_of(text, tokenizer, *common, f"training.steps={said['steps']}"), tmp_path / "steps")
+    rates = [
+        [event["learning_rate"] for event in run.read_log() if event["event"] == "step"]
+        for run in (by_clock, by_steps)
+    ]
+    assert rates[0] == rates[1]
+    files = [(run.model / "model.safetensors").read_bytes() for run in (by_clock, by_steps)]
+    assert files[0] == files[1]
 
 
 def test_a_run_is_planned_by_the_number_of_its_documents_not_by_their_lengths():

@@ -37,19 +37,34 @@ _ORDERS = (1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1
 _NUM_BISECTIONS = 10  # of the logarithm of the range of noise
 _CHUNK_SIZE = 1 << 20  # numbers of secure noise computed at once
 _NUM_SUMMANDS = 4  # Gaussians that are added up to one
+# (is on a GPU, is secure) -> the generator of the noise, as privacy.json names it
+_GENERATORS = {
+    (False, False): "Philox, by a secret key",
+    (False, True): "SHAKE-256",
+    (True, False): "ChaCha20, by a secret key",
+    (True, True): "ChaCha20, by a secret key, sums of four",
+}
 COVERED = [
     "the weights of the model, and everything computed from them: samples, exports, further trained models",
     "the models of checkpoints, together with the last one",
 ]
+# every output of a run that is exact; none of them is shown on the card, unless card.private_figures is true
 NOT_COVERED = [
-    "the validation text and every measurement on it: in evaluation.json, on the card and in the log",
-    "the training losses in log.jsonl and in the plots of them: they are without noise",
-    "the measurements of an audit: it reads the training text",
-    "the counts of documents, bytes and tokens of the text, and the hashes in corpus.json",
+    "the validation text and every measurement on it: in evaluation.json, evaluation_blocks.npy, "
+    "languages.json and the log",
+    "the rest of log.jsonl, and plots/, tensorboard/ and other trackers drawn from it: training losses, counts "
+    "and times are without noise",
+    "the spans of the samples that occur in the text: evaluate --suite samples reads the training text for "
+    "them, if card.private_figures is true",
+    "audit.json, canaries.json and the pictures of an audit: it reads the training text",
+    "corpus.json and recipe.yaml: names and hashes of files, counts of documents, bytes and tokens",
+    "sources.jsonl, validation.jsonl and the cache of encoded texts: the text itself",
+    "checkpoints/, which hold the key of the noise until the run is done",
+    "what the commands print, and a card with card.private_figures",
     "the number of documents, which determines the sampling rate, delta, and size and steps of a planned run",
     "other runs over the same text: those by which the settings were chosen spend as much again",
     "a person in several documents: the guarantee is for each document by itself",
-    "the duration of the training, and whether it came to its end",
+    "the duration of the training, also in samples.md, and whether it came to its end",
 ]
 
 
@@ -70,8 +85,9 @@ class Guarantee:
         """Epsilon after `steps` steps."""
         return compute_epsilon(self.noise_multiplier, self.sampling_rate, steps, self.delta)
 
-    def to_json(self, steps: int, not_covered: list[str]) -> dict[str, Any]:
-        """Content of privacy.json after `steps` steps; `not_covered` is added to what no run covers."""
+    def to_json(self, steps: int, not_covered: list[str], device: str = "cpu") -> dict[str, Any]:
+        """Content of privacy.json after `steps` steps on a type of `device`; `not_covered` is added to what
+        no run covers."""
         return {
             "epsilon": math.ceil(self.spent(steps) * 1e4) / 1e4,  # an upper bound is rounded upwards
             "delta": self.delta,
@@ -81,7 +97,7 @@ class Guarantee:
             "clip_norm": self.clip_norm,
             "steps": steps,
             "accountant": ACCOUNTANT,
-            "noise": "SHAKE-256" if self.is_noise_secure else "Philox, by a secret key",
+            "noise": _GENERATORS[device == "cuda", self.is_noise_secure],
             "covered": COVERED,
             "not_covered": NOT_COVERED + not_covered,
         }
@@ -247,37 +263,75 @@ def draw_offsets(key: bytes, step: int, count: int) -> np.ndarray:
 def draw_fast_noise(
     key: bytes, step: int, shapes: Sequence[tuple[int, ...]], device: torch.device
 ) -> list[torch.Tensor]:
-    """Standard Gaussians of `shapes` by Philox, which is statistically sound but not cryptographic."""
-    seed = _random_words(key, step, "noise", 2)
+    """Standard Gaussians of `shapes`: on a GPU from ChaCha20; else by Philox with a key of 128 bits, which is
+    statistically sound but not cryptographic."""
     if device.type == "cuda":
-        generator = torch.Generator(device).manual_seed(int(seed[0]) >> 1)
-        return [torch.randn(shape, generator=generator, device=device) for shape in shapes]
-    numbers = np.random.Generator(np.random.Philox(key=seed))
+        return _draw_gaussians(key, step, shapes, device, num_summands=1)
+    numbers = np.random.Generator(np.random.Philox(key=_random_words(key, step, "noise", 2)))
     return [torch.from_numpy(numbers.standard_normal(shape, dtype=np.float32)).to(device) for shape in shapes]
 
 
 def draw_secure_noise(
     key: bytes, step: int, shapes: Sequence[tuple[int, ...]], device: torch.device
 ) -> list[torch.Tensor]:
-    """Standard Gaussians of `shapes` from SHAKE-256 by the transform of Box and Muller (1958).
+    """Standard Gaussians of `shapes` from ChaCha20 on a GPU, else from SHAKE-256.
 
     Each is the sum of four, halved: the last bits of the result then reveal nothing about the value that the
     noise was added to (Holohan and Braghin, 2021, arXiv:2107.10138).
     """
+    return _draw_gaussians(key, step, shapes, device, _NUM_SUMMANDS)
+
+
+def _draw_gaussians(
+    key: bytes, step: int, shapes: Sequence[tuple[int, ...]], device: torch.device, num_summands: int
+) -> list[torch.Tensor]:
+    """Scaled sums of Gaussians by the transform of Box and Muller (1958), from 53 bits for each uniform."""
     sizes = [math.prod(shape) for shape in shapes]
-    flat = np.empty(sum(sizes), dtype=np.float32)
+    flat = torch.empty(sum(sizes), device=device)
     for chunk, start in enumerate(range(0, len(flat), _CHUNK_SIZE)):
         count = min(_CHUNK_SIZE, len(flat) - start)
-        words = _random_words(key, step, f"secure noise {chunk}", _NUM_SUMMANDS * count)
-        uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1)
-        first, second = uniform.reshape(2, -1)
-        radius, angle = np.sqrt(-2 * np.log(first)), 2 * np.pi * second
-        gaussians = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
-        summed = gaussians.reshape(_NUM_SUMMANDS, count).sum(0)
-        flat[start : start + count] = summed / math.sqrt(_NUM_SUMMANDS)
-    parts = np.split(flat, np.cumsum(sizes)[:-1])
-    shaped = (part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
-    return [torch.from_numpy(part).to(device) for part in shaped]
+        num_words = num_summands * count + num_summands * count % 2
+        if device.type == "cuda":
+            of_chunk = _random_words(key, step, f"ChaCha20 {chunk}", KEY_BYTES // 8).tobytes()
+            words = chacha20_words(of_chunk, 2 * num_words, device).view(torch.int64)
+        else:
+            of_chunk = _random_words(key, step, f"secure noise {chunk}", num_words).tobytes()
+            words = torch.frombuffer(bytearray(of_chunk), dtype=torch.int64)
+        uniform = ((words >> 11) & (2**53 - 1)).double().add_(0.5).mul_(2.0**-53)  # more than 0
+        first, second = uniform.view(2, -1)
+        radius, angle = first.log().mul_(-2).sqrt_(), second * (2 * math.pi)
+        gaussians = torch.cat([radius * angle.cos(), radius * angle.sin()])[: num_summands * count]
+        summed = gaussians.view(num_summands, count).sum(0)
+        flat[start : start + count] = summed.div_(math.sqrt(num_summands))
+    return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+
+
+def chacha20_words(key: bytes, count: int, device: torch.device | str) -> torch.Tensor:
+    """(count,) int32: the key stream of ChaCha20 (RFC 8439, section 2.3) for a key of 32 bytes, from block 0
+    of the nonce 0. A key is used once."""
+    blocks = torch.arange(-(-count // 16), dtype=torch.int32, device=device)
+    words = torch.frombuffer(bytearray(b"expand 32-byte k" + key), dtype=torch.int32).to(device)
+    rows = [row[:, None].expand(4, len(blocks)) for row in words.view(3, 4)]
+    rows.append(torch.cat([blocks[None], blocks.new_zeros(3, len(blocks))]))
+    a, b, c, d = rows
+    for _ in range(10):
+        for shift in (1, -1):  # a round over columns, then one over diagonals
+            a = a + b
+            d = _rotate(d ^ a, 16)
+            c = c + d
+            b = _rotate(b ^ c, 12)
+            a = a + b
+            d = _rotate(d ^ a, 8)
+            c = c + d
+            b = _rotate(b ^ c, 7)
+            b, c, d = b.roll(-shift, 0), c.roll(2, 0), d.roll(shift, 0)
+    mixed = torch.cat([after + before for after, before in zip((a, b, c, d), rows, strict=True)])
+    return mixed.t().flatten()[:count]
+
+
+def _rotate(words: torch.Tensor, n_bits: int) -> torch.Tensor:
+    """Rotate each int32 of `words` to the left."""
+    return (words << n_bits) | ((words >> (32 - n_bits)) & (2**n_bits - 1))
 
 
 # Guarantee.is_noise_secure -> the source of noise
