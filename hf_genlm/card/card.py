@@ -18,13 +18,14 @@ import yaml
 
 import hf_genlm.card.wording as wording
 from hf_genlm.card.front_matter import check_card, datasets_of, front_matter, language_name, languages_of
-from hf_genlm.card.privacy import privacy_section
+from hf_genlm.card.privacy import hides_figures, is_of_public_text, privacy_section, without_figures
 from hf_genlm.card.wording import parts_of
 from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.files import read, read_tensor_sizes, read_text, write_text
 from hf_genlm.report import document
+from hf_genlm.report.audit_plot import AUDIT_FILE
 from hf_genlm.report.curves import CURVES_FILE, curves_of, describe_curves, first_samples, write_curves
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.run_schemas import CorpusFile, EnvironmentFile, ModelConfigFile, VectorsFile
@@ -84,6 +85,9 @@ def write_card(
         write_text(run.recipe, recipe.to_yaml())
     if run.model.is_dir() and redraw:
         write_curves(run)
+    if hides_figures(run, recipe):
+        for picture in (CURVES_FILE, AUDIT_FILE):  # of an earlier version, or of a card that showed them
+            (run.model / picture).unlink(missing_ok=True)
     write_text(path, render_card(run, repo_id))
     return path
 
@@ -160,10 +164,14 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
     curves = curves_of(events)
     measured = read_measurements(run.evaluation)
     of_tokenizer = read_measurements(run.languages) if run.languages.is_file() else []
-    shown = [m for m in measured if m.name.partition("/")[2] not in corpus.languages]
     sizes = read_tensor_sizes(run.model / "model.safetensors")
     samples = read_text(run.samples) if run.samples.is_file() else ""
     last = {event["event"]: event for event in events}
+    trained, is_hiding = last.get("trained"), hides_figures(run, recipe)
+    if is_hiding:
+        recipe, corpus = without_figures(recipe, corpus)
+        measured, of_tokenizer, trained = [m for m in measured if is_of_public_text(m)], [], None
+    shown = [m for m in measured if m.name.partition("/")[2] not in corpus.languages]
     year, version = wording.year_of(events), environment.packages.get("hf_genlm")
     cited = card.citation or wording.cite_model(
         name, authors=card.authors, year=year, url=card.url, version=version
@@ -188,17 +196,20 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         "context": None if recipe.evaluation.carry_state else context,
         "is_audited": run.audit.is_file(),
         "is_private": run.privacy.is_file(),
-        "privacy": privacy_section(run),
+        "is_hiding": is_hiding,
+        "privacy": privacy_section(run, shows_audit=not is_hiding),
         "corpus": corpus,
         "vectors": _portable(read(run.vectors, VectorsFile)) if run.vectors.is_file() else None,
         "environment": environment,
-        "trained": last.get("trained"),
+        "trained": trained,
         "settings": wording.settings_of(recipe),
         "base": None if recipe.model.init_from is None else _portable(recipe.model.init_from),
         "base_model": card.base_model or last.get("started", {}).get("base_model"),
         "recipe": recipe,
         "recipe_yaml": yaml.safe_dump(_portable(recipe.model_dump()), sort_keys=False, allow_unicode=True),
-        "picture": CURVES_FILE if curves.steps and (run.model / CURVES_FILE).is_file() else None,
+        "picture": CURVES_FILE
+        if curves.steps and (run.model / CURVES_FILE).is_file() and not is_hiding
+        else None,
         "picture_text": describe_curves(curves) if curves.steps else None,
         "first_samples": first_samples(curves),
         "samples": document.fenced_blocks(samples)[-NUM_SAMPLES:],

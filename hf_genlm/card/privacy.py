@@ -7,12 +7,13 @@ import math
 import re
 from collections.abc import Sequence
 
+from hf_genlm.config.recipe import Recipe
 from hf_genlm.evaluation.measurement import Measurement, read_measurements
 from hf_genlm.files import read
 from hf_genlm.report.audit_plot import AUDIT_FILE
 from hf_genlm.report.document import cell, prose
 from hf_genlm.run_folder import RunFolder
-from hf_genlm.run_schemas import CorpusFile, GuaranteeFile, PlantedCounts
+from hf_genlm.run_schemas import CorpusFile, GuaranteeFile, PlantedCounts, ScrubbedCounts, SplitCounts
 
 SIGNIFICANT = 0.01
 NULL_BITS = math.log2(math.e)  # mean exposure of a secret that was never seen
@@ -20,6 +21,7 @@ LIMITS = (
     "An audit is a lower bound: stronger attacks may find more, and what it does not find is not safe for "
     "that. It is about these canaries and passages on average, not about the worst document."
 )
+_HIDDEN = "private text"
 _EXTRACTION = re.compile(r"extraction_(\d{1,9})_tokens/prefix_(\d{1,9})")
 _REPETITIONS = re.compile(r"\d{1,9}")
 # field of privacy.json -> its name on the card
@@ -33,7 +35,33 @@ _GUARANTEE = {
 }
 
 
-def privacy_section(run: RunFolder) -> str | None:
+def hides_figures(run: RunFolder, recipe: Recipe) -> bool:
+    """True if exact figures of a private run must not leave its folder: `card.private_figures` is false."""
+    is_private = recipe.privacy.epsilon is not None or run.privacy.is_file()
+    return is_private and not recipe.card.private_figures
+
+
+def without_figures(recipe: Recipe, corpus: CorpusFile) -> tuple[Recipe, CorpusFile]:
+    """A recipe without names of sources, and what corpus.json says of the method alone: no name, count or
+    hash of the text."""
+    recipe = recipe.model_copy(deep=True)
+    reading = recipe.corpus
+    reading.sources, reading.validation = [_HIDDEN], [_HIDDEN] * bool(reading.validation)
+    reading.languages = {code: [_HIDDEN] for code in reading.languages}
+    reading.parallel = dict.fromkeys(reading.parallel, _HIDDEN)
+    nothing = SplitCounts(None, None)
+    scrubbed = None
+    if corpus.scrubbed is not None:
+        scrubbed = ScrubbedCounts(dict.fromkeys(corpus.scrubbed.types), None)
+    return recipe, CorpusFile(_HIDDEN, [], corpus.split, nothing, nothing, scrubbed=scrubbed)
+
+
+def is_of_public_text(measurement: Measurement) -> bool:
+    """True for a benchmark: it reads neither split of the run's own text."""
+    return measurement.name.startswith("minimal_pairs_accuracy") or ":" in measurement.split
+
+
+def privacy_section(run: RunFolder, shows_audit: bool = True) -> str | None:
     """Render the card's section as Markdown; None if there is neither a guarantee, an audit nor a canary.
 
     Raises:
@@ -46,7 +74,7 @@ def privacy_section(run: RunFolder) -> str | None:
     planted = read(run.corpus, CorpusFile).canaries if run.corpus.is_file() else None
     if planted is not None:
         parts.append(_describe_canaries(planted))
-    if run.audit.is_file():
+    if run.audit.is_file() and shows_audit:
         measured = read_measurements(run.audit)
         parts.append("\n".join(f"- {prose(sentence)}" for sentence in describe_audit(measured, guarantee)))
         if (run.model / AUDIT_FILE).is_file():
@@ -66,7 +94,9 @@ def _describe_guarantee(guarantee: GuaranteeFile) -> list[str]:
         f"{guarantee.delta:.3g} for each {guarantee.unit}."
     )
     known = {title: getattr(guarantee, name) for name, title in _GUARANTEE.items()}
-    rows = [f"| {title} | {cell(value)} |" for title, value in known.items() if value is not None]
+    # three digits: more of them would determine the number of documents
+    shown = {t: f"{value:.3g}" if isinstance(value, float) else value for t, value in known.items()}
+    rows = [f"| {title} | {cell(value)} |" for title, value in shown.items() if value is not None]
     lists = (("The guarantee covers", guarantee.covered), ("It does not cover", guarantee.not_covered))
     sentences = [f"{title}: {prose('; '.join(items))}." for title, items in lists if items]
     return [prose(head), "\n".join(["| | |", "|---|---|", *rows]), *sentences]

@@ -314,4 +314,6 @@ class CardRecipe(Section):
     datasets: Words = setting([], "Hub ids of data sets, besides sources that are such.", synonyms="dataset")
     base_model: Word | None = setting(None,
         "Hub id of the base model. null: that of `model.init_from`, where it has one.")
+    private_figures: Flag = setting(False,
+        "Show figures of a run with `privacy.epsilon` that its guarantee does not cover.")
     tags: Words = setting([], "Tags on the Hub, besides those of the decoder.", synonyms="keywords")

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from hf_genlm.evaluation.languages import Languages
 
 Progress = Callable[[int, int | None], None]  # (done, total)
+_NOT_READ = (
+    "the training text of a private run is not measured: what is copied from it has no guarantee; --set "
+    "card.private_figures=true measures it"
+)
 DEFAULT_CONTEXT = 1024  # tokens, for a model whose config states no maximum
 
 
@@ -255,7 +259,10 @@ def _read_text(
     elif run:
         corpus: Any = (read_stream if recipe.corpus.stream else read_corpus)(recipe.corpus)
         material.split, material.texts, report = "validation", corpus.validation, corpus.report
-        material.training = corpus.train if isinstance(corpus, Corpus) else None
+        if recipe.privacy.epsilon is not None and not recipe.card.private_figures:
+            tell("note", {"message": _NOT_READ})
+        elif isinstance(corpus, Corpus):
+            material.training = corpus.train
         material.languages = report.get("languages", {})
         if read(run.corpus, CorpusFile).validation.sha256 != report["validation"]["sha256"]:
             raise UserError(

@@ -1,6 +1,7 @@
 """Figure of a privacy audit: exposure by repetitions, ROC curves, extraction by prefix length.
 
-`plots/audit.png` is written into the run folder and into model/, where the card shows it.
+`plots/audit.png` is written into the run folder and, unless the run is a private one, into model/, where the
+card shows it.
 """
 
 import math
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hf_genlm.evaluation.measurement import Measurement
 from hf_genlm.files import copy_file
 from hf_genlm.report.figures import COLOURS, DASHES, GREY, MARKERS, line_style, new_figure, save_png
+from hf_genlm.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +55,7 @@ def write_audit_figure(
     for draw, one in zip(panels, [axes] if len(panels) == 1 else axes, strict=True):
         draw(one)
     path = save_png(figure, folder / AUDIT_FILE)
-    if model is not None and model.is_dir():
+    if model is not None and model.is_dir() and not RunFolder(folder).privacy.is_file():
         copy_file(path, model / AUDIT_FILE)
     return path
 

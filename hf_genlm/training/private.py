@@ -72,13 +72,17 @@ class PrivateState:
         for start in range(0, windows.documents.n_tokens, _IDS_AT_ONCE):
             digest.update(windows.documents.ids[start : start + _IDS_AT_ONCE].tobytes())
         windows.documents.release()
-        for section in (settings.model, settings.training.model_copy(update=_WITHOUT_EFFECT), settings.privacy):
+        for section in (
+            settings.model,
+            settings.training.model_copy(update=_WITHOUT_EFFECT),
+            settings.privacy,
+        ):
             digest.update(section.model_dump_json().encode())
         found = digest.hexdigest()
         if self.fingerprint not in ("", found):
             raise UserError(
-                "the noise of this run was drawn for another text, tokenizer or recipe, and the guarantee would "
-                "not hold if it was used again: bring them back, or start a new run"
+                "the noise of this run was drawn for another text, tokenizer or recipe, and used again it "
+                "would protect nothing: bring them back, or start a new run"
             )
         return replace(self, fingerprint=found)
 
@@ -293,9 +297,7 @@ def begin_private(run: RunFolder, settings: Settings, n_documents: int) -> Priva
     return PrivateState(guarantee, os.urandom(KEY_BYTES))
 
 
-def write_guarantee(
-    run: RunFolder, private: PrivateState, settings: Settings, device: str = "cpu"
-) -> None:
+def write_guarantee(run: RunFolder, private: PrivateState, settings: Settings, device: str = "cpu") -> None:
     """Write privacy.json, after all steps were made on a type of `device`."""
     log = run.read_log()
     steps = max(event["steps"] for event in log if event["event"] == "trained")

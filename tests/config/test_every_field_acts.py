@@ -373,6 +373,7 @@ ACTS = {
     "card.intended_use": ((), "To try it.", card),
     "card.datasets": ((), "owner/poems", card),
     "card.base_model": ((), "owner/base", card),
+    "card.private_figures": (PRIVATE, "true", card),
     "card.tags": ((), "poetry", card),
 }
 

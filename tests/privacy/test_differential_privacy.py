@@ -1,8 +1,10 @@
 """Promise: what a private run says that it spent is what it spent, and nothing of the text gets around it."""
 
 import dataclasses
+import hashlib
 import json
 import math
+import shutil
 import signal
 
 import numpy as np
@@ -314,6 +316,115 @@ def test_a_resumed_run_comes_to_the_same_weights_and_the_same_epsilon(
     assert KEY.hex() not in "".join(path.read_text("utf-8") for path in resumed.path.glob("*.json*"))
 
 
+class Killed(Exception):
+    """In place of the end of a process between two steps."""
+
+
+@pytest.fixture(scope="module")
+def killed(text, tokenizer, tmp_path_factory):
+    """(folder of a run that was killed before its step of number 5, {step: hash of what it read})."""
+    folder, seen = tmp_path_factory.mktemp("killed"), {}
+
+    def recorded(model, inputs, private, step, *args):
+        if step == 5:
+            raise Killed
+        seen[step] = hashlib.sha256(inputs["input_ids"].numpy().tobytes()).hexdigest()
+        return private_gradient(model, inputs, private, step, *args)
+
+    own = folder / "text.jsonl"
+    shutil.copy(text, own)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_genlm.training.private.private_gradient", recorded)
+        with pytest.raises(Killed):
+            train(recipe_of(own, tokenizer), folder / "run")
+    assert list(seen) == [0, 1, 2, 3, 4], "each step has the noise of its own number"
+    assert len(set(seen.values())) == 5
+    return folder, seen
+
+
+def copy_of(killed, tmp_path):
+    """(the text, the run folder) of a copy, which may be changed."""
+    shutil.copytree(killed[0], tmp_path / "copy")
+    own, run = tmp_path / "copy" / "text.jsonl", RunFolder(tmp_path / "copy" / "run")
+    recipe = run.recipe.read_text().replace(str(killed[0] / "text.jsonl"), str(own))
+    run.recipe.write_text(recipe)
+    return own, run
+
+
+def test_steps_that_a_kill_undid_are_made_again_of_the_same_documents(killed, tmp_path, monkeypatch):
+    """The kill came after step 5; the checkpoint is that of step 4."""
+    _, run = copy_of(killed, tmp_path)
+    again = {}
+
+    def recorded(model, inputs, private, step, *args):
+        again[step] = hashlib.sha256(inputs["input_ids"].numpy().tobytes()).hexdigest()
+        return private_gradient(model, inputs, private, step, *args)
+
+    monkeypatch.setattr("hf_genlm.training.private.private_gradient", recorded)
+    train(load_recipe(run.recipe), run.path, resume=True)
+    assert list(again) == [4, 5]
+    assert again[4] == killed[1][4]
+    assert read_json(run.privacy)["steps"] == 6
+
+
+def swap_words(own, run):
+    """As many documents, bytes and tokens as before; its hash is forged below."""
+    own.write_text(own.read_text().replace("12 times", "21 times"))
+
+
+def edit_recipe(field, value):
+    def edit(own, run):
+        section, _, key = field.partition(".")
+        recipe = load_recipe(run.recipe)
+        setattr(getattr(recipe, section), key, value)
+        run.recipe.write_text(recipe.to_yaml())
+
+    return edit
+
+
+def add_a_token(own, run):
+    path = run.tokenizer / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+    path.write_text(json.dumps(content))
+
+
+# change between kill and resumption -> how it is made
+CHANGES = {
+    "text": swap_words,
+    "batch size": edit_recipe("training.batch_size", 2),
+    "accumulation": edit_recipe("training.gradient_accumulation_steps", 4),
+    "row length": edit_recipe("training.max_seq_length", 8),
+    "clip norm": edit_recipe("privacy.clip_norm", 0.5),
+    "loss": edit_recipe("training.label_smoothing_factor", 0.1),
+    "learning rate": edit_recipe("training.learning_rate", 0.1),
+    "tokenizer": add_a_token,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_noise_is_used_again_for_other_data_or_settings(change, killed, tmp_path, monkeypatch):
+    own, run = copy_of(killed, tmp_path)
+    CHANGES[change](own, run)
+    if change == "text":
+        with pytest.raises(UserError, match="train text is not what this run began with"):
+            train(load_recipe(run.recipe), run.path, resume=True)
+        # as if corpus.json had been written for the new text
+        monkeypatch.setattr("hf_genlm.training.corpus.check_same", lambda before, now: None)
+    monkeypatch.setattr(
+        "hf_genlm.training.private.private_gradient", lambda *args: pytest.fail("a step was made")
+    )
+    with pytest.raises(UserError, match="drawn for another text, tokenizer or recipe"):
+        train(load_recipe(run.recipe), run.path, resume=True)
+
+
+def test_what_decides_nothing_may_change(killed, tmp_path):
+    _, run = copy_of(killed, tmp_path)
+    recipe = load_recipe(run.recipe, ["training.save_steps=1", "training.logging_steps=2"])
+    train(recipe, run.path, resume=True)
+    assert read_json(run.privacy)["steps"] == 6
+
+
 def test_each_run_has_a_key_of_its_own_whatever_its_seed(tmp_path):
     settings = settle(load_recipe(None, (*SETTINGS, "training.seed=7")))
     run = RunFolder.create(tmp_path / "run")
@@ -373,7 +484,9 @@ def test_steps_counted_beforehand_decide_rate_and_end_whatever_the_clock_shows(
     (planned,) = [event for event in by_clock.read_log() if event["event"] == "guarantee"]
     assert said["steps"] == planned["steps"]
     assert said["steps"] == 31 if step_s == 0.002 else 1 <= said["steps"] <= 3
-    by_steps = train(recipe_of(text, tokenizer, *common, f"training.steps={said['steps']}"), tmp_path / "steps")
+    by_steps = train(
+        recipe_of(text, tokenizer, *common, f"training.steps={said['steps']}"), tmp_path / "steps"
+    )
     rates = [
         [event["learning_rate"] for event in run.read_log() if event["event"] == "step"]
         for run in (by_clock, by_steps)

@@ -52,8 +52,8 @@ COVERED = [
 NOT_COVERED = [
     "the validation text and every measurement on it: in evaluation.json, evaluation_blocks.npy, "
     "languages.json and the log",
-    "the rest of log.jsonl, and plots/, tensorboard/ and other trackers drawn from it: training losses, counts "
-    "and times are without noise",
+    "the rest of log.jsonl, and plots/, tensorboard/ and other trackers that show it: training losses, "
+    "counts and times are without noise",
     "the spans of the samples that occur in the text: evaluate --suite samples reads the training text for "
     "them, if card.private_figures is true",
     "audit.json, canaries.json and the pictures of an audit: it reads the training text",
@@ -266,7 +266,7 @@ def draw_fast_noise(
     """Standard Gaussians of `shapes`: on a GPU from ChaCha20; else by Philox with a key of 128 bits, which is
     statistically sound but not cryptographic."""
     if device.type == "cuda":
-        return _draw_gaussians(key, step, shapes, device, num_summands=1)
+        return draw_gaussians(key, step, shapes, device, 1, chacha20_words)
     numbers = np.random.Generator(np.random.Philox(key=_random_words(key, step, "noise", 2)))
     return [torch.from_numpy(numbers.standard_normal(shape, dtype=np.float32)).to(device) for shape in shapes]
 
@@ -279,41 +279,57 @@ def draw_secure_noise(
     Each is the sum of four, halved: the last bits of the result then reveal nothing about the value that the
     noise was added to (Holohan and Braghin, 2021, arXiv:2107.10138).
     """
-    return _draw_gaussians(key, step, shapes, device, _NUM_SUMMANDS)
+    draw_words = chacha20_words if device.type == "cuda" else shake256_words
+    return draw_gaussians(key, step, shapes, device, _NUM_SUMMANDS, draw_words)
 
 
-def _draw_gaussians(
-    key: bytes, step: int, shapes: Sequence[tuple[int, ...]], device: torch.device, num_summands: int
+def draw_gaussians(
+    key: bytes,
+    step: int,
+    shapes: Sequence[tuple[int, ...]],
+    device: torch.device,
+    num_summands: int,
+    draw_words: Callable[..., torch.Tensor],
 ) -> list[torch.Tensor]:
-    """Scaled sums of Gaussians by the transform of Box and Muller (1958), from 53 bits for each uniform."""
+    """Sums of `num_summands` Gaussians, scaled to variance 1, by the transform of Box and Muller (1958).
+
+    `draw_words(key, step, chunk, count, device)` gives uniform int64, of which 53 bits are used.
+    """
     sizes = [math.prod(shape) for shape in shapes]
     flat = torch.empty(sum(sizes), device=device)
     for chunk, start in enumerate(range(0, len(flat), _CHUNK_SIZE)):
         count = min(_CHUNK_SIZE, len(flat) - start)
-        num_words = num_summands * count + num_summands * count % 2
-        if device.type == "cuda":
-            of_chunk = _random_words(key, step, f"ChaCha20 {chunk}", KEY_BYTES // 8).tobytes()
-            words = chacha20_words(of_chunk, 2 * num_words, device).view(torch.int64)
-        else:
-            of_chunk = _random_words(key, step, f"secure noise {chunk}", num_words).tobytes()
-            words = torch.frombuffer(bytearray(of_chunk), dtype=torch.int64)
+        n = num_summands * count
+        words = draw_words(key, step, chunk, n + n % 2, device)
         uniform = ((words >> 11) & (2**53 - 1)).double().add_(0.5).mul_(2.0**-53)  # more than 0
         first, second = uniform.view(2, -1)
         radius, angle = first.log().mul_(-2).sqrt_(), second * (2 * math.pi)
-        gaussians = torch.cat([radius * angle.cos(), radius * angle.sin()])[: num_summands * count]
+        gaussians = torch.cat([radius * angle.cos(), radius * angle.sin()])[:n]
         summed = gaussians.view(num_summands, count).sum(0)
         flat[start : start + count] = summed.div_(math.sqrt(num_summands))
     return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
 
 
-def chacha20_words(key: bytes, count: int, device: torch.device | str) -> torch.Tensor:
+def shake256_words(key: bytes, step: int, chunk: int, count: int, device: torch.device) -> torch.Tensor:
+    """(count,) uniform int64 of a chunk of secure noise, from SHAKE-256."""
+    words = _random_words(key, step, f"secure noise {chunk}", count)
+    return torch.from_numpy(words.view(np.int64).copy()).to(device)
+
+
+def chacha20_words(key: bytes, step: int, chunk: int, count: int, device: torch.device) -> torch.Tensor:
+    """(count,) uniform int64 of a chunk of noise, from ChaCha20 on `device`, with a key of its own."""
+    of_chunk = _random_words(key, step, f"ChaCha20 {chunk}", KEY_BYTES // 8).tobytes()
+    return chacha20_stream(of_chunk, 2 * count, device).view(torch.int64)
+
+
+def chacha20_stream(key: bytes, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """(count,) int32: the key stream of ChaCha20 (RFC 8439, section 2.3) for a key of 32 bytes, from block 0
-    of the nonce 0. A key is used once."""
+    of the nonce 0."""
     blocks = torch.arange(-(-count // 16), dtype=torch.int32, device=device)
     words = torch.frombuffer(bytearray(b"expand 32-byte k" + key), dtype=torch.int32).to(device)
-    rows = [row[:, None].expand(4, len(blocks)) for row in words.view(3, 4)]
-    rows.append(torch.cat([blocks[None], blocks.new_zeros(3, len(blocks))]))
-    a, b, c, d = rows
+    begin = [row[:, None].expand(4, len(blocks)) for row in words.view(3, 4)]
+    begin.append(torch.cat([blocks[None], blocks.new_zeros(3, len(blocks))]))  # counter and nonce
+    a, b, c, d = begin
     for _ in range(10):
         for shift in (1, -1):  # a round over columns, then one over diagonals
             a = a + b
@@ -325,7 +341,7 @@ def chacha20_words(key: bytes, count: int, device: torch.device | str) -> torch.
             c = c + d
             b = _rotate(b ^ c, 7)
             b, c, d = b.roll(-shift, 0), c.roll(2, 0), d.roll(shift, 0)
-    mixed = torch.cat([after + before for after, before in zip((a, b, c, d), rows, strict=True)])
+    mixed = torch.cat([after + before for after, before in zip((a, b, c, d), begin, strict=True)])
     return mixed.t().flatten()[:count]
 
 
