@@ -81,8 +81,8 @@ class PrivateState:
         found = digest.hexdigest()
         if self.fingerprint not in ("", found):
             raise UserError(
-                "the noise of this run was drawn for another text, tokenizer or recipe, and used again it "
-                "would protect nothing: bring them back, or start a new run"
+                "the noise of this run was drawn for another text, tokenizer or recipe, and cannot protect "
+                "this one: bring them back, or start a new run"
             )
         return replace(self, fingerprint=found)
 
@@ -299,10 +299,8 @@ def begin_private(run: RunFolder, settings: Settings, n_documents: int) -> Priva
 
 def write_guarantee(run: RunFolder, private: PrivateState, settings: Settings, device: str = "cpu") -> None:
     """Write privacy.json, after all steps were made on a type of `device`."""
-    log = run.read_log()
-    steps = max(event["steps"] for event in log if event["event"] == "trained")
     not_covered = []
-    if sum(event["event"] == "guarantee" for event in log) > 1:
+    if sum(event["event"] == "guarantee" for event in run.read_log()) > 1:
         not_covered.append("what log.jsonl tells of a beginning that was lost before its first checkpoint")
     if settings.corpus.damaged == "skip":
         not_covered.append("which files were left out: one damaged record takes those beside it along")
@@ -312,4 +310,4 @@ def write_guarantee(run: RunFolder, private: PrivateState, settings: Settings, d
         not_covered.append("the text that its tokenizer was learned from")
     elif not (settings.corpus.sources or settings.corpus.languages):
         not_covered.append("the vocabulary, which was learned from the same text, as everyone has it")
-    write_json(run.privacy, private.guarantee.to_json(steps, not_covered, device), GuaranteeFile)
+    write_json(run.privacy, private.guarantee.to_json(not_covered, device), GuaranteeFile)

@@ -124,7 +124,7 @@ def test_clip_norm_and_secure_noise_of_the_recipe_are_those_of_the_guarantee():
         privacy = PrivacyRecipe(epsilon=8.0, clip_norm=clip_norm, secure_noise=is_secure)
         planned = plan_guarantee(privacy, 2000, 8, 6)
         assert (planned.clip_norm, planned.is_noise_secure) == (clip_norm, is_secure)
-        content = planned.to_json(6, [])
+        content = planned.to_json([])
         assert content["clip_norm"] == clip_norm
         assert content["noise"].startswith(generator)
 

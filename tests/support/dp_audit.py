@@ -60,6 +60,32 @@ def mu_lower_bound(num_in: int, num_missed: int, num_out: int, num_alarms: int) 
     return max(0.0, float(norm.ppf(1 - alarms) - norm.ppf(missed)))
 
 
+def many_runs_bound(
+    num_in: int,
+    true_positives: int,
+    num_out: int,
+    false_positives: int,
+    delta: float,
+    confidence: float = CONFIDENCE,
+) -> float:
+    """The largest epsilon refuted by independent trainings, `num_in` with an example, `num_out` without it.
+
+    Both error rates are taken at the worse end of their exact intervals, at half of the error each, in
+    ln((1 - delta - FNR) / FPR) and with the roles exchanged. Source: Jagielski, Ullman and Oprea, Auditing
+    differentially private machine learning, NeurIPS 2020; Nasr et al., Adversary instantiation, S&P 2021.
+    """
+    false_negative_rate = clopper_pearson(num_in - true_positives, num_in, confidence)[1]
+    false_positive_rate = clopper_pearson(false_positives, num_out, confidence)[1]
+    bounds = [0.0]
+    for one, other in (
+        (false_negative_rate, false_positive_rate),
+        (false_positive_rate, false_negative_rate),
+    ):
+        if 1 - delta - one > 0 and other > 0:
+            bounds.append(math.log((1 - delta - one) / other))
+    return max(bounds)
+
+
 def audit_step(
     n: int, is_noise_secure: bool, clip_norm: float = 0.02, noise_multiplier: float = 1.0
 ) -> Verdict:

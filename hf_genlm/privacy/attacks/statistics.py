@@ -1,9 +1,8 @@
 """Statistics of the attacks: 95 % intervals, ROC curves, and lower bounds on epsilon.
 
 A lower bound on epsilon says how much privacy a training cannot have given. `one_run_bound` needs one
-training with canaries that were each put in or left out by a fair coin; `hf-genlm audit` uses it.
-`many_runs_bound` is for independent trainings with and without one example: the canaries of a single run are
-not independent, so it does not hold for them.
+training with canaries that were each put in or left out by a fair coin. The canaries of a single run are not
+independent, so that bounds for many independent trainings do not hold for them.
 """
 
 import math
@@ -171,29 +170,3 @@ def _largest_refuted(
         middle = (low + high) / 2
         low, high = (middle, high) if p_value(middle) <= error else (low, middle)
     return low
-
-
-def many_runs_bound(
-    num_in: int,
-    true_positives: int,
-    num_out: int,
-    false_positives: int,
-    delta: float,
-    confidence: float = COVERAGE,
-) -> float:
-    """The largest epsilon refuted by independent trainings, `num_in` with an example, `num_out` without it.
-
-    Both error rates are taken at the worse end of their exact intervals, at half of the error each, in
-    ln((1 - delta - FNR) / FPR) and with the roles exchanged. Source: Jagielski, Ullman and Oprea, Auditing
-    differentially private machine learning, NeurIPS 2020; Nasr et al., Adversary instantiation, S&P 2021.
-    """
-    false_negative_rate = clopper_pearson(num_in - true_positives, num_in, confidence)[1]
-    false_positive_rate = clopper_pearson(false_positives, num_out, confidence)[1]
-    bounds = [0.0]
-    for one, other in (
-        (false_negative_rate, false_positive_rate),
-        (false_positive_rate, false_negative_rate),
-    ):
-        if 1 - delta - one > 0 and other > 0:
-            bounds.append(math.log((1 - delta - one) / other))
-    return max(bounds)

@@ -85,17 +85,16 @@ class Guarantee:
         """Epsilon after `steps` steps."""
         return compute_epsilon(self.noise_multiplier, self.sampling_rate, steps, self.delta)
 
-    def to_json(self, steps: int, not_covered: list[str], device: str = "cpu") -> dict[str, Any]:
-        """Content of privacy.json after `steps` steps on a type of `device`; `not_covered` is added to what
-        no run covers."""
+    def to_json(self, not_covered: list[str], device: str = "cpu") -> dict[str, Any]:
+        """Content of privacy.json on a type of `device`; `not_covered` is added to what no run covers."""
         return {
-            "epsilon": math.ceil(self.spent(steps) * 1e4) / 1e4,  # an upper bound is rounded upwards
+            "epsilon": math.ceil(self.spent(self.steps) * 1e4) / 1e4,  # an upper bound is rounded upwards
             "delta": self.delta,
             "unit": UNIT,
             "sampling_rate": self.sampling_rate,
             "noise_multiplier": self.noise_multiplier,
             "clip_norm": self.clip_norm,
-            "steps": steps,
+            "steps": self.steps,
             "accountant": ACCOUNTANT,
             "noise": _GENERATORS[device == "cuda", self.is_noise_secure],
             "covered": COVERED,
