@@ -1,27 +1,34 @@
-"""The one writer of files: whole or not at all, under a private name, and never through a link.
+"""The one reader and the one writer of files.
 
 A file is written beside its place under an unpredictable name, flushed to the disk and renamed. A reader sees
-the old file or the whole new one, and a link at the place is replaced, not followed.
+the old file or the whole new one, and a link at the place is replaced, not followed. Only regular files are
+read: a pipe or a device may have no end.
 """
 
+import atexit
 import contextlib
 import errno
 import functools
 import hashlib
+import io
 import json
 import math
 import os
 import re
 import secrets
 import shutil
+import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TextIO, TypeVar
 
 from hf_genlm.errors import UserError
 
 Schema = TypeVar("Schema")
-_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_PLAIN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | _PLAIN
+_READ = os.O_RDONLY | _PLAIN
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW
 _APPEND = os.O_RDWR | os.O_CREAT | os.O_APPEND | _NO_FOLLOW
 _PRIVATE = re.compile(r"\..*\.[0-9a-f]{16}\.part")
@@ -29,6 +36,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _REMEDIES = {
     **dict.fromkeys(_NO_SPACE, "make room on the disk, or name a folder on another one"),
     errno.ELOOP: "put a file or folder in the place of the link",
+    errno.EMLINK: "put a copy of the file there",
 }
 _REMEDY = "name a place that can be written"
 
@@ -161,9 +169,12 @@ def append_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file open for reading and for writing at its end, made where there is none.
 
     Raises:
-        WriteError: `path` is a link, or the system raised an OSError.
+        WriteError: `path` is a link, no regular file, or a file that has another name too, or the system
+            raised an OSError.
     """
-    with _write_errors(Path(path)), os.fdopen(os.open(path, _APPEND, 0o666), "ab+") as file:
+    with _write_errors(Path(path)), _regular(os.open(path, _APPEND, 0o666), path, "ab+") as file:
+        if os.fstat(file.fileno()).st_nlink > 1:
+            raise OSError(errno.EMLINK, "it is a hard link: the same file has another name", str(path))
         yield file
 
 
@@ -191,6 +202,30 @@ def write_json(path: str | Path, content: Any, schema: Any = None) -> None:
     write_text(path, text)
 
 
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading; a link to one is followed.
+
+    Raises:
+        OSError: it is missing, a folder, a pipe or a device, or cannot be read.
+    """
+    return _regular(os.open(path, _READ), path, "rb")
+
+
+def open_text(path: str | Path, encoding: str = "utf-8") -> TextIO:
+    """Open a text as `open_file` opens a file."""
+    return io.TextIOWrapper(open_file(path), encoding=encoding)
+
+
+def _regular(number: int, path: str | Path, mode: str) -> Any:
+    kind = os.fstat(number).st_mode
+    if stat.S_ISREG(kind):
+        return os.fdopen(number, mode)
+    os.close(number)
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "it is neither a file nor a folder", str(path))
+
+
 def read_bytes(path: str | Path) -> bytes:
     """Read a file.
 
@@ -198,7 +233,8 @@ def read_bytes(path: str | Path) -> bytes:
         UserError: it cannot be read.
     """
     try:
-        return Path(path).read_bytes()
+        with open_file(path) as file:
+            return file.read()
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
 
@@ -248,6 +284,7 @@ def read_tensor_sizes(path: Path) -> dict[str, int]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        open_file(path).close()  # the library reads a path, and waits for a pipe
         with safe_open(path, framework="numpy") as file:
             return {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
@@ -285,14 +322,14 @@ def _damaged(path: str | Path, reason: str) -> UserError:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy the content of a file, without its permissions."""
-    with source.open("rb") as content, atomic_file(target) as file:
+    with open_file(source) as content, atomic_file(target) as file:
         shutil.copyfileobj(content, file)
 
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of the content of a file, in hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while content := file.read(1 << 20):
             digest.update(content)
     return digest.hexdigest()
@@ -308,12 +345,16 @@ def sync_folder(folder: Path) -> None:
 def refuse_links_out(folder: str | Path) -> None:
     """Refuse a folder from which a link leads out, or that holds a pipe or a device.
 
-    A verb that writes into such a folder could write somewhere else.
+    A verb that writes into such a folder could write somewhere else, and one that copies from it could copy
+    a private file. The links of a Hub cache lead to the blobs of the same repository, and are let pass.
 
     Raises:
         UserError: there is such an entry, or a folder cannot be read.
     """
     root = os.path.realpath(folder)
+    repository, is_snapshot, _ = root.rpartition(f"{os.sep}snapshots{os.sep}")
+    is_cached = is_snapshot and re.match("(models|datasets|spaces)--", os.path.basename(repository))
+    blobs = os.path.join(repository, "blobs") if is_cached else root
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename!r} cannot be read: {error.strerror}") from error
@@ -321,15 +362,89 @@ def refuse_links_out(folder: str | Path) -> None:
     for parent, folders, names in os.walk(root, onerror=refuse):
         for name in sorted([*folders, *names]):
             path = os.path.join(parent, name)
-            if os.path.islink(path):
-                target = os.path.realpath(path)
-                if os.path.commonpath([root, target]) != root:
-                    raise UserError(
-                        f"{path!r} is a link to {target!r}, outside of {str(folder)!r}: put the file or "
-                        "folder itself there, or remove the link"
-                    )
-            elif not os.path.isfile(path) and not os.path.isdir(path):
+            target = os.path.realpath(path)
+            if os.path.islink(path) and not any(Path(target).is_relative_to(each) for each in (root, blobs)):
+                raise UserError(
+                    f"{path!r} is a link to {target!r}, outside of {str(folder)!r}: put the file or "
+                    "folder itself there, or remove the link"
+                )
+            if os.path.lexists(target) and not os.path.isfile(path) and not os.path.isdir(path):
                 raise UserError(f"{path!r} is neither a file nor a folder: remove it")
+
+
+def cache_folder() -> Path:
+    """Path of the cache folder, which may not exist yet."""
+    if os.environ.get("HF_GENLM_CACHE"):
+        return Path(os.environ["HF_GENLM_CACHE"]).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "hf_genlm"
+
+
+def program_folder() -> Path:
+    """The folder of compiled programs, which are executed: made with mode 0700 in the cache folder.
+
+    Raises:
+        UserError: another user could have put a program there.
+        WriteError: it cannot be made.
+    """
+    path = cache_folder() / "programs"
+    with _write_errors(path):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if (other := find_open_path(path)) is not None:
+            raise UserError(
+                f"{str(other)!r} can be written by other users, whose programs would run in {str(path)!r}: "
+                "let only your user write there, or name another folder by HF_GENLM_CACHE"
+            )
+        path.chmod(0o700)
+    return path
+
+
+def find_open_path(path: Path) -> Path | None:
+    """Return `path` or the folder above it that a user other than this one and root could replace or fill.
+
+    None if there is none, or on a system without such owners.
+    """
+    if not hasattr(os, "geteuid"):
+        return None
+    path = Path(os.path.realpath(path))
+    for place in (path, *path.parents):
+        state = place.stat()
+        is_sticky = place != path and state.st_mode & stat.S_ISVTX  # others cannot rename what is in it
+        writers = stat.S_IWOTH | (0 if _is_own_group(state.st_gid) else stat.S_IWGRP)
+        if state.st_uid not in (0, os.geteuid()) or (state.st_mode & writers and not is_sticky):
+            return place
+    return None
+
+
+def _is_own_group(number: int) -> bool:
+    """True for the group of root, and for the one that many systems give to each user alone."""
+    import grp
+    import pwd
+
+    try:
+        user, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(number)
+    except KeyError:
+        return False
+    return number == 0 or (group.gr_name == user and not set(group.gr_mem) - {user})
+
+
+def use_private_compiler_caches() -> None:
+    """Let the compilers of torch keep their programs where no other user can put one.
+
+    By default that is the temporary folder of the machine, under a name that anybody can take first. If the
+    cache folder is not private either, this process gets a folder of its own.
+    """
+    stated = {name: os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    if all(path and os.path.isdir(path) and find_open_path(Path(path)) is None for path in stated.values()):
+        return
+    try:
+        folder = program_folder()
+    except (UserError, RuntimeError):  # RuntimeError: this user has no home
+        folder = Path(tempfile.mkdtemp(prefix="hf-genlm-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name in stated:
+        (folder / name.lower()).mkdir(mode=0o700, exist_ok=True)
+        os.environ[name] = str(folder / name.lower())
 
 
 def require_new_folder(path: str | Path) -> None:

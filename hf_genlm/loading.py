@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_genlm.errors import UserError, without_secrets
+from hf_genlm.files import refuse_links_out, use_private_compiler_caches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +23,7 @@ def load(name: "str | os.PathLike[str]") -> "tuple[PreTrainedModel, PreTrainedTo
         UserError: there is no model, its weights are not safetensors, or it cannot be loaded.
     """
     source = source_of(name)
+    use_private_compiler_caches()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -44,7 +46,8 @@ def source_of(name: "str | os.PathLike[str]") -> str:
     """Resolve a run folder, a model folder or a Hub id to what `from_pretrained` takes.
 
     Raises:
-        UserError: there is no model at `name`, its weights are not safetensors, or it is an adapter.
+        UserError: there is no model at `name`, its weights are not safetensors, it is an adapter, or a link
+            leads out of it.
     """
     name = os.fspath(name)
     path = Path(name)
@@ -56,6 +59,8 @@ def source_of(name: "str | os.PathLike[str]") -> str:
                 f"{shlex.quote(name)}, or name one of its milestones/"
             )
         raise UserError(f"{name!r} holds no model: neither it nor its model/ has a config.json")
+    if path.exists():
+        refuse_links_out(path if (path / "recipe.yaml").is_file() else source)
     if path.exists() and not any(Path(source).glob("*.safetensors")):
         raise UserError(
             f"{name!r} has no weights in model.safetensors, and other formats can execute code: load the "

@@ -19,6 +19,7 @@ from hf_genlm.decoding.step import (
     DecodeStep,
     Program,
     StepState,
+    has_program,
     program_file,
 )
 from hf_genlm.errors import UserError
@@ -149,7 +150,7 @@ class FastGenerator:
         as_compiled = DecodeStep(self.model, row_sums=row_sums, int8=self.int8)
         program = self.program
         if program is None:
-            program = "compiled" if program_file(as_compiled, inputs).is_file() else "traced"
+            program = "compiled" if has_program(program_file(as_compiled, inputs)) else "traced"
         step = as_compiled if program == "compiled" else DecodeStep(self.model, int8=self.int8)
         return PROGRAMS[program](step, inputs)
 

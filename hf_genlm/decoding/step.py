@@ -22,11 +22,16 @@ import transformers
 from torch import nn
 
 from hf_genlm.errors import UserError
-from hf_genlm.files import atomic_path
+from hf_genlm.files import (
+    atomic_path,
+    cache_folder,
+    find_open_path,
+    program_folder,
+    use_private_compiler_caches,
+)
 from hf_genlm.model import MIXERS, GenLMConfig, GenLMForCausalLM
 from hf_genlm.model.bigram_genlm import LAST_TOKEN_SLOT
 from hf_genlm.model.configuration_genlm import RECURRENT_MIXERS
-from hf_genlm.text.cache import cache_folder
 
 MOVING_ROTATIONS = ("dynamic", "longrope")  # their frequencies depend on the length of the text
 SLOTS_AT_ONCE = 64  # attention reads a multiple of so many slots: few shapes, little wasted work
@@ -291,14 +296,16 @@ def compiled(step: DecodeStep, inputs: Inputs) -> Program:
     other devices by torch.compile with CUDA graphs, for this process.
 
     Raises:
-        UserError: there is no C++ compiler.
+        UserError: there is no C++ compiler, or another user could have put a program into the cache.
     """
+    use_private_compiler_caches()
     if inputs[0].device.type != "cpu":
         for tensor in inputs[1:]:
             torch._dynamo.mark_static_address(tensor)
         return torch.compile(step, mode="reduce-overhead", fullgraph=True)
     file = program_file(step, inputs)
-    if not file.is_file():
+    program_folder()
+    if not has_program(file):
         _compile_to(file, step, inputs)
     library = torch._inductor.aoti_load_package(str(file))
     weights = _weights(step)
@@ -339,7 +346,12 @@ def program_file(step: DecodeStep, inputs: Inputs) -> Path:
         "machine": [_processor(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
     }
     digest = hashlib.sha256(json.dumps(decided, sort_keys=True, default=str).encode()).hexdigest()
-    return cache_folder() / f"step-{digest[:24]}.pt2"
+    return cache_folder() / "programs" / f"step-{digest[:24]}.pt2"
+
+
+def has_program(file: Path) -> bool:
+    """True if there is a program that no other user could have written."""
+    return file.is_file() and not any(map(find_open_path, (file, file.parent)))
 
 
 def _shape_of(config: GenLMConfig) -> dict:
@@ -386,6 +398,7 @@ def _compile_to(file: Path, step: DecodeStep, inputs: Inputs) -> None:
                 package_path=str(part),
                 inductor_configs={"aot_inductor.package_constants_in_so": False},
             )
+            part.chmod(0o600)
 
 
 def check_compiler() -> None:

@@ -21,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 
 from hf_genlm.errors import UserError
-from hf_genlm.files import PendingFile
+from hf_genlm.files import PendingFile, cache_folder, open_file
 
 SPARE_BYTES = 1 << 28  # free space that scratch files leave on the disk
 STALE_S = 86_400  # age at which an unfinished file is deleted
@@ -121,16 +121,22 @@ class Cache:
         self.folder, self.max_bytes, self._note = folder, max_bytes, note
 
     def load(self, key: str) -> ArrayFile | None:
-        """Verified entry of `key`; None if there is none or it is damaged."""
+        """Verified entry of `key`; None if there is none, it is damaged, or another user wrote it."""
         if self.folder is None:
             return None
         path = self.folder / (key + _SUFFIX)
         try:
-            with path.open("rb") as file:
-                table = _verified_table(file)
-                if table is not None:
+            with open_file(path) as file:
+                if hasattr(os, "geteuid") and os.fstat(file.fileno()).st_uid != os.geteuid():
+                    raise PermissionError(errno.EPERM, "another user wrote it")
+                entry = None
+                # a table that this package did not write
+                with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                    table = _verified_table(file)
+                    entry = None if table is None else ArrayFile(file, table)
+                if entry is not None:
                     os.utime(path)  # marks the entry as recently used
-                    return ArrayFile(file, table)
+                    return entry
             self._note(f"the cached {path.name} is damaged: it is made anew")
             path.unlink()
         except (FileNotFoundError, NotADirectoryError):
@@ -169,14 +175,6 @@ class Cache:
                 left -= size
                 if left < 0:
                     path.unlink(missing_ok=True)
-
-
-def cache_folder() -> Path:
-    """Path of the cache folder, which may not exist yet."""
-    if os.environ.get("HF_GENLM_CACHE"):
-        return Path(os.environ["HF_GENLM_CACHE"]).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hf_genlm"
 
 
 def key_of(**decides: Any) -> str:

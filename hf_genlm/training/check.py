@@ -1,5 +1,6 @@
 """Check a recipe before any text is read: one place for every rule that a recipe can break."""
 
+import os
 from dataclasses import replace
 
 import torch
@@ -93,6 +94,12 @@ def _check_sharded(settings: Settings) -> None:
         "training.optimizer=muon": (settings.training.optimizer == "muon", "training.optimizer=adamw"),
         "vectors.frozen=true": (settings.vectors.frozen, "vectors.frozen=false"),
     }
+    default = "SHARDED_STATE_DICT" if os.environ.get("FSDP_VERSION") == "2" else ""
+    if os.environ.get("FSDP_STATE_DICT_TYPE", default) == "SHARDED_STATE_DICT":
+        raise UserError(
+            "a checkpoint of FSDP's shards executes what it names when it is read, and is not resumed: set "
+            "fsdp_state_dict_type: FULL_STATE_DICT"
+        )
     for name, (is_stated, remedy) in refused.items():
         if is_stated:
             raise UserError(

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_genlm.errors import Stopped, UserError
-from hf_genlm.files import atomic_folder, note_no_space, read, sha256_of, sync_folder, write_json
+from hf_genlm.files import atomic_folder, note_no_space, read, read_text, sha256_of, sync_folder, write_json
 
 _PREFIX = "checkpoint-"  # as Trainer names them
 _PENDING = ".part"  # the folder in which a checkpoint is written
@@ -94,6 +94,9 @@ def newest_checkpoint(folder: Path, note: Callable[[str], None] = lambda message
 
     Newer, damaged ones are renamed to `damaged-checkpoint-N`, so that they do not count as one of the newest;
     `note` receives a message about each.
+
+    Raises:
+        UserError: the checkpoint would execute code.
     """
     for path in reversed(_list_checkpoints(folder)):
         try:
@@ -109,20 +112,28 @@ def newest_checkpoint(folder: Path, note: Callable[[str], None] = lambda message
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             continue
+        refuse_code(path)
         return Checkpoint(path, manifest)
     return None
 
 
 def refuse_code(checkpoint: Path) -> None:
-    """Refuse a checkpoint that would execute code when DeepSpeed reads it. Nothing is unpickled here.
+    """Refuse a checkpoint that would execute code when DeepSpeed or FSDP reads it. Nothing is unpickled here.
 
     Raises:
-        UserError: a DeepSpeed file names a class or function that DeepSpeed does not write.
+        UserError: a DeepSpeed file names a class or function that DeepSpeed does not write, or there are
+            shards of FSDP, whose reader executes whatever they name.
     """
+    for file in checkpoint.rglob("*"):
+        if file.name == ".metadata" or file.suffix == ".distcp":
+            raise UserError(
+                f"{file} is a shard of FSDP, whose reader executes what it names: the run cannot be resumed; "
+                "start it again with fsdp_state_dict_type: FULL_STATE_DICT"
+            )
     latest = checkpoint / "latest"  # written by DeepSpeed: the name of the folder of its files
     if not latest.is_file():
         return
-    folder = (checkpoint / latest.read_text(encoding="utf-8").strip()).resolve()
+    folder = (checkpoint / read_text(latest).strip()).resolve()
     if folder.parent != checkpoint.resolve():
         raise UserError(f"{latest} names {folder}, a place outside the checkpoint: the run cannot be resumed")
     for file in sorted(folder.glob("*.pt")):

@@ -27,7 +27,7 @@ from hf_genlm.errors import NoSource, UserError
 from hf_genlm.evaluation.aggregation import BlockSums
 from hf_genlm.evaluation.languages import measure_languages
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
-from hf_genlm.files import write_json, write_text
+from hf_genlm.files import use_private_compiler_caches, write_json, write_text
 from hf_genlm.loading import hub_id_of
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.privacy.dp.mechanism import choose_delta
@@ -39,7 +39,7 @@ from hf_genlm.training.build import new_model, start_model
 from hf_genlm.training.callbacks import Diverged
 from hf_genlm.training.carried_state import StateCallback
 from hf_genlm.training.check import check
-from hf_genlm.training.checkpoints import Checkpoint, StopRequest, newest_checkpoint, refuse_code, write_model
+from hf_genlm.training.checkpoints import Checkpoint, StopRequest, newest_checkpoint, write_model
 from hf_genlm.training.corpus import (
     Rows,
     StreamedCorpus,
@@ -89,6 +89,7 @@ def train(
             became NaN or infinite, also at half the learning rate.
         Stopped: a signal came.
     """
+    use_private_compiler_caches()
     processes.join()
     n_threads, stop = torch.get_num_threads(), StopRequest(str(out))
     try:
@@ -240,8 +241,6 @@ def _resume(run: RunFolder, stated: Recipe, stop: StopRequest) -> RunFolder:
     def look_around() -> tuple[bool, bool, Checkpoint | None]:
         run.end_log_line()
         begin = newest_checkpoint(run.checkpoints, lambda message: run.log("note", message=message))
-        if begin is not None:
-            refuse_code(begin.path)
         return run.evaluation.is_file(), run.model.is_dir(), begin
 
     is_done, has_model, begin = processes.from_first(look_around)

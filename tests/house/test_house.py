@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "run_folder": {"errors", "files", "run_schemas"},
     "model": set(),
     "config": {"errors", "files", "run_folder", "model"},
-    "loading": {"errors", "model"},
+    "loading": {"errors", "files", "model"},
     "text": {*BASE},
     "decoding": TEXT_AND_MODEL,
     "evaluation": TEXT_AND_MODEL | {"decoding"},
