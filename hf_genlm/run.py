@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_genlm.config.recipe import Recipe, load_recipe
+from hf_genlm.files import read_bytes, read_text
 from hf_genlm.loading import load
 from hf_genlm.run_folder import RunFolder
 
@@ -80,13 +81,13 @@ class Run:
 
         if not self.folder.samples.is_file():
             return []
-        return fenced_blocks(self.folder.samples.read_text(encoding="utf-8"))
+        return fenced_blocks(read_text(self.folder.samples))
 
     @property
     def card(self) -> str:
         """The model card, as Markdown."""
         card = self.folder.model / "README.md"
-        return card.read_text(encoding="utf-8") if card.is_file() else ""
+        return read_text(card) if card.is_file() else ""
 
     def _repr_html_(self) -> str:
         """Show the measurements and the curves in a notebook."""
@@ -103,7 +104,7 @@ class Run:
         picture = self.path / "plots" / "curves.png"
         image = ""
         if picture.is_file():
-            content = base64.b64encode(picture.read_bytes()).decode("ascii")
+            content = base64.b64encode(read_bytes(picture)).decode("ascii")
             image = f'<img alt="training curves" src="data:image/png;base64,{content}">'
         name = html.escape(os.fspath(self.path))
         return f"<b>{name}</b><table>{table if rows else ''}</table>{image}"

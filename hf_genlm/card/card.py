@@ -23,7 +23,7 @@ from hf_genlm.card.wording import parts_of
 from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements
-from hf_genlm.files import read, read_tensor_sizes, read_text, write_text
+from hf_genlm.files import read, read_bytes, read_tensor_sizes, read_text, write_text
 from hf_genlm.report import document
 from hf_genlm.report.audit_plot import AUDIT_FILE
 from hf_genlm.report.curves import CURVES_FILE, curves_of, describe_curves, first_samples, write_curves
@@ -96,7 +96,7 @@ def is_edited(path: Path) -> bool:
     """True if a person wrote or edited the card at `path`; False if there is none."""
     if not path.is_file():
         return False
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = read_bytes(path).decode("utf-8", "replace")
     seals = list(_SEAL.finditer(text))
     if not seals or seals[-1].end() != len(text):
         return True

@@ -28,6 +28,7 @@ from hf_genlm.config.sections import (
     VectorsRecipe,
 )
 from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.files import open_text
 
 __all__ = [
     "ENDS",
@@ -166,7 +167,7 @@ def _split(assignment: str) -> tuple[str, Any]:
 def _read_sections(path: Path) -> dict[str, dict[str, Any]]:
     """The content of a recipe file, section by section."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with open_text(path) as file:
             text = file.read(_MAX_CHARACTERS + 1)
         if len(text) > _MAX_CHARACTERS:
             raise ValueError(f"it has more than {_MAX_CHARACTERS:,} characters")

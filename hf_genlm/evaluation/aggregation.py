@@ -31,7 +31,7 @@ from hf_genlm.evaluation.measurement import (
     percentile_interval,
     ratio_stderr,
 )
-from hf_genlm.files import atomic_file
+from hf_genlm.files import atomic_file, open_file
 
 Document = tuple[np.ndarray, int]  # token ids (T,), bytes of the original text
 MIN_DOCUMENT_CLUSTERS = 20  # number of documents from which on they are the clusters of errors
@@ -321,7 +321,8 @@ class BlockSums:
             UserError: the file is missing or damaged.
         """
         try:
-            table = np.load(path, allow_pickle=False)
+            with open_file(path) as file:
+                table = np.load(file, allow_pickle=False)
         except OSError as error:
             raise UserError(f"{str(path)!r} cannot be read: {error}") from error
         except (ValueError, EOFError, MemoryError, OverflowError) as error:

@@ -31,6 +31,7 @@ from hf_genlm.evaluation.measurement import (
     percentile_interval,
     ratio_stderr,
 )
+from hf_genlm.files import open_text
 
 _RELATIVE_ROUNDING = 1e-6  # of a sum of float32 log-probabilities
 _OUTCOMES = np.array([0.0, 0.5, 1.0])  # of a pair: bad sentence likelier, tie, good sentence likelier
@@ -71,13 +72,15 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 
 def _read_file(file: Path) -> Iterator[Pair]:
-    with file.open(encoding="utf-8") as lines:
-        try:
+    try:
+        with open_text(file) as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _parse_pair(line, f"{str(file)!r}, line {number}", file.stem)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{str(file)!r} is not UTF-8 text: {error.reason}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{str(file)!r} is not UTF-8 text: {error.reason}") from error
+    except OSError as error:
+        raise UserError(f"{str(file)!r} cannot be read: {error.strerror}") from error
 
 
 def _parse_pair(line: str, place: str, default_uid: str) -> Pair:

@@ -19,7 +19,7 @@ import hf_genlm.exporting.onnx_step as onnx_step
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.exporting.layouts import LAYOUTS, convert, find_misfits
 from hf_genlm.exporting.onnx_runner import OnnxRunner
-from hf_genlm.files import atomic_folder, copy_file, require_new_folder, write_text
+from hf_genlm.files import atomic_folder, copy_file, read_text, require_new_folder, write_text
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.run_folder import describe_environment
 
@@ -179,7 +179,7 @@ def _card_fields(card: Path) -> dict[str, Any]:
     """Front matter of a model card that holds for every format of the model."""
     from huggingface_hub import ModelCard
 
-    data = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    data = ModelCard(read_text(card), ignore_metadata_errors=True).data.to_dict()
     return {name: data[name] for name in _CARD_FIELDS if name in data}
 
 

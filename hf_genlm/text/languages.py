@@ -5,7 +5,6 @@ each language, `report["languages"][code]["train"]["documents"]` in the report o
 positions.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.files import open_text, sha256_of
 from hf_genlm.text.encoding import TokenizedDocuments
 from hf_genlm.text.packing import PackedRows
 from hf_genlm.text.store import Documents, cut_blocks
@@ -189,7 +189,8 @@ def read_parallel(recipe: CorpusRecipe) -> dict[str, list[str]]:
     lines: dict[str, list[str]] = {}
     for code, name in recipe.parallel.items():
         try:
-            text = Path(name).expanduser().read_text(encoding=recipe.encoding)
+            with open_text(Path(name).expanduser(), recipe.encoding) as file:
+                text = file.read()
         except (OSError, ValueError) as error:
             raise UserError(
                 f"corpus.parallel: {name!r} cannot be read ({error}): name a file of text, a sentence a line"
@@ -214,7 +215,7 @@ def trained_parallel(recipe: CorpusRecipe, files: Sequence[Mapping[str, Any]]) -
 
     def is_trained_on(name: str) -> bool:
         path = Path(name).expanduser()
-        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() in hashes
+        return path.is_file() and sha256_of(path) in hashes
 
     return [code for code, name in recipe.parallel.items() if is_trained_on(name)]
 

@@ -15,6 +15,7 @@ from typing import IO, Any, NoReturn
 
 from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import NoSource, UserError
+from hf_genlm.files import open_file
 from hf_genlm.text.cache import NoRoom
 from hf_genlm.text.formats import Parts, check_column, format_of, text_value, texts_of, texts_of_rows
 from hf_genlm.text.raw_files import Damage, LeaveOut, LeftOut, Place, RawFile, one_line
@@ -301,7 +302,7 @@ def opened(file: FoundFile) -> Iterator[IO[bytes]]:
             raise UserError(
                 f"{label!r} is neither a file nor a folder: save the text to a file and name that"
             )
-        with file.path.open("rb") as stream:
+        with open_file(file.path) as stream:
             yield stream
     except OSError as error:
         raise UserError(

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from hf_genlm.config.recipe import TrainingRecipe
 from hf_genlm.config.settings import Settings, TrainingSettings
 from hf_genlm.errors import UserError
-from hf_genlm.files import write_bytes, write_json
+from hf_genlm.files import read_json, write_bytes, write_json
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.privacy.dp.mechanism import (
     KEY_BYTES,
@@ -103,7 +103,7 @@ class PrivateState:
             UserError: it is missing, or the noise was chosen for fewer steps.
         """
         try:
-            content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+            content = read_json(folder / STATE_FILE)
             key, fingerprint = bytes.fromhex(content["key"]), content.get("fingerprint", "")
             state = cls(Guarantee(**content["guarantee"]), key, fingerprint)
         except (OSError, ValueError, KeyError, TypeError) as error:

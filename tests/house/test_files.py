@@ -1,9 +1,13 @@
-"""Promise: one writer writes all files, whole or not at all, and never through a link."""
+"""Promise: one writer writes all files, whole or not at all, and never through a link; one reader reads only
+regular files."""
 
 import ast
+import contextlib
 import errno
+import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,8 +15,13 @@ from support.corpora import write
 from support.runs import SMALL
 
 import hf_genlm
+from hf_genlm import files
+from hf_genlm.card.card import is_edited
 from hf_genlm.cli.main import main
+from hf_genlm.config.recipe import CorpusRecipe, load_recipe
 from hf_genlm.errors import UserError
+from hf_genlm.evaluation.aggregation import BlockSums
+from hf_genlm.evaluation.benchmarks import read_pairs
 from hf_genlm.files import (
     WriteError,
     append_file,
@@ -22,12 +31,25 @@ from hf_genlm.files import (
     copy_file,
     is_private_name,
     private_name,
+    read_bytes,
+    read_json,
+    read_text,
     refuse_links_out,
     remove_private,
     write_bytes,
     write_json,
     write_text,
 )
+from hf_genlm.loading import load
+from hf_genlm.report.runs import list_runs
+from hf_genlm.run_folder import RunFolder
+from hf_genlm.run_schemas import EnvironmentFile
+from hf_genlm.text.cache import Cache
+from hf_genlm.text.languages import read_parallel
+from hf_genlm.text.tokenizer import load_tokenizer
+from hf_genlm.training.check import check
+from hf_genlm.training.checkpoints import newest_checkpoint
+from hf_genlm.training.private import PrivateState
 
 PACKAGE = Path(hf_genlm.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -293,6 +315,198 @@ def test_what_cannot_be_written_is_one_line(trained, tmp_path, capsys, read_only
     assert main(["plot", str(run), "--out", str(tmp_path / "elsewhere.png")]) == 0
 
 
+# what is read
+
+
+@pytest.fixture
+def alarm():
+    """Fail, instead of waiting for ever at a pipe."""
+
+    def ring(*_):
+        raise AssertionError("it waits")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def read_parallel_text(path: Path) -> None:
+    read_parallel(CorpusRecipe(parallel={"a": str(path)}))
+
+
+READERS = {
+    "bytes": read_bytes,
+    "text": read_text,
+    "json": read_json,
+    "schema": lambda path: files.read(path, EnvironmentFile),
+    "copy": lambda path: copy_file(path, path.with_name("copy")),
+    "hash": files.sha256_of,
+    "safetensors": files.read_tensor_sizes,
+    "recipe": load_recipe,
+    "blocks": BlockSums.load,
+    "parallel text": read_parallel_text,
+    "pairs": read_pairs,
+    "card": is_edited,
+    "private state": lambda path: PrivateState.load(path.parent, 1),
+    "log": lambda path: RunFolder(path.parent).read_log(),
+    "cached arrays": lambda path: Cache(path.parent).load("key"),
+}
+NAMES = {"private state": "privacy_state.json", "log": "log.jsonl", "cached arrays": "key.arrays"}
+SPECIAL = {
+    "pipe": os.mkfifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "folder": lambda path: path.mkdir(),
+    "loop": lambda path: path.symlink_to(path.name),
+    "nothing": lambda path: path.symlink_to("missing"),
+}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("reader", READERS)
+def test_only_regular_files_are_read(reader, kind, tmp_path, alarm):
+    """A pipe would hold a verb for ever, and a device would fill the memory."""
+    path = tmp_path / "in" / NAMES.get(reader, "file")
+    path.parent.mkdir()
+    SPECIAL[kind](path)
+    with contextlib.suppress(UserError, OSError):
+        assert READERS[reader](path) in (None, False, [])  # is taken as missing
+    assert names_in(tmp_path / "in") == [path.name]
+
+
+def test_a_list_of_runs_waits_for_no_pipe(tmp_path, alarm):
+    for name in ("recipe.yaml", "log.jsonl"):
+        run = tmp_path / name.split(".")[0]
+        write(run / "recipe.yaml", "")
+        write(run / "log.jsonl", "")
+        (run / name).unlink()
+        os.mkfifo(run / name)
+    assert [summary.state for summary in list_runs(tmp_path)] != []
+    assert all("neither a file nor a folder" in summary.state for summary in list_runs(tmp_path))
+
+
+def test_a_checkpoint_may_name_no_device(tmp_path, alarm):
+    folder = tmp_path / "checkpoint-2"
+    progress = {"step": 2, "elapsed_s": 1.0, "seconds": None, "steps": 4}
+    write(folder / "manifest.json", json.dumps({**progress, "files": {"/dev/zero": [0, "0"]}}))
+    notes: list[str] = []
+    assert newest_checkpoint(tmp_path, notes.append) is None
+    assert "checkpoint-2 is damaged" in notes[0]
+
+
+@pytest.mark.parametrize("name", [".metadata", "optimizer_0/.metadata", "optimizer_0/__0_0.distcp"])
+def test_shards_of_a_checkpoint_are_refused_where_it_is_found(tmp_path, name):
+    """The reader of torch.distributed.checkpoint unpickles them."""
+    file = write(tmp_path / "checkpoint-2" / name, "pickle")
+    progress = {"step": 2, "elapsed_s": 1.0, "seconds": None, "steps": 4}
+    content = {**progress, "files": {name: [file.stat().st_size, files.sha256_of(file)]}}
+    write(tmp_path / "checkpoint-2" / "manifest.json", json.dumps(content))
+    with pytest.raises(UserError, match=r"shard of FSDP.*FULL_STATE_DICT"):
+        newest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("version", "kind"), [("2", None), ("2", "SHARDED_STATE_DICT"), ("1", "SHARDED_STATE_DICT")]
+)
+def test_a_run_that_would_write_such_shards_does_not_begin(version, kind, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", version)
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    check(load_recipe(None, SMALL))
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", kind) if kind else monkeypatch.delenv("FSDP_STATE_DICT_TYPE")
+    with pytest.raises(UserError, match="fsdp_state_dict_type: FULL_STATE_DICT"):
+        check(load_recipe(None, SMALL))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.link(path.with_name("outside.txt"), path)])
+def test_an_append_changes_no_other_file(tmp_path, make, alarm):
+    outside = write(tmp_path / "outside.txt", "precious")
+    make(tmp_path / "log.jsonl")
+    message = r"hard link: .*put a copy|neither a file nor a folder"
+    with pytest.raises(WriteError, match=message), append_file(tmp_path / "log.jsonl") as file:
+        file.write(b"x")
+    assert outside.read_text() == "precious"
+
+
+# model folders
+
+MODEL_VERBS = {
+    "generate": lambda model, text, out: ["generate", model],
+    "evaluate": lambda model, text, out: ["evaluate", model, text],
+    "audit": lambda model, text, out: ["audit", model, "--train", text, "--held-out", text],
+    "export": lambda model, text, out: ["export", model, "--to", "llama", "--out", out],
+    "extend": lambda model, text, out: ["extend", model, text, "--vocab-size", "+5", "--out", out],
+    "space": lambda model, text, out: ["space", model, "--out", out],
+    "from": lambda model, text, out: ["train", text, "--from", model, "--steps", "1", "--out", out],
+    "serve": lambda model, text, out: ["serve", model],
+    "chat": lambda model, text, out: ["chat", model],
+}
+OUTSIDE = {
+    "chat_template.jinja": "is a link to",
+    "tokenizer.json": "is a link to",
+    "model.safetensors": "is neither a file nor a folder",
+    "config.json": "is a link to",
+}
+
+
+@pytest.mark.parametrize("is_run", [False, True], ids=["model", "run"])
+@pytest.mark.parametrize("verb", MODEL_VERBS)
+def test_a_model_whose_files_lie_elsewhere_is_refused(verb, is_run, trained, tmp_path, capsys, alarm):
+    """A copy of what a link leads to would be in the export, the demo and the extended model."""
+    secret = write(tmp_path / "id_ed25519", "-----BEGIN PRIVATE KEY-----")
+    text = str(write(tmp_path / "text.txt", "some words\n" * 50))
+    for name, message in OUTSIDE.items():
+        home = tmp_path / f"{name}-folder"
+        shutil.copytree(trained / "run", home)
+        file = home / "model" / name
+        content = file.read_bytes()
+        file.unlink()
+        if "link" in message:
+            if name == "config.json":
+                secret.write_bytes(content)
+            file.symlink_to(secret)
+        else:
+            os.mkfifo(file)
+        out = tmp_path / f"{name}-out"
+        model = str(home if is_run else home / "model")
+        assert main(MODEL_VERBS[verb](model, text, str(out))) == 2, name
+        assert message in capsys.readouterr().err.strip().splitlines()[-1], name
+        assert not out.exists()
+
+
+def test_a_tokenizer_whose_files_lie_elsewhere_is_refused(trained, tmp_path):
+    shutil.copytree(trained / "run/tokenizer", tmp_path / "tokenizer")
+    load_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer/chat_template.jinja").unlink()
+    (tmp_path / "tokenizer/chat_template.jinja").symlink_to(write(tmp_path / "secret", "key"))
+    with pytest.raises(UserError, match=r"chat_template.jinja' is a link to"):
+        load_tokenizer(tmp_path / "tokenizer")
+
+
+def test_the_links_of_a_hub_cache_are_followed_to_its_blobs_only(trained, tmp_path):
+    for name in ("models--owner--name", "elsewhere"):
+        repository = tmp_path / name
+        folder = repository / "snapshots" / ("0" * 40)
+        for number, file in enumerate(sorted((trained / "run/model").glob("*.*"))):
+            if file.is_file():
+                blob = repository / "blobs" / str(number)
+                write(blob, file.read_bytes())
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / file.name).symlink_to(f"../../blobs/{number}")
+        if name == "elsewhere":
+            with pytest.raises(UserError, match="is a link to"):
+                load(folder)
+            continue
+        load(folder)
+        (folder / "README.md").unlink()
+        for target in (repository / "refs/main", tmp_path / "models--owner--name-2/blobs/0"):
+            (folder / "README.md").symlink_to(write(target, "x"))
+            with pytest.raises(UserError, match=r"README.md' is a link to"):
+                load(folder)
+            (folder / "README.md").unlink()
+
+
 # no other writer
 
 WRITING_METHODS = {
@@ -391,3 +605,57 @@ def test_that_check_lets_readers_pass():
 
 def test_every_exception_names_a_file():
     assert all((PACKAGE / name).is_file() for name in ALLOWED)
+
+
+# no other reader
+
+# file -> why its own readers can wait for no pipe
+READS_ITSELF = {
+    "files.py": "the reader",
+    "evaluation/aggregation.py": "np.load gets a file that files.py has opened",
+    "text/vector_files.py": "is_file() comes first",
+    "text/sources.py": "the library source of this Python",
+    "hub/manifest.py": "the manifest lists regular files",
+    "training/callbacks.py": "the .gitignore of a folder that it writes",
+    "decoding/step.py": "/proc/cpuinfo and the source of this package",
+    "exporting/onnx_runner.py": "it travels to folders where this package is not installed",
+    "exporting/targets.py": "a template of this package",
+    "card/card.py": "likewise",
+    "report/document.py": "templates and pictures that it has just written",
+    "space/files/demo/interface.py": "it runs where this package is not installed",
+    "space/files/demo/models.py": "likewise",
+}
+
+
+def readers_in(source: str) -> set[str]:
+    """Calls that open a file for reading by themselves."""
+    found = set()
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        name = name_of(call.func)
+        last = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+        if name in ("read_text", "read_bytes", "open_file", "open_text"):
+            continue  # of files.py
+        is_method = last == "open" and bool(call.args) and isinstance(call.args[0], ast.Constant)
+        if is_method or last in ("read_text", "read_bytes") or name in ("open", "io.open", "np.load"):
+            found.add(name or last)
+    return found
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
+def test_no_other_module_opens_files_for_reading(file):
+    name = file.relative_to(PACKAGE).as_posix()
+    found = readers_in(file.read_text(encoding="utf-8"))
+    assert not found or name in READS_ITSELF, found
+
+
+def test_that_check_of_readers_can_fail():
+    for fault in (
+        "open(path)",
+        "path.open('rb')",
+        "Path(x).read_text()",
+        "path.read_bytes()",
+        "np.load(path)",
+    ):
+        assert readers_in(fault)
+    assert not readers_in("open_file(path); read_text(path); RunFolder.open(path)")
+    assert all((PACKAGE / name).is_file() for name in READS_ITSELF)
