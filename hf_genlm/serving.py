@@ -101,7 +101,12 @@ def background_server(source: str, timeout_s: float = 300.0) -> Iterator[str]:
         port = free.getsockname()[1]
     url = f"http://localhost:{port}"
     command = [sys.executable, "-m", "hf_genlm", "serve", source, "--port", str(port)]
-    with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+    # by the import path of this process: the current folder may be a stranger's
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **paths}) as server,
+    ):
         try:
             deadline = time.monotonic() + timeout_s
             while not _answers(f"{url}/health"):

@@ -54,6 +54,15 @@ def use_one_gpu() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
 
 
+def package_command() -> list[str]:
+    """Arguments of `python` that run this package by the import path of this process.
+
+    `python -m` and `-c` would import modules of the current folder first, which may be a stranger's.
+    """
+    path = f"import sys; sys.path[:] = {sys.path!r}"
+    return ["-c", f"{path}; from hf_genlm.cli.main import main; sys.exit(main())"]
+
+
 def launch(command: Sequence[str], processes: int) -> tuple[int, str | None]:
     """Run `python *command` in `processes` processes, one per GPU on a machine with GPUs.
 
@@ -90,7 +99,9 @@ def launch(command: Sequence[str], processes: int) -> tuple[int, str | None]:
             }
             if sys.platform in _LOOPBACK:
                 for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-                    environment[name] = os.environ.get(name, _LOOPBACK[sys.platform])
+                    environment[name] = _LOOPBACK[
+                        sys.platform
+                    ]  # whatever the user states for several machines
             config = LaunchConfig(
                 min_nodes=1,
                 max_nodes=1,

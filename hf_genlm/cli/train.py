@@ -8,7 +8,15 @@ import typer
 
 from hf_genlm.cli import options as o
 from hf_genlm.cli.display import Display, print_measurements
-from hf_genlm.cli.launch import check_processes, complain, is_first, is_launched, launch, use_one_gpu
+from hf_genlm.cli.launch import (
+    check_processes,
+    complain,
+    is_first,
+    is_launched,
+    launch,
+    package_command,
+    use_one_gpu,
+)
 from hf_genlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,7 +99,7 @@ def _launch_several(words: list[str], output_dir: str, processes: int) -> int:
     from hf_genlm.run_folder import RunFolder
 
     try:
-        code, message = launch(["-m", "hf_genlm", *words, "--out", output_dir], processes)
+        code, message = launch([*package_command(), *words, "--out", output_dir], processes)
     except KeyboardInterrupt:
         code, message = 130, "stopped"
     if code > 128 and RunFolder(output_dir).has_stopped():  # the first process has printed how to continue

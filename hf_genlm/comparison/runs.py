@@ -259,7 +259,7 @@ def run_in_process(function: Callable[..., Any], *arguments: Any, listener: List
         context.set_forkserver_preload(_PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_serve, args=(sender, str(messages), function, arguments))
-    with _stderr_to(messages):  # libraries print while they are imported
+    with _starting(messages):
         child.start()
     sender.close()
     kind: str = "died"
@@ -293,15 +293,20 @@ def run_in_process(function: Callable[..., Any], *arguments: Any, listener: List
 
 
 @contextlib.contextmanager
-def _stderr_to(path: Path) -> Iterator[None]:
-    """Append stderr of this process and of the processes that it starts to a file."""
+def _starting(messages: Path) -> Iterator[None]:
+    """Start processes that append to a file what libraries print to stderr while they are imported.
+
+    Python then does not import modules of the current folder, which may be a stranger's.
+    """
     sys.stderr.flush()
-    before = os.dup(2)
+    before, path = os.dup(2), os.environ.get("PYTHONSAFEPATH")
     try:
-        with append_file(path) as file:
+        with append_file(messages) as file:
             os.dup2(file.fileno(), 2)
+        os.environ["PYTHONSAFEPATH"] = "1"
         yield
     finally:
+        os.environ["PYTHONSAFEPATH"] = path or ""
         os.dup2(before, 2)
         os.close(before)
 

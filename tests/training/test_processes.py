@@ -76,8 +76,9 @@ processes.leave()
 """
 
 
-def test_processes_of_one_machine_listen_on_its_loopback_interface_only():
+def test_processes_of_one_machine_listen_on_its_loopback_interface_only(monkeypatch):
     """Neither the launcher nor a process, on no other address: a store unpickles what is written to it."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")  # as it is stated for several machines
     done = start(["-c", LISTENING])
     out, err = done.communicate(timeout=TIMEOUT_S)
     *addresses, outcome = out.splitlines()
