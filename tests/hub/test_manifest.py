@@ -256,12 +256,9 @@ def test_what_a_link_leads_to_does_not_leave(name, verb, folder, key, capsys):
     assert KEY.encode() not in b"".join(
         p.read_bytes() for p in folder.parent.rglob("out/**/*") if p.is_file()
     )
-    if verb == "space" and name == "README.md":
-        assert code == 0  # a demo has a README of its own
-    else:
-        assert code == 2
-        assert "link" in last_line(capsys) or name == "config.json"
-        assert not (folder.parent / "out").exists()
+    assert code == 2
+    assert "link" in last_line(capsys) or name == "config.json"
+    assert not (folder.parent / "out").exists()
 
 
 def test_a_link_at_model_of_a_run_does_not_leave(folder, saved, tmp_path, capsys):
