@@ -246,3 +246,37 @@ def test_the_tokenizer_comes_back_as_it_was(text, folder):
     other = TokenizerRecipe(pattern="gpt2")
     tokenizer.train_tokenizer(documents, other, 10**5, Cache(folder), "0" * 64)
     assert len(list(folder.iterdir())) == 2
+
+
+def test_an_entry_of_another_user_is_made_anew(tmp_path, monkeypatch):
+    """Its checksum says that it is whole, not who wrote it."""
+    notes: list[str] = []
+    cache = Cache(tmp_path, notes.append)
+    with ArrayWriter(cache, "key") as writer:
+        writer.append("ids", np.arange(5))
+        writer.finish()
+    assert cache.load("key").arrays["ids"].tolist() == [0, 1, 2, 3, 4]
+    if not hasattr(os, "geteuid"):
+        return
+    other = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: other)
+    assert cache.load("key") is None
+    assert "another user wrote it" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [b"[]", b"[" * 100_000, b'{"a": 1}', b'{"a": {"dtype": "O", "length": 1, "offset": 0}}',
+     b'{"a": {"dtype": "<i8", "length": 1000, "offset": 0}}', b'{"a": {"dtype": "evil", "length": 1}}'],
+    ids=range(6),
+)  # fmt: skip
+def test_a_whole_entry_with_a_wrong_table_is_damaged(tmp_path, table):
+    import hashlib
+    import struct
+
+    content = bytes(8) + table
+    tail = struct.pack("<Q32s8s", len(table), hashlib.sha256(content).digest(), b"hfgenlm\n")
+    (tmp_path / "key.arrays").write_bytes(content + tail)
+    notes: list[str] = []
+    assert Cache(tmp_path, notes.append).load("key") is None
+    assert "damaged" in notes[0]
