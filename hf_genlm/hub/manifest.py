@@ -43,7 +43,7 @@ PUBLISHED_FILES = ("README.md", "LICENSE", *MODEL_FILES, "*_genlm.py", "plots/*.
 _CHECKPOINT = ("checkpoint*/*", "optimizer.*", "scheduler.*", "rng_state*", "scaler.*", "trainer_state.json")
 _PICKLE = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib")
 _READERS: dict[str, Callable[[Path], Any]] = {".safetensors": read_tensor_sizes, ".json": read_json}
-_CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh")
+CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh")
 _OWN_CODE = Path(__file__).parents[1] / "model"
 # sha256 of the code of released versions by file name, for models that these saved; none is released yet
 RELEASED_CODE: dict[str, set[str]] = {}
@@ -265,7 +265,7 @@ def _scan_file(path: Path, name: str) -> Iterator[Finding]:
         yield Finding("pickle", name)
     elif is_damaged:
         yield Finding("format", name)
-    if suffix in _CODE and sha256_of(path) not in _hashes_of_own_code(name):
+    if suffix in CODE and sha256_of(path) not in _hashes_of_own_code(name):
         yield Finding("code", name)
     elif not is_pickle and not _matches(name, PUBLISHED_FILES):
         yield Finding("unlisted", name)
@@ -344,7 +344,7 @@ def _read_text(path: Path) -> str:
     if path.suffix == ".png":
         return b"\n".join([path.read_bytes(), *_png_texts(path)]).decode("utf-8", errors="replace")
     if path.suffix != ".safetensors":
-        return path.read_text(encoding="utf-8", errors="replace")
+        return path.read_text(encoding="utf-8", errors="replace").replace("\0", "")  # of UTF-16
     with path.open("rb") as file:
         prefix = file.read(8)
         num_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0

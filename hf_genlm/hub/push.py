@@ -21,7 +21,7 @@ from typing import Any
 
 from hf_genlm.errors import UserError, without_secrets
 from hf_genlm.files import sha256_of, write_text
-from hf_genlm.hub.manifest import Manifest, ModelSource, build_manifest, check_findings
+from hf_genlm.hub.manifest import CODE, Manifest, ModelSource, build_manifest, check_findings
 from hf_genlm.run_folder import Listener
 
 MAIN = "main"
@@ -215,7 +215,7 @@ class HubRepository:
 
         Raises:
             PushFailed: the request failed, or somebody else pushed at the same time.
-            UserError: `tag` names an older commit.
+            UserError: `tag` names an older commit, or the repository holds code of others.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -224,13 +224,16 @@ class HubRepository:
             if tagged != head.sha:
                 raise self._tag_taken(tag)
             return tagged
+        others = sorted({sibling.rfilename for sibling in head.siblings} - files.keys())
+        stale = [name for name in others if any(fnmatch.fnmatchcase(name, pattern) for pattern in _STALE)]
+        code = [name for name in others if Path(name).suffix.lower() in CODE and name not in stale]
+        if code:
+            raise UserError(
+                f"{self.url} holds code that is not of this push: {', '.join(code)}: remove it there, or "
+                "name another repository"
+            )
         operations: list[Any] = [CommitOperationAdd(name, path) for name, path in files.items()]
-        present = {sibling.rfilename for sibling in head.siblings}
-        operations += [
-            CommitOperationDelete(name)
-            for name in sorted(present - files.keys())
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in _STALE)
-        ]
+        operations += [CommitOperationDelete(name) for name in stale]
         made = self._ask(
             self.api.create_commit,
             self.repo_id,

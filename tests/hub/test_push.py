@@ -265,6 +265,17 @@ def test_a_second_push_sends_the_changes_as_a_second_version(hub, run):
     assert publish(run).tag == "v2"
     assert repo.messages()[2:] == ["by hand", "Model pushed by hf_genlm"]
     assert set(repo.files("v2")) == {*files_of(run.model), "theirs.txt"}
+    n_commits = len(repo.commits)
+    for name in ("custom_generate/generate.py", "evil.py"):  # `from_pretrained` would run it
+        head = repo.commits[repo.branches["main"]].blobs
+        oid = repo.commit("main", "code", {**head, name: head["README.md"]})
+        with pytest.raises(
+            UserError, match=rf"holds code that is not of this push: {re.escape(name)}: remove"
+        ):
+            publish(run)
+        repo.branches["main"] = repo.commits[oid].parent
+        del repo.commits[oid]
+    assert len(repo.commits) == n_commits
     config = (run.model / "config.json").read_text(encoding="utf-8")
     (run.model / "config.json").write_text(config + "\n", encoding="utf-8")
     assert publish(run).tag == "v3"
@@ -438,6 +449,12 @@ def test_each_pattern_of_a_secret_is_found_alone(kind, text, tmp_path):
     with pytest.raises(UserError) as refusal:
         check_findings([manifest])
     assert text not in str(refusal.value)
+
+
+def test_a_secret_in_utf_16_is_found(tmp_path):
+    for encoding in ("utf-16", "utf-16-be", "utf-32"):
+        (tmp_path / "LICENSE").write_text(f"a\nhf_{LETTERS[:20]}\n/home/ann/x\n", encoding=encoding)
+        assert findings_of(tmp_path) == ["LICENSE:2 token", "LICENSE:3 home-path"]
 
 
 def test_the_token_and_the_home_of_whoever_pushes_are_found(tmp_path, monkeypatch):
