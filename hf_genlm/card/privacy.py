@@ -21,6 +21,7 @@ LIMITS = (
     "An audit is a lower bound: stronger attacks may find more, and what it does not find is not safe for "
     "that. It is about these canaries and passages on average, not about the worst document."
 )
+_ROUNDED = ("sampling rate", "noise multiplier")  # more digits would determine the number of documents
 _HIDDEN = "private text"
 _EXTRACTION = re.compile(r"extraction_(\d{1,9})_tokens/prefix_(\d{1,9})")
 _REPETITIONS = re.compile(r"\d{1,9}")
@@ -94,8 +95,10 @@ def _describe_guarantee(guarantee: GuaranteeFile) -> list[str]:
         f"{guarantee.delta:.3g} for each {guarantee.unit}."
     )
     known = {title: getattr(guarantee, name) for name, title in _GUARANTEE.items()}
-    # three digits: more of them would determine the number of documents
-    shown = {t: f"{value:.3g}" if isinstance(value, float) else value for t, value in known.items()}
+    shown = {
+        title: f"{known[title]:.2g}" if title in _ROUNDED and known[title] else known[title]
+        for title in known
+    }
     rows = [f"| {title} | {cell(value)} |" for title, value in shown.items() if value is not None]
     lists = (("The guarantee covers", guarantee.covered), ("It does not cover", guarantee.not_covered))
     sentences = [f"{title}: {prose('; '.join(items))}." for title, items in lists if items]

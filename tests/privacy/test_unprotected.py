@@ -120,8 +120,8 @@ def test_the_card_of_a_private_run_shows_no_exact_figure(tmp_path):
     plain = re.sub(r"(?<=\d),(?=\d\d\d)", "", text.replace("&#45;", "-").replace("&#95;", "_"))
     assert [figure for figure in exact_figures() if figure in plain] == []
     # of the log: 1,753,086 tokens in 123.46 s
-    assert not re.search(r"1753086|123\.5|123 s|14200|\b7123\d|1\.1234|0\.000112305", plain)
-    for figures in ("epsilon = 3.98", "0.000112", "1.12", "| steps | 100 |", "0.568", "0.679", "German"):
+    assert not re.search(r"1753086|123\.5|123 s|14200|\b7123\d|1\.12|0\.000112", plain)
+    for figures in ("epsilon = 3.98", "0.00011 ", "1.1 ", "| steps | 100 |", "0.568", "0.679", "German"):
         assert figures in text, figures
     assert "A privacy audit was made." in text
     assert "trains another model, and spends as much privacy again" in text
