@@ -69,16 +69,17 @@ def chat(
     talk(source_of(model), url, ctx.args)
 
 
-@o.verb("serve", "Use", "hf-genlm serve lstm-10 --port 8000", takes_rest=True)
+@o.verb("serve", "Use", "hf-genlm serve lstm-10 --port 8000")
 def serve(
-    ctx: typer.Context,
     model: str = o.MODEL,
+    host: str = o.option("--host ADDRESS", "Who can reach another address may use it.", "localhost"),
+    port: int = o.option("--port N", "Where to listen.", 8000, parse=o.parse_count),
 ) -> None:
-    """Serve a model by an OpenAI-compatible API; further options are those of `transformers serve`."""
+    """Serve a model by an OpenAI-compatible API to the programs of this machine."""
     from hf_genlm.loading import source_of
     from hf_genlm.serving import serve as serve_model
 
-    serve_model(source_of(model), ctx.args)
+    serve_model(source_of(model), host, port)
 
 
 @o.verb("space", "Publish", "hf-genlm space lstm-10 gru-10 --out demo")

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "space": SHOWING | {"hub"},
     "exporting": {*MEASURING, "report", "hub"},
     "doctor": MEASURING | {"training", "card", "report", "serving"},
-    "serving": {"errors", "model"},
+    "serving": {"errors", "model", "loading"},
     "comparison": MEASURING | {"training", "doctor", "card", "report"},
     "space.files": set(),  # it runs where this package is not installed
 }
