@@ -23,6 +23,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.command_line import last_line
+from support.http_clients import exchange
 from support.hub import LoopbackHub, Repo, connect
 from support.models import STACKS, build_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -519,6 +520,7 @@ def test_a_mistake_is_reported_in_one_line(mistake, tokenizer, tmp_path, monkeyp
 def test_the_demo_imports_only_its_requirements(file):
     known = {
         "gradio",
+        "starlette",  # gradio is built on it
         "torch",
         "transformers",
         "tokenizers",
@@ -574,6 +576,21 @@ def address(tokenizer, tmp_path_factory):
     build_space([ours, theirs], folder / "demo", title="Two")
     with served(folder / "demo") as url:
         yield url
+
+
+def test_other_names_uploads_and_files_of_the_machine_are_refused(address):
+    port = address.rsplit(":", 1)[1]
+    assert exchange(address, "GET", "/config", host=f"localhost:{port}")[0] == 200
+    assert exchange(address, "GET", "/config", host="evil.example")[0] == 400
+    upload = (
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
+        + b"a" * 2**16
+        + b"\r\n--x--\r\n"
+    )
+    kind = (f"Content-Length: {len(upload)}", "Content-Type: multipart/form-data; boundary=x")
+    assert exchange(address, "POST", "/gradio_api/upload", upload, *kind)[0] == 413
+    for path in ("/etc/passwd", "space.json", "app.py", "../../../../etc/passwd", "models/ours/config.json"):
+        assert exchange(address, "GET", f"/gradio_api/file={path}")[0] in (403, 404)
 
 
 @pytest.fixture(scope="module")

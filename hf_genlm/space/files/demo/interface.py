@@ -13,6 +13,8 @@ from typing import Any
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from . import page
 from .layers import last_token_attention, list_layers, recurrent_states
@@ -22,6 +24,7 @@ from .scoring import Sampling, encode_prompt, generate, score_text
 _HERE = Path(__file__).parent
 _UPDATE_INTERVAL_S = 0.1
 _MAX_COLUMNS = 256  # of the last tokens, states and attention are shown
+_MAX_UPLOAD = 1  # byte: the page takes no files
 _MAX_QUEUE = 32  # waiting requests; further ones are refused
 # requests that compute share two workers
 _QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 2}
@@ -60,7 +63,17 @@ def start(folder: Path) -> None:
         head=f"<script>{(_HERE / 'details.js').read_text(encoding='utf-8')}</script>",
         footer_links=["gradio"],
         ssr_mode=False,
+        share=False,
+        max_file_size=_MAX_UPLOAD,
+        app_kwargs={"middleware": _host_check()},
     )
+
+
+def _host_check() -> list[Middleware]:
+    """Refuse web pages behind a name that was pointed to this machine (rebinding), where only it may ask."""
+    served = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
+    is_local = served in ("127.0.0.1", "localhost") and "SPACE_ID" not in os.environ
+    return [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])] if is_local else []
 
 
 def build(models: Sequence[LanguageModel], title: str) -> gr.Blocks:
