@@ -183,16 +183,16 @@ def _bounded_protocol() -> Any:
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class BoundedProtocol(H11Protocol):
-        timer: asyncio.TimerHandle | None = None
+        timer: asyncio.TimerHandle
 
         def abort_after(self, seconds: float) -> None:
-            if self.timer is not None:
-                self.timer.cancel()
+            self.timer.cancel()
             self.timer = self.loop.call_later(seconds, self.transport.abort)
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self.abort_after(_IDLE_S if len(self.connections) <= _MAX_CONNECTIONS else 0)
+            wait_s = _IDLE_S if len(self.connections) <= _MAX_CONNECTIONS else 0
+            self.timer = self.loop.call_later(wait_s, transport.abort)
 
         def data_received(self, data: bytes) -> None:
             before = self.cycle
@@ -208,8 +208,7 @@ def _bounded_protocol() -> Any:
             super().on_response_complete()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            if self.timer is not None:
-                self.timer.cancel()
+            self.timer.cancel()
             super().connection_lost(exc)
 
     return BoundedProtocol
@@ -260,8 +259,8 @@ class Server:
             status, reason = refusal.args
             kind = "invalid_request_error" if status < 500 else "server_error"
             error = {"message": reason, "type": kind, "param": None, "code": None}
-            headers = {"Retry-After": "5"} if status == 503 else None
-            await JSONResponse({"error": error}, status, headers)(scope, receive, send)
+            later = {"Retry-After": "5"} if status == 503 else None
+            await JSONResponse({"error": error}, status, later)(scope, receive, send)
         except ClientDisconnect:
             return
 
@@ -340,9 +339,8 @@ async def _read_body(request: Any) -> bytes:
         body, size = bytearray(), 0
         async for chunk in request.stream():
             size += len(chunk)
-            if size <= _MAX_BODY:
-                body += chunk
-            elif size > _MAX_DRAINED:
+            body += chunk if size <= _MAX_BODY else b""
+            if size > _MAX_DRAINED:
                 break
         return bytes(body) if size <= _MAX_BODY else _refuse(413, f"the body is over {_MAX_BODY:,} bytes")
 
@@ -504,8 +502,8 @@ async def _respond(
         while isinstance(piece, str):
             yield f"data: {json.dumps(form(piece, role=role))}\n\n"
             piece, role = await generation.pieces.get(), None
-        failed = {"error": {"message": _FAILED, "type": "server_error"}}
-        last = failed if piece else form("", generation.finish_reason, role, usage=generation.usage)
+        last = {"error": {"message": _FAILED, "type": "server_error"}}
+        last = last if piece else form("", generation.finish_reason, role, usage=generation.usage)
         yield f"data: {json.dumps(last)}\n\ndata: [DONE]\n\n"
 
     if is_stream and not isinstance(piece, Exception):
@@ -517,5 +515,5 @@ async def _respond(
         piece = await generation.pieces.get()
     if piece is not None:
         _refuse(500, _FAILED)
-    whole = form(text, generation.finish_reason, "assistant", usage=generation.usage)
-    await JSONResponse(whole)(scope, receive, send)
+    said = form(text, generation.finish_reason, "assistant", usage=generation.usage)
+    await JSONResponse(said)(scope, receive, send)

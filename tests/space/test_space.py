@@ -583,9 +583,8 @@ def test_other_names_uploads_and_files_of_the_machine_are_refused(address):
     assert exchange(address, "GET", "/config", host=f"localhost:{port}")[0] == 200
     assert exchange(address, "GET", "/config", host="evil.example")[0] == 400
     upload = (
-        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
-        + b"a" * 2**16
-        + b"\r\n--x--\r\n"
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n'
+        b"Content-Type: text/plain\r\n\r\n" + b"a" * 2**16 + b"\r\n--x--\r\n"
     )
     kind = (f"Content-Length: {len(upload)}", "Content-Type: multipart/form-data; boundary=x")
     assert exchange(address, "POST", "/gradio_api/upload", upload, *kind)[0] == 413
