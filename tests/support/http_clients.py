@@ -30,7 +30,7 @@ def request_bytes(method: str, path: str, body: bytes = b"", *headers: str, host
     lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", "Connection: close", *headers]
     if body and not any(header.lower().startswith("content-") for header in headers):
         lines.append("Content-Type: application/json")
-    if body and not any("-encoding:" in header or "-length:" in header for header in headers):
+    if body and not any("-encoding:" in each.lower() or "-length:" in each.lower() for each in headers):
         lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
