@@ -73,7 +73,7 @@ class GenLMAttention(nn.Module):
         k_BKSH, v_BKSH = k_BKTH, v_BKTH
         if past_key_values is not None:
             k_BKSH, v_BKSH = past_key_values.update(k_BKTH, v_BKTH, at)
-            if len(k_BKSH) != len(k_BKTH):  # a full static window takes one row for many
+            if k_BKSH.shape[0] != k_BKTH.shape[0]:  # a full static window takes one row for many
                 raise_size_mismatch(k_BKSH.shape, k_BKTH.shape)
         module = self
         if "cache" in kwargs:  # the pages of continuous batching

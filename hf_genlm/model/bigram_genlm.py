@@ -39,7 +39,7 @@ class GenLMBigramEmbedding(nn.Embedding):
         tokens = input_ids + 1  # 0 means no token, as in a cache after its reset
         states, recording = None, False
         if past_key_values is not None:
-            states = read_states(past_key_values, _LAYER, (LAST_TOKEN_SLOT,), (len(tokens), 1))
+            states = read_states(past_key_values, _LAYER, (LAST_TOKEN_SLOT,), (tokens.shape[0], 1))
             recording = past_key_values.is_recording_past(_LAYER)
         seen = torch.zeros_like(tokens[:, :1]) if states is None else states[0].to(tokens.dtype)
         last = torch.cat([seen, tokens], dim=1)  # (B, 1 + T): the last token before the row, after each token

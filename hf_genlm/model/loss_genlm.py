@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, N rows (B * T), V vocabulary, R inputs of the head.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -216,9 +217,9 @@ def _targets(values, labels, shift_labels, ignore_index):
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.reshape(-1).to(values.device)
-    n_rows = values.shape[:-1].numel()
-    if len(targets) != n_rows:  # torch's own message
-        raise ValueError(f"Expected input batch_size ({n_rows}) to match target batch_size ({len(targets)}).")
+    n_rows, n_targets = math.prod(values.shape[:-1]), targets.shape[0]
+    if n_targets != n_rows:  # torch's own message
+        raise ValueError(f"Expected input batch_size ({n_rows}) to match target batch_size ({n_targets}).")
     return targets
 
 

@@ -278,7 +278,7 @@ class GenLMModel(GenLMPreTrainedModel):
             )
         masks = attention_mask.values() if isinstance(attention_mask, dict) else (attention_mask,)
         for mask in masks:
-            if getattr(mask, "ndim", 0) == 2 and (len(mask) != n_rows or mask.shape[1] < n_tokens):
+            if getattr(mask, "ndim", 0) == 2 and (mask.shape[0] != n_rows or mask.shape[1] < n_tokens):
                 raise ValueError(
                     f"attention_mask is {list(mask.shape)}, and the tokens {[n_rows, n_tokens]}: give (rows, "
                     "earlier and new tokens)"
