@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_genlm.config.recipe import ENDS, Recipe, load_recipe, set_field
-from hf_genlm.errors import Stopped, UserError, did_you_mean
+from hf_genlm.errors import Stopped, UserError, did_you_mean, escape_controls
 from hf_genlm.files import note_write_errors
 from hf_genlm.loading import load
 from hf_genlm.run import Run
@@ -488,13 +488,13 @@ def _progress_bar(is_shown: bool, listener: Listener | None) -> Iterator[Listene
             bar.total = fields["total"]
             bar.n = fields["done"] if fields["total"] else 0
             bar.set_postfix_str("", refresh=False)
-            bar.set_description(fields["task"])
+            bar.set_description(escape_controls(fields["task"]))
         elif event == "step":
             bar.total, bar.n = 1.0, fields["progress"]
             bar.set_description("training", refresh=False)
             bar.set_postfix_str(f"step {fields['step']}, loss {fields['loss']:.3f}")
         elif event == "note" and is_shown:
-            bar.write(fields["message"], file=sys.stderr)
+            bar.write(escape_controls(fields["message"]), file=sys.stderr)
         if listener is not None:
             listener(event, fields)
 

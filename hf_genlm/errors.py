@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import unicodedata
 from collections.abc import Iterable
 
 # regular expressions of access tokens and keys: hidden in messages, scrubbed from text, refused in a push
@@ -15,6 +16,7 @@ END_OF_PRIVATE_KEY = BEGIN_OF_PRIVATE_KEY.replace("BEGIN", "END")
 # access tokens of the Hub; logins before the host of an address
 _SECRETS = (re.compile(HUB), re.compile(r"(?<=://)[^/\s@'\"]+(?=@)"))
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_JOINERS = "\u00ad\u200c\u200d"
 _MIN_SECRET = 8  # characters of a variable's value; a shorter value occurs in any text
 
 
@@ -26,10 +28,7 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str):
-        masked = without_secrets(message)
-        super().__init__(
-            "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in masked)
-        )
+        super().__init__(escape_controls(without_secrets(message)))
 
 
 class NoSource(UserError):
@@ -38,6 +37,21 @@ class NoSource(UserError):
     def __init__(self, word: str, message: str):
         super().__init__(message)
         self.word = word
+
+
+def is_control(character: str) -> bool:
+    """True for what moves a terminal's cursor, reorders or hides text: control and format characters,
+    surrogates, line and paragraph separators. Letters need the joiners and soft hyphens, which are not."""
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _JOINERS
+
+
+def escape_controls(text: str, keep: str = "") -> str:
+    r"""Write control characters, except those in `keep`, as `\x1b` or `\u202e`."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c.encode("unicode_escape").decode() if is_control(c) and c not in keep else c for c in text
+    )
 
 
 def without_secrets(text: str) -> str:

@@ -141,7 +141,7 @@ def extension_card(name: str, base: str, base_id: str | None, n_tokens: int, n_n
         tags=["genlm", "custom_code"],
         base_model=base_id,
     )
-    return (
+    return document.without_controls(
         f"---\n{data.to_yaml()}\n---\n\n# {document.prose(name)}\n\n"
         f"{document.code(base_id or base)} with {n_new_tokens:,} new tokens, {n_tokens:,} in all, by "
         "`hf-genlm extend`. The row of a new token is the mean of the rows of its pieces; the model was not "

@@ -9,8 +9,7 @@ import hashlib
 import re
 import shlex
 from collections import Counter
-from collections.abc import Sequence
-from importlib import resources
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal, TypeVar
 
@@ -116,30 +115,25 @@ def render_card(
     Raises:
         UserError: a file of the run is missing or damaged, or the Hub would refuse a field of the recipe.
     """
-    from jinja2 import Environment, StrictUndefined
-
     recipe = load_recipe(run.recipe)
     check_card(recipe.card)
     facts = _read_facts(run, recipe)
     facts |= {"repo": "." if repo_id is None else repo_id, "recipe_file": recipe_file}
     if facts["picture"] is not None:
         facts["picture"] = picture
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(
-        prose=document.prose,
-        code=document.code,
-        fence=document.fence,
-        count=document.count,
-        figures=wording.figures,
-        title=wording.title,
-        interval=wording.interval,
-        duration=wording.duration,
-        cut=lambda text: _shorten(text, MAX_SAMPLE_CHARACTERS),
-        teaser=lambda text: _shorten(" ".join(text.split()), _MAX_TEASER_CHARACTERS),
+    filters: dict[str, Callable] = {
+        "count": document.count,
+        "figures": wording.figures,
+        "title": wording.title,
+        "interval": wording.interval,
+        "duration": wording.duration,
+        "cut": lambda text: _shorten(text, MAX_SAMPLE_CHARACTERS),
+        "teaser": lambda text: _shorten(" ".join(text.split()), _MAX_TEASER_CHARACTERS),
+    }
+    body = document.render("card/card_template.md", filters, **facts, max_files_listed=MAX_FILES_LISTED)
+    text = document.without_controls(
+        f"---\n{front_matter(recipe, facts).to_yaml()}\n---\n\n{body.rstrip()}\n"
     )
-    template = resources.files("hf_genlm.card").joinpath("card_template.md").read_text(encoding="utf-8")
-    body = environment.from_string(template).render(**facts, max_files_listed=MAX_FILES_LISTED)
-    text = f"---\n{front_matter(recipe, facts).to_yaml()}\n---\n\n{body.rstrip()}\n"
     return f"{text}\n<!-- hf-genlm card; sha256 of the text above: {_sha256(text)} -->\n"
 
 

@@ -11,7 +11,7 @@ from hf_genlm.config.recipe import Recipe
 from hf_genlm.evaluation.measurement import Measurement, read_measurements
 from hf_genlm.files import read
 from hf_genlm.report.audit_plot import AUDIT_FILE
-from hf_genlm.report.document import cell, prose
+from hf_genlm.report.document import Markdown, cell, cells, prose
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.run_schemas import CorpusFile, GuaranteeFile, PlantedCounts, ScrubbedCounts, SplitCounts
 
@@ -62,7 +62,7 @@ def is_of_public_text(measurement: Measurement) -> bool:
     return measurement.name.startswith("minimal_pairs_accuracy") or ":" in measurement.split
 
 
-def privacy_section(run: RunFolder, shows_audit: bool = True) -> str | None:
+def privacy_section(run: RunFolder, shows_audit: bool = True) -> Markdown | None:
     """Render the card's section as Markdown; None if there is neither a guarantee, an audit nor a canary.
 
     Raises:
@@ -83,10 +83,10 @@ def privacy_section(run: RunFolder, shows_audit: bool = True) -> str | None:
         rows = ["| measurement | value | 95 % interval | n | unit | on |", "|---|---|---|---|---|---|"]
         for m in measured:
             ends = "" if m.interval is None else f"{m.interval[0]:.4g} to {m.interval[1]:.4g}"
-            cells = (m.name, f"{m.value:.4g}", ends, f"{m.n:,}", m.unit, m.split)
-            rows.append(f"| {' | '.join(map(cell, cells))} |")
+            row = (m.name, f"{m.value:.4g}", ends, f"{m.n:,}", m.unit, m.split)
+            rows.append(f"| {cells(row)} |")
         parts += ["\n".join(rows), LIMITS]
-    return "\n\n".join(parts) if parts else None
+    return Markdown("\n\n".join(parts)) if parts else None
 
 
 def _describe_guarantee(guarantee: GuaranteeFile) -> list[str]:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from hf_genlm.config.recipe import Recipe
 from hf_genlm.evaluation.measurement import Measurement
-from hf_genlm.report.document import prose
 from hf_genlm.run_schemas import LanguageCounts
 
 # measurement -> title, definition
@@ -168,7 +167,7 @@ def language_table(
         found = {name: values.get(f"{name}/{code}") for name in known}
         rows.append(
             [
-                prose(code),
+                code,
                 f"{counts.train.bytes or 0:,}",
                 f"{counts.repeats:.2f} times",
                 f"{counts.validation.bytes or 0:,}",

@@ -1,13 +1,45 @@
-"""Output of the command line: progress of a run on stderr, tables on stdout."""
+"""Output of the command line: progress of a run on stderr, lines and tables on stdout.
 
+Nothing else of the package prints. Names, listings, messages and generated text come from others: control
+characters in them are escaped here, so that they cannot steer the terminal or look like another line.
+"""
+
+import json
+import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+from hf_genlm.errors import escape_controls
 
 if TYPE_CHECKING:
     from hf_genlm.doctor import Installation, ModelCost
     from hf_genlm.evaluation.measurement import Measurement
+
+
+def say(*lines: object, is_error: bool = False) -> None:
+    """Print each argument as one line, an empty one if there are none, on stdout or as an error on stderr."""
+    file = sys.stderr if is_error else sys.stdout
+    print("\n".join(escape_controls(str(line)) for line in lines), file=file, flush=True)
+
+
+def print_json(content: Any) -> None:
+    """Print JSON in ASCII, whose strings hold no control characters."""
+    print(json.dumps(content, indent=2))
+
+
+def print_generated(text: str) -> None:
+    """Print a piece of generated text: exactly for a file or another program, escaped on a terminal."""
+    print(escape_controls(text, keep="\n\t") if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of a fault of this package; a sys.excepthook."""
+    lines = "".join(traceback.format_exception(kind, error, trace))
+    print(escape_controls(lines, keep="\n\t"), end="", file=sys.stderr)
 
 
 def print_rows(
@@ -29,7 +61,7 @@ def print_rows(
         name = head[column] if head else ""
         table.add_column(name, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(escape_controls(cell)) for cell in row))
     console = Console(highlight=False)
     if not (is_folded and console.is_terminal):
         width = console.width
@@ -75,9 +107,10 @@ def print_model_cost(cost: "ModelCost") -> None:
     repeats = f" that each run {cost.layer_runs} times" if cost.layer_runs > 1 else ""
     assumed = " assumed: --vocab-size" if cost.is_vocab_size_assumed else ""
     assumed += ", width assumed: --size" if cost.is_size_assumed else ""
-    print(
+    say(
         f"{mixers} layers{repeats}, width {cost.hidden_size:,}, context {cost.context:,}, "
-        f"vocabulary {cost.vocab_size:,}{assumed}\n"
+        f"vocabulary {cost.vocab_size:,}{assumed}",
+        "",
     )
     rows = [
         (
@@ -117,7 +150,7 @@ def print_model_cost(cost: "ModelCost") -> None:
         ("FLOPs", "2 for each weight of a linear layer; attention at the mean number of visible tokens"),
         ("", f"in a row of {cost.context:,}; without lookups and elementwise work (norms, gates, ..)"),
     ]
-    print()
+    say()
     print_rows(facts)
 
 
@@ -195,18 +228,12 @@ class Display:
 
     def show(self, stage: str) -> None:
         """Name the stage that begins."""
-        self.bar.update(self.task, description=stage, total=None, completed=0, facts="")
+        self._update(stage, total=None, completed=0)
 
     def hear(self, event: str, fields: dict[str, Any]) -> None:
         """Show one event; this is the listener that the services take. Unknown events are not shown."""
         if event == "progress":
-            self.bar.update(
-                self.task,
-                description=fields["task"],
-                completed=fields["done"],
-                total=fields["total"],
-                facts="",
-            )
+            self._update(fields["task"], completed=fields["done"], total=fields["total"])
         elif event == "external_bar":  # a library shows its own bar meanwhile
             (self.bar.stop if fields["is_active"] else self.bar.start)()
         elif event == "step":
@@ -226,7 +253,10 @@ class Display:
                 self.show(f"{fields['run']}: starting")
 
     def _print(self, line: str) -> None:
-        self.console.print(line, markup=False, soft_wrap=True)
+        self.console.print(escape_controls(line), markup=False, emoji=False, soft_wrap=True)
+
+    def _update(self, task: str, facts: str = "", **progress: Any) -> None:
+        self.bar.update(self.task, description=escape_controls(task), facts=facts, **progress)
 
     def _show_step(self, fields: dict[str, Any]) -> None:
         left_s = int(fields["left_s"])
@@ -234,9 +264,7 @@ class Display:
             f"step {fields['step']}  loss {fields['loss']:.3f}  {fields['tokens_per_s']:,} tokens/s  "
             f"{left_s // 60}:{left_s % 60:02d} left"
         )
-        self.bar.update(
-            self.task, description="training", total=1.0, completed=fields["progress"], facts=facts
-        )
+        self._update("training", facts, total=1.0, completed=fields["progress"])
         if not self.console.is_terminal and time.monotonic() - self._line_s >= 10:
             self._line_s = time.monotonic()
             self._print(f"training      {facts}")

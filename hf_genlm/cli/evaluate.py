@@ -1,12 +1,10 @@
 """The verbs that measure: `hf-genlm evaluate`, `audit`, `compare` and `range`."""
 
-import json
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_genlm.cli import options as o
-from hf_genlm.cli.display import Display, print_measurements
+from hf_genlm.cli.display import Display, print_json, print_measurements, say
 
 if TYPE_CHECKING:
     from hf_genlm.evaluation.measurement import Measurement
@@ -30,7 +28,9 @@ def evaluate(
         "--pairs PATH", "Minimal pairs: a .jsonl file of BLiMP's format, or a folder."
     ),
     tasks: str | None = o.option("--tasks A,B,..", "Tasks of lm-eval; pip install '.\\[eval]'."),
-    include_path: str | None = o.option("--include-path DIR", "A folder of task files beside lm-eval's own."),
+    include_path: str | None = o.option(
+        "--include-path DIR", "A folder of task files beside lm-eval's own; their functions are executed."
+    ),
     as_json: bool = o.JSON,
     recipe: str | None = o.RECIPE,
     assignments: list[str] | None = o.ASSIGNMENTS,
@@ -98,10 +98,10 @@ def audit(
     _print_measured(found.measurements, as_json)
     if as_json:
         return
-    print("\n" + "\n".join([*describe_audit(found.measurements, found.guarantee), LIMITS]))
+    say("", *describe_audit(found.measurements, found.guarantee), LIMITS)
     if found.path is not None:
         picture = found.path.with_name("plots") / "audit.png"
-        print(f"\naudit:    {found.path}" + (f"\npicture:  {picture}" if picture.is_file() else ""))
+        say("", f"audit:    {found.path}", *([f"picture:  {picture}"] if picture.is_file() else []))
 
 
 @o.verb(
@@ -160,10 +160,9 @@ def compare(
                 listener=hear,
             )
         except KeyboardInterrupt:
-            print(f"stopped; the same command continues in {output_dir}", file=sys.stderr)
+            say(f"stopped; the same command continues in {output_dir}", is_error=True)
             return 0
-    print(found.verdict)
-    print(f"\nreport: {found.html}\n        {found.markdown}")
+    say(found.verdict, "", f"report: {found.html}", f"        {found.markdown}")
     return 0
 
 
@@ -210,12 +209,11 @@ def measure_range(
             num_hidden_layers=layers,
             listener=display.hear,
         )
-    print("\n".join(found.sentences))
-    print(f"\nreport:  {found.html}\n         {found.markdown}")
+    say(*found.sentences, "", f"report:  {found.html}", f"         {found.markdown}")
 
 
 def _print_measured(measured: "Sequence[Measurement]", as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"measurements": [m.to_json() for m in measured]}, indent=2))
+        print_json({"measurements": [m.to_json() for m in measured]})
     else:
         print_measurements(measured)

@@ -1,13 +1,19 @@
 """The verbs that show what there is: `hf-genlm runs`, `plot`, `card`, `settings` and `doctor`."""
 
-import json
 from dataclasses import asdict
 from typing import Literal
 
 import typer
 
 from hf_genlm.cli import options as o
-from hf_genlm.cli.display import Display, print_installation, print_model_cost, print_rows
+from hf_genlm.cli.display import (
+    Display,
+    print_installation,
+    print_json,
+    print_model_cost,
+    print_rows,
+    say,
+)
 from hf_genlm.errors import UserError, did_you_mean
 
 
@@ -24,9 +30,9 @@ def runs(
         content = [{**asdict(run), "bits_per_byte": run.bits and run.bits.to_json()} for run in found]
         for each in content:
             del each["bits"]
-        print(json.dumps(content, indent=2))
+        print_json(content)
     elif not found:
-        print(f"no run, model or comparison below {folder!r}")
+        say(f"no run, model or comparison below {folder!r}")
     else:
         head = ("", "kind", "decoder", "parameters", "bits per byte", "state")
         rows = []
@@ -48,7 +54,7 @@ def plot(
     """Draw the curves of a run, or of several in one picture."""
     from hf_genlm.report import plot as plot_runs
 
-    print(plot_runs(run_paths, output))
+    say(plot_runs(run_paths, output))
 
 
 @o.verb("card", "Look", "hf-genlm card lstm-10 --set card.license=mit")
@@ -64,7 +70,7 @@ def card(
 
     assignments = assignments or []
     if_edited: Literal["overwrite", "refuse"] = "overwrite" if force else "refuse"
-    print(write_card(run_path, assignments=assignments, if_edited=if_edited, redraw=True))
+    say(write_card(run_path, assignments=assignments, if_edited=if_edited, redraw=True))
 
 
 @o.verb("settings", "Look", "hf-genlm settings lr")
@@ -84,14 +90,14 @@ def settings(
         }
         raise UserError(f"no field of a recipe is called {word!r}{did_you_mean(word, sorted(known))}")
     if as_json:
-        print(json.dumps([asdict(row) for row in found], indent=2))
+        print_json([asdict(row) for row in found])
         return
     rows = []
     for row in found:
         also = f" (also called: {', '.join(row.synonyms)})" if row.synonyms else ""
         rows.append((row.name, row.kind, row.default, row.allowed, row.help + also))
     print_rows(rows, ("field", "type", "default", "allowed", "meaning"), is_folded=True)
-    print(f"\nset one by --set {found[0].name}=VALUE, or in a recipe file (--recipe FILE)")
+    say("", f"set one by --set {found[0].name}=VALUE, or in a recipe file (--recipe FILE)")
 
 
 @o.verb("doctor", "Look", "hf-genlm doctor --parameters --decoder hybrid --size small")
@@ -134,7 +140,7 @@ def doctor(
         installation = describe_installation()
         cost = None if examined is None else describe_model(examined)
     if as_json:
-        print(json.dumps((cost or installation).to_json(), indent=2))
+        print_json((cost or installation).to_json())
     elif cost is None:
         print_installation(installation)
     else:

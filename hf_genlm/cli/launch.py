@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_genlm.cli.display import say
 from hf_genlm.errors import UserError
 
 _USER_ERROR = 2  # exit code
@@ -33,7 +34,7 @@ def is_first() -> bool:
 def complain(message: str) -> None:
     """Print one line on stderr, in the main process only."""
     if is_first():
-        sys.stderr.write(f"hf-genlm: {message}\n")
+        say(f"hf-genlm: {message}", is_error=True)
 
 
 def check_processes(processes: int | None) -> None:

@@ -16,6 +16,7 @@ import typer
 from hf_genlm.cli import train, evaluate, models, inspect  # noqa: F401  the order of the help
 
 # isort: on
+from hf_genlm.cli.display import print_traceback, say
 from hf_genlm.cli.launch import complain, is_first, is_launched
 from hf_genlm.cli.options import WORDS, app, explain_usage_error
 from hf_genlm.errors import Stopped, UserError
@@ -32,9 +33,9 @@ def _root(
     if version:
         from hf_genlm import __version__
 
-        print(f"hf-genlm {__version__}")
+        say(f"hf-genlm {__version__}")
     elif ctx.invoked_subcommand is None:
-        print(ctx.get_help())
+        ctx.get_help()  # printed by typer
     return 0
 
 
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if _COMPLETION in os.environ:
             return typer.main.get_command(app).main(words, prog_name="hf-genlm", complete_var=_COMPLETION)
+        sys.excepthook = print_traceback
         _quiet_libraries()
         code = _run(words) or 0
         sys.stdout.flush()
@@ -56,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             reached = (
                 "before its first checkpoint" if stopped.step is None else f"after step {stopped.step:,}"
             )
-            print(f"stopped {reached}; to continue:", file=sys.stderr)
-            print(f"hf-genlm train --resume --out {shlex.quote(str(stopped.folder))}", file=sys.stderr)
+            command = f"hf-genlm train --resume --out {shlex.quote(str(stopped.folder))}"
+            say(f"stopped {reached}; to continue:", command, is_error=True)
         return 0
     except BrokenPipeError:
         if not _has_lost_reader():
@@ -95,7 +97,7 @@ def _run(words: list[str], record: dict[str, Any] | None = None) -> Any:
 def _has_lost_reader() -> bool:
     """Return True if the reader of the output has ended; nothing more is written to it then."""
     try:
-        print(flush=True)
+        say()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True

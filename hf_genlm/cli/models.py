@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from hf_genlm.cli import options as o
-from hf_genlm.cli.display import Display
+from hf_genlm.cli.display import Display, print_generated, say
 from hf_genlm.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,9 +51,9 @@ def generate(
         seed=seed,
         compile=compile,
         int8=int8,
-        on_text=lambda text: print(text, end="", flush=True),
+        on_text=print_generated,
     )
-    print()
+    say()
 
 
 @o.verb("chat", "Use", "hf-genlm chat lstm-10 temperature=0.5", takes_rest=True)
@@ -105,16 +105,19 @@ def space(
         out = Path(output_dir or Path(temporary) / "space")
         built = build_space(models, out, repo_ids=repo_ids or (), title=title, allow=allow or ())
         if output_dir is not None:
-            for name, size in built.sizes.items():
-                print(f"{size:>12,}  {name}")
-            print(f"{sum(built.sizes.values()):>12,}  bytes in {out}\n")
-            print(f"python {shlex.quote(str(out / 'app.py'))}  # runs it here\n")
-            print("# as a Space, every file above goes to the Hub:")
-            print("\n".join(built.push_commands))
+            say(
+                *(f"{size:>12,}  {name}" for name, size in built.sizes.items()),
+                f"{sum(built.sizes.values()):>12,}  bytes in {out}",
+                "",
+                f"python {shlex.quote(str(out / 'app.py'))}  # runs it here",
+                "",
+                "# as a Space, every file above goes to the Hub:",
+                *built.push_commands,
+            )
         if not run:
             return 0
         port = port or DEFAULT_PORT
-        print(f"serving on http://127.0.0.1:{port}, once the models are loaded; Ctrl-C ends it", flush=True)
+        say(f"serving on http://127.0.0.1:{port}, once the models are loaded; Ctrl-C ends it")
         return run_space(out, port)
 
 
@@ -136,14 +139,13 @@ def export(
         found = export_model(
             model, to=to, output_dir=output_dir, dtype=dtype, allow=allow or (), listener=display.hear
         )
-    for file in sorted(Path(output_dir).iterdir()):
-        print(f"{file.stat().st_size:>14,} bytes  {file}")
-    print(
+    say(
+        *(f"{file.stat().st_size:>14,} bytes  {file}" for file in sorted(Path(output_dir).iterdir())),
         f"largest difference of a logit from the model's own: {found.largest_difference:.1e}, on "
         f"{found.n_tokens} tokens of {found.n_texts} texts; the most probable token is the same after "
-        f"{found.n_same_choice}"
+        f"{found.n_same_choice}",
+        f"exported: {output_dir}",
     )
-    print(f"exported: {output_dir}")
 
 
 @o.verb("push", "Publish", "hf-genlm push lstm-10 USER/MODEL --dry-run")
@@ -190,22 +192,26 @@ def push(
         except PushFailed as error:
             raise UserError(f"{error}: {shlex.join(['hf-genlm', *ctx.meta[o.WORDS]])}") from error
     if result.commit is None:
-        print("nothing was sent")
+        say("nothing was sent")
         return
-    print(f"pushed: {result.url}\ncommit: {result.commit}\ntag:    {result.tag}")
-    for name in result.branches:
-        print(f"branch: {name}")
-    print("read back: every file as it was sent; it generates in a process without hf_genlm\n")
-    print("from transformers import AutoModelForCausalLM")
-    print(
+    say(
+        f"pushed: {result.url}",
+        f"commit: {result.commit}",
+        f"tag:    {result.tag}",
+        *(f"branch: {name}" for name in result.branches),
+        "read back: every file as it was sent; it generates in a process without hf_genlm",
+        "",
+        "from transformers import AutoModelForCausalLM",
         f'model = AutoModelForCausalLM.from_pretrained("{result.repo_id}", revision="{result.tag}", '
-        "trust_remote_code=True)"
+        "trust_remote_code=True)",
     )
 
 
 def _print_manifest(manifest: "Manifest") -> None:
     """Print each file with its size, and the total."""
-    print(f"{manifest.folder}:")
-    for name, size in manifest.sizes.items():
-        print(f"  {size:>14,}  {name}")
-    print(f"  {manifest.num_bytes:>14,}  bytes in {len(manifest.sizes)} files\n")
+    say(
+        f"{manifest.folder}:",
+        *(f"  {size:>14,}  {name}" for name, size in manifest.sizes.items()),
+        f"  {manifest.num_bytes:>14,}  bytes in {len(manifest.sizes)} files",
+        "",
+    )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from hf_genlm.cli import options as o
-from hf_genlm.cli.display import Display, print_measurements
+from hf_genlm.cli.display import Display, print_measurements, say
 from hf_genlm.cli.launch import (
     check_processes,
     complain,
@@ -135,17 +135,21 @@ def _train_and_print(recipe: "Recipe", output_dir: str, resume: bool) -> None:
         run = run_training(recipe, output_dir, resume, display.hear)
     folder = run.folder
     print_measurements(read_measurements(folder.evaluation))
-    print(f"\nmodel:  {folder.model}\ncard:   {folder.model / 'README.md'}")
+    say("", f"model:  {folder.model}", f"card:   {folder.model / 'README.md'}")
     if folder.privacy.is_file():
         guarantee = read_json(folder.privacy)
-        print(
+        say(
             f"privacy: epsilon {guarantee['epsilon']:g}, delta {guarantee['delta']:g}, "
             f"for {guarantee['unit']}"
         )
-    print()
-    print(f"hf-genlm generate {shlex.quote(str(run.path))}\n")
-    print("from transformers import AutoModelForCausalLM\nimport hf_genlm")
-    print(f'model = AutoModelForCausalLM.from_pretrained("{folder.model.as_posix()}")')
+    say(
+        "",
+        f"hf-genlm generate {shlex.quote(str(run.path))}",
+        "",
+        "from transformers import AutoModelForCausalLM",
+        "import hf_genlm",
+        f'model = AutoModelForCausalLM.from_pretrained("{folder.model.as_posix()}")',
+    )
 
 
 @o.verb("tokenizer", "Train", "hf-genlm tokenizer my-texts/ --vocab-size 8000 --out my-tokenizer")
@@ -166,13 +170,13 @@ def tokenizer(
     with Display() as display:
         found = train_tokenizer(recipe=stated, output_dir=output_dir, listener=display.hear, progress=False)
     trained = found.trained
-    print(
+    say(
         f"{len(trained.tokenizer):,} tokens in the vocabulary; "
         f"{trained.n_bytes / trained.n_tokens:.3f} bytes per token on {trained.n_bytes:,} bytes"
     )
     if found.measurements:
         print_measurements(found.measurements)
-    print(f"tokenizer: {trained.path}")
+    say(f"tokenizer: {trained.path}")
 
 
 @o.verb("extend", "Train", "hf-genlm extend my-model --source swh=texts/ --vocab-size +500 --out extended")
@@ -207,9 +211,11 @@ def extend(
             corpus=corpus,
             listener=display.hear,
         )
-    print(
+    say(
         f"{found.n_tokens:,} tokens in the vocabulary, {found.n_new_tokens:,} of them new; on "
         f"{found.n_bytes:,} bytes {found.bytes_per_token_before:.3f} bytes per token before, "
-        f"{found.bytes_per_token:.3f} now"
+        f"{found.bytes_per_token:.3f} now",
+        f"model: {found.path}",
+        "",
+        f"hf-genlm train --from {found.path} SOURCE ...  # trains it further",
     )
-    print(f"model: {found.path}\n\nhf-genlm train --from {found.path} SOURCE ...  # trains it further")

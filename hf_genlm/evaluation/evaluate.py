@@ -94,7 +94,7 @@ def evaluate(
             "likelihood" if there are `sources` or `texts`, or no other suite.
         pairs: a .jsonl file of minimal pairs in BLiMP's format, or a folder of such files.
         tasks: names of lm-eval tasks; `*` matches any text.
-        include_path: a folder of lm-eval task files beside its own.
+        include_path: a folder of lm-eval task files beside its own. Their functions are executed.
         recipe: a YAML recipe for a model that is not a run; its sections `evaluation` and `corpus` are read.
         assignments: `section.key=value` that override the recipe.
         listener: receives the events "progress", "note" and "external_bar" (lm-eval shows its own bar).

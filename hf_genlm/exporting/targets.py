@@ -6,7 +6,6 @@ A new format is a new row of `EXPORTS`.
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from hf_genlm.exporting.layouts import LAYOUTS, convert, find_misfits
 from hf_genlm.exporting.onnx_runner import OnnxRunner
 from hf_genlm.files import atomic_folder, copy_file, read_text, require_new_folder, write_text
 from hf_genlm.model import GenLMForCausalLM
+from hf_genlm.report import document
 from hf_genlm.run_folder import describe_environment
 
 # texts for the comparison: prose, code, several scripts, and characters that tokenizers split differently
@@ -148,18 +148,16 @@ def _write_page(
     fields: dict[str, Any],
 ) -> None:
     """Write README.md from `page_template.md`: the model, how to run it, and how near its logits are."""
-    from jinja2 import Environment, StrictUndefined
-
-    template = resources.files("hf_genlm.exporting").joinpath("page_template.md").read_text(encoding="utf-8")
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     metadata = {
         **fields,
         "library_name": EXPORTS[to].read_by,
         "pipeline_tag": "text-generation",
         "tags": ["hf-genlm"],
     }
-    page = environment.from_string(template).render(
-        metadata=yaml.safe_dump(metadata, allow_unicode=True, sort_keys=False).strip(),
+    page = document.render(
+        "exporting/page_template.md",
+        {},
+        metadata=document.Markdown(yaml.safe_dump(metadata, allow_unicode=True, sort_keys=False).strip()),
         name=fields.get("model_name", "A small language model"),
         target=to,
         dtype=dtype,

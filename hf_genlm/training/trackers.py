@@ -6,6 +6,8 @@ validations, nor the figures of the finished model.
 
 import contextlib
 import io
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -17,6 +19,8 @@ from hf_genlm.training.processes import is_first
 
 _PREFIXES = {"step": "train", "validation": "validation"}
 _FLUSH_S = 10
+# variables by which trackio sends to a Space, a server, a data set, a bucket or a webhook
+_SENDING = re.compile(r"TRACKIO_\w*(SPACE|SERVER|DATASET|BUCKET|WEBHOOK|TOKEN|URL)")
 _NO_CURVE = {"step", "partial", "progress", "left_s"}
 
 
@@ -104,7 +108,7 @@ TRACKERS: dict[str, Callable[[RunFolder, Recipe, bool], Tracker]] = {
 def check_trackers(names: Sequence[str]) -> None:
     """
     Raises:
-        UserError: an unknown tracker, or one that is not installed.
+        UserError: an unknown tracker, one that is not installed, or one that the environment tells to send.
     """
     for name in names:
         if name not in TRACKERS:
@@ -112,6 +116,12 @@ def check_trackers(names: Sequence[str]) -> None:
         if find_spec(name) is None:
             raise UserError(
                 f"training.report_to = {name} needs {name}, which is not installed: pip install '.[track]'"
+            )
+        sending = [variable for variable in sorted(os.environ) if _SENDING.match(variable)]
+        if name == "trackio" and sending:
+            raise UserError(
+                f"training.report_to = trackio keeps a run on this machine, and {sending[0]} sends it to a "
+                f"server: unset {', '.join(sending)}"
             )
 
 

@@ -178,3 +178,27 @@ def test_importing_the_rooms_is_free_of_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+PRINTERS = {"print", "secho", "echo", "pprint"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=by_path)
+def test_only_the_printing_layer_prints(file):
+    """cli/display.py escapes control characters: whatever prints past it can steer a terminal."""
+    if file == PACKAGE / "cli" / "display.py":
+        return
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            found += [name for name in names if name.split(".")[0] == "rich"]
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            is_stream = called.startswith(("sys.stdout.", "sys.stderr.", "sys.__std", "console."))
+            writes = is_stream and called.endswith((".write", ".writelines", ".print"))
+            found += [called] if writes or called.split(".")[-1] in PRINTERS else []
+            found += [
+                called for word in node.keywords if word.arg == "file" and "sys.std" in ast.unparse(word)
+            ]
+    assert [each for each in found if each != "bar.write"] == []  # of a notebook, escaped in api.py
