@@ -22,10 +22,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PIECE = 1 << 18  # characters of a piece of a long document, and of a thread's job
-BATCH = 1 << 22  # characters encoded at once
+MAX_WORD = 1 << 18  # characters behind which a piece ends anywhere, if nothing may be cut before
+UNCUT = 1 << 20  # characters of a document that is cut even if that may change ids beside the cuts
+BATCH = 1 << 22  # bytes encoded at once
 SPOTS, SPOT = 8, 2048  # spot checks of tiktoken in a batch, and the characters of each
-# where a text may be cut, see `cuts_are_exact`
-_BORDER = re.compile(r"(?<=\n)(?=[!-~])|(?<=[A-Za-z])(?=[\x00-@\[-`{-\x7f])")
+# letters, marks and signs that are the same in every version of Unicode
+_LETTERS = (
+    "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u02af\u0391-\u03a1\u03a3-\u03c9\u0400-\u0481\u05d0-\u05ea\u0621-\u064a"
+    "\u0905-\u0939\u0e01-\u0e30\u0e32\u0e33\u0e40-\u0e46\u1000-\u1021\u1780-\u17b3\u3041-\u3094\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
+)
+_SIGNS = (
+    "\\x00-@\\[-`{-\\x7f\u00a0\u00ab\u00b7\u00bb\u060c\u061b\u061f\u0964\u0965\u104a\u104b\u17d4\u17d5\u2010-\u2027\u3000-\u3003"
+    "\u3008-\u3011\uff01-\uff0f\uff1a-\uff20"
+)
+# where a text may be cut: behind a word, with every pattern; and with ours before a line that is not indented
+_WORD_END = re.compile(f"(?<=[{_LETTERS}])(?=[{_SIGNS}])")
+_BORDER = re.compile(rf"(?<=\n)(?=[!-~{_LETTERS}])|{_WORD_END.pattern}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,8 +160,8 @@ def encode_documents(
 ) -> TokenizedDocuments:
     """Encode every document without special tokens; the words of special tokens in a text are plain text.
 
-    Runs on all cores over batches of about `batch` characters. Memory does not grow with the text; with a
-    tokenizer that is not ours it grows with the longest document.
+    Runs on all cores over batches of about `batch` bytes. Memory does not grow with the text, for which a
+    document of more than `UNCUT` characters is cut behind a word if the tokenizer is not ours.
 
     Args:
         on_progress: called with (characters encoded, all characters).
@@ -189,7 +201,9 @@ def _encode(
     total, done = documents.n_characters, 0
     lengths = np.zeros(len(documents), dtype=np.int64)
     with ArrayWriter(cache, key) as writer, ThreadPoolExecutor(n_cores()) as pool:
-        for texts in _batches(pieces(documents, encoder.can_cut), lambda piece: len(piece[1]), batch):
+        for texts in _batches(
+            pieces(documents, encoder.can_cut), lambda piece: len(piece[1].encode()), batch
+        ):
             parts = encoder.encode([text for _, text in texts], pool)
             for (i, text), ids in zip(texts, parts, strict=True):
                 lengths[i] += len(ids)
@@ -230,46 +244,47 @@ def cuts_are_exact(backend: Tokenizer) -> bool:
     return state["normalizer"] is None and state["pre_tokenizer"] == ours and specials_only
 
 
-def pieces(documents: Documents, can_cut: bool = True, length: int = PIECE) -> Iterator[tuple[int, str]]:
-    """(index of the document, text) of all documents in order; with `can_cut`, long ones in pieces."""
+def pieces(
+    documents: Documents, can_cut: bool = True, length: int | None = None
+) -> Iterator[tuple[int, str]]:
+    """(index of the document, text) of all documents in order, long ones in pieces."""
     for i, parts in itertools.groupby(documents.texts(), key=lambda part: part[0]):
         yield from ((i, piece) for piece in pieces_of_parts((part for _, part in parts), can_cut, length))
 
 
-def pieces_of_parts(parts: Iterable[str], can_cut: bool = True, length: int = PIECE) -> Iterator[str]:
-    """The text that `parts` join to: whole, or with `can_cut` in pieces that depend on the parts."""
+def pieces_of_parts(parts: Iterable[str], can_cut: bool = True, length: int | None = None) -> Iterator[str]:
+    """Pieces of the text that `parts` join to, see `pieces_of`, which do not depend on the parts.
+
+    `length` is `PIECE` by default, `UNCUT` where a cut may change ids. Memory does not grow with the text.
+    """
+    length = length or (PIECE if can_cut else UNCUT)
     begun: list[str] = []
+    size = 0
     for part in parts:
-        border = _last_border(part) if can_cut and len(part) >= length else 0
-        if border:
-            yield from pieces_of("".join([*begun, part[:border]]), length)
-            begun = []
-        begun.append(part[border:])
-    text = "".join(begun)
-    yield from pieces_of(text, length) if can_cut else (text,)
+        begun.append(part)
+        size += len(part)
+        if size > length + MAX_WORD:
+            *whole, rest = pieces_of("".join(begun), length, can_cut)
+            yield from whole
+            begun, size = [rest], len(rest)
+    yield from pieces_of("".join(begun), length, can_cut)
 
 
-def pieces_of(text: str, length: int = PIECE) -> Iterator[str]:
-    """Pieces of about `length` characters, cut only where `cuts_are_exact` allows."""
-    start = 0
+def pieces_of(text: str, length: int = PIECE, can_cut: bool = True) -> Iterator[str]:
+    """Pieces of about `length` characters; one of more than `length + MAX_WORD` ends anywhere.
+
+    With `can_cut` the ids are those of the whole text, up to the words that are longer than `MAX_WORD`;
+    otherwise, a tokenizer that looks across the end of a word may give other ids beside the cuts.
+    """
+    start, border = 0, _BORDER if can_cut else _WORD_END
     while len(text) - start > length:
-        border = _BORDER.search(text, start + length)
-        if border is None:
+        found = border.search(text, start + length, start + length + MAX_WORD)
+        if found is None and len(text) - start <= length + MAX_WORD:
             break
-        yield text[start : border.start()]
-        start = border.start()
+        end = start + length + MAX_WORD if found is None else found.start()
+        yield text[start:end]
+        start = end
     yield text[start:]
-
-
-def _last_border(text: str) -> int:
-    """The last place where `text` may be cut; 0 if there is none."""
-    reach = 256
-    while reach < 2 * len(text):
-        found = [border.start() for border in _BORDER.finditer(text, max(0, len(text) - reach))]
-        if found:
-            return found[-1]
-        reach *= 16
-    return 0
 
 
 def _batches(items: Iterable[Any], size_of: Callable[[Any], int], batch: int) -> Iterator[list[Any]]:

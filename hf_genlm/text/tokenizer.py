@@ -5,6 +5,7 @@ Any Unicode text comes back unchanged from its ids: there is no normalizer and n
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from hf_genlm.memory import give_back_memory
 from hf_genlm.run_folder import Listener
 from hf_genlm.text.cache import ArrayWriter, Cache, key_of
 from hf_genlm.text.corpus import notes_on, read_documents, with_sources
-from hf_genlm.text.encoding import encode_documents
+from hf_genlm.text.encoding import encode_documents, pieces
 from hf_genlm.text.fast_bpe import PATTERNS, bounded, pre_tokenizer
 from hf_genlm.text.languages import balanced_text, check_languages
 from hf_genlm.text.sources import Sources
@@ -41,6 +42,11 @@ MAX_CHOSEN_VOCAB_SIZE = 32768
 _MIN_CHOSEN_VOCAB_SIZE = 512
 
 _SAMPLE_PIECE = 8192  # characters, when only a part of the text trains the merges
+_WHOLE_PIECE = 1 << 16  # characters, when all of it does
+# UTF-8 bytes of different words that train the merges: a byte takes some 100 in memory
+_MAX_WORD_BYTES = 6_000_000
+_SIGNS = r"!-/:-@\[-`{-~\u3000-\u3003\uff01-\uff0f\uff1a-\uff20"
+_WORD = re.compile(rf"[^\s\d{_SIGNS}]+|\d{{1,3}}|[{_SIGNS}]+|\s{{2,}}")  # about a pre-token
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +137,8 @@ def train_tokenizer(
 ) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE tokenizer on at most `recipe.max_characters`, taken evenly from all of the text.
 
-    A word of more than 1,024 characters trains the merges in pieces of this length; honest text has none.
+    They are fewer if their words seldom repeat, as in scripts without spaces, so that memory is bounded. A word
+    of more than 1,024 characters trains the merges in pieces of this length; honest text has none.
     Encoding adds no special token by itself (GPT-2's convention). `model_max_length` is left to the caller.
 
     Args:
@@ -151,7 +158,14 @@ def train_tokenizer(
             text=sha256,
             vocab_size=vocab_size,
             max_characters=recipe.max_characters,
-            rules=[bounded(PATTERNS[recipe.pattern]), END_OF_TEXT, PAD, _SAMPLE_PIECE],
+            rules=[
+                bounded(PATTERNS[recipe.pattern]),
+                END_OF_TEXT,
+                PAD,
+                _SAMPLE_PIECE,
+                _WHOLE_PIECE,
+                _MAX_WORD_BYTES,
+            ],
             library=tokenizers.__version__,
         )
         found = cache.load(key)
@@ -168,7 +182,11 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(sample_evenly(documents, recipe.max_characters), trainer)
+    documents = as_documents(documents)
+    n_characters = min(recipe.max_characters, documents.n_characters)
+    while n_characters > _WHOLE_PIECE and not _fits(sample_evenly(documents, n_characters)):
+        n_characters //= 2
+    backend.train_from_iterator(sample_evenly(documents, n_characters, recipe.pattern), trainer)
     backend.pre_tokenizer = pre_tokenizer(PATTERNS[recipe.pattern])
     del trainer
     give_back_memory()
@@ -185,12 +203,28 @@ def train_tokenizer(
     return wrap_tokenizer(backend)
 
 
-def sample_evenly(documents: Iterable[Document], max_characters: int) -> Iterator[str]:
-    """All texts if they have at most `max_characters`, otherwise evenly spaced pieces, as many as fit."""
+def _fits(texts: Iterable[str]) -> bool:
+    """True if the different words of `texts` have at most `_MAX_WORD_BYTES`."""
+    words: set[int] = set()
+    n_bytes = 0
+    for text in texts:
+        new = set(_WORD.findall(text))
+        n_bytes += sum(len(word.encode()) for word in new if hash(word) not in words)
+        words.update(map(hash, new))
+        if n_bytes > _MAX_WORD_BYTES:
+            return False
+    return True
+
+
+def sample_evenly(documents: Iterable[Document], max_characters: int, pattern: str = "own") -> Iterator[str]:
+    """All texts if they have at most `max_characters`, otherwise evenly spaced pieces, as many as fit.
+
+    Long texts come in pieces that end where a word of `pattern` ends.
+    """
     documents = as_documents(documents)
     total = documents.n_characters
     if total <= max_characters:
-        yield from (document.text for document in documents)
+        yield from (text for _, text in pieces(documents, pattern == "own", _WHOLE_PIECE))
         return
     piece = max(1, min(_SAMPLE_PIECE, max_characters // 16))
     passed = taken = 0
