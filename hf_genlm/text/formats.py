@@ -4,12 +4,13 @@ A new format is a generator of texts and a row of FORMATS.
 """
 
 import codecs
+import io
 import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import PurePath
-from typing import Any
+from typing import IO, Any
 
 from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError
@@ -29,12 +30,19 @@ Parts = Iterable[str]  # one text, as strings that join to it
 
 _ESCAPED_BYTE = re.compile(r"[\udc80-\udcff]")
 _BINARY_PROBE = 64 * 1024  # bytes searched for NUL
-_PARQUET_ROWS = 512  # decoded at once
+_PARQUET_ROWS = 512  # decoded at once, if the pages are small
+_MAX_PAGE = 1 << 27  # bytes of an unpacked page of parquet; pyarrow holds a dictionary and a page
+_MAX_PAGE_VALUES = 1 << 24
+_PAGE_HEADER = 1 << 10  # bytes in which the header of a page is looked for first
+_MAX_FOOTER = 1 << 24  # bytes of the table at the end of a parquet file, which takes some 30 times as many
+_MAX_TEXT = 1 << 26  # bytes of the text of a row
+CONTINUES = "hf_genlm.continues"  # field of a .jsonl record whose text goes on in the next record
 _MAX_NAMES = 8  # of a record's fields, in a message
 _BINARY = (  # reason and remedy
     "is binary (it holds NUL bytes), not text",
     "leave it out, or name its encoding with --set corpus.encoding=utf-16",
 )
+_OTHER_FIELD = "name a field of text with --set corpus.text_column=..."
 OTHER_PROGRAMS = {  # first bytes -> kind of a file that people take for text
     b"%PDF-": "a PDF",
     b"PK\x03\x04": "a zip archive, as .docx, .odt and .epub are",
@@ -158,6 +166,23 @@ def _check_unicode(place: Place, text: str) -> None:
 def _jsonl(
     file: RawFile, compression: str | None, recipe: CorpusRecipe, leave_out: LeaveOut
 ) -> Iterator[Parts]:
+    records = _records(file, compression, recipe, leave_out)
+
+    def continued(text: str) -> Iterator[str]:
+        yield text
+        for more, continues in records:
+            yield more
+            if not continues:
+                return
+
+    for text, continues in records:
+        yield continued(text) if continues else (text,)
+
+
+def _records(
+    file: RawFile, compression: str | None, recipe: CorpusRecipe, leave_out: LeaveOut
+) -> Iterator[tuple[str, bool]]:
+    """(text, True if it goes on in the next one) of each record."""
     lines = _lines(_decoded(file, compression, recipe, by_line=True), file.max_line)
     for number, line in enumerate(lines, start=1):
         place = Place(file.label, "line", number)
@@ -169,14 +194,12 @@ def _jsonl(
             if line is None:
                 reason = f"has more than {file.max_line:,} characters"
                 raise Damage(place, reason, "cut it into several records")
-            text = _text_of_line(place, line, recipe)
+            yield _text_of_line(place, line, recipe)
         except Damage as damage:
             leave_out(damage)
-            continue
-        yield (text,)
 
 
-def _text_of_line(place: Place, line: str, recipe: CorpusRecipe) -> str:
+def _text_of_line(place: Place, line: str, recipe: CorpusRecipe) -> tuple[str, bool]:
     """
     Raises:
         Damage: the line is not a JSON object that holds text.
@@ -198,7 +221,7 @@ def _text_of_line(place: Place, line: str, recipe: CorpusRecipe) -> str:
     if not isinstance(record, dict):
         raise Damage(place, f"is {type(record).__name__}, not an object", 'write {"text": ...}')
     check_column(place, record, recipe)
-    return text_value(place, record[recipe.text_column], recipe)
+    return text_value(place, record[recipe.text_column], recipe), record.get(CONTINUES) is True
 
 
 def _lines(parts: Parts, max_line: int) -> Iterator[str | None]:
@@ -234,16 +257,28 @@ def _parquet(
         stream = store.file
     n_rows = 0
     try:
+        _check_footer(stream)
         table = parquet.ParquetFile(
             stream, buffer_size=CHUNK, pre_buffer=False, page_checksum_verification=True
         )
+        name = recipe.text_column
         check_column(place, table.schema_arrow.names, recipe)
-        for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[recipe.text_column]):
-            yield from texts_of_rows(file.label, _values(batch.column(0)), recipe, leave_out, n_rows)
-            n_rows += len(batch)
+        leaf = [i for i in range(len(table.schema)) if table.schema.column(i).path == name]
+        kinds = [field.type for field in table.schema_arrow if field.name == name]
+        if len(leaf) != 1 or len(kinds) != 1 or not _is_text(kinds[0]):
+            kind = " and ".join(map(str, kinds))[:200]
+            raise Damage(place, f"field {name!r} is {kind}, not text", _OTHER_FIELD)
+        for group in range(table.num_row_groups):
+            page = max(_page_sizes(stream, table.metadata.row_group(group).column(leaf[0])), default=1)
+            rows = max(1, min(_PARQUET_ROWS, _MAX_TEXT // max(page, 1)))  # no value is larger than a page
+            for batch in table.iter_batches(rows, [group], [name]):
+                yield from texts_of_rows(file.label, batch.column(0), recipe, leave_out, n_rows)
+                n_rows += len(batch)
         if n_rows != table.metadata.num_rows:
             raise OSError(f"it holds {n_rows:,} rows and says {table.metadata.num_rows:,}")
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise Damage(
             place,
             f"is not readable as parquet ({one_line(error)})",
@@ -251,34 +286,125 @@ def _parquet(
         ) from error
 
 
-def _values(column: Any) -> Iterable[Any]:
-    """Python values of a pyarrow array; a text that is not UTF-8 comes as bytes."""
+def _is_text(kind: Any) -> bool:
     import pyarrow as pa
 
-    def as_text(content: bytes | None) -> str | bytes | None:
-        try:
-            return content if content is None else content.decode("utf-8")
-        except UnicodeDecodeError:
-            return content
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
 
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        binary = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
-        return map(as_text, column.cast(binary).to_pylist())
+
+def _check_footer(stream: IO[bytes]) -> None:
+    """
+    Raises:
+        ValueError: the table at the end of a parquet file is too large to be held.
+    """
+    stream.seek(max(0, stream.seek(0, io.SEEK_END) - 8))
+    length = int.from_bytes(stream.read(8)[:4], "little")
+    if length > _MAX_FOOTER:
+        raise ValueError(f"the table of its row groups has {length:,} bytes, more than {_MAX_FOOTER:,}")
+
+
+def _page_sizes(stream: IO[bytes], column: Any) -> Iterator[int]:
+    """Unpacked bytes of each page of a column chunk, from the page headers: pyarrow allocates as they say.
+
+    Raises:
+        ValueError: a header is damaged, or a page is too large to be held.
+    """
+    start, left = column.data_page_offset, column.total_compressed_size
+    if column.has_dictionary_page and 0 < (column.dictionary_page_offset or 0) < start:
+        start = column.dictionary_page_offset
+    while left > 0:
+        stream.seek(start)
+        content = stream.read(_PAGE_HEADER)
+        try:
+            try:
+                header, length = _thrift_struct(content, 0)
+            except IndexError:  # long statistics
+                header, length = _thrift_struct(content + stream.read(CHUNK), 0)
+            n_bytes, n_on_disk = header[2], header[3]
+            # of a page of data, of a dictionary, of data in version 2
+            n_values = max((header[i][1] for i in (5, 7, 8) if i in header), default=0)
+        except (IndexError, KeyError, TypeError) as error:
+            raise ValueError("the header of a page is damaged") from error
+        if not 0 <= n_bytes <= _MAX_PAGE or not 0 <= n_values <= _MAX_PAGE_VALUES or n_on_disk < 0:
+            raise ValueError(
+                f"a page has {n_bytes:,} bytes and {n_values:,} values, more than {_MAX_PAGE:,} or "
+                f"{_MAX_PAGE_VALUES:,}: write it with smaller pages"
+            )
+        yield n_bytes
+        start, left = start + length + n_on_disk, left - length - n_on_disk
+
+
+def _thrift_struct(content: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
+    """(fields by number, the index behind) of a struct in Thrift's compact protocol, as page headers are.
+
+    Raises:
+        IndexError: `content` ends before.
+        ValueError: it holds what no page header has.
+    """
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            value |= (content[at] & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+            if content[at - 1] < 0x80:
+                return value
+            if shift > 63:
+                raise ValueError("the header of a page holds a number of more than 64 bits")
+
+    fields: dict[int, Any] = {}
+    number = 0
+    while content[at]:
+        kind, step = content[at] & 15, content[at] >> 4
+        at += 1
+        number = number + step if step else varint()
+        if kind == 5:  # 32 bits: a reader ignores a field of another type
+            value = varint()
+            fields[number] = value >> 1 ^ -(value & 1)
+        elif kind in (4, 6):
+            varint()
+        elif kind == 8:  # a minimum or maximum
+            length = varint()
+            at += length
+        elif kind == 12 and depth < 4:
+            fields[number], at = _thrift_struct(content, at, depth + 1)
+        elif kind not in (1, 2):  # true and false
+            raise ValueError(f"the header of a page holds the type {kind}")
+    return fields, at + 1
 
 
 def texts_of_rows(
     label: str, values: Iterable[Any], recipe: CorpusRecipe, leave_out: LeaveOut, n_before: int = 0
 ) -> Iterator[Parts]:
-    """Text of each value of a column; `n_before` rows of the same source came before."""
+    """Text of each scalar of a pyarrow column; `n_before` rows of the same source came before."""
     for number, value in enumerate(values, start=n_before + 1):
         try:
-            text = text_value(Place(label, "row", number), value, recipe)
+            text = _text_of_scalar(Place(label, "row", number), value, recipe)
         except Damage as damage:
             leave_out(damage)
             continue
         yield (text,)
+
+
+def _text_of_scalar(place: Place, scalar: Any, recipe: CorpusRecipe) -> str:
+    """
+    Raises:
+        Damage: the scalar is not text, or too long to be held.
+    """
+    import pyarrow as pa
+
+    scalar = scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar
+    if not isinstance(scalar, (pa.StringScalar, pa.LargeStringScalar)) or not scalar.is_valid:
+        return text_value(place, scalar.as_py(), recipe)
+    content = scalar.as_buffer()
+    if content.size > _MAX_TEXT:
+        raise Damage(place, f"has more than {_MAX_TEXT:,} bytes", "cut it into several records")
+    try:
+        return text_value(place, str(content, "utf-8"), recipe)
+    except UnicodeDecodeError:
+        return text_value(place, content.to_pybytes(), recipe)
 
 
 def check_column(place: Place, names: Iterable[str], recipe: CorpusRecipe) -> None:
@@ -309,7 +435,7 @@ def text_value(place: Place, value: Any, recipe: CorpusRecipe) -> str:
         raise Damage(
             place,
             f"field {recipe.text_column!r} is {type(value).__name__}, not text",
-            "name a field of text with --set corpus.text_column=...",
+            _OTHER_FIELD,
         )
     _check_unicode(place, value)
     return value

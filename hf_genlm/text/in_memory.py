@@ -12,10 +12,12 @@ from typing import Any
 
 from hf_genlm.errors import UserError
 from hf_genlm.files import atomic_file, sha256_of
+from hf_genlm.text.formats import CONTINUES
 
 Texts = Any  # a path, several paths, strings, a datasets.Dataset, or None
 
 _MAX_PATH = 4096  # characters
+_MAX_PART = 1 << 21  # characters of a text in one record; escaped they are at most six times as many
 # no part can match in two ways: time is linear
 _PATH_FORM = re.compile(
     r"[\w.~*?\[\]{}:\\-]*(/[\w.~*?\[\]{}:\\-]+)+/?|[\w.~*?\[\]{}:-]*\\[\w.~*?\[\]{}:\\-]+/?"
@@ -78,9 +80,12 @@ def write_texts(texts: Any, path: Path, column: str, is_resuming: bool = False) 
                 raise UserError(
                     f"item {number} of the texts has no text in {column!r}: set corpus.text_column"
                 )
-            line = (json.dumps({column: text}, ensure_ascii=False) + "\n").encode("utf-8", "replace")
-            digest.update(line)
-            file.write(line)
+            for start in range(0, max(1, len(text)), _MAX_PART):
+                more = {CONTINUES: True} if start + _MAX_PART < len(text) else {}
+                record = {column: text[start : start + _MAX_PART], **more}
+                line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+                digest.update(line)
+                file.write(line)
         if is_resuming and path.is_file() and sha256_of(path) != digest.hexdigest():
             raise UserError("these are not the texts that the run began with: resume it without them")
 

@@ -1,17 +1,17 @@
 """Raw files: their bytes, unpacked a part at a time, and the count of what is too damaged to be used.
 
 Memory is bounded whatever a compressed file expands to: at most `CHUNK` bytes are unpacked at once, or `_SIP`
-bytes are fed at once to a library that unpacks all it is given. Names inside an archive are never used as
-paths, and nothing is unpacked to a path.
+bytes are fed at once to zstandard, which unpacks all it is given; a dictionary or window of more than
+`_MAX_WINDOW` bytes is refused. Names inside an archive are never used as paths, and nothing is unpacked to a
+path.
 """
 
 import bz2
-import gzip
 import lzma
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import IO, Any
@@ -20,9 +20,11 @@ from hf_genlm.errors import UserError, without_secrets
 from hf_genlm.text.store import CHUNK
 
 MAX_PLACES = 20  # damaged records and files that a report names
-# 2 KB of zstd hold up to 500 blocks of 128 KB, 4 KB of bz2 in zip up to 90 blocks of 900 KB
-_SIP = 1 << 11
-_XZ_MEMORY = 1 << 28  # bytes; `xz -9` needs 65 MiB
+_FEED = 1 << 16  # bytes of a compressed file that are read at once
+_SIP = 1 << 11  # the same of zstd: 2 KB hold up to 500 blocks of 128 KB
+_MAX_WINDOW = 1 << 28  # bytes; `xz -9` needs 65 MiB, `zstd --long` 128 MiB
+_MAX_EMPTY = 1000  # streams without content in a row
+_MAX_TABLE = 1 << 22  # bytes of the table of a .zip, which zipfile holds in memory
 # zipfile raises the last four: for a password, an unknown method, and damaged tables
 _FAULTS = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
            RuntimeError, struct.error, LookupError, OverflowError)  # fmt: skip
@@ -58,7 +60,7 @@ class RawFile:
     label: str
     name: str
     stream: IO[bytes]
-    max_line: int = 1 << 28  # characters of a .jsonl line, which is held in memory
+    max_line: int = 1 << 24  # characters of a .jsonl line, which takes up to 60 bytes of memory for each
 
 
 @dataclass
@@ -115,7 +117,7 @@ def unpacked(label: str, stream: IO[bytes], compression: str | None) -> Iterator
     if compression == "zstd" and find_spec("zstandard") is None:
         raise UserError(f"{label!r} is zstd-compressed, which needs one more package: pip install '.[zstd]'")
     try:
-        yield from filter(None, _UNPACK[compression](stream))
+        yield from _plain(stream) if compression is None else _chunks(_UNPACK[compression](stream))
     except _FAULTS as error:
         if compression is None:
             raise
@@ -133,8 +135,7 @@ def only_member(label: str, stream: IO[bytes]) -> str:
         Damage: the archive is damaged, or does not have exactly one member.
     """
     try:
-        with zipfile.ZipFile(stream) as archive:
-            members = archive.namelist()
+        members = [member.filename for member in _members(stream)]
         stream.seek(0)
     except _FAULTS as error:
         raise Damage(
@@ -155,62 +156,169 @@ def one_line(error: BaseException) -> str:
     return without_secrets(" ".join(str(error).split()))[:200] or type(error).__name__
 
 
-def _plain(stream: Any, n_bytes: int = CHUNK) -> Iterator[bytes]:
-    while content := stream.read(n_bytes):
+def _plain(stream: IO[bytes]) -> Iterator[bytes]:
+    while content := stream.read(CHUNK):
         yield content
 
 
-def _zip(stream: IO[bytes]) -> Iterator[bytes]:
-    with zipfile.ZipFile(stream) as archive:
-        (member,) = archive.infolist()
-        is_bounded = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-        with archive.open(member) as file:
-            yield from _plain(file, CHUNK if is_bounded else _SIP)
+def _chunks(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The bytes that `parts` join to, in parts of `CHUNK` bytes."""
+    begun = bytearray()
+    for part in parts:
+        begun += part
+        while len(begun) >= CHUNK:
+            yield bytes(begun[:CHUNK])
+            del begun[:CHUNK]
+    if begun:
+        yield bytes(begun)
 
 
-def _xz(stream: IO[bytes]) -> Iterator[bytes]:
-    """All streams of the file; `lzma.LZMAFile` has no memory limit and ignores garbage behind the first."""
-    unpacker: lzma.LZMADecompressor | None = None
-    n_streams, rest = 0, b""
-    while content := rest or stream.read(CHUNK):
+class _Zlib:
+    """A decompressor of deflated data with the interface of those of bz2 and lzma."""
+
+    def __init__(self, window_bits: int):
+        self._object, self.needs_input = zlib.decompressobj(window_bits), True
+
+    def decompress(self, content: bytes, max_bytes: int) -> bytes:
+        found = self._object.decompress(self._object.unconsumed_tail + content, max_bytes)
+        self.needs_input = len(found) < max_bytes
+        return found
+
+    @property
+    def eof(self) -> bool:
+        return self._object.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._object.unused_data
+
+
+class _Zstd:
+    """The same for zstd; `max_bytes` is ignored. zstandard's stream reader accepts a truncated file."""
+
+    needs_input = True
+
+    def __init__(self) -> None:
+        import zstandard
+
+        self._error, decompressor = (
+            zstandard.ZstdError,
+            zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW),
+        )
+        self._object = decompressor.decompressobj()
+
+    def decompress(self, content: bytes, max_bytes: int) -> bytes:
+        try:
+            return self._object.decompress(content)
+        except self._error as error:
+            raise ValueError(str(error)) from error
+
+    @property
+    def eof(self) -> bool:
+        return self._object.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._object.unused_data
+
+
+def _streams(read: Callable[[int], bytes], start: Callable[[], Any], n_fed: int = _FEED) -> Iterator[bytes]:
+    """Unpack all compressed streams of a file, one behind another."""
+    unpacker, rest, n_streams, n_empty = None, b"", 0, 0
+    while content := rest or read(n_fed):
         rest = b""
         if unpacker is None:
             content = content.lstrip(b"\0") if n_streams else content  # padding may follow a stream
             if not content:
                 continue
-            unpacker, n_streams = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY), n_streams + 1
-        yield unpacker.decompress(content, CHUNK)
-        while not unpacker.eof and not unpacker.needs_input:
-            yield unpacker.decompress(b"", CHUNK)
+            unpacker, n_streams, n_empty = start(), n_streams + 1, n_empty + 1
+        while True:
+            found = unpacker.decompress(content, CHUNK)
+            n_empty = 0 if found else n_empty
+            yield found
+            if unpacker.eof or unpacker.needs_input:
+                break
+            content = b""
         if unpacker.eof:
             rest, unpacker = unpacker.unused_data, None
+            if n_empty > _MAX_EMPTY:
+                raise ValueError(f"more than {_MAX_EMPTY:,} empty streams follow one another")
     if unpacker is not None:
         raise EOFError("it ends in the middle of a stream")
 
 
-def _zstd(stream: IO[bytes]) -> Iterator[bytes]:
-    """All frames of the file; zstandard's stream reader stops after one and accepts a truncated file."""
-    import zstandard
+class _Capped:
+    """A file for zipfile, which reads the whole table at once."""
 
-    frame = None
-    try:
-        while content := stream.read(_SIP):
-            while content:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(content)
-                content, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    except zstandard.ZstdError as error:
-        raise ValueError(str(error)) from error
-    if frame is not None:
-        raise EOFError("it ends in the middle of a frame")
+    def __init__(self, stream: IO[bytes]):
+        self._stream, self.seek, self.tell = stream, stream.seek, stream.tell
+
+    def read(self, n: int = -1) -> bytes:
+        if n > _MAX_TABLE:
+            raise ValueError(f"its table of members has more than {_MAX_TABLE:,} bytes")
+        return self._stream.read(n)
 
 
-_UNPACK: dict[str | None, Callable[[IO[bytes]], Iterator[bytes]]] = {
-    None: _plain,
-    "gzip": lambda stream: _plain(gzip.GzipFile(fileobj=stream)),
-    "bz2": lambda stream: _plain(bz2.BZ2File(stream)),
-    "xz": _xz,
-    "zstd": _zstd,
+def _members(stream: IO[bytes]) -> list[zipfile.ZipInfo]:
+    capped: Any = _Capped(stream)
+    with zipfile.ZipFile(capped) as archive:
+        return archive.infolist()
+
+
+def _zip(stream: IO[bytes]) -> Iterator[bytes]:
+    """The only member. zipfile itself unpacks bz2 and LZMA without a bound."""
+    (member,) = _members(stream)
+    if member.flag_bits & 1:
+        raise ValueError("it is encrypted")
+    if member.compress_type not in _ZIP_METHODS:
+        raise ValueError(
+            f"it is compressed by method {member.compress_type}, not stored, deflate, bz2 or LZMA"
+        )
+    stream.seek(member.header_offset)
+    header = stream.read(30)
+    stream.seek(sum(struct.unpack("<2H", header[26:])), 1)  # its name and an extra field
+    left = member.compress_size
+
+    def read(n: int) -> bytes:
+        nonlocal left
+        content = stream.read(min(n, left))
+        left -= len(content)
+        return content
+
+    n_bytes, checksum = 0, 0
+    for content in _ZIP_METHODS[member.compress_type](read, member):
+        n_bytes, checksum = n_bytes + len(content), zlib.crc32(content, checksum)
+        yield content
+    if (n_bytes, checksum) != (member.file_size, member.CRC):
+        raise ValueError(f"it holds {n_bytes:,} bytes and not those {member.file_size:,} of its checksum")
+
+
+def _zip_lzma(read: Callable[[int], bytes], member: zipfile.ZipInfo) -> Iterator[bytes]:
+    """LZMA as in a .lzma file, whose header differs, and for which a limit of memory can be set."""
+    size = -1 if member.flag_bits & 2 else member.file_size  # unknown: the end is marked
+    head = read(9)[4:] + struct.pack("<q", size)
+    heads = iter([head])
+    unpacker = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_MAX_WINDOW)
+    return _streams(lambda n: next(heads, None) or read(n), lambda: unpacker)
+
+
+_ZIP_METHODS: dict[int, Callable[[Callable[[int], bytes], zipfile.ZipInfo], Iterator[bytes]]] = {
+    zipfile.ZIP_STORED: lambda read, member: iter(lambda: read(CHUNK), b""),
+    zipfile.ZIP_DEFLATED: lambda read, member: _streams(read, lambda: _Zlib(-15)),
+    zipfile.ZIP_BZIP2: lambda read, member: _streams(read, bz2.BZ2Decompressor),
+    zipfile.ZIP_LZMA: _zip_lzma,
+}
+
+
+def _xz_stream() -> lzma.LZMADecompressor:
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MAX_WINDOW)
+
+
+_UNPACK: dict[str, Callable[[IO[bytes]], Iterator[bytes]]] = {
+    "gzip": lambda stream: _streams(stream.read, lambda: _Zlib(31)),
+    "bz2": lambda stream: _streams(stream.read, bz2.BZ2Decompressor),
+    "xz": lambda stream: _streams(stream.read, _xz_stream),
+    "zstd": lambda stream: _streams(stream.read, _Zstd, _SIP),
     "zip": _zip,
 }
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zip": "zip"}  # by suffix

@@ -110,7 +110,7 @@ def read_sources(words: Sources, recipe: CorpusRecipe, split: str) -> Reading:
             located = locate(word)
             reading.files_skipped += located.n_skipped
             if located.is_hub:
-                batches = open_hub(word, recipe, split).iter(batch_size=1000)
+                batches = open_hub(word, recipe, split).with_format("arrow").iter(batch_size=1000)
                 values = (value for batch in batches for value in batch[recipe.text_column])
                 leave_out = _leave_out(reading.left_out, word, recipe)
                 reading.add(word, texts_of_rows(word, values, recipe, leave_out))

@@ -137,8 +137,8 @@ def train_tokenizer(
 ) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE tokenizer on at most `recipe.max_characters`, taken evenly from all of the text.
 
-    They are fewer if their words seldom repeat, as in scripts without spaces, so that memory is bounded. A word
-    of more than 1,024 characters trains the merges in pieces of this length; honest text has none.
+    They are fewer if their words seldom repeat, as in scripts without spaces, so that memory is bounded. A
+    word of more than 1,024 characters trains the merges in pieces of this length; honest text has none.
     Encoding adds no special token by itself (GPT-2's convention). `model_max_length` is left to the caller.
 
     Args:

@@ -161,7 +161,8 @@ def train_and_report(arguments: list[str]) -> None:
 
     cut_short()
     start = time.perf_counter()
-    cli.main(["train", *arguments])
+    if code := cli(["train", *arguments]):
+        sys.exit(code)
     seconds = time.perf_counter() - start
     log = Path(arguments[arguments.index("--out") + 1], "log.jsonl").read_text().splitlines()
     at = {event["event"]: event["time"] for event in map(json.loads, log)}
