@@ -32,6 +32,9 @@ _READ = os.O_RDONLY | _PLAIN
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW
 _APPEND = os.O_RDWR | os.O_CREAT | os.O_APPEND | _NO_FOLLOW
 _PRIVATE = re.compile(r"\..*\.[0-9a-f]{16}\.part")
+MAX_BYTES = 1 << 26  # of a file that is held in memory as a whole
+MAX_VALUES = 1 << 21  # of a JSON file
+_PARSED = {".json", ".txt", ".model", ".jinja", ".yaml", ".md"}
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _REMEDIES = {
     **dict.fromkeys(_NO_SPACE, "make room on the disk, or name a folder on another one"),
@@ -226,27 +229,54 @@ def _regular(number: int, path: str | Path, mode: str) -> Any:
     raise OSError(errno.EINVAL, "it is neither a file nor a folder", str(path))
 
 
-def read_bytes(path: str | Path) -> bytes:
+def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
     """Read a file.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or is too large to be held.
     """
     try:
         with open_file(path) as file:
-            return file.read()
+            content = file.read(max_bytes + 1)
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    if len(content) > max_bytes:
+        raise UserError(f"{str(path)!r} has more than {max_bytes:,} bytes: name a smaller file")
+    return content
 
 
-def read_text(path: str | Path) -> str:
+def check_values(content: str, path: str | Path) -> None:
+    """Refuse JSON of more than `MAX_VALUES` values: parsed, each takes up to 250 bytes.
+
+    Raises:
+        UserError: there are more; `path` is where it was read, for the message.
+    """
+    if sum(map(content.count, ",[{")) > MAX_VALUES:
+        raise UserError(f"{str(path)!r} is damaged: it holds more than {MAX_VALUES:,} values")
+
+
+def check_sizes(folder: str | Path) -> None:
+    """Refuse a model folder whose files of text, such as tokenizer.json, are too large to be parsed.
+
+    Raises:
+        UserError: a file has more than `MAX_BYTES`.
+    """
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in _PARSED and path.is_file() and path.stat().st_size > MAX_BYTES:
+            raise UserError(
+                f"{str(path)!r} has more than {MAX_BYTES:,} bytes, too many to be parsed: name a folder with a "
+                "smaller one"
+            )
+
+
+def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
     """Read a UTF-8 file.
 
     Raises:
-        UserError: it cannot be read, or is not UTF-8.
+        UserError: it cannot be read, is too large, or is not UTF-8.
     """
     try:
-        return read_bytes(path).decode("utf-8").replace("\r\n", "\n")
+        return read_bytes(path, max_bytes).decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise _damaged(path, f"byte {error.start:,} is not UTF-8") from error
 
@@ -257,7 +287,9 @@ def read(path: str | Path, schema: type[Schema]) -> Schema:
     Raises:
         UserError: the file is missing or does not fit; the message names the file and the field.
     """
-    return parse(read_text(path), schema, path)
+    text = read_text(path)
+    check_values(text, path)
+    return parse(text, schema, path)
 
 
 def read_json(path: str | Path, schema: Any = None) -> Any:
@@ -267,6 +299,7 @@ def read_json(path: str | Path, schema: Any = None) -> Any:
         UserError: the file is missing or does not fit; the message names the file and the field.
     """
     text = read_text(path)
+    check_values(text, path)
     if schema is not None:
         parse(text, schema, path)
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_genlm.errors import UserError, without_secrets
-from hf_genlm.files import refuse_links_out, use_private_compiler_caches
+from hf_genlm.files import check_sizes, refuse_links_out, use_private_compiler_caches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,6 +73,8 @@ def source_of(name: "str | os.PathLike[str]") -> str:
             f"{name!r} has an adapter_config.json, which names another model to load: where you trust both, "
             "merge the adapter by PEFT's merge_and_unload, and save the result with save_pretrained"
         )
+    if path.exists():
+        check_sizes(source)
     return source
 
 

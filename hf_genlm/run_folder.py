@@ -9,6 +9,7 @@ RUN/ recipe.yaml  environment.json  corpus.json  log.jsonl  tokenizer/  checkpoi
 """
 
 import contextlib
+import io
 import json
 import os
 import platform
@@ -24,6 +25,7 @@ from hf_genlm.errors import UserError
 from hf_genlm.files import (
     WriteError,
     append_file,
+    check_values,
     is_private_name,
     parse,
     read_bytes,
@@ -185,8 +187,9 @@ class RunFolder:
         if not self.log_file.exists():
             return []
         events: list[dict[str, Any]] = []
-        for number, line in enumerate(read_bytes(self.log_file).split(b"\n"), 1):
-            text = line.decode("utf-8", "replace")
+        content = read_bytes(self.log_file).decode("utf-8", "replace")
+        check_values(content, self.log_file)
+        for number, text in enumerate(io.StringIO(content, newline="\n"), 1):
             try:
                 event = json.loads(text)
             except (ValueError, RecursionError):

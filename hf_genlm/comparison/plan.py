@@ -23,6 +23,7 @@ BUDGETS: dict[str, str | None] = {
     "flops": None,
 }
 DEFAULT_MINUTES = 3.0
+_MAX_BYTES = 1 << 20  # of compare.yaml
 # fields that a comparison sets -> the option for them
 _OWN_FIELDS = {
     "training.minutes": "--minutes",
@@ -108,8 +109,10 @@ class Plan:
         Raises:
             UserError: the file is missing or damaged.
         """
-        text = read_text(path)
+        text = read_text(path, _MAX_BYTES)
         try:
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+                raise ValueError("it holds aliases, which may stand for any amount of text")
             content = json.dumps(yaml.safe_load(text), default=str)
         except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{str(path)!r} is damaged: {' '.join(str(error).split())}") from error

@@ -8,6 +8,7 @@ Of YAML's reading of plain words only null, true and false are used; the field d
 `no` is Norwegian, `1e-3` a number, and `1:30` not 90.
 """
 
+import itertools
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -212,13 +213,29 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:null", _NULL, ["~", "n", "N", "
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
 
 
+def _count_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """Nodes of a YAML document, an alias counted as what it stands for."""
+    if id(node) not in known:
+        known[id(node)] = 1  # an alias of what it lies in
+        parts = [] if isinstance(node, yaml.ScalarNode) else node.value
+        parts = itertools.chain(*parts) if isinstance(node, yaml.MappingNode) else parts
+        known[id(node)] += sum(_count_nodes(part, known) for part in parts)
+    return known[id(node)]
+
+
 def load_yaml(text: str) -> Any:
     """Parse YAML; plain words other than null, true and false stay text.
 
     Raises:
-        ValueError: `text` is not YAML, or a key occurs twice.
+        ValueError: `text` is not YAML, a key occurs twice, or aliases stand for too many values.
     """
     try:
-        return _Loader(text).get_single_data()
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count_nodes(node, {}) > _MAX_CHARACTERS:
+            raise yaml.YAMLError(f"its aliases stand for more than {_MAX_CHARACTERS:,} values")
+        return loader.construct_document(node)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from error

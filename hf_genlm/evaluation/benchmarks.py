@@ -12,6 +12,7 @@ lm-eval's, whose data come from the Hub, or a YAML file in a folder of the user,
 `dataset_path: json` and `dataset_kwargs: {data_files: {test: FILE}}` need no network.
 """
 
+import io
 import json
 import logging
 from collections import defaultdict
@@ -31,7 +32,7 @@ from hf_genlm.evaluation.measurement import (
     percentile_interval,
     ratio_stderr,
 )
-from hf_genlm.files import open_text
+from hf_genlm.files import MAX_BYTES, check_values, read_text
 
 _RELATIVE_ROUNDING = 1e-6  # of a sum of float32 log-probabilities
 _OUTCOMES = np.array([0.0, 0.5, 1.0])  # of a pair: bad sentence likelier, tie, good sentence likelier
@@ -65,6 +66,8 @@ def read_pairs(path: str | Path) -> list[Pair]:
     if not path.exists():
         raise UserError(f"no pairs at {str(path)!r}: name a .jsonl file, or a folder of such files")
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if sum(file.stat().st_size for file in files) > MAX_BYTES:
+        raise UserError(f"{str(path)!r} holds more than {MAX_BYTES:,} bytes of pairs: name fewer of them")
     pairs = [pair for file in files for pair in _read_file(file)]
     if not pairs:
         raise UserError(f"{str(path)!r} holds no pairs: name a .jsonl file, or a folder of such files")
@@ -72,21 +75,17 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 
 def _read_file(file: Path) -> Iterator[Pair]:
-    try:
-        with open_text(file) as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _parse_pair(line, f"{str(file)!r}, line {number}", file.stem)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{str(file)!r} is not UTF-8 text: {error.reason}") from error
-    except OSError as error:
-        raise UserError(f"{str(file)!r} cannot be read: {error.strerror}") from error
+    text = read_text(file)
+    check_values(text, file)
+    for number, line in enumerate(io.StringIO(text), start=1):
+        if line.strip():
+            yield _parse_pair(line, f"{str(file)!r}, line {number}", file.stem)
 
 
 def _parse_pair(line: str, place: str, default_uid: str) -> Pair:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not JSON ({error})") from error
     if not isinstance(fields, dict):
         raise UserError(f"{place}: must be an object with sentence_good and sentence_bad")

@@ -19,6 +19,7 @@ from hf_genlm.text.encoding import TokenizedDocuments
 from hf_genlm.text.packing import PackedRows
 from hf_genlm.text.store import Documents, cut_blocks
 
+_MAX_PARALLEL = 1 << 24  # bytes of a parallel text, whose lines are held in memory
 _BLOCK_CHARACTERS = 500  # a fraction of a text is taken in blocks of this length
 _MIN_BLOCKS, _MAX_BLOCKS = (
     32,
@@ -190,11 +191,14 @@ def read_parallel(recipe: CorpusRecipe) -> dict[str, list[str]]:
     for code, name in recipe.parallel.items():
         try:
             with open_text(Path(name).expanduser(), recipe.encoding) as file:
-                text = file.read()
+                text = file.read(_MAX_PARALLEL + 1)
+            if len(text) > _MAX_PARALLEL:
+                raise ValueError(f"it has more than {_MAX_PARALLEL:,} characters")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"corpus.parallel: {name!r} cannot be read ({error}): name a file of text, a sentence a line"
             ) from error
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
         lines[code] = [line.strip() for line in text.removesuffix("\n").split("\n")]
     lengths = {code: len(found) for code, found in lines.items()}
     if len(set(lengths.values())) > 1:

@@ -29,6 +29,7 @@ _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", 
 _TOPICS_FILE = "pydoc_data/topics.py"
 _BUILD_FILE = "_sysconfigdata_"  # holds paths of the machine that built this Python
 _SAMPLES = 16  # blocks of a streamed file that are hashed
+_ANY_FOLDERS = re.compile(r"(?:^|(?<=/))\*\*(?:/\*\*)*(?:/|$)")  # in a glob
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
 
@@ -180,7 +181,7 @@ def locate(word: str) -> Located:
     if word and os.path.lexists(path):
         return Located([FoundFile(path, _shown(path), is_named=True)])
     if glob.has_magic(word):
-        parts = [locate(match) for match in sorted(glob.glob(os.path.expanduser(word), recursive=True))]
+        parts = [locate(match) for match in sorted(_matches(os.path.expanduser(word)))]
         found = [replace(file, is_named=False) for part in parts for file in part.files]
         if found:
             return Located(found, sum(part.n_skipped for part in parts))
@@ -192,6 +193,24 @@ def locate(word: str) -> Located:
         f"{word!r} does not exist: name a file, a folder or a glob, "
         "or a Hub dataset id, which looks like owner/name",
     )
+
+
+def _matches(pattern: str) -> set[str]:
+    """Paths that match a glob. `**` stands for any folders, without hidden ones and without links to folders,
+    which may form loops; at the end, for all files below."""
+    before, *after = _ANY_FOLDERS.split(pattern, maxsplit=1)
+    if not after:
+        return set(glob.glob(pattern))
+    found: set[str] = set()
+    for base in glob.glob(before) if before else [os.curdir]:
+        for parent, folders, files in os.walk(base):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            inside = os.path.join("" if parent == os.curdir else parent.removeprefix(f".{os.sep}"), "")
+            if after[0]:
+                found |= _matches(glob.escape(inside) + after[0])
+            else:
+                found |= {inside + name for name in files if not name.startswith(".")}
+    return found
 
 
 def _in_folder(word: str, folder: Path) -> Located:

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from hf_genlm.config.recipe import CorpusRecipe, TokenizerRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.files import atomic_folder, refuse_links_out, require_new_folder
+from hf_genlm.files import atomic_folder, check_sizes, refuse_links_out, require_new_folder
 from hf_genlm.memory import give_back_memory
 from hf_genlm.run_folder import Listener
 from hf_genlm.text.cache import ArrayWriter, Cache, key_of
@@ -260,6 +260,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     if not Path(path).is_dir():
         raise UserError(f"tokenizer.path = {str(path)!r} is no folder: name one that save_pretrained wrote")
     refuse_links_out(path)
+    check_sizes(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a broken folder raises anything, from KeyError to the Rust library's own
