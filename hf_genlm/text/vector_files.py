@@ -34,6 +34,9 @@ _CHUNK = 1 << 20
 _MAX_LINE_BYTES = 1 << 20
 _MAX_WORD_BYTES = 1 << 12
 _MAX_DIMENSION = 1 << 14
+_MAX_WORDS = 1 << 24  # of a file; ConceptNet Numberbatch has 9 million
+_MAX_REPEATED = 1 << 20  # words whose hash is that of another one, which are held in memory
+_MAX_HELD = 1 << 29  # bytes of the wanted vectors
 _GZIP = b"\x1f\x8b"
 _ZIP = b"PK\x03\x04"
 _FASTTEXT = struct.pack("<i", 793712314)
@@ -140,6 +143,10 @@ class _Collector:
 
     def add(self, number: int, word: bytes | None, payload: Any, vector_of: Callable[..., Any]) -> None:
         self.n_entries += 1
+        if self.n_entries > _MAX_WORDS:
+            raise UserError(
+                f"{self.layout.name} holds more than {_MAX_WORDS:,} words: name a file of its frequent words"
+            )
         try:
             if word is None:
                 raise _BadEntry("wrong_dimension", payload)
@@ -158,6 +165,11 @@ class _Collector:
             self.words[text] = len(self.words)
             if vector is not None:
                 self.data += vector.tobytes()
+            if len(self.data) > _MAX_HELD:
+                raise UserError(
+                    f"{self.layout.name}: the vectors of the vocabulary take more than {_MAX_HELD:,} bytes: "
+                    "name one of a smaller dimension"
+                )
 
     def check_count(self) -> None:
         """Compare the number of entries with the header's."""
@@ -178,6 +190,11 @@ class _Collector:
         hashes = np.frombuffer(self.hashes, dtype=np.int64)
         order = np.argsort(hashes, kind="stable")
         follows = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+        if len(follows) > _MAX_REPEATED:
+            raise UserError(
+                f"{self.layout.name} holds more than {_MAX_REPEATED:,} words that stand there already: "
+                "copy the file anew"
+            )
         suspects = np.frombuffer(self._numbers, dtype=np.int64)[order[np.union1d(follows, follows + 1)]]
         if len(suspects) == 0:
             return
