@@ -354,17 +354,20 @@ def _thrift_struct(content: bytes, at: int, depth: int = 0) -> tuple[dict[int, A
             if shift > 63:
                 raise ValueError("the header of a page holds a number of more than 64 bits")
 
+    def signed() -> int:
+        value = varint()
+        return value >> 1 ^ -(value & 1)
+
     fields: dict[int, Any] = {}
     number = 0
     while content[at]:
         kind, step = content[at] & 15, content[at] >> 4
         at += 1
-        number = number + step if step else varint()
+        number = number + step if step else signed()
         if kind == 5:  # 32 bits: a reader ignores a field of another type
-            value = varint()
-            fields[number] = value >> 1 ^ -(value & 1)
+            fields[number] = signed()
         elif kind in (4, 6):
-            varint()
+            signed()
         elif kind == 8:  # a minimum or maximum
             length = varint()
             at += length

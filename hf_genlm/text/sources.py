@@ -28,6 +28,7 @@ Sources = Sequence[str] | Mapping[str, Sequence[str]]  # words, or words by lang
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _TOPICS_FILE = "pydoc_data/topics.py"
 _BUILD_FILE = "_sysconfigdata_"  # holds paths of the machine that built this Python
+MAX_DOCUMENTS = 5_000_000  # some 120 bytes of memory each until they are rows
 _SAMPLES = 16  # blocks of a streamed file that are hashed
 _ANY_FOLDERS = re.compile(r"(?:^|(?<=/))\*\*(?:/\*\*)*(?:/|$)")  # in a glob
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
@@ -60,6 +61,11 @@ class Reading:
             for parts in texts:
                 self.writer.add(self.scrub(parts, tally), name)
                 n_texts += 1
+                if len(self.writer) > MAX_DOCUMENTS:
+                    raise UserError(
+                        f"the sources hold more than {MAX_DOCUMENTS:,} documents, too many to be held: "
+                        "read them with --stream, or join short ones"
+                    )
         except Damage:
             self.writer.truncate(n_before)
             raise

@@ -35,12 +35,13 @@ def main() -> None:
     parser.add_argument("--max-mb", type=float, default=6.0, help="of the text given; run_clm's way is slow")
     parser.add_argument("--memory-mb", type=int, help="make a text of so many MB and print the peak memory")
     parser.add_argument("--records", action="store_true", help="with --memory-mb: a .jsonl of short records")
+    parser.add_argument("--chinese", action="store_true", help="with --memory-mb: phrases of Han characters")
     parser.add_argument("--train", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # the fresh process
     options = parser.parse_args()
     if options.train:
         train_and_report(options.train)
     elif options.memory_mb:
-        measure_memory(options.memory_mb, options.records)
+        measure_memory(options.memory_mb, options.records, options.chinese)
     else:
         compare(options)
 
@@ -134,11 +135,11 @@ def count_same(tokenizer, documents, texts: list[str]) -> int:
     return sum(ids.tolist() == other for (ids, _), other in zip(found, wanted, strict=True))
 
 
-def measure_memory(megabytes: int, records: bool) -> None:
+def measure_memory(megabytes: int, records: bool, chinese: bool) -> None:
     """Make a text, train on it in a fresh process, and print that one's figures."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "text.jsonl" if records else "text.txt")
-        n_records = write_text(path, megabytes * 10**6, records)
+        n_records = (write_chinese if chinese else write_text)(path, megabytes * 10**6, records)
         kind = f"{n_records:,} records" if records else "one file"
         print(f"{path.stat().st_size:,} bytes, {kind}", flush=True)
         environment = os.environ | {"HF_GENLM_CACHE": f"{folder}/cache"}
@@ -212,6 +213,30 @@ def write_text(path: Path, n_bytes: int, records: bool) -> int:
                     n_records += 1
                 if written >= n_bytes:
                     return n_records
+
+
+def write_chinese(path: Path, n_bytes: int, records: bool) -> int:
+    """Phrases of 4 to 14 characters of Zipf's frequencies; a line end after every twentieth, for `records` a
+    record."""
+    import random
+
+    generator = random.Random(0)
+    characters = [chr(0x4E00 + i) for i in range(4000)]
+    weights = [1 / (i + 3) for i in range(4000)]
+    written = n_records = 0
+    with path.open("w", encoding="utf-8") as file:
+        while written < n_bytes:
+            drawn, start = generator.choices(characters, weights, k=20_000), 0
+            while start < len(drawn):
+                stop = start + generator.randint(4, 14)
+                phrase, start = "".join(drawn[start:stop]), stop
+                text = phrase + generator.choice("\uff0c\uff0c。")
+                line = "\n" if generator.random() < 0.05 else ""
+                text = json.dumps({"text": text}, ensure_ascii=False) + "\n" if records else text + line
+                file.write(text)
+                written += len(text.encode())
+                n_records += 1
+    return n_records if records else 1
 
 
 if __name__ == "__main__":
