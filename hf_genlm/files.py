@@ -264,8 +264,8 @@ def check_sizes(folder: str | Path) -> None:
     for path in sorted(Path(folder).iterdir()):
         if path.suffix in _PARSED and path.is_file() and path.stat().st_size > MAX_BYTES:
             raise UserError(
-                f"{str(path)!r} has more than {MAX_BYTES:,} bytes, too many to be parsed: name a folder with a "
-                "smaller one"
+                f"{str(path)!r} has more than {MAX_BYTES:,} bytes, too many to be parsed: "
+                "name a folder with a smaller one"
             )
 
 

@@ -322,7 +322,7 @@ def test_pipes_devices_and_large_files_are_refused_by_every_reader(tmp_path, mon
         for path in (tmp_path / "pipe.json", Path("/dev/zero")):
             with pytest.raises(UserError, match="file"):
                 reader(path)
-    with pytest.raises(UserError, match="not a regular file"):
+    with pytest.raises(UserError, match="link"):
         load_tokenizer(tmp_path / "model")
     (tmp_path / "model/tokenizer.json").unlink()
     with (tmp_path / "model/tokenizer.json").open("wb") as file:
