@@ -16,6 +16,7 @@ Legend of shapes: N scored tokens, W windows, D documents, C clusters, R resampl
 
 import itertools
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from hf_genlm.evaluation.measurement import (
     percentile_interval,
     ratio_stderr,
 )
-from hf_genlm.files import atomic_file, open_file
+from hf_genlm.files import MAX_BYTES, atomic_file, open_file
 
 Document = tuple[np.ndarray, int]  # token ids (T,), bytes of the original text
 MIN_DOCUMENT_CLUSTERS = 20  # number of documents from which on they are the clusters of errors
@@ -322,6 +323,9 @@ class BlockSums:
         """
         try:
             with open_file(path) as file:
+                if file.seek(0, os.SEEK_END) > MAX_BYTES:
+                    raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+                file.seek(0)
                 table = np.load(file, allow_pickle=False)
         except OSError as error:
             raise UserError(f"{str(path)!r} cannot be read: {error}") from error
