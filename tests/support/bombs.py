@@ -257,20 +257,25 @@ def read_text(path: Path) -> None:
     assert max(longest) <= 2 * UNCUT, longest
 
 
+def memory_mb(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) // 1024  # type: ignore[index]
+
+
 def in_child(function: Callable[[], object]) -> tuple[int, str]:
-    """(peak memory in MB, the error or "") of a call in a process of its own, on Linux."""
+    """(MB of memory that a call takes at most, the error or "") in a process of its own, on Linux."""
     source, sink = os.pipe()
     child = os.fork()
     if not child:
-        outcome = ""
+        outcome, before = "", memory_mb("VmRSS")
         try:
             function()
         except BaseException as error:
             outcome = f"{type(error).__name__}: {error}"
             if type(error).__name__ not in ("Damage", "UserError", "NoSource", "NoRoom"):
                 traceback.print_exc()
-        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        os.write(sink, json.dumps([int(peak[1]) // 1024, outcome[:2000]]).encode())  # type: ignore[index]
+        taken = memory_mb("VmHWM") - before
+        os.write(sink, json.dumps([taken, outcome[:2000]]).encode())
         os._exit(0)
     os.close(sink)
     with os.fdopen(source, "rb") as answer:
@@ -282,7 +287,7 @@ def in_child(function: Callable[[], object]) -> tuple[int, str]:
 def measure(
     write: Callable[[Path], Path], folder: Path, read: Callable[[Path], None] = read_source
 ) -> tuple[int, str]:
-    """(peak memory in MB, the refusal or "") of reading what `write` writes into an empty folder."""
+    """`in_child` of reading what `write` writes into an empty folder."""
 
     def bounded() -> None:
         signal.alarm(LIMIT_S)
@@ -300,7 +305,7 @@ def measure(
 
 
 def main(megabytes: int) -> None:
-    print(f"| input, {megabytes} MB of text unpacked | peak, MB | outcome |\n|---|---|---|")
+    print(f"| input, {megabytes} MB of text unpacked | memory taken, MB | outcome |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for script in SCRIPTS:
