@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO, TypeVar
 
 from hf_genlm.errors import UserError
+from hf_genlm.memory import MAX_BYTES, check_values
 
 Schema = TypeVar("Schema")
 _PLAIN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -32,9 +33,6 @@ _READ = os.O_RDONLY | _PLAIN
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW
 _APPEND = os.O_RDWR | os.O_CREAT | os.O_APPEND | _NO_FOLLOW
 _PRIVATE = re.compile(r"\..*\.[0-9a-f]{16}\.part")
-MAX_BYTES = 1 << 26  # of a file that is held in memory as a whole
-MAX_VALUES = 1 << 21  # of a JSON file
-_PARSED = {".json", ".txt", ".model", ".jinja", ".yaml", ".md"}
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _REMEDIES = {
     **dict.fromkeys(_NO_SPACE, "make room on the disk, or name a folder on another one"),
@@ -243,30 +241,6 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
     if len(content) > max_bytes:
         raise UserError(f"{str(path)!r} has more than {max_bytes:,} bytes: name a smaller file")
     return content
-
-
-def check_values(content: str, path: str | Path) -> None:
-    """Refuse JSON of more than `MAX_VALUES` values: parsed, each takes up to 250 bytes.
-
-    Raises:
-        UserError: there are more; `path` is where it was read, for the message.
-    """
-    if sum(map(content.count, ",[{")) > MAX_VALUES:
-        raise UserError(f"{str(path)!r} is damaged: it holds more than {MAX_VALUES:,} values")
-
-
-def check_sizes(folder: str | Path) -> None:
-    """Refuse a model folder whose files of text, such as tokenizer.json, are too large to be parsed.
-
-    Raises:
-        UserError: a file has more than `MAX_BYTES`.
-    """
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix in _PARSED and path.is_file() and path.stat().st_size > MAX_BYTES:
-            raise UserError(
-                f"{str(path)!r} has more than {MAX_BYTES:,} bytes, too many to be parsed: "
-                "name a folder with a smaller one"
-            )
 
 
 def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_genlm.errors import UserError, without_secrets
-from hf_genlm.files import check_sizes, refuse_links_out, use_private_compiler_caches
+from hf_genlm.files import refuse_links_out, use_private_compiler_caches
+from hf_genlm.memory import check_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -25,13 +25,13 @@ from hf_genlm.errors import UserError
 from hf_genlm.files import (
     WriteError,
     append_file,
-    check_values,
     is_private_name,
     parse,
     read_bytes,
     refuse_links_out,
     remove_private,
 )
+from hf_genlm.memory import check_values
 from hf_genlm.run_schemas import EVENTS, Event
 
 Listener = Callable[[str, dict[str, Any]], None]

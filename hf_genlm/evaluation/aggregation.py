@@ -32,7 +32,8 @@ from hf_genlm.evaluation.measurement import (
     percentile_interval,
     ratio_stderr,
 )
-from hf_genlm.files import MAX_BYTES, atomic_file, open_file
+from hf_genlm.files import atomic_file, open_file
+from hf_genlm.memory import MAX_BYTES
 
 Document = tuple[np.ndarray, int]  # token ids (T,), bytes of the original text
 MIN_DOCUMENT_CLUSTERS = 20  # number of documents from which on they are the clusters of errors

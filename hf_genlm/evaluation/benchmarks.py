@@ -32,7 +32,8 @@ from hf_genlm.evaluation.measurement import (
     percentile_interval,
     ratio_stderr,
 )
-from hf_genlm.files import MAX_BYTES, check_values, read_text
+from hf_genlm.files import read_text
+from hf_genlm.memory import MAX_BYTES, check_values
 
 _RELATIVE_ROUNDING = 1e-6  # of a sum of float32 log-probabilities
 _OUTCOMES = np.array([0.0, 0.5, 1.0])  # of a pair: bad sentence likelier, tie, good sentence likelier

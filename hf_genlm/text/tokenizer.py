@@ -17,8 +17,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from hf_genlm.config.recipe import CorpusRecipe, TokenizerRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.files import atomic_folder, check_sizes, refuse_links_out, require_new_folder
-from hf_genlm.memory import give_back_memory
+from hf_genlm.files import atomic_folder, refuse_links_out, require_new_folder
+from hf_genlm.memory import check_sizes, give_back_memory
 from hf_genlm.run_folder import Listener
 from hf_genlm.text.cache import ArrayWriter, Cache, key_of
 from hf_genlm.text.corpus import notes_on, read_documents, with_sources

@@ -19,13 +19,13 @@ MEASURING = {*TEXT_AND_MODEL, "decoding", "evaluation"}
 SHOWING = {*BASE, "loading", "model", "evaluation.measurement", "report", "card"}
 MAY_IMPORT = {
     "errors": set(),
-    "memory": set(),
-    "files": {"errors"},
+    "memory": {"errors"},
+    "files": {"errors", "memory"},
     "run_schemas": set(),
-    "run_folder": {"errors", "files", "run_schemas"},
+    "run_folder": {"errors", "files", "memory", "run_schemas"},
     "model": set(),
     "config": {"errors", "files", "run_folder", "model"},
-    "loading": {"errors", "files", "model"},
+    "loading": {"errors", "files", "memory", "model"},
     "text": {*BASE},
     "decoding": TEXT_AND_MODEL,
     "evaluation": TEXT_AND_MODEL | {"decoding"},

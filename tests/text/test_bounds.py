@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from support import bombs
 from support.corpora import complaint, parquet_of, read, texts, write
 
+from hf_genlm import files, memory
 from hf_genlm.config.recipe import CorpusRecipe, TokenizerRecipe, load_recipe, load_yaml
 from hf_genlm.errors import UserError
 from hf_genlm.text import encoding, formats, sources, tokenizer, vector_files
@@ -302,7 +303,6 @@ def test_files_of_vectors_are_bounded(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
 def test_pipes_devices_and_large_files_are_refused_by_every_reader(tmp_path, monkeypatch):
-    from hf_genlm import files
     from hf_genlm.evaluation.benchmarks import read_pairs
     from hf_genlm.text.languages import read_parallel
     from hf_genlm.text.tokenizer import load_tokenizer
@@ -326,7 +326,7 @@ def test_pipes_devices_and_large_files_are_refused_by_every_reader(tmp_path, mon
         load_tokenizer(tmp_path / "model")
     (tmp_path / "model/tokenizer.json").unlink()
     with (tmp_path / "model/tokenizer.json").open("wb") as file:
-        file.truncate(files.MAX_BYTES + 1)  # sparse: it takes no disk
+        file.truncate(memory.MAX_BYTES + 1)  # sparse: it takes no disk
     with pytest.raises(UserError, match="more than"):
         load_tokenizer(tmp_path / "model")
     for name in ("json", "pairs", "parallel"):
@@ -335,22 +335,20 @@ def test_pipes_devices_and_large_files_are_refused_by_every_reader(tmp_path, mon
 
 
 def test_a_table_of_blocks_is_bounded(tmp_path):
-    from hf_genlm import files
     from hf_genlm.evaluation.aggregation import BlockSums
 
     with (tmp_path / "blocks.npy").open("wb") as file:
-        file.truncate(files.MAX_BYTES + 1)
+        file.truncate(memory.MAX_BYTES + 1)
     with pytest.raises(UserError, match="more than"):
         BlockSums.load(tmp_path / "blocks.npy")
 
 
 def test_json_of_many_values_is_refused_before_it_is_parsed(tmp_path):
-    from hf_genlm import files
     from hf_genlm.evaluation.benchmarks import read_pairs
     from hf_genlm.run_folder import RunFolder
 
-    many = write(tmp_path / "many.json", "[" + "[]," * files.MAX_VALUES + "[]]")
-    log = write(tmp_path / "log.jsonl", '{"event": "a"}\n' * (files.MAX_VALUES + 1))
+    many = write(tmp_path / "many.json", "[" + "[]," * memory.MAX_VALUES + "[]]")
+    log = write(tmp_path / "log.jsonl", '{"event": "a"}\n' * (memory.MAX_VALUES + 1))
     for refused in (
         lambda: files.read_json(many),
         lambda: RunFolder(tmp_path).read_log(),
