@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO, TypeVar
 
 from hf_genlm.errors import UserError
-from hf_genlm.memory import MAX_BYTES, check_values
+from hf_genlm.memory import MAX_BYTES, check_size, check_values
 
 Schema = TypeVar("Schema")
 _PLAIN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -235,12 +235,9 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
     """
     try:
         with open_file(path) as file:
-            content = file.read(max_bytes + 1)
+            return check_size(file.read(max_bytes + 1), max_bytes, path)
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
-    if len(content) > max_bytes:
-        raise UserError(f"{str(path)!r} has more than {max_bytes:,} bytes: name a smaller file")
-    return content
 
 
 def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
@@ -261,9 +258,7 @@ def read(path: str | Path, schema: type[Schema]) -> Schema:
     Raises:
         UserError: the file is missing or does not fit; the message names the file and the field.
     """
-    text = read_text(path)
-    check_values(text, path)
-    return parse(text, schema, path)
+    return parse(read_text(path), schema, path)
 
 
 def read_json(path: str | Path, schema: Any = None) -> Any:
@@ -272,8 +267,7 @@ def read_json(path: str | Path, schema: Any = None) -> Any:
     Raises:
         UserError: the file is missing or does not fit; the message names the file and the field.
     """
-    text = read_text(path)
-    check_values(text, path)
+    text = check_values(read_text(path), path)
     if schema is not None:
         parse(text, schema, path)
     try:
@@ -308,6 +302,7 @@ def parse(text: str, schema: type[Schema], path: str | Path) -> Schema:
     """
     from pydantic import ValidationError
 
+    check_values(text, path)
     try:
         return _adapter_of(schema).validate_json(text, strict=True)  # type: ignore[arg-type]
     except ValidationError as error:

@@ -46,14 +46,26 @@ def _call(name: str, *arguments: int) -> None:
         getattr(ctypes.CDLL(None), name)(*arguments)
 
 
-def check_values(content: str, path: str | Path) -> None:
-    """Refuse JSON of more than `MAX_VALUES` values: parsed, each takes up to 250 bytes.
+def check_size(content: bytes, max_bytes: int, path: str | Path) -> bytes:
+    """Return `content`.
+
+    Raises:
+        UserError: it has more than `max_bytes`; `path` is where it was read, for the message.
+    """
+    if len(content) > max_bytes:
+        raise UserError(f"{str(path)!r} has more than {max_bytes:,} bytes: name a smaller file")
+    return content
+
+
+def check_values(content: str, path: str | Path) -> str:
+    """Return `content`, JSON of at most `MAX_VALUES` values: parsed, each takes up to 250 bytes.
 
     Raises:
         UserError: there are more; `path` is where it was read, for the message.
     """
     if sum(map(content.count, ",[{")) > MAX_VALUES:
         raise UserError(f"{str(path)!r} is damaged: it holds more than {MAX_VALUES:,} values")
+    return content
 
 
 def check_sizes(folder: str | Path) -> None:
