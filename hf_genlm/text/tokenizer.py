@@ -184,7 +184,8 @@ def train_tokenizer(
     )
     documents = as_documents(documents)
     n_characters = min(recipe.max_characters, documents.n_characters)
-    while n_characters > _WHOLE_PIECE and not _fits(sample_evenly(documents, n_characters)):
+    is_large = documents.n_bytes.sum() > _MAX_WORD_BYTES
+    while is_large and n_characters > _WHOLE_PIECE and not _fits(sample_evenly(documents, n_characters)):
         n_characters //= 2
     backend.train_from_iterator(sample_evenly(documents, n_characters, recipe.pattern), trainer)
     backend.pre_tokenizer = pre_tokenizer(PATTERNS[recipe.pattern])
