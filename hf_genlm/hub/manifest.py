@@ -48,8 +48,12 @@ _OWN_CODE = Path(__file__).parents[1] / "model"
 # sha256 of the code of released versions by file name, for models that these saved; none is released yet
 RELEASED_CODE: dict[str, set[str]] = {}
 POINTERS = ("auto_map", "custom_pipelines")  # keys of JSON files whose values name code to load
-# opcodes of a pickle without a header that calls something: a name, its arguments and the call
-_CALLS = re.compile(r"(?s)[c\x93].*(?:[)t\x85-\x87].*[R\x81]|\x92|.b)|\(.*(?:i|c.*o)")
+# opcodes of a pickle without a header that calls something: a name, its arguments and the call. It is matched
+# from the start, where each part can match in one way: time is linear
+_CALLS = re.compile(
+    r"(?s)[^c\x93]*[c\x93](?:[^)t\x85-\x87]*[)t\x85-\x87][^R\x81]*[R\x81]|[^\x92]*\x92|.[^b]*b)"
+    r"|[^(]*\((?:[^i]*i|[^c]*c[^o]*o)"
+)
 _NAME_OF_CODE = re.compile(r"[\w.]+ [\w.]+")  # module and attribute
 _OPCODES = {opcode.code for opcode in pickletools.opcodes}
 _MAX_OPCODES = 1_000_000
@@ -313,7 +317,7 @@ def _may_be_unpickled(file: BinaryIO) -> bool:
                 break
             codes.append(opcode.code)
     is_whole = codes[-1:] == ["."] and len(codes) > 1 and not file.read(1)
-    if is_whole or len(codes) == _MAX_OPCODES or _CALLS.search("".join(codes)):
+    if is_whole or len(codes) == _MAX_OPCODES or _CALLS.match("".join(codes)):
         return True
     file.seek(0)
     if zipfile.is_zipfile(file):
