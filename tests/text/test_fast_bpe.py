@@ -16,9 +16,13 @@ from hf_genlm.text.encoding import Encoder, encode_documents
 from hf_genlm.text.fast_bpe import (
     GROUPED_PATTERN,
     MAX_PIECE,
+    MAX_WORD,
+    PATTERNS,
     FastBPE,
+    bounded,
     differing_characters,
     fast_bpe_of,
+    pre_tokenizer,
     ranks_of,
 )
 from hf_genlm.text.tokenizer import END_OF_TEXT, PAD, train_tokenizer, wrap_tokenizer
@@ -286,3 +290,34 @@ def test_a_large_vocabulary_is_proved_too(documents):
     recipe = TokenizerRecipe(vocab_size=8192, max_characters=1_000_000)
     backend = train_tokenizer(everything, recipe, 0).backend_tokenizer
     assert ranks_of(json.loads(backend.to_str())) is not None
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@given(TEXTS)
+@settings(max_examples=60, deadline=None)
+def test_words_of_a_usual_length_train_as_they_are_encoded(name, text):
+    whole, cut = pre_tokenizer(PATTERNS[name]), pre_tokenizer(bounded(PATTERNS[name]))
+    assert cut.pre_tokenize_str(text) == whole.pre_tokenize_str(text)
+
+
+def test_a_long_word_trains_in_pieces_and_is_encoded_whole():
+    text = "a" * 10_000
+    tokenizer = train_tokenizer(as_text(text), TokenizerRecipe(), 0)
+    assert 8 < max(map(len, tokenizer.get_vocab())) <= MAX_WORD
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    assert state["pre_tokenizer"] == json.loads(pre_tokenizer().__getstate__())
+    assert ids_of(tokenizer, text) == saved_ids(tokenizer, text)
+
+
+def test_tokens_too_long_to_be_proved_are_left_to_the_tokenizer(tokenizer):
+    def with_long_tokens(state: dict) -> None:
+        model = state["model"]
+        for i in range(13):  # a, aa, aaaa, ...
+            part = "a" * 2**i
+            model["vocab"].setdefault(2 * part, max(model["vocab"].values()) + 1)
+            model["merges"].append([part, part])
+
+    state = changed(tokenizer, with_long_tokens)
+    assert ranks_of(state) is None
+    slow = wrap_tokenizer(Tokenizer.from_str(json.dumps(state)))
+    assert ids_of(slow, "a" * 20_000 + " b") == saved_ids(slow, "a" * 20_000 + " b")

@@ -54,6 +54,11 @@ FOUND = {
         f"glpat-{LETTERS[:20]}": "<SECRET>",
         "xoxb-123456789012-abcdefABCDEF": "<SECRET>",
         f"sk-ant-{LETTERS[:30]}": "<SECRET>",
+        f"sk-eyJ-{LETTERS[:20]}T3BlbkFJ{LETTERS[:20]}": "<SECRET>",
+        f"-eyJ-eyJ {JWT}": "-eyJ-eyJ <SECRET>",
+        f"//registry.npmjs.org/:_authToken=npm_{LETTERS[:36]}\n": (
+            "//registry.npmjs.org/:_authToken=<SECRET>\n"
+        ),
     },
     "email": {
         "mail <o'brien+x@mail.example.co.uk>, or": "mail <<EMAIL>>, or",
