@@ -191,10 +191,10 @@ def test_bad_sources(tmp_path, monkeypatch):
         assert "neither a file" in complaint(tmp_path / "pipe.txt")
     path = write(tmp_path / "secret.txt", "text")
 
-    def refuse(self, mode):
+    def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     assert "Permission denied" in complaint(path)
 
 
