@@ -1,13 +1,16 @@
 """Load a causal language model of a run folder, a model folder or the Hub without executing its code."""
 
+import contextlib
 import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_genlm.errors import UserError, without_secrets
-from hf_genlm.files import refuse_links_out, use_private_compiler_caches
+from hf_genlm.files import read, refuse_links_out, use_private_compiler_caches
 from hf_genlm.memory import check_sizes
+from hf_genlm.run_schemas import GenerationConfigFile, TokenizerConfigFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,17 +33,40 @@ def load(name: "str | os.PathLike[str]") -> "tuple[PreTrainedModel, PreTrainedTo
 
     import hf_genlm.model  # noqa: F401  registers the Auto classes
 
-    try:
+    with loading_errors(name):
         model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except BaseException as error:  # a damaged folder raises anything, also a panic of a Rust library
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def loading_errors(name: "str | os.PathLike[str]") -> Iterator[None]:
+    """Turn what a damaged folder raises, which is anything, also a panic of a Rust library, into a UserError
+    that names the folder."""
+    try:
+        yield
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"
+        if isinstance(error, UserError) or not (is_panic or isinstance(error, Exception)):
             raise
         reason = without_secrets(" ".join(str(error).split()))[:500] or type(error).__name__
         if "trust_remote_code" in reason:
             reason = "it needs code of its own, which is not run here"
         raise UserError(f"cannot load {os.fspath(name)!r}: {reason}") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer  # type: ignore[arg-type]
+
+
+def check_files(folder: Path) -> None:
+    """Check types that transformers does not check before it reads a model folder.
+
+    Raises:
+        UserError: a folder has the name of a file, or a field has another type.
+    """
+    schemas = {"generation_config.json": GenerationConfigFile, "tokenizer_config.json": TokenizerConfigFile}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.suffix in (".json", ".jinja", ".safetensors", ".md"):
+            raise UserError(f"{str(path)!r} is a folder: a file belongs there")
+        if path.name in schemas:
+            read(path, schemas[path.name])
 
 
 def source_of(name: "str | os.PathLike[str]") -> str:
@@ -76,6 +102,7 @@ def source_of(name: "str | os.PathLike[str]") -> str:
         )
     if path.exists():
         check_sizes(source)
+        check_files(Path(source))
     return source
 
 

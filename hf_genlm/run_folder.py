@@ -106,13 +106,17 @@ class RunFolder:
         """Open the folder of an existing run.
 
         Raises:
-            UserError: there is no run, or a link leads out of it.
+            UserError: there is no run, a link leads out of it, or a file stands where a folder belongs.
         """
         run = cls(path, listener)
         if not run.recipe.is_file():
             why = "it holds no recipe.yaml" if run.path.exists() else "it does not exist"
             raise UserError(f"{str(path)!r} is not a run folder: {why}; 'train --out' writes one")
         refuse_links_out(run.path)
+        plots = (run.path / "plots", run.model / "plots")
+        for folder in (run.tokenizer, run.checkpoints, run.model, run.milestones, *plots):
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise UserError(f"{str(folder)!r} is no folder: remove it")
         return run
 
     def discard(self) -> None:

@@ -4,7 +4,7 @@ Counts are bounded by 64 bits and numbers are finite, so that no damaged file ov
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, JsonValue
 
@@ -218,6 +218,40 @@ class AnyModelConfigFile:
     model_type: str | None = None
     mixer_types: list[str] | None = None
     vocab_size: Count | None = None
+
+
+_Ids = Annotated[int, Field(ge=-(2**63), lt=2**63)] | list[int] | None  # of tokens
+
+
+@dataclass(frozen=True)
+class GenerationConfigFile:
+    """generation_config.json of any model: the fields whose types transformers does not check."""
+
+    bos_token_id: _Ids = None
+    eos_token_id: _Ids = None
+    pad_token_id: _Ids = None
+    max_length: Count | None = None
+    max_new_tokens: Count | None = None
+    min_length: Count | None = None
+    min_new_tokens: Count | None = None
+    top_k: Count | None = None
+    num_beams: Count | None = None
+    num_return_sequences: Count | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    repetition_penalty: Number | None = None
+    do_sample: bool | None = None
+    use_cache: bool | None = None
+
+
+@dataclass(frozen=True)
+class TokenizerConfigFile:
+    """tokenizer_config.json of any model: the fields whose types transformers does not check."""
+
+    model_max_length: Number | None = None
+    padding_side: Literal["left", "right"] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    model_input_names: list[str] | None = None
 
 
 @dataclass(frozen=True)

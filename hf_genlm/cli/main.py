@@ -4,6 +4,7 @@ Exit codes: 0 done; 2 the input cannot be used, and one line on stderr names the
 remedy; 1 a fault of this package, with a traceback; 130 Ctrl-C; 141 the reader of the output has ended.
 """
 
+import errno
 import os
 import shlex
 import sys
@@ -61,8 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command = f"hf-genlm train --resume --out {shlex.quote(str(stopped.folder))}"
             say(f"stopped {reached}; to continue:", command, is_error=True)
         return 0
-    except BrokenPipeError:
-        if not _has_lost_reader():
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            complain(str(UserError(f"{str(error.filename)[:60]!r}... is too long for the name of a file")))
+            return 2
+        if not isinstance(error, BrokenPipeError) or not _has_lost_reader():
             raise
         return _ENDED_BY_SIGPIPE
     except KeyboardInterrupt:

@@ -150,7 +150,10 @@ class Cache:
         if self.folder is not None and key is not None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                return PendingFile(self.folder / (key + _SUFFIX), mode=0o600)
+                path = self.folder / (key + _SUFFIX)
+                if path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, f"{path.name} is a folder")
+                return PendingFile(path, mode=0o600)
             except OSError as error:
                 self._note(
                     f"the cache {str(self.folder)!r} cannot be written ({error.strerror}): this run keeps "

@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
@@ -112,8 +112,8 @@ class Encoder:
         self.fast: FastBPE | None = None
         if self.can_cut and n_characters >= self.min_fast:
             self.fast = fast_bpe_of(backend, GROUPED_PATTERN)
-        n_ids = max(backend.get_vocab(with_added_tokens=True).values(), default=0) + 1
-        self.dtype = np.dtype(np.uint16 if n_ids <= 1 << 16 else np.uint32)
+        self.n_ids = max(backend.get_vocab(with_added_tokens=True).values(), default=0) + 1
+        self.dtype = np.dtype(np.uint16 if self.n_ids <= 1 << 16 else np.uint32)
 
     def slow_down(self) -> None:
         """Use the tokenizer's own library from now on."""
@@ -179,7 +179,7 @@ def encode_documents(
         tokenizer_sha256 = hashlib.sha256(encoder.state.encode()).hexdigest()
         key = key_of(kind="tokens", text=sha256, tokenizer=tokenizer_sha256)
         found = cache.load(key)
-        if found is not None:
+        if found is not None and _fits(found.arrays, documents, encoder):
             return tokenized_of(found)
     try:
         return _encode(encoder, documents, cache, key, on_progress, batch)
@@ -217,6 +217,22 @@ def _encode(
         finished = writer.finish()
     give_back_memory()
     return tokenized_of(finished)
+
+
+def _fits(arrays: Mapping[str, np.ndarray], documents: Documents, encoder: Encoder) -> bool:
+    """Return True if arrays read from a file can be the ids of `documents`."""
+    if arrays.keys() != {"ids", "offsets", "n_bytes"}:
+        return False
+    ids, offsets = arrays["ids"], arrays["offsets"]
+    types = (encoder.dtype, np.dtype(np.int64), np.dtype(np.int64))
+    return (
+        tuple(array.dtype for array in arrays.values()) == types
+        and np.array_equal(arrays["n_bytes"], documents.n_bytes)
+        and len(offsets) == len(documents) + 1
+        and (offsets[0], offsets[-1]) == (0, len(ids))
+        and bool((np.diff(offsets) >= 0).all())
+        and int(ids.max(initial=0)) < encoder.n_ids
+    )
 
 
 def tokenized_of(file: ArrayFile) -> TokenizedDocuments:

@@ -3,6 +3,7 @@
 Any Unicode text comes back unchanged from its ids: there is no normalizer and no unknown token.
 """
 
+import contextlib
 import itertools
 import math
 import re
@@ -169,8 +170,9 @@ def train_tokenizer(
             library=tokenizers.__version__,
         )
         found = cache.load(key)
-        if found is not None:
-            return wrap_tokenizer(Tokenizer.from_str(found.arrays["json"].tobytes().decode("utf-8")))
+        with contextlib.suppress(Exception):  # of the library, for an entry that is no tokenizer
+            if found is not None:
+                return wrap_tokenizer(Tokenizer.from_str(found.arrays["json"].tobytes().decode("utf-8")))
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizer(bounded(PATTERNS[recipe.pattern]))
     backend.decoder = decoders.ByteLevel()

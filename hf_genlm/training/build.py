@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_genlm.config.settings import Settings
 from hf_genlm.errors import UserError
-from hf_genlm.loading import source_of
+from hf_genlm.loading import loading_errors, source_of
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.packing import DocumentWindows
@@ -61,7 +61,8 @@ def start_model(
 
 def _load_weights(model: GenLMForCausalLM, source: str) -> None:
     """Copy the weights of the model in `source`, whose config `model` was made with."""
-    base = GenLMForCausalLM.from_pretrained(source_of(source), use_safetensors=True)
+    with loading_errors(source):
+        base = GenLMForCausalLM.from_pretrained(source_of(source), use_safetensors=True)
     if base.config.vocab_size != model.config.vocab_size:
         raise UserError(f"the tokenizer in {source!r} has not as many tokens as its model: save both again")
     model.load_state_dict(base.state_dict())

@@ -4,13 +4,12 @@ import os
 from dataclasses import replace
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from hf_genlm.config.recipe import Recipe
 from hf_genlm.config.settings import Facts, Settings
 from hf_genlm.config.settle import settle
 from hf_genlm.errors import UserError, did_you_mean
-from hf_genlm.loading import source_of
+from hf_genlm.loading import loading_errors, source_of
 from hf_genlm.model import GenLMConfig
 from hf_genlm.privacy.dp.mechanism import check_installed
 from hf_genlm.text.canaries import check_canaries
@@ -43,10 +42,8 @@ def config_of(source: str) -> GenLMConfig:
     Raises:
         UserError: no model of this package.
     """
-    try:
+    with loading_errors(source):
         config = GenLMConfig.from_pretrained(source_of(source))
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"--from {source!r}: {' '.join(str(error).split())}") from error
     if config.model_type != "genlm":
         raise UserError(f"--from {source!r} is a model of {config.model_type}, no model of this package")
     return config

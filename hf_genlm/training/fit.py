@@ -1,15 +1,16 @@
 """Fit the model: run Trainer with our callbacks, validate and sample along the way, and return the model."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 
 from hf_genlm.config.settings import Settings
-from hf_genlm.errors import Stopped
+from hf_genlm.errors import Stopped, UserError
 from hf_genlm.evaluation.aggregation import Window
 from hf_genlm.evaluation.languages import count_documents
 from hf_genlm.evaluation.likelihood import measure_likelihood
@@ -24,6 +25,7 @@ from hf_genlm.training.budget import Budget
 from hf_genlm.training.callbacks import (
     BudgetCallback,
     CheckpointCallback,
+    Diverged,
     FrozenRowsCallback,
     LogCallback,
     MilestoneCallback,
@@ -40,7 +42,7 @@ from hf_genlm.training.checkpoints import Checkpoint, StopRequest, write_model
 from hf_genlm.training.corpus import Rows, StreamCallback, StreamedCorpus, TokenizedCorpus
 from hf_genlm.training.optimizer import OptimizerFactory
 from hf_genlm.training.private import DrawnSteps, PrivateState, PrivateTrainer, unwrap_batch
-from hf_genlm.training.processes import from_first, load_whole_models
+from hf_genlm.training.processes import LostProcess, detect_lost_process, from_first, load_whole_models
 from hf_genlm.training.trainer import BudgetTrainer
 
 _PARTIAL_VALIDATION_TOKENS = 16_384
@@ -126,7 +128,7 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.saved_step = None if begin is None else begin.progress.step
-    with keeping_memory(), stop.deferred():
+    with keeping_memory(), stop.deferred(), _resuming(begin, trainer):
         trainer.train(resume_from_checkpoint=None if begin is None else str(begin.path))
     step, seconds = trainer.state.global_step, budget.elapsed_s
     if not budget.is_spent(step):  # only a stop request ends a run early
@@ -147,6 +149,35 @@ def fit(
         tokens_per_s=round(job.pace.tokens(step) / seconds),
     )
     return whole
+
+
+@contextlib.contextmanager
+def _resuming(begin: Checkpoint | None, trainer: BudgetTrainer) -> Iterator[None]:
+    """Name the checkpoint in an error that is raised before the first step after it.
+
+    Trainer and torch read its files; one that does not fit raises anything, a state of the optimizer only in
+    the step that uses it.
+
+    Raises:
+        UserError: the training cannot begin from the checkpoint.
+    """
+    try:
+        if begin is not None:
+            state = TrainerState.load_from_json(str(begin.path / "trainer_state.json"))
+            if state.global_step != begin.progress.step:
+                raise ValueError("trainer_state.json is of another step")
+        with detect_lost_process():
+            yield
+    except (UserError, Diverged, LostProcess, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if begin is None or trainer.state.global_step > begin.progress.step:
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"the run cannot be resumed from {str(begin.path)!r} ({reason}): remove this folder, and the run "
+            "resumes from the checkpoint before, or from its beginning"
+        ) from error
 
 
 def _callbacks(

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "run_folder": {"errors", "files", "memory", "run_schemas"},
     "model": set(),
     "config": {"errors", "files", "run_folder", "model"},
-    "loading": {"errors", "files", "memory", "model"},
+    "loading": {"errors", "files", "memory", "model", "run_schemas"},
     "text": {*BASE},
     "decoding": TEXT_AND_MODEL,
     "evaluation": TEXT_AND_MODEL | {"decoding"},
