@@ -21,10 +21,11 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
-from hf_genlm.errors import UserError
+from hf_genlm.errors import UserError, escape_controls
 from hf_genlm.loading import load
 
 LIBRARIES = ("fastapi", "openai", "pydantic", "uvicorn")  # what the server and transformers' client need
@@ -119,11 +120,12 @@ def chat(source: str, url: str | None = None, flags: Sequence[str] = ()) -> None
         os.environ.pop("HF_HUB_OFFLINE", None)
         import click  # the app of transformers raises click's exceptions or typer's, by the version of typer
         import typer
-        from transformers.cli import chat as client
         from transformers.cli.transformers import app
 
-        interface: Any = client.RichInterface
-        interface.print_model_load = lambda self, model: None  # it asks for a path that this server lacks
+        client: Any = import_module("transformers.cli.chat")
+        client.RichInterface.print_model_load = lambda self, model: None  # asks for a path that we lack
+        shown = client.Markdown  # of what the model writes
+        client.Markdown = lambda text, **rest: shown(escape_controls(text, "\n\t"), hyperlinks=False, **rest)
         try:
             app(["chat", source, url, *flags], standalone_mode=False)
         except (typer.Exit, typer.Abort, click.exceptions.Exit, click.Abort):  # --help; end of the input
@@ -310,9 +312,7 @@ class Server:
         else:
             contents = [each["content"] for each in asked["messages"]]
             texts = [c if isinstance(c, str) else " ".join(part["text"] for part in c) for c in contents]
-            messages = [
-                {**each, "content": text} for each, text in zip(asked["messages"], texts, strict=True)
-            ]
+            messages = [{**m, "content": text} for m, text in zip(asked["messages"], texts, strict=True)]
             try:
                 form = self.tokenizer.apply_chat_template
                 ids = form(messages, add_generation_prompt=True, return_dict=True).input_ids

@@ -6,6 +6,7 @@ pages of other origins get nothing. No client can make it hold much memory, or w
 
 import asyncio
 import contextlib
+import importlib
 import json
 import subprocess
 import sys
@@ -81,6 +82,24 @@ def test_chat_in_the_terminal(server, trained):
     assert done.returncode == 0, done.stderr[-2000:]
     answer = done.stdout.split(f"<{trained.model}>:")[1]
     assert "8 tokens in" in answer
+
+
+def test_escape_sequences_of_a_model_do_not_reach_the_terminal_of_a_chat(trained, monkeypatch, capsys):
+    """transformers' client prints what a model writes as Markdown; its app is replaced by that print."""
+    chat_client = importlib.import_module("transformers.cli.chat")
+    monkeypatch.setattr(chat_client, "Markdown", chat_client.Markdown)  # restored afterwards
+    monkeypatch.setattr(chat_client.RichInterface, "print_model_load", None)
+
+    def app(words, standalone_mode):
+        text = "a\x1b]0;owned\x07 [click](javascript:alert(1)) \u202eb"
+        chat_client.Console(force_terminal=True).print(chat_client.Markdown(text, code_theme="github-dark"))
+
+    monkeypatch.setattr("transformers.cli.transformers.app", app)
+    assert main(["chat", "--url", "http://localhost:1", str(trained.path)]) == 0
+    printed = capsys.readouterr().out
+    assert "\\x1b]0;owned\\x07" in printed
+    assert not {"\x07", "\u202e"} & set(printed)
+    assert "\x1b]" not in printed
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path, capsys):
