@@ -1,8 +1,8 @@
 """Read the vectors of wanted words from a file in the format of GloVe, word2vec or fastText, gzipped or not.
 
 A file is read front to back and only the wanted vectors are kept, so that memory grows with the wanted words
-and by 16 bytes per word of the file. (fastText's binary is the exception: gensim loads it whole.) A new
-format is a generator of entries, a row of FORMATS, and the first bytes by which `_layout_of` recognises it.
+and by 16 bytes per word of the file. A new format is a generator of entries, a row of FORMATS, and the first
+bytes by which `_layout_of` recognises it.
 """
 
 import gzip
@@ -34,6 +34,7 @@ _CHUNK = 1 << 20
 _MAX_LINE_BYTES = 1 << 20
 _MAX_WORD_BYTES = 1 << 12
 _MAX_DIMENSION = 1 << 14
+_MAX_NGRAM = 100  # characters of fastText's n-grams; its own default is 6
 _MAX_WORDS = 1 << 24  # of a file; ConceptNet Numberbatch has 9 million
 _MAX_REPEATED = 1 << 20  # words whose hash is that of another one, which are held in memory
 _MAX_HELD = 1 << 29  # bytes of the wanted vectors
@@ -166,10 +167,7 @@ class _Collector:
             if vector is not None:
                 self.data += vector.tobytes()
             if len(self.data) > _MAX_HELD:
-                raise UserError(
-                    f"{self.layout.name}: the vectors of the vocabulary take more than {_MAX_HELD:,} bytes: "
-                    "name one of a smaller dimension"
-                )
+                raise _too_many_vectors(self.layout)
 
     def check_count(self) -> None:
         """Compare the number of entries with the header's."""
@@ -214,6 +212,13 @@ class _Collector:
                 "or leave out what is damaged with --set vectors.damaged=skip"
             )
         self.skipped[reason] += 1
+
+
+def _too_many_vectors(layout: _Layout) -> UserError:
+    return UserError(
+        f"{layout.name}: the vectors of the vocabulary take more than {_MAX_HELD:,} bytes: name a file of a "
+        "smaller dimension"
+    )
 
 
 @contextmanager
@@ -365,28 +370,58 @@ def _fasttext_entries(stream: BinaryIO, layout: _Layout) -> Iterator[Entry]:
 
 
 def _fasttext_vectors(layout: _Layout, words: list[str]) -> np.ndarray:
-    """Vectors (n, D) float32: for each word the mean of its own vector and those of its n-grams."""
-    from gensim.models.fasttext import load_facebook_vectors
+    """Vectors (n, D) float32: for each word the mean of its own vector and those of its n-grams.
 
+    Only their rows are read (Bojanowski et al., 2017, arXiv:1607.04606, section 3.2).
+    """
+    from gensim.models.fasttext import ft_ngram_hashes
+
+    if 4 * len(words) * layout.dimension > _MAX_HELD:
+        raise _too_many_vectors(layout)
     with tempfile.TemporaryDirectory() as folder:
         plain = layout.path
-        if layout.is_gzip:
-            plain = Path(folder) / "model.bin"  # gensim knows gzip by the suffix, and reads it slowly
+        if layout.is_gzip:  # rows are read where they stand
+            plain = Path(folder) / "model.bin"
             with _reading(layout.path, True) as (stream, _), plain.open("wb") as file:
                 while content := stream.read(_CHUNK):
                     check_room(file, file.tell(), len(content))
                     file.write(content)
-        try:
-            loaded = load_facebook_vectors(os.fspath(plain))
-            rows = [loaded.key_to_index[word] for word in words]
-        except Exception as error:  # gensim asserts, and raises whatever its parts raise
-            raise UserError(
-                f"{layout.name} is not readable as a fastText model ({one_line(error)}): copy it anew"
-            ) from error
-    vectors = np.asarray(loaded.vectors[rows], dtype=np.float32).reshape(len(rows), layout.dimension)
-    for word, vector in zip(words, vectors, strict=True):
-        if not np.isfinite(vector).all():
-            raise UserError(f"{layout.name}: the vector of {word!r} is not finite: copy the file anew")
+        with _reading(plain, is_gzip=False) as (stream, disk):
+            head = os.pread(disk.fileno(), 92, 0)
+            bucket, min_n, max_n = struct.unpack_from("<3i", head, 40)
+            n_words, _, _, _, n_pruned = struct.unpack_from("<3i2q", head, 64)
+            at = len(head) + 8 * max(0, n_pruned)
+            row_of: dict[bytes, int] = {}
+            sought = {word.encode() for word in words}
+            for number, word, _ in _fasttext_entries(stream, layout):
+                assert word is not None
+                at += len(word) + 10  # its end, count and type
+                if word in sought:
+                    row_of.setdefault(word, number - 1)
+            n_rows, n_columns = struct.unpack("<2q", os.pread(disk.fileno(), 16, at + 1))
+            if (
+                (n_rows, n_columns) != (n_words + bucket, layout.dimension)
+                or bucket < 0
+                or not 0 <= max_n <= _MAX_NGRAM
+            ):
+                raise UserError(f"{layout.name} has a matrix that does not fit its header: copy it anew")
+            at += 17  # its quantisation and shape
+
+            def row(index: int) -> np.ndarray:
+                content = os.pread(disk.fileno(), 4 * n_columns, at + 4 * n_columns * index)
+                return np.frombuffer(content, np.float32)
+
+            vectors = np.empty((len(words), n_columns), np.float32)
+            for word, vector in zip(words, vectors, strict=True):
+                vector[:] = row(row_of[word.encode()])
+                hashes = ft_ngram_hashes(word, min_n, max_n, bucket) if bucket else []
+                for index in hashes:
+                    vector += row(n_words + index)
+                vector /= len(hashes) + 1
+                if not np.isfinite(vector).all():
+                    raise UserError(
+                        f"{layout.name}: the vector of {word!r} is not finite: copy the file anew"
+                    )
     return vectors
 
 

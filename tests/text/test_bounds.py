@@ -301,6 +301,29 @@ def test_files_of_vectors_are_bounded(tmp_path, monkeypatch):
         vectors(tmp_path, good)
 
 
+@on_linux
+def test_a_fasttext_model_is_not_held_in_memory(tmp_path):
+    """A file of 600 MB, nearly all of it rows of n-grams; sparse, so that it takes no disk."""
+    pytest.importorskip("gensim", reason="gensim is not installed: pip install '.[vectors]'")
+    n_buckets, dimension = 1_500_000, 100
+    with (tmp_path / "model.bin").open("wb") as file:
+        file.write(
+            struct.pack("<2i12id", 793712314, 12, dimension, 5, 5, 1, 5, 1, 2, 2, n_buckets, 3, 6, 100, 1e-4)
+        )
+        file.write(struct.pack("<3i2q", 1, 1, 0, 10, -1) + b"a\0" + struct.pack("<qb", 10, 0))
+        for n_rows in (1 + n_buckets, 0):
+            file.write(struct.pack("<?2q", False, n_rows, dimension))
+            file.seek(4 * n_rows * dimension, os.SEEK_CUR)
+        file.truncate()
+
+    def read_it() -> None:
+        assert vector_files.read_vectors(tmp_path / "model.bin", {"a"}).vectors.shape == (1, dimension)
+
+    peak, outcome = bombs.in_child(read_it)
+    assert outcome == ""
+    assert peak < 300
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
 def test_pipes_devices_and_large_files_are_refused_by_every_reader(tmp_path, monkeypatch):
     from hf_genlm.evaluation.benchmarks import read_pairs
