@@ -454,7 +454,7 @@ def test_a_client_that_leaves_ends_its_generation(tokenizer, stream):
 
 
 def test_a_client_that_leaves_the_queue_is_never_run(tokenizer):
-    model = ScriptedModel(tokenizer, TEXT, token_s=0.01)
+    model = ScriptedModel(tokenizer, TEXT, token_s=0.1)
 
     async def run() -> list:
         app = Server(model, tokenizer, "m", "localhost")

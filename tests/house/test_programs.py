@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,9 @@ def plant_program(model, monkeypatch) -> Path:
     with monkeypatch.context() as patch:
         patch.setattr("hf_genlm.decoding.generator.program_file", record)
         generate(model)
-    write(places[0], "machine code")
+    places[0].parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(places[0], "w") as archive:
+        archive.writestr("library.so", "machine code")
     for folder in (places[0].parent, places[0].parent.parent):
         folder.chmod(0o700)
     places[0].chmod(0o600)

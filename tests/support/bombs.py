@@ -291,7 +291,8 @@ def measure(
 
     def bounded() -> None:
         signal.alarm(LIMIT_S)
-        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+        most = MOST_MEMORY + memory_mb("VmSize") * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
         (path,) = folder.iterdir()
         read(path)
 

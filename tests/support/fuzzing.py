@@ -682,6 +682,7 @@ class Outcome:
 def run_call(run: Callable[[], int], folder: Path, timeout_s: float = TIMEOUT_S) -> Outcome:
     """Fork a process that calls `run` in `folder`/work, and watch it."""
     own = psutil.Process()
+    others = {process.pid for process in own.children(recursive=True)}  # of the caller
     began, was_stopped = time.monotonic(), False
     looks = list(LOOKS_S) if timeout_s <= TIMEOUT_S else []
     child = os.fork()
@@ -699,7 +700,7 @@ def run_call(run: Callable[[], int], folder: Path, timeout_s: float = TIMEOUT_S)
             time.sleep(0.3)
             stack = (folder / "stack").read_text(errors="replace").rsplit("\n\n", 1)[-1]
             faults.append(f"{'does not stop' if was_stopped else 'hangs'}: {now - began:.0f} s\n{stack}")
-            for process in [psutil.Process(child), *_descendants(own)]:
+            for process in [psutil.Process(child), *_descendants(own, others)]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             pid, status, usage = os.wait4(child, 0)
@@ -715,16 +716,17 @@ def run_call(run: Callable[[], int], folder: Path, timeout_s: float = TIMEOUT_S)
                     os.killpg(child, signal.SIGINT)  # as a terminal does
         time.sleep(pause)
         pause = min(0.05, pause * 1.2)
-    left = _descendants(own)
+    left = _descendants(own, others)
     time.sleep(0.5 if left else 0)
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             if process.is_running() and process.status() != psutil.STATUS_ZOMBIE and not faults:
                 faults.append(f"leaves a process behind: {' '.join(process.cmdline())[:200]}")
             process.kill()
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+    for process in own.children():
+        if process.pid not in others:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(process.pid, os.WNOHANG)
     outcome = Outcome(
         os.waitstatus_to_exitcode(status), time.monotonic() - began,
         usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024,
@@ -739,8 +741,10 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
-def _descendants(process: psutil.Process) -> list[psutil.Process]:
-    return [child for child in process.children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
+def _descendants(process: psutil.Process, others: set[int]) -> list[psutil.Process]:
+    """Living processes below `process`, without those that `others` names."""
+    found = [child for child in process.children(recursive=True) if child.pid not in others]
+    return [child for child in found if child.status() != psutil.STATUS_ZOMBIE]
 
 
 def _in_child(run: Callable[[], int], folder: Path) -> None:
