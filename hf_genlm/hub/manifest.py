@@ -29,6 +29,7 @@ from hf_genlm.errors import (
     without_secrets,
 )
 from hf_genlm.files import read_json, read_tensor_sizes, refuse_links_out, sha256_of
+from hf_genlm.memory import check_sizes
 from hf_genlm.run_folder import RunFolder
 
 # files from which transformers loads a model and its tokenizer
@@ -202,7 +203,11 @@ def build_manifest(source: ModelSource, only: Sequence[str] | None = None) -> Ma
 
     Args:
         only: patterns of the files that leave, data without the code that loads them; None: all files.
+
+    Raises:
+        UserError: a file of text is too large to be scanned.
     """
+    check_sizes(source.folder)
     canaries = source.canaries()
     sizes: dict[str, int] = {}
     findings: set[Finding] = set()
@@ -323,7 +328,9 @@ def _may_be_unpickled(file: BinaryIO) -> bool:
     if zipfile.is_zipfile(file):
         return True
     file.seek(0)
-    return tarfile.is_tarfile(file)
+    with contextlib.suppress(tarfile.TarError):  # not is_tarfile, which searches zeros for a compressed one
+        return bool(tarfile.open(fileobj=file, mode="r:"))
+    return False
 
 
 def _scan_lines(path: Path, name: str, canaries: Sequence[str]) -> Iterator[Finding]:

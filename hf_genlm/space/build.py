@@ -5,9 +5,11 @@ commit. Code that lies beside weights is never run: for a GenLM the folder holds
 `genlm/`.
 """
 
+import functools
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -120,7 +122,11 @@ def run_space(folder: str | Path, port: int = DEFAULT_PORT) -> int:
     """Serve a built demo on this machine until Ctrl-C, in its own process; return the exit code."""
     environment = {**os.environ, "GRADIO_SERVER_PORT": str(port)}
     command = [sys.executable, str(Path(folder) / "app.py")]
-    return subprocess.run(command, env=environment, check=False).returncode
+    if os.name != "posix":
+        return subprocess.run(command, env=environment, check=False).returncode
+    # Ctrl-C interrupts only this process, which ends the demo: while it imports, it would print a traceback
+    ignore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    return subprocess.run(command, env=environment, check=False, preexec_fn=ignore).returncode
 
 
 def _find_model(name: str, repo_id: str | None, taken: set[str]) -> DemoModel:

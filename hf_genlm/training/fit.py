@@ -16,7 +16,7 @@ from hf_genlm.evaluation.languages import count_documents
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.evaluation.measurement import Measurement
 from hf_genlm.files import append_file, note_no_space
-from hf_genlm.memory import keeping_memory
+from hf_genlm.memory import check_sizes, keeping_memory
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.packed_stream import PackedStream
@@ -163,6 +163,7 @@ def _resuming(begin: Checkpoint | None, trainer: BudgetTrainer) -> Iterator[None
     """
     try:
         if begin is not None:
+            check_sizes(begin.path)
             state = TrainerState.load_from_json(str(begin.path / "trainer_state.json"))
             if state.global_step != begin.progress.step:
                 raise ValueError("trainer_state.json is of another step")

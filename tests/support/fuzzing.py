@@ -819,13 +819,15 @@ def judge(outcome: Outcome, case: Case) -> None:
 
 
 def is_named(case: Case, message: str) -> bool:
-    """True if the message names the changed file, or the folder of one that is gone or read by a library."""
+    """True if the message names the changed file, a field of a recipe, or the folder of a file that is gone
+    or read by a library."""
     path = Path(case.changed or "")
     names = [path.name]
     is_of_whole = {"model", "tokenizer", "lstm", "llama", "adapted", "dense", "checkpoints"}
     if not case.how.startswith("content") or not is_of_whole.isdisjoint(path.parts):
         names += [*path.parts[:-1], re.split("[._]", path.name)[0]]
-    return any(name in message for name in names)
+    is_field = path.suffix == ".yaml" and re.match(r"hf-genlm: \w+\.?\w* (=|and|needs?|is) ", message)
+    return bool(is_field) or any(name in message for name in names)
 
 
 # all calls
