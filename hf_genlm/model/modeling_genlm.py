@@ -330,6 +330,17 @@ class GenLMModel(GenLMPreTrainedModel):
         }
 
 
+def is_plain_head(head: nn.Module) -> bool:
+    """True if a loss may read the weight of a head instead of calling it.
+
+    FSDP gathers that weight with the embedding's, so its own two hooks on the head change nothing.
+    """
+    if type(head).__name__ == "FSDPLinear":
+        n_hooks = len(head._forward_hooks), len(head._forward_pre_hooks)
+        return n_hooks == (1, 1) and type(head.weight) is nn.Parameter
+    return is_plain_linear(head)
+
+
 class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
     """The language model: L = - sum_t log P(w_t | w_<t)."""
 
@@ -381,7 +392,7 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
         )
         loss, logits = None, None
         kwargs |= terms
-        if labels is not None and skip_logits and is_plain_linear(self.lm_head):
+        if labels is not None and skip_logits and is_plain_head(self.lm_head):
             loss = causal_loss_without_logits(
                 outputs.last_hidden_state,
                 self.lm_head.weight,
