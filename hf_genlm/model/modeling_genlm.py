@@ -276,7 +276,14 @@ class GenLMModel(GenLMPreTrainedModel):
                 f"position_ids are {list(position_ids.shape)}, and the tokens {[n_rows, n_tokens]}: give "
                 "(rows, tokens) or (1, tokens)"
             )
-        masks = attention_mask.values() if isinstance(attention_mask, dict) else (attention_mask,)
+        is_dict = isinstance(attention_mask, dict)
+        n_dimensions = 0 if is_dict else getattr(attention_mask, "ndim", 0)
+        if n_dimensions not in (0, 2) and RecurrentStateLayer._layer_type in self.config.layer_types:
+            raise ValueError(
+                f"attention_mask has {n_dimensions} dimensions, which a recurrent layer cannot follow: give "
+                "(rows, earlier and new tokens), or position_ids that are 0 where a packed document starts"
+            )
+        masks = attention_mask.values() if is_dict else (attention_mask,)
         for mask in masks:
             if getattr(mask, "ndim", 0) == 2 and (mask.shape[0] != n_rows or mask.shape[1] < n_tokens):
                 raise ValueError(

@@ -156,6 +156,19 @@ def test_a_mask_of_other_rows_or_too_few_tokens_is_refused(model, shape, first):
             model(ids(2, 4), attention_mask=given)
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 4, 4), (2, 4, 4), (4,)])
+@pytest.mark.parametrize("stack", [*RECURRENT_MIXERS, "hybrid"])
+def test_a_mask_that_a_recurrent_layer_cannot_follow_is_refused(stack, shape):
+    with pytest.raises(ValueError, match=f"attention_mask has {len(shape)} dimensions"):
+        build_model(stack)(ids(2, 4), attention_mask=torch.ones(shape, dtype=torch.bool))
+
+
+def test_attention_follows_a_mask_of_four_dimensions():
+    model = build_model("full_attention")
+    causal = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
+    torch.testing.assert_close(model(ids(2, 4), attention_mask=causal).logits, model(ids(2, 4)).logits)
+
+
 @pytest.mark.parametrize("shape", [(3, 4), (1, 3), (2, 6), (1, 1), (4,), (1, 2, 4)])
 def test_positions_of_another_shape_are_refused(model, shape):
     positions = torch.zeros(shape, dtype=torch.long)
