@@ -393,11 +393,11 @@ def _fasttext_vectors(layout: _Layout, words: list[str]) -> np.ndarray:
             at = len(head) + 8 * max(0, n_pruned)
             row_of: dict[bytes, int] = {}
             sought = {word.encode() for word in words}
-            for number, word, _ in _fasttext_entries(stream, layout):
-                assert word is not None
-                at += len(word) + 10  # its end, count and type
-                if word in sought:
-                    row_of.setdefault(word, number - 1)
+            for number, entry, _ in _fasttext_entries(stream, layout):
+                assert entry is not None
+                at += len(entry) + 10  # its end, count and type
+                if entry in sought:
+                    row_of.setdefault(entry, number - 1)
             n_rows, n_columns = struct.unpack("<2q", os.pread(disk.fileno(), 16, at + 1))
             if (
                 (n_rows, n_columns) != (n_words + bucket, layout.dimension)
