@@ -1,6 +1,7 @@
 """Promise: a state, mask or position of other rows than the batch is refused before a kernel reads it, by
 every mixer and in the words of an attention model; nothing is computed from it, no memory is corrupted."""
 
+import os
 import subprocess
 import sys
 
@@ -228,5 +229,7 @@ print("refused", refused)
 
 def test_an_lstm_does_not_write_beyond_the_state_of_fewer_rows():
     """In a process of its own: its kernel reads and writes as many rows as the batch has."""
-    done = subprocess.run([sys.executable, "-c", EXPLOIT], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-c", EXPLOIT]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
     assert (done.returncode, done.stdout.split()) == (0, ["refused", "40"]), done.stderr[-2000:]
