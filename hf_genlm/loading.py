@@ -41,8 +41,10 @@ def load(name: "str | os.PathLike[str]") -> "tuple[PreTrainedModel, PreTrainedTo
 
 @contextlib.contextmanager
 def loading_errors(name: "str | os.PathLike[str]") -> Iterator[None]:
-    """Turn what a damaged folder raises, which is anything, also a panic of a Rust library, into a UserError
-    that names the folder."""
+    """Raise a UserError that names the model for any error in the block, a panic of a Rust library included.
+
+    A damaged folder raises errors of every type.
+    """
     try:
         yield
     except BaseException as error:

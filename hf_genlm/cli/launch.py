@@ -98,11 +98,9 @@ def launch(command: Sequence[str], processes: int) -> tuple[int, str | None]:
                 "HF_GENLM_STORE": Path(folder, "processes").as_uri(),  # read by training.processes
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # or the launcher serves one on all addresses
             }
-            if sys.platform in _LOOPBACK:
+            if sys.platform in _LOOPBACK:  # whatever the user states for several machines
                 for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-                    environment[name] = _LOOPBACK[
-                        sys.platform
-                    ]  # whatever the user states for several machines
+                    environment[name] = _LOOPBACK[sys.platform]
             config = LaunchConfig(
                 min_nodes=1,
                 max_nodes=1,

@@ -173,8 +173,22 @@ def _chunks(parts: Iterable[bytes]) -> Iterator[bytes]:
         yield bytes(begun)
 
 
-class _Zlib:
-    """A decompressor of deflated data with the interface of those of bz2 and lzma."""
+class _Decompressor:
+    """The interface of the decompressors of bz2 and lzma over `_object`, the one of another library."""
+
+    _object: Any
+
+    @property
+    def eof(self) -> bool:
+        return self._object.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._object.unused_data
+
+
+class _Zlib(_Decompressor):
+    """Decompressor of deflated data."""
 
     def __init__(self, window_bits: int):
         self._object, self.needs_input = zlib.decompressobj(window_bits), True
@@ -184,42 +198,23 @@ class _Zlib:
         self.needs_input = len(found) < max_bytes
         return found
 
-    @property
-    def eof(self) -> bool:
-        return self._object.eof
 
-    @property
-    def unused_data(self) -> bytes:
-        return self._object.unused_data
-
-
-class _Zstd:
-    """The same for zstd; `max_bytes` is ignored. zstandard's stream reader accepts a truncated file."""
+class _Zstd(_Decompressor):
+    """Decompressor of zstd; `max_bytes` is ignored. zstandard's stream reader accepts a truncated file."""
 
     needs_input = True
 
     def __init__(self) -> None:
         import zstandard
 
-        self._error, decompressor = (
-            zstandard.ZstdError,
-            zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW),
-        )
-        self._object = decompressor.decompressobj()
+        self._error = zstandard.ZstdError
+        self._object = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()
 
     def decompress(self, content: bytes, max_bytes: int) -> bytes:
         try:
             return self._object.decompress(content)
         except self._error as error:
             raise ValueError(str(error)) from error
-
-    @property
-    def eof(self) -> bool:
-        return self._object.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._object.unused_data
 
 
 def _streams(read: Callable[[int], bytes], start: Callable[[], Any], n_fed: int = _FEED) -> Iterator[bytes]:
