@@ -24,7 +24,7 @@ from hf_genlm.files import note_write_errors
 from hf_genlm.loading import load
 from hf_genlm.run import Run
 from hf_genlm.run_folder import Listener, RunFolder
-from hf_genlm.text.in_memory import Texts, as_sources, source_words, write_texts
+from hf_genlm.text.locating import Texts, as_sources, source_words, write_texts
 
 if TYPE_CHECKING:
     from hf_genlm.evaluation.measurement import Measurement

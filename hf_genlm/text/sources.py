@@ -1,23 +1,22 @@
 """Read the sources that a person names, files, folders, globs and Hub data sets, into documents."""
 
 import contextlib
-import glob
 import hashlib
 import itertools
 import os
-import re
 import stat
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 from hf_genlm.config.recipe import CorpusRecipe
-from hf_genlm.errors import NoSource, UserError
+from hf_genlm.errors import UserError
 from hf_genlm.files import open_file
 from hf_genlm.text.cache import NoRoom
-from hf_genlm.text.formats import Parts, check_column, format_of, text_value, texts_of, texts_of_rows
+from hf_genlm.text.formats import Parts, check_column, text_value, texts_of, texts_of_rows
+from hf_genlm.text.locating import FoundFile, locate, walk
 from hf_genlm.text.raw_files import Damage, LeaveOut, LeftOut, Place, RawFile, one_line
 from hf_genlm.text.scrubbing import Scrubber, Tally, scrubber_of
 from hf_genlm.text.store import CHUNK, DocumentWriter
@@ -30,8 +29,6 @@ _TOPICS_FILE = "pydoc_data/topics.py"
 _BUILD_FILE = "_sysconfigdata_"  # holds paths of the machine that built this Python
 MAX_DOCUMENTS = 5_000_000  # some 120 bytes of memory each until they are rows
 _SAMPLES = 16  # blocks of a streamed file that are hashed
-_ANY_FOLDERS = re.compile(r"(?:^|(?<=/))\*\*(?:/\*\*)*(?:/|$)")  # in a glob
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
 
 @dataclass
@@ -78,25 +75,6 @@ class Reading:
     def scrub(self, parts: Parts, tally: Tally) -> Parts:
         """A text without the personal data that the recipe removes."""
         return parts if self.scrubber is None else self.scrubber.scrub_parts(parts, tally)
-
-
-@dataclass(frozen=True)
-class FoundFile:
-    """A file of a source; `name` is shown to people."""
-
-    path: Path
-    name: str
-    is_named: bool  # by the person, not found in a folder or by a glob
-    links_out: bool = False  # a link inside a folder to a file outside it
-
-
-@dataclass(frozen=True)
-class Located:
-    """Target of a source: files, and the number of files skipped; or a Hub data set."""
-
-    files: list[FoundFile]
-    n_skipped: int = 0
-    is_hub: bool = False
 
 
 def read_sources(words: Sources, recipe: CorpusRecipe, split: str) -> Reading:
@@ -150,7 +128,7 @@ def read_standard_library(recipe: CorpusRecipe) -> Reading:
 
     root = Path(sysconfig.get_path("stdlib"))
     reading = Reading(scrubber=scrubber_of(recipe))
-    for path in _walk(root, pruned=_NOT_LIBRARY)[0]:
+    for path in walk(root, pruned=_NOT_LIBRARY)[0]:
         name = path.relative_to(root).as_posix()
         if path.suffix != ".py" or path.name.startswith(_BUILD_FILE):
             continue
@@ -172,104 +150,6 @@ def read_standard_library(recipe: CorpusRecipe) -> Reading:
             "this Python comes without the source of its library: name a file or folder of text to read"
         )
     return reading
-
-
-def locate(word: str) -> Located:
-    """Find the files or the Hub data set that a source refers to.
-
-    Raises:
-        UserError: nothing is there, and `word` is no id of a Hub data set either.
-    """
-    path = Path(os.path.expanduser(word))
-    # os.path answers False where pathlib raises: for a name too long, or a closed parent folder
-    if word and os.path.isdir(path):
-        return _in_folder(word, path)
-    if word and os.path.lexists(path):
-        return Located([FoundFile(path, _shown(path), is_named=True)])
-    if glob.has_magic(word):
-        parts = [locate(match) for match in sorted(_matches(os.path.expanduser(word)))]
-        found = [replace(file, is_named=False) for part in parts for file in part.files]
-        if found:
-            return Located(found, sum(part.n_skipped for part in parts))
-        raise NoSource(word, f"no file matches {word!r}: check the pattern and the folder it starts from")
-    if _HUB_ID.fullmatch(word) and format_of(word) == (None, None):
-        return Located([], is_hub=True)
-    raise NoSource(
-        word,
-        f"{word!r} does not exist: name a file, a folder or a glob, "
-        "or a Hub dataset id, which looks like owner/name",
-    )
-
-
-def _matches(pattern: str) -> set[str]:
-    """Paths that match a glob. `**` stands for any folders, without hidden ones and without links to folders,
-    which may form loops; at the end, for all files below."""
-    before, *after = _ANY_FOLDERS.split(pattern, maxsplit=1)
-    if not after:
-        return set(glob.glob(pattern))
-    found: set[str] = set()
-    for base in glob.glob(before) if before else [os.curdir]:
-        for parent, folders, files in os.walk(base):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            inside = os.path.join("" if parent == os.curdir else parent.removeprefix(f".{os.sep}"), "")
-            if after[0]:
-                found |= _matches(glob.escape(inside) + after[0])
-            else:
-                found |= {inside + name for name in files if not name.startswith(".")}
-    return found
-
-
-def _in_folder(word: str, folder: Path) -> Located:
-    paths, n_others = _walk(folder)
-    known = [path for path in paths if format_of(path.name)[0] is not None]
-    n_skipped = len(paths) - len(known) + n_others
-    if not known:
-        raise UserError(
-            f"folder {word!r} holds no readable file ({n_skipped} others): put .txt, .md, .py, .jsonl "
-            "or .parquet there, also compressed, or name a file of another suffix itself"
-        )
-    base, inside = _shown(folder), os.path.realpath(folder)
-
-    def links_out(path: Path) -> bool:
-        return path.is_symlink() and os.path.commonpath([inside, os.path.realpath(path)]) != inside
-
-    found = [
-        FoundFile(path, f"{base}{path.relative_to(folder).as_posix()}", False, links_out(path))
-        for path in known
-    ]
-    return Located(found, n_skipped)
-
-
-def _walk(folder: Path, pruned: Iterable[str] = ()) -> tuple[list[Path], int]:
-    """Regular files below `folder`, without hidden ones and `pruned` folders, sorted by relative path; and
-    the number of pipes, devices, links to folders and broken links. Links to files are followed."""
-
-    def stop(error: OSError) -> NoReturn:
-        raise UserError(
-            f"{error.filename!r} cannot be read ({error.strerror}): change its permissions"
-        ) from error
-
-    found: list[Path] = []
-    n_others = 0
-    for parent, folders, files in os.walk(folder, onerror=stop):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in pruned]
-        n_others += sum(os.path.islink(os.path.join(parent, name)) for name in folders)
-        found += [Path(parent, name) for name in files if not name.startswith(".")]
-    try:
-        regular = [path for path in found if path.is_file()]
-    except OSError as error:  # a folder that may be listed but not entered
-        stop(error)
-    regular.sort(key=lambda path: path.relative_to(folder).as_posix())
-    return regular, n_others + len(found) - len(regular)
-
-
-def _shown(path: Path) -> str:
-    """Name for people: a relative path as given, the last part of any other. A folder ends with `/`."""
-    is_within = not path.is_absolute() and ".." not in path.parts
-    name = path.as_posix() if is_within else path.resolve().name
-    if not path.is_dir():
-        return name
-    return "" if name == "." else f"{name}/"
 
 
 def _read_file(file: FoundFile, recipe: CorpusRecipe, reading: Reading) -> None:

@@ -19,7 +19,7 @@ from hf_genlm.errors import UserError
 from hf_genlm.text import encoding, formats, sources, tokenizer, vector_files
 from hf_genlm.text.encoding import MAX_WORD, pieces, pieces_of, pieces_of_parts
 from hf_genlm.text.fast_bpe import PATTERNS, pre_tokenizer
-from hf_genlm.text.in_memory import as_sources
+from hf_genlm.text.locating import as_sources
 from hf_genlm.text.store import Document, as_documents
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
