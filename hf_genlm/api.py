@@ -125,7 +125,7 @@ def _as_public(function: _Function) -> _Function:
 
 def find_field(word: str) -> str | None:
     """Return the recipe field that `word` is the key or a synonym of, such as lr; None if there is none."""
-    from hf_genlm.config.describe import describe_fields
+    from hf_genlm.config.recipe import describe_fields
 
     word = word.replace("-", "_").lower()
     named = (row.name for row in describe_fields(word) if word in (row.name.partition(".")[2], *row.synonyms))

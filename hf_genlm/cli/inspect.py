@@ -79,7 +79,7 @@ def settings(
     as_json: bool = o.JSON,
 ) -> None:
     """List the fields of a recipe, with type, default, range and meaning."""
-    from hf_genlm.config.describe import describe_fields
+    from hf_genlm.config.recipe import describe_fields
 
     found = describe_fields(word)
     if word is not None and not found:

@@ -26,6 +26,7 @@ MAX_SIZE = 2**20  # of a width, a batch or a row
 # below: a table, a field in one to three lines
 # tests/config/test_recipe.py compares these words with the tables that act on them
 DAMAGED = ("stop", "skip")
+DOCUMENTS = ("files", "lines")
 DECODERS = ("elman", "gru", "lstm", "gated_linear", "transformer", "sliding", "hybrid")
 MIXERS = ("elman", "gru", "lstm", "gated_linear", "full_attention", "sliding_attention")
 OPTIMIZERS = ("adamw", "muon", "sgd")
@@ -58,8 +59,11 @@ class CorpusRecipe(Section):
         "Bytes that each language needs for the same content. Empty: from `parallel`, or 1.", more_than=0)
     parallel: WordByKey = setting({}, "A file per language whose lines translate each other.",
         synonyms="translations")
-    text_column: Word = setting("text", "Field of .jsonl, .parquet and Hub records that holds the text.",
+    text_column: Word = setting("text", "Field of records, columns and Hub data sets that holds the text.",
         synonyms="column text_field")
+    documents: Word = setting("files",
+        "Documents of plain text files: whole files, or lines, as of names or molecules.",
+        choices=DOCUMENTS, synonyms="line_by_line sample_by")
     damaged: Word = setting("stop",
         "skip: leave damaged records, and damaged files inside folders, out and count them.", choices=DAMAGED,
         synonyms="on_error errors")

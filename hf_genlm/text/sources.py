@@ -15,9 +15,10 @@ from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError
 from hf_genlm.files import open_file
 from hf_genlm.text.cache import NoRoom
-from hf_genlm.text.formats import Parts, check_column, text_value, texts_of, texts_of_rows
+from hf_genlm.text.formats import texts_of
 from hf_genlm.text.locating import FoundFile, locate, walk
 from hf_genlm.text.raw_files import Damage, LeaveOut, LeftOut, Place, RawFile, one_line
+from hf_genlm.text.records import Parts, find_column, text_of_record, texts_of_rows
 from hf_genlm.text.scrubbing import Scrubber, Tally, scrubber_of
 from hf_genlm.text.store import CHUNK, DocumentWriter
 
@@ -251,7 +252,9 @@ def open_hub(word: str, recipe: CorpusRecipe, split: str, streaming: bool = Fals
             ".jsonl file"
         )
     if splits[chosen].column_names is not None:  # a stream may learn them from its first record
-        check_column(Place(word), splits[chosen].column_names, recipe)
+        name = find_column(Place(word), splits[chosen].column_names, recipe)
+        if name != recipe.text_column:
+            return splits[chosen].select_columns([name]).rename_column(name, recipe.text_column)
     return splits[chosen].select_columns([recipe.text_column])
 
 
@@ -324,9 +327,10 @@ class HubShard:
                 ) from error
             if record is None:
                 return
-            check_column(place, record, self.recipe)
-            text = text_value(place, record[self.recipe.text_column], self.recipe)
-            yield (text,), {"record": number, "dataset": dataset.state_dict()}
+            yield (
+                (text_of_record(place, record, self.recipe),),
+                {"record": number, "dataset": dataset.state_dict()},
+            )
 
 
 # a part of a source: its name, its bytes on disk (None if it is not there), facts for corpus.json that tell a

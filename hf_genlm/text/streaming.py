@@ -15,8 +15,9 @@ from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError
 from hf_genlm.text.corpus import count_text, describe_files, read_documents, share_of
 from hf_genlm.text.encoding import pieces_of_parts
-from hf_genlm.text.formats import Parts, check_encoding
+from hf_genlm.text.formats import check_encoding
 from hf_genlm.text.locating import locate
+from hf_genlm.text.records import Parts
 from hf_genlm.text.scrubbing import Scrubber, scrubber_of
 from hf_genlm.text.sources import FileShard, HubShard, Shard
 from hf_genlm.text.store import Document, Documents, DocumentWriter

@@ -17,8 +17,7 @@ import torch
 from support.cards import make_run
 
 from hf_genlm.card import write_card
-from hf_genlm.config.describe import describe_fields
-from hf_genlm.config.recipe import Recipe, load_recipe
+from hf_genlm.config.recipe import Recipe, describe_fields, load_recipe
 from hf_genlm.config.settings import Facts
 from hf_genlm.config.settle import settle, settle_reading
 from hf_genlm.errors import UserError
@@ -277,6 +276,7 @@ ACTS = {
     "corpus.byte_premiums": ((*LANGUAGES, "corpus.temperature=4"), "eng=1,deu=3", documents),
     "corpus.parallel": (LANGUAGES, "eng={parallel},deu={longer}", parallel_figures),
     "corpus.text_column": ((), "body", documents),
+    "corpus.documents": ((), "lines", documents),
     "corpus.damaged": (("corpus.sources={damaged}",), "skip", documents),
     "corpus.scrub": ((), "email", documents),
     "corpus.phone_regions": (("corpus.scrub=phone",), "DE", documents),

@@ -8,8 +8,16 @@ from pathlib import Path
 import pytest
 
 from hf_genlm.config import sections
-from hf_genlm.config.describe import describe_fields, settings_page
-from hf_genlm.config.recipe import CorpusRecipe, Recipe, TrainingRecipe, load_recipe, set_field, stated_fields
+from hf_genlm.config.recipe import (
+    CorpusRecipe,
+    Recipe,
+    TrainingRecipe,
+    describe_fields,
+    load_recipe,
+    set_field,
+    settings_page,
+    stated_fields,
+)
 from hf_genlm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -190,7 +198,7 @@ def test_no_synonym_is_the_name_of_another_field_of_its_section():
 
 
 def test_the_page_of_settings_is_current():
-    """`python -c "from hf_genlm.config.describe import settings_page; print(settings_page(), end='')"`"""
+    """`python -c "from hf_genlm.config.recipe import settings_page; print(settings_page(), end='')"`"""
     assert (ROOT / "recipes/guides/settings.md").read_text(encoding="utf-8") == settings_page()
 
 

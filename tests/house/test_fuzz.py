@@ -22,8 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.corpora import parquet_of, zipped
 
-from hf_genlm.config.describe import describe_fields
-from hf_genlm.config.recipe import CorpusRecipe, Recipe, load_recipe
+from hf_genlm.config.recipe import CorpusRecipe, Recipe, describe_fields, load_recipe
 from hf_genlm.config.settle import settle
 from hf_genlm.errors import UserError
 from hf_genlm.model import DECODERS, MIXER_TYPES, GenLMConfig, GenLMForCausalLM

@@ -173,7 +173,7 @@ def test_files_and_functions_stay_readable(file):
 def test_importing_the_rooms_is_free_of_torch():
     """--help and a wrong argument answer at once because these modules do not load torch."""
     code = (
-        "import sys, hf_genlm.cli.main, hf_genlm.api, hf_genlm.config.describe, hf_genlm.run_folder;"
+        "import sys, hf_genlm.cli.main, hf_genlm.api, hf_genlm.config.recipe, hf_genlm.run_folder;"
         "import hf_genlm.evaluation.measurement; print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

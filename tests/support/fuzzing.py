@@ -56,8 +56,7 @@ from support.resuming import at_step
 from support.runs import write_documents
 
 from hf_genlm.cli.main import app, main
-from hf_genlm.config.describe import describe_fields
-from hf_genlm.config.recipe import load_recipe
+from hf_genlm.config.recipe import describe_fields, load_recipe
 from hf_genlm.errors import Stopped
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.files import write_json

@@ -16,7 +16,7 @@ from support.corpora import complaint, parquet_of, read, texts, write
 from hf_genlm import files, memory
 from hf_genlm.config.recipe import CorpusRecipe, TokenizerRecipe, load_recipe, load_yaml
 from hf_genlm.errors import UserError
-from hf_genlm.text import encoding, formats, sources, tokenizer, vector_files
+from hf_genlm.text import encoding, records, sources, tokenizer, vector_files
 from hf_genlm.text.encoding import MAX_WORD, pieces, pieces_of, pieces_of_parts
 from hf_genlm.text.fast_bpe import PATTERNS, pre_tokenizer
 from hf_genlm.text.locating import as_sources
@@ -123,14 +123,14 @@ def test_pages_of_all_kinds_are_measured(tmp_path):
             metadata = parquet.ParquetFile(file).metadata
             for group in range(metadata.num_row_groups):
                 column = metadata.row_group(group).column(1)
-                assert 0 < sum(formats._page_sizes(file, column)) <= column.total_uncompressed_size
+                assert 0 < sum(records._page_sizes(file, column)) <= column.total_uncompressed_size
         assert texts(read(tmp_path / "a.parquet")[0]) == wanted
 
 
 def test_a_field_given_twice_hides_no_large_page():
     large = struct.pack("<B", 0x15) + b"\x00" + b"\x15\xfe\xff\xff\xff\x0f"  # fields 1 and 2 as 32 bits
     for other in (b"\x01\x04", b"\x05\x04\x01", b"\x06\x04\x01"):  # again field 2: true, 32 or 64 bits
-        fields, _ = formats._thrift_struct(large + other + b"\x00", 0)
+        fields, _ = records._thrift_struct(large + other + b"\x00", 0)
         assert fields[2] == (-1 if other[0] == 5 else 2**31 - 1)
 
 

@@ -1,0 +1,309 @@
+"""Texts of records: objects of JSON, rows of parquet, and chats."""
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, Any
+
+from hf_genlm.config.recipe import CorpusRecipe
+from hf_genlm.errors import UserError
+from hf_genlm.text.raw_files import Damage, LeaveOut, Place, RawFile, one_line, unpacked
+from hf_genlm.text.store import CHUNK, TextStore
+
+Parts = Iterable[str]  # one text, as strings that join to it
+
+_PARQUET_ROWS = 512  # decoded at once, if the pages are small
+_MAX_PAGE = 1 << 27  # bytes of an unpacked page of parquet; pyarrow holds a dictionary and a page
+_MAX_PAGE_VALUES = 1 << 24
+_PAGE_HEADER = 1 << 10  # bytes in which the header of a page is looked for first
+_MAX_FOOTER = 1 << 24  # bytes of the table at the end of a parquet file, which takes some 30 times as many
+_MAX_TEXT = 1 << 26  # bytes of the text of a row
+_MAX_NAMES = 8  # of a record's fields, in a message
+_OTHER_FIELD = "name a field of text with --set corpus.text_column=..."
+_LIKELY = {"text", "content", "body", "sentence", "document", "article", "story", "raw_content"}
+_TO_JSON = "write the chats as JSON lines, Dataset.to_json('chats.jsonl')"
+_CHATS = ("messages", "conversations")  # fields of chats
+_ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT -> of the chat templates
+
+
+def check_unicode(place: Place, text: str) -> None:
+    """
+    Raises:
+        Damage: `text` has no UTF-8 form.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Damage(
+            place,
+            f"holds the lone surrogate U+{ord(text[error.start]):04X}, which is half a character",
+            "write the file anew from its source",
+        ) from error
+
+
+def text_of_record(place: Place, record: dict[str, Any], recipe: CorpusRecipe) -> str:
+    """
+    Raises:
+        Damage: `record` lacks the text column, or there is no text in it.
+    """
+    texts = sorted((name for name in record if isinstance(record[name], str)), key=lambda k: -len(record[k]))
+    field = find_column(place, record, recipe, texts)
+    return text_value(place, record[field], recipe, field)
+
+
+def find_column(
+    place: Place, names: Iterable[str], recipe: CorpusRecipe, of_text: Sequence[str] | None = None
+) -> str:
+    """The text column among `names`; where the default one is not there, the one of a chat.
+
+    Raises:
+        Damage: `names` lacks both. The remedy names the first that is `of_text`, by default of all.
+    """
+    names = list(names)
+    wanted = (recipe.text_column, *(_CHATS if recipe.text_column == "text" else ()))
+    found = next((name for name in wanted if name in names), None)
+    if found is not None:
+        return found
+    shown = ", ".join(map(repr, names[:_MAX_NAMES])) or "none"
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    reason = f"has no field {recipe.text_column!r}, it has {shown}{more}"
+    raise Damage(place, reason, _remedy(names if of_text is None else of_text))
+
+
+def messages_of(value: Any) -> list[dict[str, str]] | None:
+    """Messages of a chat as {"role", "content"}, from a list in OpenAI's or ShareGPT's form; None if it is
+    another thing. Of content in several parts, the text is kept."""
+    if not isinstance(value, list) or not value:
+        return None
+    messages = []
+    for message in value:
+        if not isinstance(message, dict):
+            return None
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if isinstance(content, list):
+            parts = [part.get("text") for part in content if isinstance(part, dict)]
+            content = "\n".join(part for part in parts if isinstance(part, str))
+        if not isinstance(role, str) or not isinstance(content, str | None):
+            return None
+        messages.append({"role": _ROLES.get(role, role), "content": content or ""})
+    return messages
+
+
+def text_value(place: Place, value: Any, recipe: CorpusRecipe, field: str | None = None) -> str:
+    """Text of a record's `field`, by default the text column; null is the empty text. In the text of a chat,
+    each message stands behind its role.
+
+    Raises:
+        Damage: `value` is not text.
+    """
+    if value is None:
+        return ""
+    messages, field = messages_of(value), field or recipe.text_column
+    if messages is not None:
+        value = "\n\n".join(f"{each['role'].capitalize()}: {each['content']}" for each in messages)
+    elif not isinstance(value, str) or field != recipe.text_column:
+        wanted = "text" if field == recipe.text_column else "a list of messages"
+        raise Damage(place, f"field {field!r} is {type(value).__name__}, not {wanted}", _OTHER_FIELD)
+    check_unicode(place, value)
+    return value
+
+
+def texts_of_rows(
+    label: str, values: Iterable[Any], recipe: CorpusRecipe, leave_out: LeaveOut, n_before: int = 0
+) -> Iterator[Parts]:
+    """Text of each scalar of a pyarrow column; `n_before` rows of the same source came before."""
+    for number, value in enumerate(values, start=n_before + 1):
+        try:
+            text = _text_of_scalar(Place(label, "row", number), value, recipe)
+        except Damage as damage:
+            leave_out(damage)
+            continue
+        yield (text,)
+
+
+def _text_of_scalar(place: Place, scalar: Any, recipe: CorpusRecipe) -> str:
+    """
+    Raises:
+        Damage: the scalar is not text, or too long to be held.
+    """
+    import pyarrow as pa
+
+    scalar = scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar
+    if not isinstance(scalar, (pa.StringScalar, pa.LargeStringScalar)) or not scalar.is_valid:
+        return text_value(place, scalar.as_py(), recipe)
+    content = scalar.as_buffer()
+    if content.size > _MAX_TEXT:
+        raise Damage(place, f"has more than {_MAX_TEXT:,} bytes", "cut it into several records")
+    try:
+        return text_value(place, str(content, "utf-8"), recipe)
+    except UnicodeDecodeError:
+        return text_value(place, content.to_pybytes(), recipe)
+
+
+def read_parquet(
+    file: RawFile, compression: str | None, recipe: CorpusRecipe, leave_out: LeaveOut
+) -> Iterator[Parts]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    stream, place = file.stream, Place(file.label)
+    if compression is not None:  # parquet is read at its end first
+        store = TextStore()
+        for content in unpacked(file.label, stream, compression):
+            store.append(content)
+        store.file.seek(0)
+        stream = store.file
+    n_rows = 0
+    try:
+        _check_footer(stream)
+        table = parquet.ParquetFile(
+            stream, buffer_size=CHUNK, pre_buffer=False, page_checksum_verification=True
+        )
+        name = _text_path(place, table.schema_arrow, recipe)
+        leaf = [i for i in range(len(table.schema)) if table.schema.column(i).path == name]
+        for group in range(table.num_row_groups):
+            page = max(_page_sizes(stream, table.metadata.row_group(group).column(leaf[0])), default=1)
+            rows = max(1, min(_PARQUET_ROWS, _MAX_TEXT // max(page, 1)))  # no value is larger than a page
+            for batch in table.iter_batches(rows, [group], [name]):
+                yield from texts_of_rows(file.label, _leaf_of(batch, name), recipe, leave_out, n_rows)
+                n_rows += len(batch)
+        if n_rows != table.metadata.num_rows:
+            raise OSError(f"it holds {n_rows:,} rows and says {table.metadata.num_rows:,}")
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise Damage(
+            place,
+            f"is not readable as parquet ({one_line(error)})",
+            "the file is damaged or misnamed, copy it anew",
+        ) from error
+
+
+def _text_path(place: Place, schema: Any, recipe: CorpusRecipe) -> str:
+    """The text column of a table: a name such as `text`, or a path into a struct such as `meta.text`.
+
+    Raises:
+        Damage: it is not there, not text, or there more than once.
+    """
+
+    def paths(fields: Iterable[Any], above: str = "") -> Iterator[str]:
+        for field in fields:
+            if _is_text(field.type):
+                yield above + field.name
+            elif str(field.type).startswith("struct<"):
+                yield from paths(field.type, f"{above}{field.name}.")
+
+    texts = list(paths(schema))
+    if texts.count(recipe.text_column) == 1:
+        return recipe.text_column
+    name = find_column(place, schema.names, recipe, texts)
+    kind = " and ".join(str(field.type) for field in schema if field.name == name)[:200]
+    remedy = _TO_JSON if name in _CHATS and "list<" in kind else _remedy(texts)
+    raise Damage(place, f"field {name!r} is {kind}, not text", remedy)
+
+
+def _leaf_of(batch: Any, path: str) -> Any:
+    """Column of a record batch, or field of its struct column."""
+    names = [path] if path in batch.schema.names else path.split(".")
+    column = batch.column(names[0])
+    for name in names[1:]:
+        column = column.flatten()[column.type.get_field_index(name)]
+    return column
+
+
+def _remedy(of_text: Sequence[str]) -> str:
+    if not of_text:
+        return 'none of its fields is text; write {"text": ...}, one a line, to a .jsonl file'
+    likely = (name for name in of_text if name.rpartition(".")[2].lower() in _LIKELY)
+    return f"name the one that holds the text, --set corpus.text_column={next(likely, of_text[0])}"
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+
+
+def _check_footer(stream: IO[bytes]) -> None:
+    """
+    Raises:
+        ValueError: the table at the end of a parquet file is too large to be held.
+    """
+    stream.seek(max(0, stream.seek(0, io.SEEK_END) - 8))
+    length = int.from_bytes(stream.read(8)[:4], "little")
+    if length > _MAX_FOOTER:
+        raise ValueError(f"the table of its row groups has {length:,} bytes, more than {_MAX_FOOTER:,}")
+
+
+def _page_sizes(stream: IO[bytes], column: Any) -> Iterator[int]:
+    """Unpacked bytes of each page of a column chunk, from the page headers: pyarrow allocates as they say.
+
+    Raises:
+        ValueError: a header is damaged, or a page is too large to be held.
+    """
+    start, left = column.data_page_offset, column.total_compressed_size
+    if column.has_dictionary_page and 0 < (column.dictionary_page_offset or 0) < start:
+        start = column.dictionary_page_offset
+    while left > 0:
+        stream.seek(start)
+        content = stream.read(_PAGE_HEADER)
+        try:
+            try:
+                header, length = _thrift_struct(content, 0)
+            except IndexError:  # long statistics
+                header, length = _thrift_struct(content + stream.read(CHUNK), 0)
+            n_bytes, n_on_disk = header[2], header[3]
+            # of a page of data, of a dictionary, of data in version 2
+            n_values = max((header[i][1] for i in (5, 7, 8) if i in header), default=0)
+        except (IndexError, KeyError, TypeError) as error:
+            raise ValueError("the header of a page is damaged") from error
+        if not 0 <= n_bytes <= _MAX_PAGE or not 0 <= n_values <= _MAX_PAGE_VALUES or n_on_disk < 0:
+            raise ValueError(
+                f"a page has {n_bytes:,} bytes and {n_values:,} values, more than {_MAX_PAGE:,} or "
+                f"{_MAX_PAGE_VALUES:,}: write it with smaller pages"
+            )
+        yield n_bytes
+        start, left = start + length + n_on_disk, left - length - n_on_disk
+
+
+def _thrift_struct(content: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
+    """(fields by number, the index behind) of a struct in Thrift's compact protocol, as page headers are.
+
+    Raises:
+        IndexError: `content` ends before.
+        ValueError: it holds what no page header has.
+    """
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            value |= (content[at] & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+            if content[at - 1] < 0x80:
+                return value
+            if shift > 63:
+                raise ValueError("the header of a page holds a number of more than 64 bits")
+
+    def signed() -> int:
+        value = varint()
+        return value >> 1 ^ -(value & 1)
+
+    fields: dict[int, Any] = {}
+    number = 0
+    while content[at]:
+        kind, step = content[at] & 15, content[at] >> 4
+        at += 1
+        number = number + step if step else signed()
+        if kind == 5:  # 32 bits: a reader ignores a field of another type
+            fields[number] = signed()
+        elif kind in (4, 6):
+            signed()
+        elif kind == 8:  # a minimum or maximum
+            length = varint()
+            at += length
+        elif kind == 12 and depth < 4:
+            fields[number], at = _thrift_struct(content, at, depth + 1)
+        elif kind not in (1, 2):  # true and false
+            raise ValueError(f"the header of a page holds the type {kind}")
+    return fields, at + 1
