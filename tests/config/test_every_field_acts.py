@@ -276,7 +276,7 @@ ACTS = {
     "corpus.byte_premiums": ((*LANGUAGES, "corpus.temperature=4"), "eng=1,deu=3", documents),
     "corpus.parallel": (LANGUAGES, "eng={parallel},deu={longer}", parallel_figures),
     "corpus.text_column": ((), "body", documents),
-    "corpus.documents": ((), "lines", documents),
+    "corpus.documents": (("corpus.sources={vectors}",), "lines", documents),
     "corpus.damaged": (("corpus.sources={damaged}",), "skip", documents),
     "corpus.scrub": ((), "email", documents),
     "corpus.phone_regions": (("corpus.scrub=phone",), "DE", documents),
