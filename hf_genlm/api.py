@@ -427,6 +427,7 @@ def generate(
     from transformers import TextStreamer
 
     from hf_genlm.decoding import FastGenerator
+    from hf_genlm.text.encoding import encode_texts
 
     pieces: list[str] = []
 
@@ -439,7 +440,7 @@ def generate(
     fast = FastGenerator(loaded, program="compiled" if compile else None, int8=int8)
     if seed is not None:
         torch.manual_seed(seed)
-    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    ids = encode_texts(tokenizer, [prompt])[0]
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     inputs = torch.tensor([start + ids], device=loaded.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}

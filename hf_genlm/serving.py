@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 
 from hf_genlm.errors import UserError, escape_controls
 from hf_genlm.loading import load
+from hf_genlm.text.encoding import encode_messages, encode_texts
 
 LIBRARIES = ("fastapi", "openai", "pydantic", "uvicorn")  # what the server and transformers' client need
 
@@ -308,14 +309,13 @@ class Server:
     def encode(self, asked: dict[str, Any]) -> list[int]:
         """Return the token ids of a prompt or of messages."""
         if "prompt" in asked:
-            ids = self.tokenizer(asked["prompt"], verbose=False).input_ids
+            ids = encode_texts(self.tokenizer, [asked["prompt"]], add_special_tokens=True)[0]
         else:
             contents = [each["content"] for each in asked["messages"]]
             texts = [c if isinstance(c, str) else " ".join(part["text"] for part in c) for c in contents]
             messages = [{**m, "content": text} for m, text in zip(asked["messages"], texts, strict=True)]
             try:
-                form = self.tokenizer.apply_chat_template
-                ids = form(messages, add_generation_prompt=True, return_dict=True).input_ids
+                ids = encode_messages(self.tokenizer, messages, add_generation_prompt=True)
             except Exception as error:  # whatever the model's template raises
                 _log.warning("the chat template: %r", error)
                 _refuse(400, "messages: the chat template of the model does not take them")

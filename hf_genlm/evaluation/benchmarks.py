@@ -34,6 +34,7 @@ from hf_genlm.evaluation.measurement import (
 )
 from hf_genlm.files import read_text
 from hf_genlm.memory import MAX_BYTES, check_values
+from hf_genlm.text.encoding import encode_texts
 
 _RELATIVE_ROUNDING = 1e-6  # of a sum of float32 log-probabilities
 _OUTCOMES = np.array([0.0, 0.5, 1.0])  # of a pair: bad sentence likelier, tie, good sentence likelier
@@ -146,7 +147,7 @@ def measure_minimal_pairs(
 
     Args:
         model, start_id, context, on_progress: as in `measure_likelihood`.
-        tokenizer: called as `tokenizer(texts, add_special_tokens=False)`.
+        tokenizer: as `encode_texts` calls it.
         batch_size: sentences per forward pass, fewer if their logits would be too large. Changes no result.
 
     Returns:
@@ -165,7 +166,7 @@ def measure_minimal_pairs(
     index = {text: i for i, text in enumerate(texts)}
     nats = document_nats(
         model,
-        tokenizer(texts, add_special_tokens=False)["input_ids"],
+        encode_texts(tokenizer, texts),
         start_id=start_id,
         context=context,
         batch_size=batch_size,
@@ -265,6 +266,7 @@ def measure_lm_eval_tasks(
             if not near.startswith("; did"):  # instead of thousands of names
                 near = ": list them with `lm-eval ls tasks`, or name a folder of others with --include-path"
             raise UserError(f"lm-eval has no task {task!r}{near}")
+    tokenizer.split_special_tokens = True  # as in `encode_texts`, which the harness does not call
     wrapped = HFLM(
         pretrained=model,
         tokenizer=tokenizer,

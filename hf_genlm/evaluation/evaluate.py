@@ -177,11 +177,10 @@ def score_texts(
         UserError: the model cannot be loaded or has no start token, or there is no text.
     """
     from hf_genlm.evaluation.likelihood import measure_likelihood
+    from hf_genlm.text.encoding import encode_texts
 
     subject = load_subject(model, context)
-    ids = (
-        subject.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    )
+    ids = encode_texts(subject.tokenizer, texts)
     documents = [
         (np.array(tokens, dtype=np.int64), len(text.encode("utf-8")))
         for tokens, text in zip(ids, texts, strict=True)

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from hf_genlm.config.recipe import CorpusRecipe, Recipe
 from hf_genlm.evaluation.likelihood import document_nats
 from hf_genlm.evaluation.measurement import Measurement, ratio_stderr
-from hf_genlm.text.encoding import encode_documents
+from hf_genlm.text.encoding import encode_documents, encode_texts
 from hf_genlm.text.languages import read_parallel, reference_of, spans
 from hf_genlm.text.store import Document, Documents
 
@@ -215,10 +215,7 @@ def measure_tokenization(
         - tokenization_premium/CODE (1): its tokens over those of the reference on `parallel`; 1.5: half as
           many again for the same content. The error is that of a ratio over n pairs of sentences.
     """
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.encode_special_tokens = True
-    lengths = _byte_lengths(backend)
+    lengths = _byte_lengths(tokenizer.backend_tokenizer)
     found: list[Measurement] = []
     whole: Counter[str] = Counter()
     every: Counter[str] = Counter()
@@ -226,7 +223,7 @@ def measure_tokenization(
     for code, documents in texts.items():
         sizes = []
         for text in documents:
-            ids = np.array(backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+            ids = np.array(encode_texts(tokenizer, [text])[0], dtype=np.int64)
             sizes.append((len(text.encode("utf-8")), len(ids)))
             if lengths is not None:
                 every.update(text)
@@ -244,11 +241,10 @@ def measure_tokenization(
             name = f"whole_characters/{script}"
             found.append(Measurement(name, n_whole / n, "fraction", n, None, split, True))
     if parallel and reference:
-        encoded = {
-            code: backend.encode_batch(list(lines), add_special_tokens=False)
+        tokens_of = {
+            code: np.array([len(ids) for ids in encode_texts(tokenizer, lines)])
             for code, lines in parallel.items()
         }
-        tokens_of = {code: np.array([len(each.ids) for each in of]) for code, of in encoded.items()}
         baseline, ones = tokens_of[reference], np.ones(len(tokens_of[reference]), dtype=np.int64)
         for code, of in tokens_of.items():
             name = f"tokens_per_sentence/{code}"

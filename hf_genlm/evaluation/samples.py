@@ -36,6 +36,7 @@ from hf_genlm.evaluation.text_statistics import (
     self_bleu,
     split_words,
 )
+from hf_genlm.text.encoding import encode_texts
 
 Progress = Callable[[int, int], None]
 MIN_MAUVE_TEXTS = 20  # samples, and references: mauve-text makes one cluster of ten texts
@@ -124,7 +125,7 @@ def measure_samples(
     if training_texts is not None:
         found += _measure_overlap(words, training_texts, on_progress)
     if mauve:
-        ids = [_encode(tokenizer, texts) for texts in (references, samples)]
+        ids = [encode_texts(tokenizer, texts) for texts in (references, samples)]
         with evaluation_mode(model):
             features = [last_hidden_states(model, of_split, start_token_id(tokenizer)) for of_split in ids]
         value = mauve_score(*features)
@@ -162,7 +163,7 @@ def sample_texts(
     """
     _check_settings(count, max_new_tokens, temperature, top_p, prompts)
     start = start_token_id(tokenizer)
-    prompt_ids = [[start, *ids] for ids in _encode(tokenizer, prompts or [""])]
+    prompt_ids = [[start, *ids] for ids in encode_texts(tokenizer, prompts or [""])]
     rows = [prompt_ids[i % len(prompt_ids)] for i in range(count)]
     end = tokenizer.eos_token_id
     pad = start if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -208,7 +209,7 @@ def cut_references(tokenizer: Any, texts: Sequence[str], count: int, max_tokens:
         borders = [len(text) * j // per_text for j in range(per_text + 1)]
         for begin, end in pairwise(borders):
             pieces.append(text[begin : min(end, begin + max_tokens * _MAX_TOKEN_CHARACTERS)])
-    ids = [of_piece[:max_tokens] for of_piece in _encode(tokenizer, pieces)]
+    ids = [of_piece[:max_tokens] for of_piece in encode_texts(tokenizer, pieces)]
     return [text for text in tokenizer.batch_decode(ids) if text.strip()][:count]
 
 
@@ -297,10 +298,6 @@ def _with_progress(texts: Any, on_progress: Progress | None) -> Iterator[tuple[i
             n_reports = (number + 1) * _MAX_REPORTS // total
             on_progress(number + 1, total)
         yield number, part
-
-
-def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 class _ProgressStreamer(BaseStreamer):

@@ -22,6 +22,7 @@ from hf_genlm.files import atomic_folder, copy_file, read_text, require_new_fold
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.report import document
 from hf_genlm.run_folder import describe_environment
+from hf_genlm.text.encoding import encode_texts
 
 # texts for the comparison: prose, code, several scripts, and characters that tokenizers split differently
 TEXTS = (
@@ -130,7 +131,7 @@ def compare_logits(
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     max_tokens = min(_MAX_TOKENS, model.config.max_position_embeddings)
     for text in TEXTS:
-        ids = torch.tensor((start + tokenizer(text, add_special_tokens=False).input_ids)[:max_tokens])
+        ids = torch.tensor((start + encode_texts(tokenizer, [text])[0])[:max_tokens])
         expected, got = model(ids[None]).logits[0], read(ids)
         differences.append(float((got - expected).abs().max()))
         n_same += int((got.argmax(-1) == expected.argmax(-1)).sum())

@@ -1,10 +1,16 @@
-"""Encode documents to token ids on all cores, in one pass; the ids are written to a memory-mapped file."""
+"""Encode documents to token ids on all cores, in one pass; the ids are written to a memory-mapped file.
 
+Every text of people is encoded here: `encode_documents` for a corpus, `encode_texts` for texts in memory,
+`encode_messages` for a conversation. The words of special tokens that stand in a text are plain text.
+"""
+
+import functools
 import hashlib
 import itertools
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +31,7 @@ PIECE = 1 << 18  # characters of a piece of a long document, and of a thread's j
 MAX_WORD = 1 << 18  # characters behind which a piece ends anywhere, if nothing may be cut before
 UNCUT = 1 << 20  # characters of a document that is cut even if that may change ids beside the cuts
 BATCH = 1 << 22  # bytes encoded at once
+_LOCK = threading.Lock()  # of tokenizers: what a text's special words are is a mode that threads share
 SPOTS, SPOT = 8, 2048  # spot checks of tiktoken in a batch, and the characters of each
 # letters, marks and signs that are the same in every version of Unicode
 _LETTERS = (
@@ -147,6 +154,52 @@ class Encoder:
         """Ids of each text by the tokenizer's own library."""
         encodings = self.exact.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+
+
+def encode_texts(tokenizer: Any, texts: Iterable[str], add_special_tokens: bool = False) -> list[list[int]]:
+    """Token ids of each text; the words of special tokens in a text are plain text, as in training.
+
+    `add_special_tokens`: put special tokens around each text, if the tokenizer does so by itself.
+    """
+    texts = list(texts)
+    if not texts:
+        return []
+    options = {"add_special_tokens": add_special_tokens, "split_special_tokens": True, "verbose": False}
+    with _LOCK:
+        return tokenizer(texts, **options)["input_ids"]
+
+
+def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]], **template: Any) -> list[int]:
+    """Token ids of a conversation in the chat template; `template` are options of `apply_chat_template`.
+
+    Special tokens of the template are special, those that are typed in a message are plain text: where there
+    are some, the template gets a private character in the place of each.
+    """
+    written = "".join(value for message in messages for value in message.values())
+    special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    typed = sorted((word for word in set(special.values()) if word in written), key=len, reverse=True)
+    if not typed:
+        with _LOCK:
+            return tokenizer.apply_chat_template(messages, return_dict=True, **template)["input_ids"]
+    free = (chr(code) for code in range(0xF0000, 0x10FFFE) if chr(code) not in written)
+    marks = dict(zip(typed, free, strict=False))
+
+    def hide(text: str) -> str:
+        return functools.reduce(lambda rest, word: rest.replace(word, marks[word]), typed, text)
+
+    hidden = [{key: hide(value) for key, value in message.items()} for message in messages]
+    text = tokenizer.apply_chat_template(hidden, tokenize=False, **template)
+    with _LOCK:
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
+    borders = [([i], *span) for i, span in pairs if i in special]
+    unhide = {ord(mark): word for word, mark in marks.items()}
+    ids: list[int] = []
+    start = 0
+    for of_template, begin, end in [*borders, ([], len(text), len(text))]:
+        ids += encode_texts(tokenizer, [text[start:begin].translate(unhide)])[0] + of_template
+        start = end
+    return ids
 
 
 def encode_documents(

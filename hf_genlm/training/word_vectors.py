@@ -19,7 +19,7 @@ from hf_genlm.errors import UserError
 from hf_genlm.files import write_json
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.run_schemas import VectorsFile
-from hf_genlm.text.encoding import pieces
+from hf_genlm.text.encoding import encode_texts, pieces
 from hf_genlm.text.store import Document, as_documents
 from hf_genlm.text.vector_files import WordVectors, read_vectors
 
@@ -210,11 +210,9 @@ def _means_of_words(
     weights: list[int] = []
     for start in range(0, len(known), _ENCODE_BATCH):
         batch = known[start : start + _ENCODE_BATCH]
-        encodings = tokenizer.backend_tokenizer.encode_batch_fast(
-            [spaced for spaced, _ in batch], add_special_tokens=False
-        )
-        for (spaced, row), encoding in zip(batch, encodings, strict=True):
-            pieces = set(encoding.ids)
+        encoded = encode_texts(tokenizer, [spaced for spaced, _ in batch])
+        for (spaced, row), ids in zip(batch, encoded, strict=True):
+            pieces = set(ids)
             tokens += pieces
             rows += [row] * len(pieces)
             weights += [counts[spaced]] * len(pieces)

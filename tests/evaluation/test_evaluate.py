@@ -25,8 +25,9 @@ from hf_genlm.text.tokenizer import train_tokenizer
 
 CONTEXT = 32
 TEXTS = [text for _, text in sorted(topics.items())[:24]]
+TYPED = "<|endoftext|>!"  # text like any other, for lm-eval too
 PAIRS = {
-    "order": [("The value of the name is an object.", "value The of name the is object an."),
+    "order": [("The value of the<|pad|> name is an object.", "value The of name the is object<|pad|> an."),
               ("an object", "object an"), ("It is bound.", "It bound is.")],
     "number": [("An expression is evaluated.", "An expression are evaluated."), ("two items", "two item"),
                ("One of the items is an integer.", "One of the items are an integer.")],
@@ -66,7 +67,7 @@ aggregate_metric_list: [{metric: acc, aggregation: mean, weight_by_size: true}]
 def data(tmp_path_factory) -> Path:
     """texts.jsonl, pairs/ and lm-eval's tasks on both."""
     folder = tmp_path_factory.mktemp("data")
-    lines = [json.dumps({"text": text[: 40 * (i + 1)]}) for i, text in enumerate(TEXTS)]
+    lines = [json.dumps({"text": text[: 40 * (i + 1)] + TYPED}) for i, text in enumerate(TEXTS)]
     (folder / "texts.jsonl").write_text("\n".join(lines))
     (folder / "rolling.yaml").write_text(ROLLING.replace("FOLDER", str(folder)))
     (folder / "group.yaml").write_text(GROUP)

@@ -20,6 +20,7 @@ from hf_genlm.evaluation.aggregation import calibration_error
 from hf_genlm.evaluation.benchmarks import pair_accuracy
 from hf_genlm.evaluation.metrics import metric_names
 from hf_genlm.evaluation.text_statistics import distinct_n, repetition, self_bleu, split_words
+from hf_genlm.text.encoding import encode_documents
 from hf_genlm.text.store import Document
 from hf_genlm.text.tokenizer import train_tokenizer
 
@@ -118,7 +119,7 @@ def test_bits_per_byte_of_log_probabilities(evaluate):
 @torch.no_grad()
 def test_bits_per_byte_by_a_model(evaluate, tmp_path):
     """As summed from the probabilities of each token: nothing is cut off, an empty text weighs nothing."""
-    texts = ["The cat saw a dog.", "", "A dog ran. " * 12]
+    texts = ["The cat saw a dog.", "", "A dog ran. " * 12, "It ends<|endoftext|> here."]
     tokenizer = train_tokenizer([Document(TEXTS[0] * 50, "text")], TokenizerRecipe(vocab_size=270), 2000)
     special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
     model = build_model("hybrid", vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **special)
@@ -126,7 +127,8 @@ def test_bits_per_byte_by_a_model(evaluate, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     bits = 0.0
     for text in texts:
-        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text).input_ids]])
+        (tokens, _), *_ = encode_documents(tokenizer, [Document(text, "as in training")])
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokens.tolist()]])
         log_p = model(ids).logits[0, :-1].double().log_softmax(dim=-1)
         bits -= float(log_p.gather(1, ids[0, 1:, None]).sum()) / math.log(2)
     metric = evaluate.load(hf_genlm.metric_path("bits_per_byte"))

@@ -1,6 +1,7 @@
 """Promise: the house stays as drawn. Imports go down the table without a circle, files stay readable."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ MAY_IMPORT = {
     "space": SHOWING | {"hub"},
     "exporting": {*MEASURING, "report", "hub"},
     "doctor": MEASURING | {"training", "card", "report", "serving"},
-    "serving": {"errors", "model", "loading"},
+    "serving": {"errors", "model", "loading", "text"},
     "comparison": MEASURING | {"training", "doctor", "card", "report"},
     "space.files": set(),  # it runs where this package is not installed
 }
@@ -202,3 +203,55 @@ def test_only_the_printing_layer_prints(file):
                 called for word in node.keywords if word.arg == "file" and "sys.std" in ast.unparse(word)
             ]
     assert [each for each in found if each != "bar.write"] == []  # of a notebook, escaped in api.py
+
+
+# Calls that encode text, each in the one place where it may stand: `text/encoding.py`, which every other file
+# calls, the demo, which runs without this package, and what learns merges from words.
+ENCODING_CALLS = {
+    ("text/encoding.py", "tokenizer"),
+    ("text/encoding.py", "tokenizer.apply_chat_template"),
+    ("text/encoding.py", "self.exact.encode_batch_fast"),
+    ("text/encoding.py", "fast.encode"),
+    ("text/encoding.py", "encoder.encode"),
+    ("text/fast_bpe.py", "self._encoding.encode_to_numpy"),
+    ("text/fast_bpe.py", "ours.encode_ordinary"),
+    ("text/packed_stream.py", "self._encoder.encode"),
+    ("privacy/attacks/extraction.py", "target.encode"),
+    ("privacy/attacks/target.py", "self.encode"),
+    ("space/files/demo/models.py", "self.tokenizer"),
+    ("space/files/demo/scoring.py", "model.encode"),
+    ("extension.py", "backend.model.tokenize"),
+}
+ENCODERS = re.compile(
+    r"(.*\.)?(?!_?(add|pre|load|save|train|wrap)_)(\w+_)?tokenizer"
+    r"|.*\.(encode|encode_batch\w*|encode_ordinary\w*|encode_to_numpy|_?(batch_)?encode_plus|tokenize"
+    r"|apply_chat_template)"
+)
+
+
+def calls_that_encode(source: str) -> set[str]:
+    """Calls of a tokenizer in a file; those that name a codec are of strings."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ENCODERS.fullmatch(called := ast.unparse(node.func)):
+            of = getattr(node.func, "value", None)
+            is_string = isinstance(of, ast.Constant) or all(isinstance(a, ast.Constant) for a in node.args)
+            if not (called.endswith(".encode") and is_string):
+                found.add(called)
+    return found
+
+
+def test_text_of_people_is_encoded_in_one_place():
+    """Elsewhere `<|endoftext|>` that somebody typed would be the token: another text than training saw."""
+    found = {(by_path(f), call) for f in FILES for call in calls_that_encode(f.read_text(encoding="utf-8"))}
+    assert found == ENCODING_CALLS
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["tokenizer(text)", "self.tokenizer(t)", "my_tokenizer(t)", "a.backend_tokenizer.encode_batch(texts)",
+     "tokenizer.apply_chat_template(messages)", "tokenizer.encode(text)", "t.batch_encode_plus(texts)"],
+)  # fmt: skip
+def test_a_call_that_encodes_elsewhere_is_found(call):
+    assert calls_that_encode(f"x = {call}['input_ids']")
+    assert not calls_that_encode("a.encode(); a.encode('utf-8', errors='replace'); 'a'.encode(b)")

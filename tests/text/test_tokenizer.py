@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +13,21 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.models.qwen3_5 import tokenization_qwen3_5
 
+from hf_genlm import api
 from hf_genlm.config.recipe import CorpusRecipe, TokenizerRecipe
+from hf_genlm.decoding import FastGenerator
 from hf_genlm.errors import UserError
+from hf_genlm.serving import Server
+from hf_genlm.space.files.demo.models import LanguageModel
 from hf_genlm.text.corpus import Document, read_documents
-from hf_genlm.text.encoding import cuts_are_exact, encode_documents, pieces, pieces_of
+from hf_genlm.text.encoding import (
+    cuts_are_exact,
+    encode_documents,
+    encode_messages,
+    encode_texts,
+    pieces,
+    pieces_of,
+)
 from hf_genlm.text.store import TextStore, as_documents
 from hf_genlm.text.tokenizer import (
     END_OF_TEXT,
@@ -69,6 +81,36 @@ def test_special_words_in_a_text_are_text(tokenizer):
     assert tokenizer.decode(ids) == text
     # outside encode_documents the tokenizer still knows them
     assert tokenizer(END_OF_TEXT)["input_ids"] == [tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("text", ["", f"a{END_OF_TEXT}b {PAD}", f"{END_OF_TEXT * 2}\n", "plain"])
+def test_what_people_type_is_encoded_as_training_encodes_it(tokenizer, text, monkeypatch):
+    """Prompts of generate, serve and the demo, and texts of the metrics, pairs and samples."""
+    expected = encode(tokenizer, text).ids.tolist()
+    assert encode_texts(tokenizer, [text, "x", text])[::2] == [expected, expected]
+    assert LanguageModel("demo", None, tokenizer).encode(text) == expected
+    prompts = []
+    monkeypatch.setattr(FastGenerator, "__init__", lambda *_, **__: None)
+    monkeypatch.setattr(FastGenerator, "generate", lambda self, ids, **_: prompts.append(ids.tolist()))
+    api.generate((SimpleNamespace(device="cpu"), tokenizer), text)
+    assert prompts == [[[tokenizer.bos_token_id, *expected]]]
+    if text:
+        model = SimpleNamespace(config=SimpleNamespace())
+        assert Server(model, tokenizer, "m", "localhost").encode({"prompt": text}) == expected
+
+
+@pytest.mark.parametrize("typed", ["", END_OF_TEXT, f"{PAD}{END_OF_TEXT}", f"<{END_OF_TEXT}>", "\U000f0000"])
+def test_special_words_of_a_message_are_text_and_those_of_the_template_are_tokens(tokenizer, typed):
+    messages = [{"role": "user", "content": f"one {typed} two"}, {"role": "assistant", "content": "three"}]
+    plain = [{**message, "content": message["content"].replace(typed or "?", "")} for message in messages]
+    ids = encode_messages(tokenizer, messages, add_generation_prompt=True)
+    expected = tokenizer.apply_chat_template(plain, return_dict=True, add_generation_prompt=True)["input_ids"]
+    special = set(tokenizer.all_special_ids)
+    assert [i for i in ids if i in special] == [i for i in expected if i in special] != []
+    template = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(ids) == template
+    if not typed:
+        assert ids == expected
 
 
 def test_special_tokens(tokenizer):

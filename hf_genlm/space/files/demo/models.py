@@ -68,8 +68,9 @@ class LanguageModel:
         return sum(parameter.numel() for parameter in self.module.parameters())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without special tokens."""
-        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        """Token ids of `text`; the words of special tokens in it are plain text, as in training."""
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return self.tokenizer(text, **options).input_ids
 
     def tensor(self, ids: list[int]) -> torch.Tensor:
         """Token ids as a batch (1, T) on the model's device."""
