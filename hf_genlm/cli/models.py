@@ -90,6 +90,9 @@ def space(
         "--repo-id OWNER/NAME", "The id of each MODEL on the Hub.", shown="its files go into the folder"
     ),
     title: str | None = o.option("--title TITLE", "Title.", shown="the names of the models"),
+    examples: list[str] | None = o.option(
+        "--example TEXT", "A text to try on its pages.", shown="beginnings of the samples of a run"
+    ),
     run: bool = o.option("--run", "Serve it on this machine until Ctrl-C."),
     allow: list[str] | None = o.option("--allow FILE:KIND", "Include what was found there anyway."),
     port: int | None = o.option("--port N", "For --run.", shown="7860", parse=o.parse_count),
@@ -103,7 +106,9 @@ def space(
         raise UserError(f"--port {port} is where the demo is served: add --run")
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(output_dir or Path(temporary) / "space")
-        built = build_space(models, out, repo_ids=repo_ids or (), title=title, allow=allow or ())
+        built = build_space(
+            models, out, repo_ids=repo_ids or (), title=title, examples=examples or (), allow=allow or ()
+        )
         if output_dir is not None:
             say(
                 *(f"{size:>12,}  {name}" for name, size in built.sizes.items()),

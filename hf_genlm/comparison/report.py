@@ -144,6 +144,9 @@ _QUANTITIES = (
     _Quantity("tokens/s", lambda c: c.average("tokens_per_s"), _short),
     _Quantity("training FLOPs", lambda c: c.training_flops, _short),
     _Quantity("minutes", _minutes, lambda x: f"{x:.2f}" if x >= 0.1 else f"{x:.3f}"),
+    _Quantity(
+        "context", lambda c: c.context or math.inf, lambda x: "all before" if x == math.inf else f"{x:,}"
+    ),
 )
 
 
@@ -156,11 +159,10 @@ def _quantity_table(results: Results) -> Table:
                 candidate.name,
                 f"{candidate.layers} x {candidate.hidden_size}",
                 *(_UNKNOWN if value is None else form(value) for value, form in cells),
-                "all before" if candidate.context is None else f"{candidate.context:,}",
             ]
         )
     return Table(
-        ["", "layers x width", *(quantity.name for quantity in _QUANTITIES), "context"],
+        ["", "layers x width", *(quantity.name for quantity in _QUANTITIES)],
         rows,
         "Means over the seeds. FLOPs are 3 x forward FLOPs per token x tokens; minutes are those of the "
         "steps. Context: maximum number of tokens that a prediction is conditioned on in the evaluation.",
@@ -300,8 +302,9 @@ def draw_curves(results: Results, path: Path) -> tuple[Path, bool]:
 
     Returns:
         The path, and True for the loss on held-out text. Short runs do not validate while they train, and
-        show the loss on the training text.
+        show the loss on the training text, in bits per byte if their tokenizers differ.
     """
+    in_bits = results.vocab_size is None
     runs = [run for candidate in results.candidates for run in candidate.runs]
     is_validation = all(len(run.validation_curve) >= _MIN_CURVE_POINTS for run in runs)
     figure, axes = new_figure(_WIDTH, 3.6)
@@ -313,12 +316,13 @@ def draw_curves(results: Results, path: Path) -> tuple[Path, bool]:
             style["marker"] = None
         for number, run in enumerate(candidate.runs):
             curve = run.validation_curve if is_validation else run.training_curve[1:] or run.training_curve
-            seconds, values = zip(*curve, strict=True) if curve else ((), ())
+            seconds, values = np.array(curve or np.empty((0, 2))).T
+            if in_bits and not is_validation:
+                values = values * run.bits_per_byte / run.nats_per_token
             label = candidate.name if number == 0 else None
-            axes.plot([s / unit for s in seconds], values, label=label, **style)
+            axes.plot(seconds / unit, values, label=label, **style)
     axes.set_xlabel(f"{name} of training")
-    axes.set_ylabel(
-        "bits per byte, part of held-out text" if is_validation else "training loss, nats per token"
-    )
+    loss = f"training loss, {'bits per byte' if in_bits else 'nats per token'}"
+    axes.set_ylabel("bits per byte, part of held-out text" if is_validation else loss)
     axes.legend(frameon=False)
     return save_png(figure, path), is_validation

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 AUDIT_FILE = "plots/audit.png"  # in the run folder and in model/
-_WIDTH, _HEIGHT = 5.2, 4.2  # inches, of a panel
+_WIDTH, _HEIGHT = 5.2, 4.2  # inches, of a panel; one below the other, legible on a phone
 _OFFSET = 0.06  # between the points of two series, so that their intervals do not overlap
 _EXPOSURES = {"exposure": "by rank", "exposure_extrapolated": "extrapolated"}
 _SPLITS = {"train": "training text", "validation": "held-out text"}
@@ -51,7 +51,7 @@ def write_audit_figure(
         panels.append(partial(_draw_extraction, extraction, max(lengths)))
     if not panels:
         return None
-    figure, axes = new_figure(_WIDTH * len(panels), _HEIGHT, columns=len(panels))
+    figure, axes = new_figure(_WIDTH, _HEIGHT * len(panels), rows=len(panels))
     for draw, one in zip(panels, [axes] if len(panels) == 1 else axes, strict=True):
         draw(one)
     path = save_png(figure, folder / AUDIT_FILE)

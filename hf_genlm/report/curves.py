@@ -5,14 +5,14 @@ card shows it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hf_genlm.errors import UserError
-from hf_genlm.files import copy_file
+from hf_genlm.files import copy_file, sha256_of
 from hf_genlm.report.figures import COLOURS, GREY, MARKERS, escape_label, new_figure, save_png
 from hf_genlm.run_folder import RunFolder
 
@@ -26,7 +26,7 @@ Event = dict[str, Any]
 _BACK_TO = {"started": lambda event: 0, "resumed": lambda e: e["step"], "diverged": lambda e: e["back_to"]}
 _SMOOTHED_PARTS = 100  # half of a smoothed point's weight lies in this fraction of the curve before it
 _MAX_SAMPLES = 8
-_WIDTH, _WIDE_HEIGHT, _HEIGHT, _LEGEND_HEIGHT = 6.4, 2.7, 2.0, 0.25  # inches, of a row
+_WIDTH, _WIDE_HEIGHT, _HEIGHT, _LEGEND_HEIGHT = 6.4, 3.0, 2.3, 0.25  # inches, of a row
 _MAX_MARKED = 25  # points; longer series have no markers
 _PALE = 0.3
 _SHOWN_QUANTILE = 0.98  # of the losses, if a few early ones would flatten all others
@@ -47,6 +47,15 @@ class Curves:
     abandoned: list[list[Event]] = field(default_factory=list)
     breaks: list[Event] = field(default_factory=list)  # the events `resumed` and `diverged`
     final: Event | None = None  # measurements on the whole validation split by name, and `step`
+    vocabulary: str = ""  # differs between runs with different tokenizers
+
+    @property
+    def bits_per_nat(self) -> float | None:
+        """Bits per byte for each nat per token of the held-out text; None if both were never measured."""
+        for event in (self.final or {}, *reversed(self.validations)):
+            if event.get("nats_per_token") and "bits_per_byte" in event:
+                return float(event["bits_per_byte"] / event["nats_per_token"])
+        return None
 
 
 def curves_of(events: Iterable[Event], label: str = "") -> Curves:
@@ -74,7 +83,10 @@ def curves_of(events: Iterable[Event], label: str = "") -> Curves:
 
 def read_curves(run: RunFolder, label: str = "") -> Curves:
     """Read the curves of a run; without a log they are empty."""
-    return curves_of(run.read_log(), label)
+    curves = curves_of(run.read_log(), label)
+    tokenizer = run.tokenizer / "tokenizer.json"
+    curves.vocabulary = sha256_of(tokenizer) if tokenizer.is_file() else ""
+    return curves
 
 
 def column(events: Iterable[Event], name: str) -> np.ndarray:
@@ -187,19 +199,26 @@ def plot(runs: str | Path | Sequence[str | Path], out: str | Path | None = None)
 
 @dataclass(frozen=True)
 class Panel:
-    """One of the axes: field `y` of the events over field `x`."""
+    """One of the axes: field `y` of the events, in `unit`, over field `x` of a step."""
 
     title: str
-    x: str
+    unit: str
     y: str
     draw: "Callable[[Axes, Panel, Curves, str, str], None]"
+    x: str = "step"
     is_logarithmic: bool = False
+    in_bits: bool = False  # nats per token are drawn as bits per byte
+
+    def places(self, events: Iterable[Event]) -> np.ndarray:
+        """(n,) float64: where the events of the held-out text stand."""
+        return column(events, "seen_tokens" if self.x == "tokens" else self.x)
 
 
 def _draw_loss(axes: "Axes", panel: Panel, curves: Curves, colour: str, marker: str) -> None:
-    x, loss = column(curves.steps, panel.x), column(curves.steps, panel.y)
+    scale = (curves.bits_per_nat or np.nan) if panel.in_bits else 1.0
+    x, loss = column(curves.steps, panel.x), column(curves.steps, panel.y) * scale
     for events in curves.abandoned:
-        beyond = column(events, panel.x), column(events, panel.y)
+        beyond = column(events, panel.x), column(events, panel.y) * scale
         axes.plot(*beyond, color=GREY, linewidth=1, linestyle=":", label="abandoned")
     if len(loss) > _MAX_MARKED:
         axes.plot(x, loss, color=colour, alpha=_PALE, linewidth=0.8, label="training")
@@ -207,19 +226,17 @@ def _draw_loss(axes: "Axes", panel: Panel, curves: Curves, colour: str, marker: 
     else:
         axes.plot(x, loss, color=colour, marker=marker, label="training")
     if curves.validations:
-        at = column(curves.validations, "seen_tokens" if panel.x == "tokens" else panel.x)
-        measured = column(curves.validations, "nats_per_token")
+        at = panel.places(curves.validations)
+        measured = column(curves.validations, "nats_per_token") * scale
         ring: Any = {"markersize": 7, "markeredgewidth": 1.8, "markeredgecolor": colour, "color": "white"}
         axes.plot(at, measured, marker=marker, linestyle="", label="validation, a part of it", **ring)
 
 
 def _draw_measured(axes: "Axes", panel: Panel, curves: Curves, colour: str, marker: str) -> None:
     found = curves.validations
-    axes.plot(
-        column(found, panel.x), column(found, panel.y), color=colour, marker=marker, label="a part of it"
-    )
+    axes.plot(panel.places(found), column(found, panel.y), color=colour, marker=marker, label="a part of it")
     if curves.final is not None:
-        at = column([curves.final], panel.x), column([curves.final], panel.y)
+        at = panel.places([curves.final]), column([curves.final], panel.y)
         axes.plot(*at, color=colour, marker="*", markersize=11, linestyle="", label="all of it, at the end")
 
 
@@ -239,22 +256,31 @@ def _draw_median(axes: "Axes", panel: Panel, curves: Curves, colour: str, marker
 
 
 PANELS = {
-    "steps": Panel("loss in nats per token, over steps", "step", "loss", _draw_loss),
-    "tokens": Panel("loss over tokens", "tokens", "loss", _draw_loss),
-    "time": Panel("loss over seconds", "elapsed_s", "loss", _draw_loss),
-    "bits": Panel("bits per byte, validation, over steps", "step", "bits_per_byte", _draw_measured),
-    "rate": Panel("learning rate over steps", "step", "learning_rate", _draw_line),
-    "norm": Panel("gradient norm over steps", "step", "grad_norm", _draw_median, is_logarithmic=True),
-    "speed": Panel("tokens per second, over steps", "step", "tokens_per_s", _draw_median),
+    "loss": Panel("Loss", "nats per token", "loss", _draw_loss),
+    "bits": Panel("Held-out text", "bits per byte", "bits_per_byte", _draw_measured),
+    "rate": Panel("Learning rate", "learning rate", "learning_rate", _draw_line),
+    "norm": Panel("Gradient norm", "L2 norm", "grad_norm", _draw_median, is_logarithmic=True),
+    "speed": Panel("Speed", "tokens per second", "tokens_per_s", _draw_median),
 }
+_PLACES = {"step": "optimizer steps", "tokens": "tokens trained on"}
 
 
 def draw_curves(runs: Sequence[Curves]) -> "Figure":
     """Draw all runs in each panel for which at least one of them has values.
 
-    The first panel is as wide as the figure. The others stand in pairs; a last one without a partner is wide.
+    One run is drawn over its steps; several, whose batches may differ, over the tokens they were trained on.
+    Losses of runs with different tokenizers are drawn in bits per byte, by the bytes that each run's
+    tokens of the held-out text have. The first panel is as wide as the figure. The others stand in pairs; a
+    last one without a partner is wide.
     """
-    names = [name for name, panel in PANELS.items() if any(_has_values(panel, curves) for curves in runs)]
+    x = "step" if len(runs) == 1 else "tokens"
+    panels = {name: replace(panel, x=x) for name, panel in PANELS.items()}
+    if len({curves.vocabulary for curves in runs}) > 1:
+        loss = panels["loss"]
+        panels["loss"] = replace(
+            loss, title="Loss (different tokenizers)", unit="bits per byte", in_bits=True
+        )
+    names = [name for name, panel in panels.items() if any(_has_values(panel, curves) for curves in runs)]
     pairs = [names[i : i + 2] for i in range(1, len(names), 2)]
     mosaic = [[names[0], names[0]], *([pair[0], pair[-1]] for pair in pairs)]
     height = _WIDE_HEIGHT + len(pairs) * _HEIGHT + (_LEGEND_HEIGHT * len(runs) if len(runs) > 1 else 0)
@@ -262,8 +288,8 @@ def draw_curves(runs: Sequence[Curves]) -> "Figure":
     for name in names:
         for i, curves in enumerate(runs):
             colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-            PANELS[name].draw(axes[name], PANELS[name], curves, colour, marker)
-        _finish_panel(axes[name], PANELS[name], runs)
+            panels[name].draw(axes[name], panels[name], curves, colour, marker)
+        _finish_panel(axes[name], panels[name], runs)
     if len(runs) > 1:
         from matplotlib.lines import Line2D
 
@@ -274,7 +300,7 @@ def draw_curves(runs: Sequence[Curves]) -> "Figure":
         labels = [escape_label(curves.label) for curves in runs]
         figure.legend(handles, labels, loc="outside upper left", ncols=1, fontsize="small", frameon=False)
     else:
-        for name in {"steps", "bits"}.intersection(names):
+        for name in {"loss", "bits"}.intersection(names):
             axes[name].legend(fontsize="small", frameon=False)
     return figure
 
@@ -289,11 +315,12 @@ def _finish_panel(axes: "Axes", panel: Panel, runs: Sequence[Curves]) -> None:
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
     axes.set_title(panel.title, fontsize="medium", loc="left")
+    axes.set_xlabel(_PLACES[panel.x], fontsize="small")
+    axes.set_ylabel(panel.unit, fontsize="small")
     axes.tick_params(which="both", labelsize="small")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    is_whole = panel.x != "elapsed_s"
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=is_whole, min_n_ticks=1))
-    if panel.is_logarithmic:
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    if panel.is_logarithmic and any((column(curves.steps, panel.y) > 0).any() for curves in runs):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")

@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata, resources
@@ -19,12 +20,22 @@ from pathlib import Path
 
 from hf_genlm.config.recipe import CardRecipe, load_recipe
 from hf_genlm.errors import UserError, without_secrets
-from hf_genlm.files import atomic_folder, copy_file, read_json, require_new_folder, write_json, write_text
+from hf_genlm.files import (
+    atomic_folder,
+    copy_file,
+    read_json,
+    read_text,
+    require_new_folder,
+    write_json,
+    write_text,
+)
 from hf_genlm.hub.manifest import MODEL_FILES, POINTERS, ModelSource, build_manifest, check_findings
 from hf_genlm.loading import source_of
+from hf_genlm.report.document import fenced_blocks
 from hf_genlm.run_folder import RunFolder
 
 DEFAULT_PORT = 7860
+_EXAMPLE_WIDTH = 32  # characters
 _PINNED = ("gradio", "torch", "transformers")  # required at the versions installed here
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -68,6 +79,7 @@ def build_space(
     *,
     repo_ids: Sequence[str] = (),
     title: str | None = None,
+    examples: Sequence[str] = (),
     allow: Sequence[str] = (),
 ) -> Space:
     """Write the demo of one model, or of two side by side, into a new folder.
@@ -76,6 +88,8 @@ def build_space(
         models: run folders, model folders or Hub ids.
         repo_ids: Hub id of each model, to name it there; default: include the files of local models.
         title: default: the names of the models.
+        examples: texts to try on the pages that write and measure. Default: beginnings of the samples of a
+            run.
         allow: findings in the files of a model that may leave, as `tokenizer_config.json:home-path`.
 
     Raises:
@@ -111,7 +125,8 @@ def build_space(
             with resources.as_file(resources.files("hf_genlm").joinpath("model")) as code:
                 for path in code.glob("*.py"):
                     copy_file(path, folder / "genlm" / path.name)
-        write_json(folder / "space.json", {"title": title, "models": entries})
+        shown_examples = [*examples] or [text for model in models for text in _beginnings(Path(model))]
+        write_json(folder / "space.json", {"title": title, "models": entries, "examples": shown_examples})
         write_text(folder / "requirements.txt", requirements)
         write_text(folder / "README.md", _readme(title, shown))
     paths = sorted(path for path in out.rglob("*") if path.is_file())
@@ -149,6 +164,14 @@ def _find_model(name: str, repo_id: str | None, taken: set[str]) -> DemoModel:
     shown = f"{shown}-{len(taken) + 1}" if shown in taken else shown
     is_genlm = read_json(config, dict).get("model_type") == "genlm"
     return DemoModel(shown, found if repo_id is None else None, repo_id, revision, license, is_genlm)
+
+
+def _beginnings(path: Path) -> list[str]:
+    """Return the first words of the last two texts that a run has generated; none of other models."""
+    samples = RunFolder(path).samples
+    texts = fenced_blocks(read_text(samples)) if samples.is_file() else []
+    starts = (textwrap.shorten(text, _EXAMPLE_WIDTH, placeholder="") or text.strip() for text in texts[-2:])
+    return [start[:_EXAMPLE_WIDTH] for start in starts if start]
 
 
 def _include(source: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""Promise: the notebooks run from the first cell to the last, here in short form, and compare like with like."""
+"""Promise: the notebooks run from the first cell to the last, in short form here, with equal measures."""
 
 import json
 from pathlib import Path

@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import sys
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -198,20 +199,18 @@ def test_what_is_drawn_is_what_was_logged():
     curves = curves_of([*(step(n) for n in range(1, 41)), validation(10), validation(20), EVALUATED])
     figure = draw_curves([curves])
     loss = [6.0 - n / 10 for n in range(1, 41)]
-    for panel, x, at in (
-        ("loss in nats", list(range(1, 41)), [10, 20]),
-        ("loss over tokens", list(range(100, 4001, 100)), [1000, 2000]),
-        ("loss over seconds", [2.0 * n for n in range(1, 41)], [20.0, 40.0]),
-    ):
-        lines = lines_of(figure, panel)
-        assert lines["training"] == (x, loss)
-        assert lines["training, smoothed"][0] == x
-        assert lines["validation, a part of it"] == (at, [5.0, 5.0])
-    bits = lines_of(figure, "bits per byte")
+    lines = lines_of(figure, "Loss")
+    assert lines["training"] == (list(range(1, 41)), loss)
+    assert lines["training, smoothed"][0] == list(range(1, 41))
+    assert lines["validation, a part of it"] == ([10, 20], [5.0, 5.0])
+    assert [axes.get_xlabel() for axes in figure.axes] == ["optimizer steps"] * 5
+    units = ["nats per token", "bits per byte", "learning rate", "L2 norm", "tokens per second"]
+    assert [axes.get_ylabel() for axes in figure.axes] == units
+    bits = lines_of(figure, "Held-out text")
     assert bits == {"a part of it": ([10, 20], [2.0, 1.0]), "all of it, at the end": ([40], [1.25])}
-    assert list(lines_of(figure, "learning rate").values()) == [(list(range(1, 41)), [1e-3] * 40)]
-    assert list(lines_of(figure, "gradient norm").values()) == [(list(range(1, 41)), [1.5] * 40)] * 2
-    assert next(iter(lines_of(figure, "tokens per second").values())) == (list(range(1, 41)), [50] * 40)
+    assert list(lines_of(figure, "Learning rate").values()) == [(list(range(1, 41)), [1e-3] * 40)]
+    assert list(lines_of(figure, "Gradient norm").values()) == [(list(range(1, 41)), [1.5] * 40)] * 2
+    assert next(iter(lines_of(figure, "Speed").values())) == (list(range(1, 41)), [50] * 40)
     text = describe_curves(curves)
     for word in (
         "40 steps",
@@ -226,25 +225,25 @@ def test_what_is_drawn_is_what_was_logged():
 
 def test_a_run_of_three_steps_without_validations():
     figure = draw_curves([curves_of([step(1), step(2), step(3)])])
-    assert not any(title.startswith("bits") for title in titles(figure))
-    assert len(figure.axes) == 6
-    (axes,) = (axes for axes in figure.axes if axes.get_title(loc="left").startswith("loss in nats"))
+    assert not any(title.startswith("Held-out") for title in titles(figure))
+    assert len(figure.axes) == 4
+    (axes,) = (axes for axes in figure.axes if axes.get_title(loc="left").startswith("Loss"))
     (line,) = axes.lines
     assert (line.get_label(), line.get_marker()) == ("training", "o"), "three points are seen as points"
     assert list(line.get_ydata()) == pytest.approx([5.9, 5.8, 5.7])
     one = draw_curves([curves_of([step(1, grad_norm=None)])])
-    assert not any(title.startswith("gradient") for title in titles(one)), "no axes without anything on them"
+    assert not any(title.startswith("Gradient") for title in titles(one)), "no axes without anything on them"
 
 
 def test_a_resumed_run_and_one_that_left_the_numbers():
     again = {"event": "diverged", "step": 4, "back_to": 2, "learning_rate": 5e-4}
     curves = curves_of([*(step(n) for n in (1, 2, 3, 4)), again, *(step(n, loss=1.0) for n in (3, 4, 5))])
     figure = draw_curves([curves])
-    lines = lines_of(figure, "loss in nats")
+    lines = lines_of(figure, "Loss")
     assert lines["abandoned"] == ([3, 4], [pytest.approx(5.7), 5.6])
     assert lines["training"] == ([1, 2, 3, 4, 5], [5.9, 5.8, 1.0, 1.0, 1.0])
     assert "went back to step 2" in describe_curves(curves)
-    (axes,) = (axes for axes in figure.axes if axes.get_title(loc="left").startswith("learning rate"))
+    (axes,) = (axes for axes in figure.axes if axes.get_title(loc="left").startswith("Learning rate"))
     assert [2, 2] in [list(line.get_xdata()) for line in axes.lines]
 
 
@@ -264,6 +263,42 @@ def test_several_runs_in_one_picture():
     assert [list(line.get_ydata()) for line in lines] == [[5.0, 5.0], [6.0, 6.0]]
     assert lines[0].get_color() != lines[1].get_color()
     figure.canvas.draw()  # no formula is read into a name
+
+
+def test_several_runs_are_drawn_over_tokens_and_in_one_unit():
+    events = [step(1), step(2, tokens=800), {**validation(2), "seen_tokens": 800}]
+    runs = [curves_of(events, label) for label in "ab"]
+    same = draw_curves(runs)
+    assert {axes.get_xlabel() for axes in same.axes} == {"tokens trained on"}
+    assert same.axes[0].get_ylabel() == "nats per token"
+    runs[1].vocabulary = "another"
+    runs[1].validations = [{**runs[1].validations[0], "bits_per_byte": 2.5}]  # 5 nats per token
+    figure = draw_curves(runs)
+    assert figure.axes[0].get_ylabel() == "bits per byte"
+    lines = figure.axes[0].lines
+    assert [list(line.get_ydata()) for line in lines[::2]] == [
+        pytest.approx([v * f for v in (5.9, 5.8)]) for f in (0.56, 0.5)
+    ]
+    assert [list(line.get_xdata()) for line in lines[1::2]] == [[800], [800]]
+    unknown = curves_of([step(1), step(2)], "c")
+    draw_curves([*runs, unknown]).canvas.draw()  # its loss has no place here, and the picture stays
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-3, 5.0])
+@pytest.mark.parametrize("n_steps", [1, 2, 40])
+def test_equal_values_have_a_readable_axis(value, n_steps):
+    events = [
+        step(n, loss=value, learning_rate=value, grad_norm=value, tokens_per_s=value)
+        for n in range(1, n_steps + 1)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = draw_curves([curves_of(events)])
+        figure.canvas.draw()
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        assert low <= value <= high or axes.get_yscale() == "log"
+        assert 0.01 * max(value, 1e-9) < high - low, "an axis of a width, not of rounding errors"
 
 
 # from the command line to the card
@@ -305,7 +340,7 @@ def test_validations_know_where_they_stand(tracked):
         assert event["seen_tokens"] == steps[event["step"]]["tokens"]
         before, after = (steps[event["step"] + n]["elapsed_s"] for n in (0, 1))
         assert before <= event["elapsed_s"] < after, "it stands where it began"
-    drawn = lines_of(draw_curves([curves_of(events)]), "loss over tokens")["validation, a part of it"]
+    drawn = lines_of(draw_curves([curves_of(events)] * 2), "Loss")["validation, a part of it"]
     assert drawn == ([e["seen_tokens"] for e in found], [e["nats_per_token"] for e in found])
 
 

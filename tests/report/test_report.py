@@ -73,5 +73,18 @@ def test_a_report_stands_alone_and_says_the_same_twice(tmp_path):
     assert "<script>" not in markdown
 
 
+def test_a_report_has_a_dark_mode_in_which_every_color_changes(tmp_path):
+    html, _ = write_report(tmp_path, "x", [Text("y")])
+    style = re.search(r"<style>(.*?)</style>", html.read_text(), re.DOTALL).group(1)
+    light, dark = (
+        dict(re.findall(r"--(\w+): (#\w+)", rule))
+        for rule in re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    )
+    assert set(light) == set(dark)
+    assert not [name for name in light if light[name] == dark[name]]
+    rest = re.sub(r":root \{.*?\}", "", style, flags=re.DOTALL)
+    assert set(re.findall(r"#\w+", rest)) == {"#fff"}, "the ground of pictures, which are drawn for it"
+
+
 def test_the_same_figure_gives_the_same_bytes(tmp_path):
     assert draw(tmp_path / "a.png").read_bytes() == draw(tmp_path / "b.png").read_bytes()

@@ -38,9 +38,10 @@ from transformers import (
 
 import hf_genlm
 from hf_genlm.cli.main import main
-from hf_genlm.config.recipe import TokenizerRecipe
+from hf_genlm.config.recipe import Recipe, TokenizerRecipe
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.model.configuration_genlm import RECURRENT_MIXERS
+from hf_genlm.run_folder import RunFolder
 from hf_genlm.space.build import build_space, run_space
 from hf_genlm.space.files.demo import page
 from hf_genlm.space.files.demo.layers import (
@@ -430,6 +431,28 @@ def test_the_folder_is_a_space_and_includes_only_files_that_load_the_models(toke
     assert str(tmp_path) not in "".join(path.read_text(errors="replace") for path in out.rglob("*.json"))
 
 
+def test_the_beginnings_of_the_samples_of_a_run_are_examples(tokenizer, tmp_path):
+    run = RunFolder.create(tmp_path / "run")
+    run.recipe.write_text(Recipe().to_yaml())
+    saved(run.path / "model", "lstm", tokenizer)
+    run.samples.write_text(
+        f"```text\nold\n```\n\n```text\nOne two {'three ' * 20}\n```\n\n```\n{'名' * 99}\n```\n"
+    )
+    for own, shown in ((), ["One two three three three three", "名" * 32]), (("mine",), ["mine"]):
+        build_space([run.path], tmp_path / f"demo{len(own)}", examples=own)
+        assert json.loads((tmp_path / f"demo{len(own)}/space.json").read_text())["examples"] == shown
+
+
+def test_less_expected_tokens_stand_out_more_in_both_modes():
+    style = (FILES / "demo" / "style.css").read_text()
+    light, dark = re.findall(r"^(?:\:root, \.light|\.dark) \{(.*?)\}", style, re.DOTALL | re.MULTILINE)
+    for block in (light, dark):
+        colors = dict(re.findall(r"--(s\d|sheet): #([0-9a-f]{6})", block))
+        steps = [luminance(colors[name]) for name in ("sheet", "s1", "s2", "s3", "s4", "s5")]
+        assert steps == sorted(steps, reverse=block is light)
+    assert "stands out" in (FILES / "demo" / "interface.py").read_text()
+
+
 HF = str(Path(sys.executable).parent / "hf")
 
 
@@ -568,12 +591,15 @@ def served(out: Path):
             process.terminate()
 
 
+EXAMPLES = ["A <b>first</b> text", "Ein é"]
+
+
 @pytest.fixture(scope="module")
 def address(tokenizer, tmp_path_factory):
     pytest.importorskip("gradio", reason="gradio is not installed: pip install '.[space]'")
     folder = tmp_path_factory.mktemp("space")
     ours, theirs = saved(folder / "ours", "hybrid", tokenizer), saved(folder / "gpt", "gpt2", tokenizer)
-    build_space([ours, theirs], folder / "demo", title="Two")
+    build_space([ours, theirs], folder / "demo", title="Two", examples=EXAMPLES)
     with served(folder / "demo") as url:
         yield url
 
@@ -622,6 +648,10 @@ def test_the_page_works_at_every_width(size, browser, address, tokenizer, tmp_pa
     view.on("pageerror", lambda error: said.append(str(error)))
     view.on("request", lambda request: asked.append(request.url))
     view.goto(address)
+    view.get_by_role("button", name="Try: A <b>first</b> text").or_(
+        view.get_by_text(EXAMPLES[0])
+    ).first.click()
+    view.wait_for_function(f"document.querySelector('#prompt textarea').value === {json.dumps(EXAMPLES[0])}")
     view.fill("#prompt textarea", "The é 名前\n x")
     view.click("#go")
     view.wait_for_function(

@@ -35,8 +35,8 @@ _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mon
 _WRITTEN = '<div class="written">${value}</div>'
 _CARET = '<i class="caret" title="the model continues from here"></i>'
 _INTRODUCTION = (
-    "Text from a small language model, with the probability of every token: the darker a token, the less the "
-    "model expected it."
+    "Text from a small language model, with the probability of every token: the more a token stands out from "
+    "the page, the less the model expected it."
 )
 _HINT = (
     "Touch a token for its probability, its rank and its most likely alternatives. These are the model's own "
@@ -56,8 +56,8 @@ History = list[list[int]]  # for each model, the tokens of its last text: prompt
 
 def start(folder: Path) -> None:
     """Serve the demo in `folder` until stopped, at GRADIO_SERVER_NAME and GRADIO_SERVER_PORT."""
-    title = json.loads((folder / "space.json").read_text(encoding="utf-8"))["title"]
-    build(load_models(folder), title).launch(
+    space = json.loads((folder / "space.json").read_text(encoding="utf-8"))
+    build(load_models(folder), space["title"], space["examples"]).launch(
         theme=gr.themes.Base(primary_hue="teal", neutral_hue="stone", font=_BODY, font_mono=_MONO),
         css=(_HERE / "style.css").read_text(encoding="utf-8"),
         head=f"<script>{(_HERE / 'details.js').read_text(encoding='utf-8')}</script>",
@@ -76,18 +76,18 @@ def _host_check() -> list[Middleware]:
     return [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])] if is_local else []
 
 
-def build(models: Sequence[LanguageModel], title: str) -> gr.Blocks:
-    """Build the page for one model, or for two side by side."""
+def build(models: Sequence[LanguageModel], title: str, examples: Sequence[str] = ()) -> gr.Blocks:
+    """Build the page for one model, or for two side by side, with `examples` of texts to try."""
     with gr.Blocks(title=title, analytics_enabled=False) as demo:
         gr.HTML(f"<header><h1>{escape(title)}</h1><p>{_INTRODUCTION}</p></header>")
         history = gr.State([[] for _ in models])
         with gr.Tabs():
             with gr.Tab("Write"):
-                _add_writing(models, history)
+                _add_writing(models, history, examples)
             with gr.Tab("Look inside"):
                 _add_layers(models, history)
             with gr.Tab("Measure"):
-                _add_measuring(models)
+                _add_measuring(models, examples)
     return demo.queue(max_size=_MAX_QUEUE)
 
 
@@ -153,7 +153,7 @@ def measure(models: Sequence[LanguageModel], text: str) -> str:
     return view + (page.note(f"The first {len(used):,} characters.") if len(used) < len(text) else "")
 
 
-def _add_writing(models: Sequence[LanguageModel], history: gr.State) -> None:
+def _add_writing(models: Sequence[LanguageModel], history: gr.State, examples: Sequence[str]) -> None:
     prompt = gr.Textbox(
         label="Prompt",
         placeholder="How should the text begin? Empty: the start of a document.",
@@ -162,6 +162,7 @@ def _add_writing(models: Sequence[LanguageModel], history: gr.State) -> None:
         max_length=MAX_CHARACTERS,
         elem_id="prompt",
     )
+    _add_examples(prompt, examples)
     with gr.Row(elem_classes="actions"):
         go = gr.Button("Write", variant="primary", elem_id="go", min_width=120)
         stop = gr.Button("Stop", elem_id="stop", min_width=120, interactive=False)
@@ -240,12 +241,18 @@ def _add_layer(i: int, model: LanguageModel, history: gr.State) -> None:
     )  # fmt: skip
 
 
-def _add_measuring(models: Sequence[LanguageModel]) -> None:
+def _add_measuring(models: Sequence[LanguageModel], examples: Sequence[str]) -> None:
     gr.HTML(page.note(_MEASURING))
     text = gr.Textbox(label="Text", lines=6, max_lines=14, max_length=MAX_CHARACTERS, elem_id="measured")
+    _add_examples(text, examples)
     button = gr.Button("Measure", variant="primary", elem_id="measure")
     result = gr.HTML("", elem_id="scores")
     button.click(lambda text: measure(models, text), text, result, api_name="measure", **_QUEUE)
+
+
+def _add_examples(box: gr.Textbox, examples: Sequence[str]) -> None:
+    if examples:
+        gr.Examples([[text] for text in examples], box, label="Try", api_visibility="private")
 
 
 def _valid_unicode(text: str) -> str:

@@ -20,7 +20,7 @@ from .layers import States
 from .models import LanguageModel, Span, SpanDecoder
 from .scoring import TextScore, TokenScore, shared_pieces
 
-# from the lightest color to the darkest: bound, and its words in the legend
+# from the color nearest to the page to that farthest from it: bound, and its words in the legend
 PROBABILITY_STEPS = ((0.5, "over 50 %"), (0.2, "over 20 %"), (0.05, "over 5 %"), (0.01, "over 1 %"),
                      (0.001, "over 0.1 %"), (0.0, "less"))  # fmt: skip
 ATTENTION_STEPS = ((0.005, "under 0.5 %"), (0.01, "under 1 %"), (0.02, "under 2 %"), (0.05, "under 5 %"),
