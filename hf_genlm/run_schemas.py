@@ -120,6 +120,7 @@ class CorpusFile:
     duplicates_removed: Count | None = None
     empty_skipped: Count | None = None
     files_skipped: Count | None = None
+    notices: list[str] = field(default_factory=list)
     stream: dict[str, JsonValue] | None = None
     near_duplicates: NearDuplicateCounts | None = None
     damaged: DamageCounts | None = None

@@ -27,6 +27,7 @@ from hf_genlm.text.languages import (
     spans,
     trained_parallel,
 )
+from hf_genlm.text.locating import lines_on, splits_by_name
 from hf_genlm.text.raw_files import LeftOut, left_out_line
 from hf_genlm.text.scrubbing import Tally
 from hf_genlm.text.sources import Reading, Sources, read_sources, read_standard_library
@@ -61,8 +62,13 @@ def read_corpus(recipe: CorpusRecipe, on_progress: Progress | None = None) -> Co
     check_languages(recipe)
     check_near_duplicates(recipe)
     sources: Sources = recipe.languages or recipe.sources
-    readings = [_read(sources, recipe, "train")]
-    if recipe.validation:
+    by_name = splits_by_name(recipe)
+    readings = [_read(sources, recipe, "train", by_name)]
+    if by_name:
+        readings.append(_read(sources, recipe, "validation", by_name))
+        train, validation = (each.writer.documents() for each in readings)
+        n_train, n_validation, method = {}, {}, "names"
+    elif recipe.validation:
         given = by_language(recipe.validation, recipe.languages) if recipe.languages else recipe.validation
         readings.append(_read(given, recipe, "validation"))
         train, validation = (each.writer.documents() for each in readings)
@@ -87,6 +93,7 @@ def read_corpus(recipe: CorpusRecipe, on_progress: Progress | None = None) -> Co
         "split": {"method": method, "seed": recipe.split_seed, "fraction": recipe.validation_fraction},
         "duplicates_removed": n_exact,
         **_facts_on(readings),
+        "notices": _notices(readings, recipe, by_name),
         "train": count_text(train),
         "validation": count_text(validation),
         "files": [file for part in readings for file in part.files],
@@ -110,22 +117,23 @@ def _check_left(train: Documents, n_before: int, how: str) -> None:
 
 
 def read_documents(
-    sources: Sources, recipe: CorpusRecipe, split: str = "train"
+    sources: Sources, recipe: CorpusRecipe, split: str = "train", by_name: bool = False
 ) -> tuple[Documents, dict[str, Any]]:
     """Read `sources` unsplit, with a report on their files; no sources: the embedded default corpus.
 
     Sources by language must be those of `recipe.languages`. `split` ("train" or "validation") is preferred of
-    a Hub data set that has several.
+    a Hub data set that has several; with `by_name` also of files, as their names say.
 
     Raises:
         UserError: a source cannot be used, or holds no text.
     """
-    reading = _read(sources, recipe, split)
+    reading = _read(sources, recipe, split, by_name)
     documents = reading.writer.documents()
     report: dict[str, Any] = {
         "sources": list(sources),
         "description": _describe(sources, reading),
         **_facts_on([reading]),
+        "notices": lines_on(reading.located),
         **count_text(documents),
         "files": reading.files,
         **_scrubbing_facts([reading]),
@@ -135,9 +143,9 @@ def read_documents(
     return documents, report
 
 
-def _read(sources: Sources, recipe: CorpusRecipe, split: str) -> Reading:
+def _read(sources: Sources, recipe: CorpusRecipe, split: str, by_name: bool = False) -> Reading:
     check_encoding(recipe.encoding)
-    reading = read_sources(sources, recipe, split) if sources else read_standard_library(recipe)
+    reading = read_sources(sources, recipe, split, by_name) if sources else read_standard_library(recipe)
     if not len(reading.writer):
         lost = left_out_line(reading.left_out.to_json())
         raise UserError(
@@ -292,6 +300,12 @@ def _facts_on(readings: Sequence[Reading]) -> dict[str, Any]:
     return {**facts, "damaged": left_out.to_json()}
 
 
+def _notices(readings: Sequence[Reading], recipe: CorpusRecipe, by_name: bool) -> list[str]:
+    """Lines for people about what was not read of the sources of each split, or held out by name."""
+    lines = lines_on(readings[0].located, recipe, by_name)
+    return list(dict.fromkeys([*lines, *(line for each in readings[1:] for line in lines_on(each.located))]))
+
+
 def _scrubbing_facts(readings: Sequence[Reading]) -> dict[str, Any]:
     """Counts of replacements; nothing if the recipe replaces nothing."""
     scrubber, total = readings[0].scrubber, Tally()
@@ -338,7 +352,7 @@ def count_text(documents: Documents) -> dict[str, Any]:
 def notes_on(report: dict[str, Any]) -> list[str]:
     """Lines for people about what is unusual in a report on a corpus."""
     line = left_out_line(report["damaged"]) if "damaged" in report else None
-    notes = [] if line is None else [line]
+    notes = report.get("notices", []) + ([] if line is None else [line])
     if report.get("files_skipped"):
         n = report["files_skipped"]
         notes.append(

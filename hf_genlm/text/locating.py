@@ -8,11 +8,13 @@ import json
 import os
 import re
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import NoSource, UserError
 from hf_genlm.files import atomic_file, sha256_of
 from hf_genlm.text.formats import CONTINUES, format_of
@@ -21,6 +23,46 @@ Texts = Any  # a path, several paths, strings, a datasets.Dataset, or None
 
 _ANY_FOLDERS = re.compile(r"(?:^|(?<=/))\*\*(?:/\*\*)*(?:/|$)")  # in a glob
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
+# files that stand together in what this package writes, and in any model folder
+_OURS = [
+    set(names.split())
+    for names in (
+        "recipe.yaml log.jsonl",
+        "compare.yaml log.jsonl",
+        "range.json report.md",
+        "space.json app.py",
+        "tokenizer.json tokenizer_config.json",
+        "config.json model.safetensors",
+        "config.json model.safetensors.index.json",
+        "config.json pytorch_model.bin",
+        "config.json configuration_genlm.py",
+        "adapter_config.json",
+    )
+]
+_EXPORTED = re.compile(r"model-\w+\.gguf|model\.onnx")
+_PACKAGES = {
+    "node_modules",
+    "bower_components",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "__MACOSX",
+}
+_PACKAGES_HOLD = {"pyvenv.cfg", "conda-meta", "CACHEDIR.TAG"}  # bford.info/cachedir
+_OUTPUT, _INSTALLED = "output", "installed"  # kinds of folders without text of a person
+_REASONS = {
+    _OUTPUT: "runs, comparisons and models are no text; to read a file there, name it",
+    _INSTALLED: "installed packages and caches; to read such a folder, name it",
+}
+_SPLITS = {
+    word: split
+    for split, words in {
+        "train": "train training trainset trn",
+        "validation": "valid validation val dev devel devset eval heldout",
+        "test": "test testing testset tst",
+    }.items()
+    for word in words.split()
+}
 _MAX_PATH = 4096  # characters
 _MAX_PART = 1 << 21  # characters of a text in one record; escaped they are at most six times as many
 # no part can match in two ways: time is linear
@@ -39,19 +81,30 @@ class FoundFile:
     name: str
     is_named: bool  # by the person, not found in a folder or by a glob
     links_out: bool = False  # a link inside a folder to a file outside it
+    split: str | None = None  # train, validation or unused, if names tell the splits of a folder apart
+
+
+@dataclass(frozen=True)
+class LeftFolder:
+    """A folder inside a source that is not read; `name` is shown to people."""
+
+    name: str
+    kind: str
+    n_files: int
 
 
 @dataclass(frozen=True)
 class Located:
-    """Target of a source: files, and the number of files skipped; or a Hub data set."""
+    """Target of a source: files, the number of files skipped, and folders left out; or a Hub data set."""
 
     files: list[FoundFile]
     n_skipped: int = 0
     is_hub: bool = False
+    left: Sequence[LeftFolder] = ()
 
 
-def locate(word: str) -> Located:
-    """Find the files or the Hub data set that a source refers to.
+def locate(word: str, is_named: bool = True) -> Located:
+    """Find the files or the Hub data set that a source refers to, or that a glob matches (not `is_named`).
 
     Raises:
         UserError: nothing is there, and `word` is no id of a Hub data set either.
@@ -59,15 +112,21 @@ def locate(word: str) -> Located:
     path = Path(os.path.expanduser(word))
     # os.path answers False where pathlib raises: for a name too long, or a closed parent folder
     if word and os.path.isdir(path):
-        return _in_folder(word, path)
+        return _in_folder(word, path, is_named)
     if word and os.path.lexists(path):
-        return Located([FoundFile(path, _shown(path), is_named=True)])
+        return Located([FoundFile(path, _shown(path), is_named)])
     if glob.has_magic(word):
-        parts = [locate(match) for match in sorted(_matches(os.path.expanduser(word)))]
-        found = [replace(file, is_named=False) for part in parts for file in part.files]
+        pattern = os.path.expanduser(word)
+        matches, left = _without_left(pattern, _matches(pattern))
+        parts = [locate(match, is_named=False) for match in matches]
+        found = [file for part in parts for file in part.files]
+        left += [folder for part in parts for folder in part.left]
         if found:
-            return Located(found, sum(part.n_skipped for part in parts))
-        raise NoSource(word, f"no file matches {word!r}: check the pattern and the folder it starts from")
+            return Located(_with_splits(found), sum(part.n_skipped for part in parts), left=left)
+        why = (
+            "; ".join(lines_on([Located([], left=left)])) or "check the pattern and the folder it starts from"
+        )
+        raise NoSource(word, f"no file matches {word!r}: {why}")
     if _HUB_ID.fullmatch(word) and format_of(word) == (None, None):
         return Located([], is_hub=True)
     raise NoSource(
@@ -95,16 +154,44 @@ def _matches(pattern: str) -> set[str]:
     return found
 
 
-def _in_folder(word: str, folder: Path) -> Located:
-    paths, n_others = walk(folder)
+def _without_left(pattern: str, matches: Iterable[str]) -> tuple[list[str], list[LeftFolder]]:
+    """(sorted matches of a glob, folders left out) without what lies in folders that are not read, unless
+    the pattern names them up to its first wildcard."""
+    base = os.path.dirname(re.split(r"[*?[]", pattern, maxsplit=1)[0])
+    kinds: dict[str, str | None] = {}
+    n_files: dict[str, int] = {}
+    kept = []
+    is_installed = _kind_at(base or os.curdir) == _INSTALLED
+    for match in sorted(matches):
+        steps = os.path.relpath(match, base or os.curdir).split(os.sep)
+        for n in range(1, len(steps) + 1):
+            folder = os.path.join(base, *steps[:n])
+            if folder not in kinds:
+                kinds[folder] = _kind_at(folder) if os.path.isdir(folder) else None
+            if kinds[folder] == _OUTPUT or (kinds[folder] == _INSTALLED and not is_installed):
+                n_files[folder] = n_files.get(folder, 0) + (_count_files(match) if n == len(steps) else 1)
+                break
+        else:
+            kept.append(match)
+    return kept, [LeftFolder(_shown(Path(name)), str(kinds[name]), n) for name, n in n_files.items()]
+
+
+def _in_folder(word: str, folder: Path, is_named: bool) -> Located:
+    paths, n_others, left = walk(folder)
+    base, inside = _shown(folder), os.path.realpath(folder)
+    if left and left[0].name == "":
+        raise UserError(
+            f"{word!r} is a run, comparison or model and no text: name a folder of text, or a file in it"
+        )
+    left = [replace(each, name=f"{base}{each.name}") for each in left]
     known = [path for path in paths if format_of(path.name)[0] is not None]
     n_skipped = len(paths) - len(known) + n_others
-    if not known:
+    if is_named and not known:
+        others = "; ".join([f"{n_skipped} others", *lines_on([Located([], left=left)])])
         raise UserError(
-            f"folder {word!r} holds no readable file ({n_skipped} others): put .txt, .md, .py, .jsonl "
+            f"folder {word!r} holds no readable file ({others}): put .txt, .md, .py, .jsonl "
             "or .parquet there, also compressed, or name a file of another suffix itself"
         )
-    base, inside = _shown(folder), os.path.realpath(folder)
 
     def links_out(path: Path) -> bool:
         return path.is_symlink() and os.path.commonpath([inside, os.path.realpath(path)]) != inside
@@ -113,12 +200,16 @@ def _in_folder(word: str, folder: Path) -> Located:
         FoundFile(path, f"{base}{path.relative_to(folder).as_posix()}", False, links_out(path))
         for path in known
     ]
-    return Located(found, n_skipped)
+    return Located(_with_splits(found), n_skipped, left=left)
 
 
-def walk(folder: Path, pruned: Iterable[str] = ()) -> tuple[list[Path], int]:
-    """Regular files below `folder`, without hidden ones and `pruned` folders, sorted by relative path; and
-    the number of pipes, devices, links to folders and broken links. Links to files are followed."""
+def walk(folder: Path, pruned: Iterable[str] = ()) -> tuple[list[Path], int, list[LeftFolder]]:
+    """(files, number of others, folders left out) below `folder`.
+
+    Files are regular and sorted by relative path, without hidden ones and `pruned` folders; links to files
+    are followed. Others are pipes, devices, links to folders and broken links. Left out are what this package
+    wrote, also `folder` itself, and installed packages, unless `folder` is of them. Their names are relative.
+    """
 
     def stop(error: OSError) -> NoReturn:
         raise UserError(
@@ -126,8 +217,17 @@ def walk(folder: Path, pruned: Iterable[str] = ()) -> tuple[list[Path], int]:
         ) from error
 
     found: list[Path] = []
+    left: list[LeftFolder] = []
     n_others = 0
     for parent, folders, files in os.walk(folder, onerror=stop):
+        kind = _kind_of(parent, files, folders)
+        name = os.path.relpath(parent, folder)
+        if name == os.curdir:
+            is_installed, name = kind == _INSTALLED, ""
+        if kind == _OUTPUT or (kind == _INSTALLED and not is_installed):
+            folders.clear()
+            left.append(LeftFolder(f"{Path(name).as_posix()}/" if name else "", kind, _count_files(parent)))
+            continue
         folders[:] = [name for name in folders if not name.startswith(".") and name not in pruned]
         n_others += sum(os.path.islink(os.path.join(parent, name)) for name in folders)
         found += [Path(parent, name) for name in files if not name.startswith(".")]
@@ -136,7 +236,107 @@ def walk(folder: Path, pruned: Iterable[str] = ()) -> tuple[list[Path], int]:
     except OSError as error:  # a folder that may be listed but not entered
         stop(error)
     regular.sort(key=lambda path: path.relative_to(folder).as_posix())
-    return regular, n_others + len(found) - len(regular)
+    left.sort(key=lambda each: each.name)
+    return regular, n_others + len(found) - len(regular), left
+
+
+def _kind_of(folder: str, files: Iterable[str], folders: Iterable[str]) -> str | None:
+    """Kind of a folder without text of a person, from the names in it; None for any other folder."""
+    name, inside = os.path.basename(os.path.abspath(folder)), {*files, *folders}
+    if any(marks <= inside for marks in _OURS):
+        return _OUTPUT
+    if "README.md" in inside and any(map(_EXPORTED.fullmatch, inside)):
+        return _OUTPUT
+    if name in _PACKAGES or name.endswith((".egg-info", ".dist-info")) or _PACKAGES_HOLD & inside:
+        return _INSTALLED
+    return None
+
+
+def _kind_at(folder: str) -> str | None:
+    _, folders, files = next(os.walk(folder), (folder, [], []))
+    return _kind_of(folder, files, folders)
+
+
+def _count_files(folder: str) -> int:
+    return sum(len(files) for _, _, files in os.walk(folder))
+
+
+def _with_splits(files: Sequence[FoundFile]) -> list[FoundFile]:
+    """Set `split` of files whose names differ in one word: `train.txt`, `valid.txt` and `test.txt`, also
+    `train-00000-of-00004.parquet`, or folders of such names. Without a validation file, test is validation.
+    """
+    of_files, groups = [], defaultdict(set)
+    for file in files:
+        of_files.append(list(_split_words(file.name)))
+        for template, split in of_files[-1]:
+            groups[template].add(split)
+
+    def split_of(found: list[tuple[str, str]]) -> str | None:
+        for template, split in found:
+            if "train" in groups[template] and len(groups[template]) > 1:
+                held_out = "validation" if "validation" in groups[template] else "test"
+                return {"train": "train", held_out: "validation"}.get(split, "unused")
+        return None
+
+    return [replace(file, split=split_of(found)) for file, found in zip(files, of_files, strict=True)]
+
+
+def _split_words(name: str) -> Iterator[tuple[str, str]]:
+    """(name with the word replaced, split) for each part of a path that holds one word for a split."""
+    parts = name.split("/")
+    if format_of(name)[0] == ".py":
+        return  # train.py and test.py are programs
+    for i, part in enumerate(parts):
+        words = re.split(r"([^a-z]+)", part.lower())
+        found = [j for j, word in enumerate(words) if word in _SPLITS]
+        if len(found) == 1:
+            split, words[found[0]] = _SPLITS[words[found[0]]], "*"
+            end = [""] if i < len(parts) - 1 else []
+            yield "/".join([*parts[:i], re.sub(r"\d+", "#", "".join(words)), *end]), split
+
+
+def lines_on(
+    located: Sequence[Located], recipe: CorpusRecipe | None = None, by_name: bool = False
+) -> list[str]:
+    """Lines for people about folders left out, and, with the recipe of training sources, about files whose
+    names say their split."""
+    lines = []
+    for kind, reason in _REASONS.items():
+        n_files = {
+            folder.name: folder.n_files for each in located for folder in each.left if folder.kind == kind
+        }
+        if n_files:
+            n = sum(n_files.values())
+            lines.append(f"{n:,} file{'' if n == 1 else 's'} of {_first(n_files)} left out: {reason}")
+    files = [file for each in located for file in each.files]
+    train, validation, unused = (
+        _first([file.name for file in files if file.split == split])
+        for split in ("train", "validation", "unused")
+    )
+    mixed = unused if recipe is not None and recipe.validation else validation
+    if by_name:
+        others = f", not read: {unused}" if unused else ""
+        lines.append(
+            f"held out by name: {validation}{others}; to mix such files and split them at random, name each "
+            "file, or --set corpus.split_by_hash=true"
+        )
+    elif recipe is not None and mixed:
+        lines.append(f"{mixed}: trained on with {train}; to leave it out, name the files to train on")
+    return lines
+
+
+def _first(names: Iterable[str]) -> str:
+    """The first names, and how many there are more."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+
+
+def splits_by_name(recipe: CorpusRecipe) -> bool:
+    """True if the names of the files say what is held out: they do unless the recipe says it."""
+    is_stated = recipe.validation or recipe.split_by_hash or recipe.languages
+    return not is_stated and any(
+        file.split == "validation" for word in recipe.sources for file in locate(word).files
+    )
 
 
 def _shown(path: Path) -> str:

@@ -16,7 +16,7 @@ from hf_genlm.errors import UserError
 from hf_genlm.files import open_file
 from hf_genlm.text.cache import NoRoom
 from hf_genlm.text.formats import texts_of
-from hf_genlm.text.locating import FoundFile, locate, walk
+from hf_genlm.text.locating import FoundFile, Located, locate, walk
 from hf_genlm.text.raw_files import Damage, LeaveOut, LeftOut, Place, RawFile, one_line
 from hf_genlm.text.records import Parts, find_column, text_of_record, texts_of_rows
 from hf_genlm.text.scrubbing import Scrubber, Tally, scrubber_of
@@ -41,6 +41,7 @@ class Reading:
     empty_skipped: int = 0  # empty records, and empty files inside folders
     files_skipped: int = 0  # inside folders: files of another suffix, and what is no regular file
     links_out: int = 0  # links inside a folder to a file outside it
+    located: list[Located] = field(default_factory=list)  # of each source
     left_out: LeftOut = field(default_factory=LeftOut)  # damaged records, and damaged files inside folders
     languages: dict[str, int] = field(default_factory=dict)  # documents by language, if languages are named
     scrubber: Scrubber | None = None
@@ -78,11 +79,12 @@ class Reading:
         return parts if self.scrubber is None else self.scrubber.scrub_parts(parts, tally)
 
 
-def read_sources(words: Sources, recipe: CorpusRecipe, split: str) -> Reading:
+def read_sources(words: Sources, recipe: CorpusRecipe, split: str, by_name: bool = False) -> Reading:
     """Read every source once, in the order given; folders and globs in the order of their names.
 
     `split` ("train" or "validation") is preferred of a Hub data set that has several. A file that turns out
-    to be damaged in the middle is left out whole.
+    to be damaged in the middle is left out whole. With `by_name`, only the files of that split are read, and
+    those whose names say none for training.
 
     Raises:
         UserError: a source is missing, unreadable or not text; it is damaged and `corpus.damaged` is "stop";
@@ -95,12 +97,15 @@ def read_sources(words: Sources, recipe: CorpusRecipe, split: str) -> Reading:
         for word in of_language:
             located = locate(word)
             reading.files_skipped += located.n_skipped
+            reading.located.append(located)
             if located.is_hub:
                 batches = open_hub(word, recipe, split).with_format("arrow").iter(batch_size=1000)
                 values = (value for batch in batches for value in batch[recipe.text_column])
                 leave_out = _leave_out(reading.left_out, word, recipe)
                 reading.add(word, texts_of_rows(word, values, recipe, leave_out))
             for file in located.files:
+                if by_name and (file.split or "train") != split:
+                    continue
                 identity = os.path.realpath(file.path)
                 if identity not in seen:
                     seen.add(identity)

@@ -16,7 +16,7 @@ from hf_genlm.errors import UserError
 from hf_genlm.text.corpus import count_text, describe_files, read_documents, share_of
 from hf_genlm.text.encoding import pieces_of_parts
 from hf_genlm.text.formats import check_encoding
-from hf_genlm.text.locating import locate
+from hf_genlm.text.locating import lines_on, locate, splits_by_name
 from hf_genlm.text.records import Parts
 from hf_genlm.text.scrubbing import Scrubber, scrubber_of
 from hf_genlm.text.sources import FileShard, HubShard, Shard
@@ -231,11 +231,14 @@ def open_stream(recipe: CorpusRecipe) -> DocumentStream:
     check_encoding(recipe.encoding)
     seen: set[str] = set()
     sources: list[list[Shard]] = []
+    by_name = splits_by_name(recipe)
     for word in recipe.sources:
-        files = locate(word).files
+        located = locate(word)
+        files = [file for file in located.files if not by_name or file.split in (None, "train")]
         new = [file for file in files if str(file.path.resolve()) not in seen]
         seen |= {str(file.path.resolve()) for file in new}
-        sources.append([FileShard(file, recipe) for file in new] if files else [HubShard(word, recipe)])
+        is_hub = located.is_hub
+        sources.append([HubShard(word, recipe)] if is_hub else [FileShard(file, recipe) for file in new])
     scrubber = scrubber_of(recipe)
     if recipe.weights is None:
         return DocumentStream([list(itertools.chain(*sources))], [1.0], scrubber=scrubber)
@@ -289,8 +292,10 @@ def read_stream(recipe: CorpusRecipe) -> StreamedText:
         UserError: a source cannot be used, or nothing can be held out.
     """
     stream = open_stream(recipe)
-    if recipe.validation:
-        validation, read = read_documents(recipe.validation, recipe, "validation")
+    by_name, located = splits_by_name(recipe), [locate(word) for word in recipe.sources]
+    if recipe.validation or by_name:
+        sources = recipe.sources if by_name else recipe.validation
+        validation, read = read_documents(sources, recipe, "validation", by_name)
         files = read["files"]
     else:
         validation, files = hold_out(stream, recipe), []
@@ -305,13 +310,14 @@ def read_stream(recipe: CorpusRecipe) -> StreamedText:
         "encoding": recipe.encoding,
         "stream": {"weights": recipe.weights, "shuffle_buffer": recipe.shuffle_buffer},
         "split": {
-            "method": "given" if recipe.validation else "hash",
+            "method": "names" if by_name else "given" if recipe.validation else "hash",
             "seed": recipe.split_seed,
             "fraction": recipe.validation_fraction,
         },
         "train": dict.fromkeys(("documents", "bytes", "characters", "tokens", "sha256")),
         "validation": count_text(validation),
         "files": [*shards, *files],
+        "notices": lines_on(located, recipe, by_name),
     }
     if stream.scrubber is not None:
         report["scrubbed"] = stream.scrubber.to_json(None)

@@ -328,6 +328,8 @@ def _open_stream(run: RunFolder, recipe: Recipe, is_resuming: bool) -> StreamedC
         check_same(before, report)
         for message in touched(before, report):
             run.log("note", message=message)
+    for message in notes_on(report):
+        run.log("note", message=message)
     text = beginning(stream, recipe.tokenizer.max_characters)
     n_bytes = max(stream.n_bytes, int(text.n_bytes.sum()))
     tokenizer = _tokenizer_of(run, recipe, text, n_bytes, is_resuming)
