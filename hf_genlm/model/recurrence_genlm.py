@@ -12,6 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers.cache_utils import Cache
 
@@ -29,6 +30,7 @@ from .scan_genlm import linear_scan, scan_steps
 # PackedSequence skips the padding of short segments, but is several times slower per token for Elman and GRU:
 # it is used if rows padded to the longest segment would hold more than so many times the tokens
 _MAX_PADDED_RATIO = 3.0
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class RecurrentMixer(nn.Module):
@@ -285,6 +287,6 @@ def is_plain_linear(module: nn.Module) -> bool:
         type(module) is nn.Linear
         and type(module.weight) in (nn.Parameter, torch.Tensor)  # a quantiser may use its own tensor class
         and "forward" not in module.__dict__
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
+        and not any(getattr(module, hooks) for hooks in _HOOKS)
+        and not _has_any_global_hook()
     )

@@ -380,3 +380,26 @@ def test_the_squared_relu_is_its_definition_to_the_second_derivative():
     assert torch.autograd.gradgradcheck(squared_relu, x)
     slopes = torch.func.vmap(torch.func.grad(squared_relu))(x.detach())
     torch.testing.assert_close(slopes, 2 * torch.relu(x.detach()))
+
+
+@pytest.mark.parametrize("is_global", [False, True])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+@pytest.mark.parametrize("mixer", ["elman", "gru", "lstm"])
+def test_every_hook_on_a_projection_is_called(mixer, kind, is_global, tokens):
+    model, seen = build_model([mixer]), set()
+    names = {module: name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    expected = model(tokens, labels=tokens)
+
+    def note(module, *args):
+        seen.add(names.get(module))
+
+    if is_global:
+        handles = [getattr(torch.nn.modules.module, f"register_module_{kind}_hook")(note)]
+    else:
+        handles = [getattr(module, f"register_{kind}_hook")(note) for module in names]
+    hooked = model(tokens, labels=tokens)
+    hooked.loss.backward()
+    for handle in handles:
+        handle.remove()
+    assert seen - {None} == set(names.values())
+    torch.testing.assert_close(hooked.logits, expected.logits, atol=1e-5, rtol=1e-4)
