@@ -23,7 +23,7 @@ from hf_genlm.decoding.step import (
     program_file,
 )
 from hf_genlm.errors import UserError
-from hf_genlm.model import GenLMForCausalLM
+from hf_genlm.model import GenLMConfig, GenLMForCausalLM
 from hf_genlm.model.cache_genlm import CACHE
 from hf_genlm.model.recurrence_genlm import is_plain_linear
 
@@ -98,7 +98,7 @@ class FastGenerator:
         **model_kwargs: Any,
     ) -> torch.Tensor:
         """Run the loop of GenerationMixin._sample, (B, T) to (B, T + new), after generate's preparations."""
-        _check_request(generation_config, model_kwargs)
+        _check_request(model.config, generation_config, model_kwargs)
         if streamer is not None:
             streamer.put(input_ids.cpu())
         logits = model._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
@@ -255,7 +255,12 @@ def _check_model(model: torch.nn.Module) -> None:
             raise _NotFast(f"{name} is not a plain tensor on {model.device}")
 
 
-def _check_request(generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+def _check_request(
+    config: GenLMConfig, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> None:
+    n_positions = config.max_position_embeddings
+    if config.position_type == "learned" and (generation_config.max_length or 0) > n_positions:
+        raise _NotFast(f"the text may exceed the {n_positions} learned positions")
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise _NotFast(f"the generation mode is {mode.value}")

@@ -1,4 +1,4 @@
-"""Embedding of bigrams (pairs of a token and its predecessor) by a hashed table.
+"""Embedding of words through a projection, and of bigrams (pairs of a token and its predecessor).
 
 Shapes: B batch, T tokens, H rows of the table, D hidden_size.
 """
@@ -20,10 +20,30 @@ _PRIME = 2**31 - 1
 _OF_BEFORE, _OF_TOKEN = 1_640_531_513, 734_025_817
 
 
+class GenLMWordEmbedding(nn.Module):
+    """E w W + b of tokens, as one module."""
+
+    def __init__(self, table: nn.Embedding, projection: nn.Module):
+        super().__init__()
+        self.table = table
+        self.projection = projection
+        self.num_embeddings = table.num_embeddings
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The table E, which holds the device and the dtype."""
+        return self.table.weight
+
+    def forward(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        return self.projection(self.table(input_ids))
+
+
 class GenLMBigramEmbedding(nn.Embedding):
     """A vector for each pair (w_{t-1}, w_t), hashed to H rows, which is added to the embedding of w_t.
 
     Pairs stay inside a document, whose first token has no predecessor, and skip padding. Initialised to zero.
+    A token's input is the sum of two vectors: attribution reads the outputs of `embed_tokens` and of this
+    module by hooks (captum's LayerIntegratedGradients takes both), as `inputs_embeds` name no pair.
     Source of hashed n-gram tables: Mikolov et al., 2011, Strategies for training large scale neural network
     language models.
     """

@@ -20,7 +20,14 @@ def read_states(cache, layer_idx: int, slots, shape: tuple[int, int]) -> list[to
 
     Raises:
         RuntimeError: a state has another shape, as of a cache of other rows or of another model.
+        ValueError: the layer of the cache has keys and values, as in prefix tuning.
     """
+    layers = cache.layers if isinstance(cache, Cache) else []
+    if layers and not isinstance(layers[layer_idx], LinearAttentionLayer):
+        raise ValueError(
+            f"layer {layer_idx} is recurrent, and the cache has keys and values for it: give a cache of this "
+            "model; of PEFT, use LoRA or prompt tuning, not prefix tuning or cartridges"
+        )
     states = [cache.get_recurrent_state(layer_idx, slot) for slot in slots]
     if states[0] is None:
         return None
@@ -72,6 +79,10 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin, DummyLayer):
             past_states: (batch, 1 + n_tokens, recurrent_size), the state before the first and after each of
                 them; required while recording.
         """
+        stored = self.recurrent_states[state_idx]
+        if not self.has_previous_state[state_idx] and stored is not None:  # after a reset
+            kinds = [(state.shape, state.dtype, state.device) for state in (stored, recurrent_states)]
+            self.is_recurrent_states_initialized[state_idx] = kinds[0] == kinds[1]
         if not self.is_recurrent_states_initialized[state_idx]:
             self._set_device_of(recurrent_states)
         super().update_recurrent_state(recurrent_states, state_idx=state_idx)

@@ -1,6 +1,7 @@
 """Configuration of a GenLM decoder: the embedding, one mixer per layer, and their shapes."""
 
 import difflib
+import sys
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -45,6 +46,14 @@ _RANGES = {
     "initializer_range": (0.0, 1e3),
 }
 _ROPE_WORDS = ("rope_type", "type", "truncate")  # rope_parameters that are not numbers
+
+# PEFT's tables TRANSFORMERS_MODELS_TO_<kind>_MODULES_MAPPING, in which a method finds its default modules
+_PEFT_PREFIX, _PEFT_SUFFIX = "TRANSFORMERS_MODELS_TO_", "_MODULES_MAPPING"
+_INPUT_PROJECTIONS = ["in_proj", "value_proj", "q_proj", "v_proj"]  # every mixer has one
+_PEFT_MODULES: dict[str, list[str]] = {
+    "LNTUNING_TARGET": ["mixer_norm", "mlp_norm", "norm"],
+    "IA3_FEEDFORWARD": [],
+}
 
 # transformers chooses caches and masks by these names; cache_genlm.py registers "genlm_linear_attention"
 _LAYER_TYPE_OF = dict.fromkeys(RECURRENT_MIXERS, "genlm_linear_attention") | {
@@ -180,10 +189,27 @@ class GenLMConfig(PreTrainedConfig):
             self.rope_parameters = rope_parameters
         super().__post_init__(**kwargs)
 
+    def to_dict(self) -> dict:
+        """The fields. PEFT reads `model_type` here, by which it then looks up default modules: it is imported
+        at this moment, before or after the model was built."""
+        constants = sys.modules.get("peft.utils.constants")
+        for name, modules in ({} if constants is None else vars(constants)).items():
+            if name.startswith(_PEFT_PREFIX) and name.endswith(_PEFT_SUFFIX):
+                kind = name.removeprefix(_PEFT_PREFIX).removesuffix(_PEFT_SUFFIX)
+                modules.setdefault(self.model_type, _PEFT_MODULES.get(kind, _INPUT_PROJECTIONS))
+        return super().to_dict()
+
     @property
     def layer_types(self) -> list[str]:
-        """transformers' name of each layer, by which it chooses the cache layer and the mask."""
-        return [_LAYER_TYPE_OF[mixer] for mixer in self.mixer_types]
+        """transformers' name of each layer, by which it chooses the cache layer and the mask.
+
+        `assistant_early_exit` of generate sets a smaller `num_hidden_layers` while it drafts.
+        """
+        return [_LAYER_TYPE_OF[mixer] for mixer in self.mixer_types[: self.num_hidden_layers]]
+
+    @layer_types.setter
+    def layer_types(self, value):
+        raise AttributeError("layer_types follows from mixer_types: set that")
 
     @property
     def is_recurrent(self) -> bool:

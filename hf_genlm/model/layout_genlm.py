@@ -30,6 +30,26 @@ def number_documents(position_ids: torch.Tensor) -> torch.Tensor | None:
     return is_start.cumsum(dim=-1)
 
 
+def check_padding(mask: torch.Tensor | None) -> None:
+    """Raise ValueError for a mask that a recurrent layer cannot follow, as it can only skip tokens."""
+    remedy = (
+        "give (rows, earlier and new tokens) with 1 at tokens and 0 at padding, or position_ids that are 0 "
+        "where a packed document starts"
+    )
+    n_dimensions = getattr(mask, "ndim", "no")
+    if mask is not None and n_dimensions != 2:
+        raise ValueError(
+            f"attention_mask has {n_dimensions} dimensions, which a recurrent layer cannot follow: {remedy}"
+        )
+    if mask is None or mask.dtype == torch.bool or mask.shape[1] == 1 or torch.compiler.is_compiling():
+        return
+    if ((mask != 0) & (mask != 1)).any():
+        raise ValueError(
+            f"attention_mask holds {mask.min().item():.4g} to {mask.max().item():.4g}, which a recurrent "
+            f"layer cannot follow: {remedy}"
+        )
+
+
 class TimeLayout:
     """Layout of the time axis of one forward pass, for all its recurrent layers.
 

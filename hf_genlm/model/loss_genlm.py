@@ -229,3 +229,24 @@ def _per_item(total, targets, num_items_in_batch, ignore_index):
     if torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch
+
+
+def divide_by_num_items(forward: Callable) -> Callable:
+    """Wrap a head's forward: divide its sum of losses by `num_items_in_batch`, if given, as Trainer expects.
+
+    transformers' classification heads accept that argument and ignore it: gradient accumulation over n
+    batches then gives n times the loss.
+    """
+
+    @functools.wraps(forward)
+    def divided(self, *args, labels=None, num_items_in_batch=None, **kwargs):
+        outputs = forward(self, *args, labels=labels, **kwargs)
+        if labels is None or num_items_in_batch is None:
+            return outputs
+        scale = (labels != -100).sum() / num_items_in_batch
+        if isinstance(outputs, tuple):
+            return (outputs[0] * scale, *outputs[1:])
+        outputs.loss = outputs.loss * scale
+        return outputs
+
+    return divided

@@ -11,8 +11,6 @@ Shapes: B batch, T tokens.
 """
 
 import functools
-import sys
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -49,14 +47,14 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_genlm import GenLMAttention
-from .bigram_genlm import GenLMBigramEmbedding
+from .bigram_genlm import GenLMBigramEmbedding, GenLMWordEmbedding
 from .cache_genlm import CACHE, CarriedState, RecurrentStateLayer
 from .configuration_genlm import GenLMConfig
 from .initialization_genlm import start_isometric
-from .layout_genlm import TimeLayout, number_documents
-from .loss_genlm import cap_logits, causal_loss, causal_loss_without_logits
+from .layout_genlm import TimeLayout, check_padding, number_documents
+from .loss_genlm import cap_logits, causal_loss, causal_loss_without_logits, divide_by_num_items
 from .mlp_genlm import GenLMMLP
-from .positions_genlm import GenLMRotaryEmbedding
+from .positions_genlm import GenLMPositionEmbedding, GenLMRotaryEmbedding
 from .recurrence_genlm import (
     ElmanCell,
     GatedLinearRecurrence,
@@ -78,8 +76,6 @@ MASKS = {
     "sliding_attention": create_sliding_window_causal_mask,
     RecurrentStateLayer._layer_type: create_recurrent_attention_mask,
 }
-
-LORA_TARGETS = ["in_proj", "value_proj", "q_proj", "v_proj"]  # of `LoraConfig()` with no target_modules
 
 
 class GenLMRMSNorm(nn.Module):
@@ -130,13 +126,6 @@ class GenLMPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": GenLMDecoderLayer, "attentions": GenLMAttention}
 
-    def __init__(self, config: GenLMConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        peft_constants = sys.modules.get("peft.utils.constants")  # PEFT looks defaults up by model_type
-        if peft_constants is not None:
-            defaults = peft_constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-            defaults.setdefault(config.model_type, LORA_TARGETS)
-
     def save_pretrained(self, save_directory, **kwargs):
         """Save as PreTrainedModel does, with an auto_map for every Auto class that has a GenLM class.
 
@@ -153,6 +142,12 @@ class GenLMPreTrainedModel(PreTrainedModel):
             for auto, model_class in AUTO_CLASSES.items()
         }
         super().save_pretrained(save_directory, **kwargs)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """A module by its name. PEFT asks for `embeddings.word_embeddings`, of width `hidden_size`."""
+        if target == "embeddings.word_embeddings" and self.config.embedding_width != self.config.hidden_size:
+            return GenLMWordEmbedding(self.base_model.embed_tokens, self.base_model.embed_proj)
+        return super().get_submodule(target)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -186,7 +181,7 @@ class GenLMModel(GenLMPreTrainedModel):
             self.embed_bigrams = GenLMBigramEmbedding(config)
         self.embed_positions = None
         if config.position_type == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = GenLMPositionEmbedding(config.max_position_embeddings, config.hidden_size)
         self.rotary_emb = None
         if config.has_rotary_positions:
             self.rotary_emb = GenLMRotaryEmbedding(config)
@@ -211,7 +206,8 @@ class GenLMModel(GenLMPreTrainedModel):
         """Compute the final hidden states (B, T, hidden_size), or (B, T, embedding_width) under a tied head.
 
         Args:
-            input_ids: (B, T) tokens; or `inputs_embeds`: (B, T, embedding_width), before W and b.
+            input_ids: (B, T) tokens; or `inputs_embeds`: (B, T, embedding_width), before W and b, or
+                (B, T, hidden_size), after them.
             attention_mask: (B, past + T), 0 at padding; or a dict with one mask for each layer type.
             position_ids: (B, T) or (1, T). A step other than +1 starts a packed document if there is neither
                 mask nor cache; with a `CarriedState`, position 0 starts one.
@@ -230,10 +226,15 @@ class GenLMModel(GenLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if input_ids is None and self.embed_bigrams is not None:
-            raise ValueError("bigram_size needs input_ids: inputs_embeds do not identify their tokens")
+            raise ValueError(
+                "bigram_size needs input_ids: inputs_embeds do not identify their tokens. Of PEFT, use LoRA; "
+                "prompt tuning gives inputs_embeds"
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         self._check_shapes(inputs_embeds, attention_mask, position_ids)
+        if position_ids is None and (kwargs.keys() & {"cu_seq_lens_q", "seq_idx"}):
+            raise ValueError("packed documents need position_ids, 0 where each starts, beside cu_seq_lens_q")
         document = self._documents(inputs_embeds.shape[0], attention_mask, past_key_values, position_ids)
         use_cache = use_cache and document is None  # packed rows cannot be continued
         if use_cache and past_key_values is None:
@@ -277,12 +278,11 @@ class GenLMModel(GenLMPreTrainedModel):
                 "(rows, tokens) or (1, tokens)"
             )
         is_dict = isinstance(attention_mask, dict)
-        n_dimensions = 0 if is_dict else getattr(attention_mask, "ndim", 0)
-        if n_dimensions not in (0, 2) and RecurrentStateLayer._layer_type in self.config.layer_types:
-            raise ValueError(
-                f"attention_mask has {n_dimensions} dimensions, which a recurrent layer cannot follow: give "
-                "(rows, earlier and new tokens), or position_ids that are 0 where a packed document starts"
-            )
+        missing = set(self.config.layer_types) - set(attention_mask) if is_dict else None
+        if missing:
+            raise ValueError(f"attention_mask is a dict without {', '.join(sorted(missing))}")
+        if RecurrentStateLayer._layer_type in self.config.layer_types:
+            check_padding(attention_mask[RecurrentStateLayer._layer_type] if is_dict else attention_mask)
         masks = attention_mask.values() if is_dict else (attention_mask,)
         for mask in masks:
             if getattr(mask, "ndim", 0) == 2 and (mask.shape[0] != n_rows or mask.shape[1] < n_tokens):
@@ -303,7 +303,8 @@ class GenLMModel(GenLMPreTrainedModel):
 
     def _embed(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """Map (B, T, embedding_width) to (B, T, hidden_size) by W and b if present, and add positions."""
-        hidden_states = inputs_embeds if self.embed_proj is None else self.embed_proj(inputs_embeds)
+        is_mapped = self.embed_proj is None or inputs_embeds.shape[-1] != self.config.embedding_width
+        hidden_states = inputs_embeds if is_mapped else self.embed_proj(inputs_embeds)
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(position_ids)
         return hidden_states
@@ -422,32 +423,25 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
             **{CACHE: outputs.get(CACHE)},
         )
 
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())  # generate reads parameters
+    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
+        """Prepare inputs as transformers does, in the form that PEFT's prompt methods can extend.
+
+        These look for the cache under the name `past_key_values`, and otherwise give the prompt again before
+        every new token; and they extend a mask (B, past + T).
+        """
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if CACHE in inputs:
+            inputs["past_key_values"] = inputs.pop(CACHE)
+        if isinstance(inputs.get("past_key_values"), DynamicCache) and "attention_mask" in inputs:
+            inputs["attention_mask"] = kwargs.get("attention_mask")
+        return inputs
+
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
         """The loss by `loss_function`, which a user may replace, or by ours if it lacks a term."""
         if kwargs["label_smoothing"] or kwargs["z_loss"]:
             return causal_loss(logits, labels, **kwargs)
         return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-
-
-def divide_by_num_items(forward: Callable) -> Callable:
-    """Wrap a head's forward: divide its sum of losses by `num_items_in_batch`, if given, as Trainer expects.
-
-    transformers' classification heads accept that argument and ignore it: gradient accumulation over n
-    batches then gives n times the loss.
-    """
-
-    @functools.wraps(forward)
-    def divided(self, *args, labels=None, num_items_in_batch=None, **kwargs):
-        outputs = forward(self, *args, labels=labels, **kwargs)
-        if labels is None or num_items_in_batch is None:
-            return outputs
-        scale = (labels != -100).sum() / num_items_in_batch
-        if isinstance(outputs, tuple):
-            return (outputs[0] * scale, *outputs[1:])
-        outputs.loss = outputs.loss * scale
-        return outputs
-
-    return divided
 
 
 class GenLMForSequenceClassification(GenericForSequenceClassification, GenLMPreTrainedModel):

@@ -1,10 +1,29 @@
-"""Rotary positions (Su et al., 2021, arXiv:2104.09864), with every scaling of transformers."""
+"""Positions: learned, or rotary (Su et al., 2021, arXiv:2104.09864) with every scaling of transformers."""
 
 import torch
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from .configuration_genlm import GenLMConfig
+
+
+class GenLMPositionEmbedding(nn.Embedding):
+    """A learned vector for each position."""
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Map positions (B, T) to (B, T, hidden_size).
+
+        Raises:
+            IndexError: a position without a vector (on a GPU, torch's assertion).
+        """
+        try:
+            return super().forward(position_ids)
+        except IndexError as error:
+            raise IndexError(
+                f"positions {int(position_ids.min())} to {int(position_ids.max())} were given, and the model "
+                f"has learned 0 to {self.num_embeddings - 1}: give at most {self.num_embeddings} tokens, the "
+                "generated ones included"
+            ) from error
 
 
 class GenLMRotaryEmbedding(nn.Module):

@@ -111,3 +111,32 @@ def test_every_recurrent_first_layer_carries_the_token(mixer, tokens):
     cache = model(tokens[:, :7]).past_key_values
     rest = model(tokens[:, 7:], past_key_values=cache).logits
     torch.testing.assert_close(rest, whole[:, 7:], atol=1e-5, rtol=0)
+
+
+def test_attribution_reads_both_tables(tokens):
+    """Inputs of a model with pairs have two vectors for each token: their gradients predict a change."""
+    model = build_model("bigram").double()
+    tables = [model.model.embed_tokens, model.model.embed_bigrams]
+    vectors, moves = [], [0.0, 0.0]
+
+    def keep(vector: torch.Tensor) -> torch.Tensor:
+        vectors.append(vector)
+        return vector
+
+    def logit() -> torch.Tensor:
+        vectors.clear()
+        hooks = [
+            table.register_forward_hook(lambda module, args, out, move=move: keep(out + move))
+            for table, move in zip(tables, moves, strict=True)
+        ]
+        found = model(tokens, use_cache=False).logits[0, -1, 7]
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    before = logit()
+    gradients = torch.autograd.grad(before, vectors)
+    moves = [1e-5 * gradient for gradient in gradients]
+    assert all(move.abs().sum() > 0 for move in moves)
+    change = 1e-5 * sum(gradient.square().sum() for gradient in gradients)
+    torch.testing.assert_close(logit() - before, change, rtol=1e-2, atol=0)

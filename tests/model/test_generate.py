@@ -9,8 +9,10 @@ from accelerate.big_modeling import (
 from support import contracts
 from support.contracts import N_NEW, generate
 from support.models import PAD, STACKS, build_model
-from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 
+from hf_genlm.decoding import FastGenerator
+from hf_genlm.model import RECURRENT_MIXERS
 from hf_genlm.model.cache_genlm import CACHE
 
 TAKES_EMBEDDINGS = [stack for stack, config in STACKS.items() if "bigram_size" not in config]
@@ -152,6 +154,48 @@ def test_continuing_from_embeddings_and_their_cache(stack, tokens):
 
 def test_a_static_cache_can_be_reset_and_used_again(model, tokens):
     contracts.check_static_cache_after_reset(model, tokens)
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+@pytest.mark.parametrize("stack", STACKS)
+def test_a_cache_that_was_reset_takes_a_batch_of_any_size(stack, is_static):
+    """Static keys keep their rows, as in every model of transformers; recurrent states and others do not."""
+    model = build_model(stack)
+    has_static_keys = is_static and "attention" in str(model.config.mixer_types)
+    cache = StaticCache(model.config, max_cache_len=16) if is_static else DynamicCache(config=model.config)
+    for n_rows in (2, 2) if has_static_keys else (2, 5, 1, 3):
+        for n_tokens in (4, 1):
+            rows = torch.randint(2, 61, (n_rows, 8), generator=torch.Generator().manual_seed(n_rows))
+            expected = model(rows[:, : 4 + n_tokens], use_cache=False).logits[:, -1]
+            model(rows[:, :4], past_key_values=cache, use_cache=True)
+            more = model(rows[:, 4 : 4 + n_tokens], past_key_values=cache, use_cache=True)
+            torch.testing.assert_close(more.logits[:, -1], expected, atol=1e-5, rtol=1e-4)
+            assert cache.get_seq_length() == 4 + n_tokens
+            cache.reset()
+
+
+@pytest.mark.parametrize("mixer", RECURRENT_MIXERS)
+def test_a_cache_that_was_reset_keeps_its_memory_or_takes_another_dtype(mixer, tokens):
+    model, cache = build_model(mixer), StaticCache(build_model(mixer).config, max_cache_len=16)
+    addresses = []
+    for _ in range(2):
+        model(tokens, past_key_values=cache, use_cache=True)
+        addresses.append(cache.layers[0].recurrent_states[0].data_ptr())
+        cache.reset()
+    assert addresses[0] == addresses[1]
+    model.double()(tokens, past_key_values=cache, use_cache=True)
+    assert cache.layers[0].recurrent_states[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_drafts_of_the_first_layers_give_the_same_tokens(stack, tokens):
+    model = build_model(stack)
+    expected = generate(model, tokens[:1])
+    assert torch.equal(generate(model, tokens[:1], assistant_early_exit=1), expected)
+    assert torch.equal(generate(model, tokens[:1]), expected)
+    fast = FastGenerator(model)
+    fast.generate(tokens[:1], max_new_tokens=3, do_sample=False, assistant_early_exit=1)
+    assert "assisted" in fast.plain_because
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,55 @@ def test_a_mask_that_a_recurrent_layer_cannot_follow_is_refused(stack, shape):
         build_model(stack)(ids(2, 4), attention_mask=torch.ones(shape, dtype=torch.bool))
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.tensor([[-1e9, 0, 0, 0], [0, 0, 0, 0]]),
+        torch.tensor([[float("-inf"), 0, 0, 0]] * 2, dtype=torch.float16),
+        torch.tensor([[1, 1, 2, 2]] * 2),
+        torch.tensor([[float("nan"), 1, 1, 1]] * 2),
+        torch.tensor([[-1, 0, 0, 0]] * 2),
+    ],
+    ids=["added", "added in half precision", "numbers of documents", "nan", "negative"],
+)
+@pytest.mark.parametrize("stack", [*RECURRENT_MIXERS, "hybrid"])
+def test_a_mask_of_other_values_than_0_and_1_is_refused(stack, mask):
+    """A mask to add to scores is 0 where it means a token."""
+    model = build_model(stack)
+    for given in (mask, dict.fromkeys(set(model.config.layer_types), mask)):
+        with pytest.raises(ValueError, match=r"attention_mask holds .* a recurrent layer cannot follow"):
+            model(ids(2, 4), attention_mask=given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float16, torch.float64])
+@pytest.mark.parametrize("stack", [*RECURRENT_MIXERS, "hybrid"])
+def test_a_mask_of_0_and_1_has_any_dtype(stack, dtype):
+    model, mask = build_model(stack), torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    expected = model(ids(2, 4), attention_mask=mask).logits
+    assert torch.equal(model(ids(2, 4), attention_mask=mask.to(dtype)).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        ([[1, 1, 1, 1]] * 2, "has no dimensions"),
+        (torch.tensor(1), "has 0 dimensions"),
+        ({"genlm_linear_attention": torch.ones(2, 1, 4, 4), "full_attention": None}, "has 4 dimensions"),
+        ({"full_attention": None}, "a dict without genlm_linear_attention"),
+        ({}, "a dict without"),
+    ],
+)
+def test_a_mask_in_a_dict_or_no_tensor_is_checked_too(mask, words):
+    with pytest.raises(ValueError, match=words):
+        build_model("hybrid")(ids(2, 4), attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "seq_idx"])
+def test_packed_documents_without_positions_are_refused(name):
+    with pytest.raises(ValueError, match="position_ids, 0 where each starts"):
+        build_model("gru")(ids(1, 6), **{name: torch.tensor([0, 3, 6])})
+
+
 def test_attention_follows_a_mask_of_four_dimensions():
     model = build_model("full_attention")
     causal = torch.ones(2, 1, 4, 4, dtype=torch.bool).tril()
@@ -183,9 +232,14 @@ def test_tokens_and_learned_positions_beyond_their_tables_are_refused(model):
         with pytest.raises(IndexError):
             model(torch.full((2, 4), token))
     learned = build_model(["lstm"], position_type="learned", max_position_embeddings=8)
+    words = "the model has learned 0 to 7: give at most 8 tokens"
     for position in (8, -1):
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match=words):
             learned(ids(1, 4), position_ids=torch.full((1, 4), position))
+    for generator in (learned, FastGenerator(learned)):
+        assert generator.generate(ids(1, 4), max_new_tokens=4, do_sample=False).shape == (1, 8)
+        with pytest.raises(IndexError, match=words):
+            generator.generate(ids(1, 4), max_new_tokens=8, do_sample=False, eos_token_id=None)
 
 
 def test_beams_from_rows_that_do_not_exist_are_refused(model):
