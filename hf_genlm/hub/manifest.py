@@ -8,6 +8,7 @@ Code counts as this package's by its bytes alone, never by its name. A pickle is
 
 import contextlib
 import fnmatch
+import hashlib
 import itertools
 import json
 import pickletools
@@ -285,10 +286,16 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _hashes_of_own_code(name: str) -> set[str]:
-    """Hashes of a file of this package that travels with a model, in this version and in released ones."""
+    """Hashes of a file of this package that travels with a model, in this version and in released ones: as it
+    is saved, and as it stands here, which earlier saves held."""
+    from hf_genlm.model.bundle import bundle
+
     own = _OWN_CODE / name
     is_own = fnmatch.fnmatchcase(name, "*_genlm.py") and "/" not in name and own.is_file()
-    return RELEASED_CODE.get(name, set()) | ({sha256_of(own)} if is_own else set())
+    hashes = {sha256_of(own)} if is_own else set()
+    if name in (saved := bundle()):
+        hashes.add(hashlib.sha256(saved[name].encode()).hexdigest())
+    return RELEASED_CODE.get(name, set()) | hashes
 
 
 def _scan_pointers(path: Path, name: str) -> Iterator[Finding]:

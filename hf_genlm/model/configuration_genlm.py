@@ -126,6 +126,7 @@ class GenLMConfig(PreTrainedConfig):
 
     model_type = "genlm"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    write_code = None  # bundle.write_bundle, except in a copy from the Hub, which is bundled already
 
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -188,6 +189,12 @@ class GenLMConfig(PreTrainedConfig):
         if self.has_rotary_positions:  # not a field: without rotary positions it has no meaning
             self.rope_parameters = rope_parameters
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Save as PreTrainedConfig does; a model's code, which transformers has copied, becomes two files."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.write_code is not None:
+            self.write_code(save_directory)
 
     def to_dict(self) -> dict:
         """The fields. PEFT reads `model_type` here, by which it then looks up default modules: it is imported

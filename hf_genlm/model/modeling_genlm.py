@@ -46,7 +46,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_genlm import GenLMAttention
+from .attention_genlm import GenLMAttention, GenLMPositionEmbedding, GenLMRotaryEmbedding
 from .bigram_genlm import GenLMBigramEmbedding, GenLMWordEmbedding
 from .cache_genlm import CACHE, CarriedState, RecurrentStateLayer
 from .configuration_genlm import GenLMConfig
@@ -54,7 +54,6 @@ from .initialization_genlm import start_isometric
 from .layout_genlm import TimeLayout, check_padding, number_documents
 from .loss_genlm import cap_logits, causal_loss, causal_loss_without_logits, divide_by_num_items
 from .mlp_genlm import GenLMMLP
-from .positions_genlm import GenLMPositionEmbedding, GenLMRotaryEmbedding
 from .recurrence_genlm import (
     ElmanCell,
     GatedLinearRecurrence,

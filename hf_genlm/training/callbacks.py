@@ -15,9 +15,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
-import hf_genlm.model
 from hf_genlm.errors import UserError, did_you_mean
-from hf_genlm.files import copy_file, write_text
+from hf_genlm.files import write_text
+from hf_genlm.model.bundle import bundle
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.training.budget import Budget
 from hf_genlm.training.processes import from_first, offset_seed
@@ -427,8 +427,8 @@ class PushWithCode(TrainerCallback):
             return
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        for path in Path(hf_genlm.model.__file__).parent.glob("*_genlm.py"):
-            copy_file(path, folder / path.name)
+        for name, text in bundle().items():
+            write_text(folder / name, text)
         gitignore = folder / ".gitignore"  # the Hub skips the files that it names
         rules = gitignore.read_text(encoding="utf-8").splitlines() if gitignore.is_file() else []
         if TRAINING_ARGS_NAME not in rules:

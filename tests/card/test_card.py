@@ -341,4 +341,5 @@ def test_the_loading_example_runs(tmp_path, monkeypatch, capsys):
     (example,) = re.findall(
         r"```python\n(.*?)```", write_card(run, "me/tale").read_text(encoding="utf-8"), flags=re.S
     )
-    assert 'REPO = "me/tale"\n' in example
+    assert 'REPO = "me/tale"\nREVISION = "main"  # a version' in example
+    assert example.count("revision=REVISION") == 2

@@ -533,6 +533,8 @@ ALLOWED = {
     "exporting/onnx_step.py": {"save_pretrained", "program.save"},  # likewise
     "exporting/gguf_file.py": {"gguf.GGUFWriter"},  # likewise
     "model/modeling_genlm.py": {"save_pretrained"},  # what is called there
+    "model/configuration_genlm.py": {"save_pretrained"},  # likewise
+    "model/bundle.py": {"unlink", "write_text"},  # what save_pretrained has just written
 }
 
 
@@ -620,6 +622,7 @@ READS_ITSELF = {
     "decoding/step.py": "/proc/cpuinfo and the source of this package",
     "exporting/onnx_runner.py": "it travels to folders where this package is not installed",
     "exporting/targets.py": "a template of this package",
+    "model/bundle.py": "the source of this package",
     "card/card.py": "likewise",
     "report/document.py": "templates and pictures that it has just written",
     "space/files/demo/interface.py": "it runs where this package is not installed",

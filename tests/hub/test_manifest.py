@@ -26,6 +26,7 @@ from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import TokenizerRecipe
 from hf_genlm.hub import manifest
 from hf_genlm.hub.manifest import ModelSource, build_manifest, check_findings
+from hf_genlm.model.bundle import bundle
 from hf_genlm.text.store import Document
 from hf_genlm.text.tokenizer import train_tokenizer
 
@@ -217,6 +218,17 @@ def test_code_of_others_is_found_and_allowed_by_name(case, folder, tmp_path, cap
 def test_other_files_that_name_code_are_found_even_if_the_file_is_allowed(name, folder):
     (folder / name).write_bytes(pointing(auto_map={"AutoProcessor": "evil.Processor"}))
     assert findings_of(folder) == [f"{name} code", f"{name} unlisted"]
+
+
+def test_our_code_as_it_is_saved_and_as_it_stands_here_is_no_finding(folder):
+    for name, text in bundle().items():
+        (folder / name).write_text(text, encoding="utf-8")
+    assert findings_of(folder) == []
+    for path in CODE.parent.glob("*_genlm.py"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    assert findings_of(folder) == []
+    (folder / "modeling_genlm.py").write_text(bundle()["modeling_genlm.py"] + "\n", encoding="utf-8")
+    assert findings_of(folder) == ["modeling_genlm.py code"]
 
 
 def test_our_code_and_that_of_a_release_is_no_finding(folder, monkeypatch):

@@ -1,9 +1,11 @@
 """Promise: a saved model loads bit-equal, with this package and without it."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from support import contracts
 from support.models import STACKS, build_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+import hf_genlm.model
 from hf_genlm.config.recipe import TokenizerRecipe
 from hf_genlm.model import RECURRENT_MIXERS, GenLMConfig, GenLMForCausalLM, GenLMModel
+from hf_genlm.model.bundle import bundle
 from hf_genlm.text.store import Document
 from hf_genlm.text.tokenizer import train_tokenizer
 
@@ -144,6 +148,81 @@ def test_loads_by_remote_code_where_our_package_is_not_installed(tokens, tmp_pat
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split().count("loaded") == len(STACKS)
+
+
+def names_of(statement: ast.stmt) -> list[str]:
+    """Names that a statement of a module defines; of an import, none."""
+    if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+        return [statement.name]
+    targets = getattr(statement, "targets", [getattr(statement, "target", None)])
+    return [
+        node.id
+        for target in targets
+        if target is not None
+        for node in ast.walk(target)
+        if type(node) is ast.Name
+    ]
+
+
+def test_the_bundle_holds_every_statement_of_the_flat_files_once():
+    """No name of one file hides that of another, and nothing is lost."""
+    folder = Path(hf_genlm.model.__file__).parent
+    imports = (ast.Import, ast.ImportFrom)
+    statements, names = [], []
+    for path in sorted(folder.glob("*_genlm.py")):
+        if path.name != "configuration_genlm.py":
+            body = ast.parse(path.read_text()).body[1:]  # without the docstring
+            statements += [ast.dump(node) for node in body if not isinstance(node, imports)]
+            names += [name for node in body for name in names_of(node)]
+    code = bundle()
+    assert code.keys() == {"configuration_genlm.py", "modeling_genlm.py"}
+    assert code["configuration_genlm.py"] == (folder / "configuration_genlm.py").read_text()
+    tree = ast.parse(code["modeling_genlm.py"])
+    whole = [node for node in tree.body[1:] if not isinstance(node, imports)]
+    assert sorted(ast.dump(node) for node in whole) == sorted(statements)
+    imported = [
+        alias.asname or alias.name for node in tree.body if isinstance(node, imports) for alias in node.names
+    ]
+    private = [
+        name
+        for name in imported + names
+        if not name.startswith("_auto") and name not in ("_names", "_model_class")
+    ]
+    assert len(set(private)) == len(private), sorted({name for name in private if private.count(name) > 1})
+    relative = {node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.level}
+    assert relative == {"configuration_genlm"}
+
+
+def test_the_bundle_has_no_undefined_or_unused_name():
+    pytest.importorskip("ruff", reason="ruff is not installed: pip install '.[test]'")
+    for name, text in bundle().items():
+        command = [
+            sys.executable,
+            "-m",
+            "ruff",
+            "check",
+            "--isolated",
+            "--select",
+            "F,E9,E4,E7",
+            "--stdin-filename",
+            name,
+            "-",
+        ]
+        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+
+
+def test_files_of_an_earlier_save_are_replaced_and_others_kept(tmp_path):
+    (tmp_path / "cache_genlm.py").write_text("old")
+    (tmp_path / "notes_genlm.py").write_text("of somebody")
+    build_model(["gru"]).save_pretrained(tmp_path)
+    code = {path.name: path.read_text() for path in tmp_path.glob("*.py")}
+    assert code == {**bundle(), "notes_genlm.py": "of somebody"}
+    GenLMConfig().save_pretrained(tmp_path / "config")
+    assert {path.name for path in (tmp_path / "config").iterdir()} == {
+        "config.json",
+        "configuration_genlm.py",
+    }
 
 
 def test_our_package_wins_over_remote_code(tmp_path):
