@@ -534,7 +534,7 @@ ALLOWED = {
     "exporting/gguf_file.py": {"gguf.GGUFWriter"},  # likewise
     "model/modeling_genlm.py": {"save_pretrained"},  # what is called there
     "model/configuration_genlm.py": {"save_pretrained"},  # likewise
-    "model/bundle.py": {"unlink", "write_text"},  # what save_pretrained has just written
+    "model/bundle.py": {"write_text"},  # what save_pretrained has just written
 }
 
 
