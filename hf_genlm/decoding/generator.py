@@ -75,7 +75,8 @@ class FastGenerator:
     def generate(self, inputs: torch.Tensor | None = None, streamer: Any = None, **kwargs: Any) -> Any:
         """Generate; arguments and results are those of `model.generate`."""
         try:
-            ours = _with_stop_criterion(kwargs)
+            configs = (self.model.generation_config, kwargs.get("generation_config"))
+            ours = _with_stop_criterion(kwargs, *configs)
             _check_arguments(ours)
             _check_model(self.model)
             self.plain_because = None
@@ -217,9 +218,15 @@ def _state_after(
     return state, position, torch.tensor([n_tokens], device=input_ids.device)
 
 
-def _with_stop_criterion(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Replace `stop_strings` and `tokenizer`, if both are given, by the criterion that generate builds."""
-    if not arguments.get("stop_strings") or arguments.get("tokenizer") is None:
+def _with_stop_criterion(arguments: dict[str, Any], *configs: Any) -> dict[str, Any]:
+    """Replace `stop_strings` and `tokenizer`, if both are given, by the criterion that generate builds.
+
+    Token healing needs the tokenizer itself.
+    """
+    is_healing = any(getattr(config, "token_healing", False) for config in configs) or arguments.get(
+        "token_healing"
+    )
+    if is_healing or not arguments.get("stop_strings") or arguments.get("tokenizer") is None:
         return arguments
     others = dict(arguments)
     criterion = StopStringCriteria(others.pop("tokenizer"), others.pop("stop_strings"))

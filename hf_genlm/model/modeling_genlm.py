@@ -382,7 +382,7 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
                 sum divided by `num_items_in_batch`, which Trainer passes.
             logits_to_keep: compute logits of the last so many tokens only, or at these indices; 0: all.
             skip_logits: with `labels`, return the loss without logits; in a fraction of the memory if the
-                head is a plain linear map, without adapter, hook or quantiser.
+                head is a plain linear map, without adapter, hook or quantiser, and `loss_function` is ours.
             label_smoothing, z_loss: terms of the loss, as in loss_genlm.causal_loss.
             others: as in GenLMModel.forward.
         """
@@ -399,7 +399,8 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
         )
         loss, logits = None, None
         kwargs |= terms
-        if labels is not None and skip_logits and is_plain_head(self.lm_head):
+        is_own_loss = not hasattr(self, "_loss_function")  # set where a user assigns `loss_function`
+        if labels is not None and skip_logits and is_own_loss and is_plain_head(self.lm_head):
             loss = causal_loss_without_logits(
                 outputs.last_hidden_state,
                 self.lm_head.weight,

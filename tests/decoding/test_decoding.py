@@ -209,10 +209,11 @@ def test_stop_strings_and_token_healing_have_the_tokenizer():
     letters = [letter for letter in "abcdefghijklmnopqrstuvwxyz" if letter in whole[10:40]][:2]
     text = assert_fast_and_equal(fast, prompt, stop_strings=letters, tokenizer=tokenizer, do_sample=True)
     assert text.shape[1] < prompt["input_ids"].shape[1] + N
-    options = {"token_healing": True, "tokenizer": tokenizer}
-    healed = text_of(lambda input_ids, **rest: fast.generate(input_ids, **rest), prompt, **options)
-    assert torch.equal(healed, text_of(model.generate, prompt, **options))
-    assert fast.plain_because is not None
+    for more in ({}, {"stop_strings": letters}):
+        options = {"token_healing": True, "tokenizer": tokenizer, **more}
+        healed = text_of(lambda input_ids, **rest: fast.generate(input_ids, **rest), prompt, **options)
+        assert torch.equal(healed, text_of(model.generate, prompt, **options))
+        assert fast.plain_because is not None
 
 
 def test_a_streamer_hears_what_it_hears_from_generate(tokens):

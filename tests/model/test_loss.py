@@ -264,3 +264,13 @@ def test_changes_of_the_head_are_not_passed_by(change, tokens):
     assert outputs.logits is None
     logits = model(input_ids=tokens).logits
     torch.testing.assert_close(outputs.loss, by_definition(logits, tokens))
+
+
+def test_a_loss_of_the_user_and_backward_hooks_are_not_passed_by(tokens):
+    model, seen = build_model(["gru"]), []
+    model.lm_head.register_full_backward_hook(lambda *args: seen.append(args))
+    model(tokens, labels=tokens, skip_logits=True).loss.backward()
+    assert len(seen) == 1
+    model.loss_function = lambda logits, labels, **kwargs: logits.square().mean()
+    outputs = model(tokens, labels=tokens, skip_logits=True)
+    torch.testing.assert_close(outputs.loss, model(tokens).logits.square().mean())
