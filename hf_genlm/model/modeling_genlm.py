@@ -232,7 +232,8 @@ class GenLMModel(GenLMPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         self._check_shapes(inputs_embeds, attention_mask, position_ids)
-        if position_ids is None and (kwargs.keys() & {"cu_seq_lens_q", "seq_idx"}):
+        is_packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx"))
+        if is_packed and position_ids is None:
             raise ValueError("packed documents need position_ids, 0 where each starts, beside cu_seq_lens_q")
         document = self._documents(inputs_embeds.shape[0], attention_mask, past_key_values, position_ids)
         use_cache = use_cache and document is None  # packed rows cannot be continued
