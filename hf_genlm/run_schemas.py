@@ -118,6 +118,7 @@ class CorpusFile:
     python: str | None = None
     encoding: str | None = None
     duplicates_removed: Count | None = None
+    duplicate_texts: Count | None = None
     empty_skipped: Count | None = None
     files_skipped: Count | None = None
     notices: list[str] = field(default_factory=list)

@@ -26,7 +26,7 @@ MAX_SIZE = 2**20  # of a width, a batch or a row
 # below: a table, a field in one to three lines
 # tests/config/test_recipe.py compares these words with the tables that act on them
 DAMAGED = ("stop", "skip")
-DOCUMENTS = ("files", "lines")
+DOCUMENTS = ("files", "whole", "lines")
 DECODERS = ("elman", "gru", "lstm", "gated_linear", "transformer", "sliding", "hybrid")
 MIXERS = ("elman", "gru", "lstm", "gated_linear", "full_attention", "sliding_attention")
 OPTIMIZERS = ("adamw", "muon", "sgd")
@@ -51,7 +51,7 @@ class CorpusRecipe(Section):
         "Seed of the split, apart from `training.seed`: runs with other seeds share one split.")
     split_by_hash: Flag = setting(False,
         "Hold out each document by its own hash alone; always so with `privacy.epsilon`.")
-    encoding: Word = setting("utf-8", "Encoding of plain text files.", synonyms="charset")
+    encoding: Word = setting("utf-8", "Encoding of text files that are not UTF-8.", synonyms="charset")
     temperature: Number = setting(1.0,
         "T of sampling languages by size^(1/T). 1: as they are; large: all equally often.", at_least=1,
         synonyms="sampling_temperature alpha")
@@ -62,11 +62,14 @@ class CorpusRecipe(Section):
     text_column: Word = setting("text", "Field of records, columns and Hub data sets that holds the text.",
         synonyms="column text_field")
     documents: Word = setting("files",
-        "Documents of plain text files: whole files, or lines, as of names or molecules.",
+        "Documents of plain text files: files, cut at lines such as <|endoftext|>; whole files; or lines, as "
+        "of names.",
         choices=DOCUMENTS, synonyms="line_by_line sample_by")
     damaged: Word = setting("stop",
         "skip: leave damaged records, and damaged files inside folders, out and count them.", choices=DAMAGED,
         synonyms="on_error errors")
+    keep_held_out: Flag = setting(False,
+        "Train on documents whose text is held out too, as short messages that occur often.")
     scrub: Words = setting([], "Kinds of personal data and secrets that placeholders replace. Empty: none.",
         choices=PERSONAL, synonyms="pii anonymize redact")
     phone_regions: Words = setting([],

@@ -4,7 +4,6 @@ import hashlib
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -30,14 +29,13 @@ from hf_genlm.text.languages import (
 from hf_genlm.text.locating import lines_on, splits_by_name
 from hf_genlm.text.raw_files import LeftOut, left_out_line
 from hf_genlm.text.scrubbing import Tally
-from hf_genlm.text.sources import Reading, Sources, read_sources, read_standard_library
+from hf_genlm.text.sources import Reading, Sources, lines_told, read_sources, read_standard_library
 from hf_genlm.text.store import Block, Document, Documents, as_documents, cut_blocks
 
 _FEW_DOCUMENTS = 20  # fewer documents are cut into blocks before they are split
 _DOMINANT_SHARE = 0.5  # a larger document is cut into blocks, or validation would not see its kind
 _HELD_OUT_BLOCKS = 16  # blocks of the validation split of a long text
 _BLOCK_CHARACTERS = 2000  # blocks are not made shorter than this for the sake of their number
-_MARKUP = {".csv", ".tsv", ".json", ".html", ".htm", ".xml", ".tex", ".ipynb"}
 
 
 @dataclass
@@ -77,7 +75,9 @@ def read_corpus(recipe: CorpusRecipe, on_progress: Progress | None = None) -> Co
     else:
         train, validation, method, n_train, n_validation = _split(readings[0], recipe)
     n_before = len(train)
-    kept = ~find_in(train, validation)
+    is_held = find_in(train, validation)
+    n_texts = len(set(digests(train.take(is_held))))
+    kept = np.ones_like(is_held) if recipe.keep_held_out else ~is_held
     train, n_train = train.take(kept), counts_after(n_train, kept)
     _check_left(train, n_before, "stand")
     n_exact, near = n_before - len(train), None
@@ -92,6 +92,7 @@ def read_corpus(recipe: CorpusRecipe, on_progress: Progress | None = None) -> Co
         "encoding": recipe.encoding if sources else "utf-8",
         "split": {"method": method, "seed": recipe.split_seed, "fraction": recipe.validation_fraction},
         "duplicates_removed": n_exact,
+        "duplicate_texts": 0 if recipe.keep_held_out else n_texts,
         **_facts_on(readings),
         "notices": _notices(readings, recipe, by_name),
         "train": count_text(train),
@@ -133,7 +134,7 @@ def read_documents(
         "sources": list(sources),
         "description": _describe(sources, reading),
         **_facts_on([reading]),
-        "notices": lines_on(reading.located),
+        "notices": lines_on(reading.located) + lines_told(reading.told),
         **count_text(documents),
         "files": reading.files,
         **_scrubbing_facts([reading]),
@@ -303,7 +304,8 @@ def _facts_on(readings: Sequence[Reading]) -> dict[str, Any]:
 def _notices(readings: Sequence[Reading], recipe: CorpusRecipe, by_name: bool) -> list[str]:
     """Lines for people about what was not read of the sources of each split, or held out by name."""
     lines = lines_on(readings[0].located, recipe, by_name)
-    return list(dict.fromkeys([*lines, *(line for each in readings[1:] for line in lines_on(each.located))]))
+    lines += [line for each in readings[1:] for line in lines_on(each.located)]
+    return list(dict.fromkeys([*lines, *lines_told(pair for each in readings for pair in each.told)]))
 
 
 def _scrubbing_facts(readings: Sequence[Reading]) -> dict[str, Any]:
@@ -359,19 +361,16 @@ def notes_on(report: dict[str, Any]) -> list[str]:
             f"{n:,} other file{'' if n == 1 else 's'} of the folders named: read are .txt, .md, .py, .jsonl "
             "and .parquet, and of another suffix what is named itself"
         )
-    markup = [file["name"] for file in report["files"] if PurePath(file["name"]).suffix.lower() in _MARKUP]
-    if markup:
-        notes.append(
-            f"{', '.join(markup[:3])}: read as it stands, with the marks of its format; to train on the text "
-            "alone, write that to .txt or .jsonl"
-        )
     if report.get("links_out"):
         notes.append(f"{report['links_out']:,} of the files are links that lead out of the folder named")
-    copies = {
-        "that stand in the validation split too": report.get("duplicates_removed", 0),
-        "that are near-duplicates": report.get("near_duplicates", {}).get("removed", 0),
-    }
-    notes += [f"{n:,} training documents left out {which}" for which, n in copies.items() if n]
+    if n := report.get("duplicates_removed"):
+        notes.append(
+            f"{n:,} training documents left out that stand in the validation split too (copies of "
+            f"{report.get('duplicate_texts', n):,} texts): to train on them, as on frequent short messages, "
+            "--set corpus.keep_held_out=true"
+        )
+    if n := report.get("near_duplicates", {}).get("removed"):
+        notes.append(f"{n:,} training documents left out that are near-duplicates")
     if report.get("parallel_trained_on"):
         notes.append(
             f"the parallel text of {', '.join(report['parallel_trained_on'])} is trained on too, and what "

@@ -26,6 +26,7 @@ from hf_genlm.text.records import Parts, check_unicode, read_parquet, text_of_re
 
 _ESCAPED_BYTE = re.compile(r"[\udc80-\udcff]")
 _BINARY_PROBE = 64 * 1024  # bytes searched for NUL
+_MAX_SEPARATOR = 1 << 8  # characters of a line that parts documents
 CONTINUES = "hf_genlm.continues"  # field of a .jsonl record whose text goes on in the next record
 _BINARY = (  # reason and remedy
     "is binary (it holds NUL bytes), not text",
@@ -88,14 +89,51 @@ def check_encoding(encoding: str) -> None:
 def _text(
     file: RawFile, compression: str | None, recipe: CorpusRecipe, leave_out: LeaveOut
 ) -> Iterator[Parts]:
-    if recipe.documents == "files":
-        yield _decoded(file, compression, recipe)
+    if recipe.documents != "lines":
+        parts = _decoded(file, compression, recipe)
+        yield from (parts,) if file.separator is None else _separated(parts, file.separator)
         return
     for number, line in enumerate(_lines(_decoded(file, compression, recipe), file.max_line), start=1):
         if line is None:
             leave_out(_too_long(Place(file.label, "line", number), file.max_line))
-        elif line.strip("\r\ufeff"):
+        elif line.strip("\r\ufeff") and line.strip() != file.separator:
             yield (line.strip("\r\ufeff"),)
+
+
+def _separated(parts: Parts, separator: str) -> Iterator[Parts]:
+    """Documents between lines that hold `separator` alone, without empty lines at their beginnings."""
+    cuts = re.compile(rf"^[ \t\r]*{re.escape(separator)}[ \t\r]*(?:\n|\Z)", re.MULTILINE)
+
+    def pieces() -> Iterator[str | None]:
+        """Text, and None at each separator."""
+        begun, is_within_line = "", False
+        for part in itertools.chain(parts, [None]):
+            text = begun + (part or "")
+            if is_within_line and "\n" not in text and part is not None:
+                yield text
+                begun = ""
+                continue
+            start = text.find("\n") + 1 or len(text) if is_within_line else 0
+            stop = len(text) if part is None else max(start, text.rfind("\n") + 1)
+            is_within_line = len(text) - stop > _MAX_SEPARATOR
+            stop = len(text) if is_within_line else stop
+            yield text[:start]
+            for number, piece in enumerate(cuts.split(text[start:stop])):
+                if number:
+                    yield None
+                yield piece
+            begun = text[stop:]
+
+    found = pieces()
+
+    def document(piece: str | None) -> Iterator[str]:
+        while piece is not None:
+            yield piece
+            piece = next(found, None)
+
+    for piece in found:
+        if piece is not None and piece.strip():
+            yield document(piece.lstrip("\r\n"))
 
 
 def _too_long(place: Place, n_characters: int) -> Damage:
@@ -140,10 +178,10 @@ def _decoded(
 
 def _wrong_encoding(recipe: CorpusRecipe, where: str) -> tuple[str, str]:
     """Reason and remedy."""
-    other = "latin-1" if recipe.encoding.lower() in ("utf-8", "utf8") else "utf-8"
+    other = "cp1252" if codecs.lookup(recipe.encoding).name == "utf-8" else "latin-1"
     return (
         f"is not {recipe.encoding}: {where}",
-        f"name its encoding, for example --set corpus.encoding={other}",
+        f"name its encoding by --set corpus.encoding={other}, gbk or such; files that are UTF-8 stay so",
     )
 
 
@@ -229,5 +267,6 @@ FORMATS: dict[str, Callable[[RawFile, str | None, CorpusRecipe, LeaveOut], Itera
     ".md": _text,
     ".py": _text,
     ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
     ".parquet": read_parquet,
 }

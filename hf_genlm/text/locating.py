@@ -307,10 +307,10 @@ def lines_on(
         }
         if n_files:
             n = sum(n_files.values())
-            lines.append(f"{n:,} file{'' if n == 1 else 's'} of {_first(n_files)} left out: {reason}")
+            lines.append(f"{n:,} file{'' if n == 1 else 's'} of {first_names(n_files)} left out: {reason}")
     files = [file for each in located for file in each.files]
     train, validation, unused = (
-        _first([file.name for file in files if file.split == split])
+        first_names([file.name for file in files if file.split == split])
         for split in ("train", "validation", "unused")
     )
     mixed = unused if recipe is not None and recipe.validation else validation
@@ -325,7 +325,7 @@ def lines_on(
     return lines
 
 
-def _first(names: Iterable[str]) -> str:
+def first_names(names: Iterable[str]) -> str:
     """The first names, and how many there are more."""
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")

@@ -61,6 +61,7 @@ class RawFile:
     name: str
     stream: IO[bytes]
     max_line: int = 1 << 24  # characters of a .jsonl line, which takes up to 60 bytes of memory for each
+    separator: str | None = None  # lines of nothing else part the documents of plain text
 
 
 @dataclass

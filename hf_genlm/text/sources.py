@@ -1,23 +1,25 @@
 """Read the sources that a person names, files, folders, globs and Hub data sets, into documents."""
 
+import codecs
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import stat
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePath
 from typing import IO, Any
 
 from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError
 from hf_genlm.files import open_file
 from hf_genlm.text.cache import NoRoom
-from hf_genlm.text.formats import texts_of
-from hf_genlm.text.locating import FoundFile, Located, locate, walk
-from hf_genlm.text.raw_files import Damage, LeaveOut, LeftOut, Place, RawFile, one_line
+from hf_genlm.text.formats import format_of, texts_of
+from hf_genlm.text.locating import FoundFile, Located, first_names, locate, walk
+from hf_genlm.text.raw_files import Damage, LeaveOut, LeftOut, Place, RawFile, one_line, unpacked
 from hf_genlm.text.records import Parts, find_column, text_of_record, texts_of_rows
 from hf_genlm.text.scrubbing import Scrubber, Tally, scrubber_of
 from hf_genlm.text.store import CHUNK, DocumentWriter
@@ -30,6 +32,35 @@ _TOPICS_FILE = "pydoc_data/topics.py"
 _BUILD_FILE = "_sysconfigdata_"  # holds paths of the machine that built this Python
 MAX_DOCUMENTS = 5_000_000  # some 120 bytes of memory each until they are rows
 _SAMPLES = 16  # blocks of a streamed file that are hashed
+_LINES = 20  # that are looked at
+_PLAIN = (None, ".txt", ".md", ".py")
+_POINTERS = {b"version https://git-lfs.github.com/spec/": "git lfs pull", b"/annex/objects/": "git annex get"}
+_BYTE_ORDER_MARKS = {  # those of UTF-32 first, which begin alike
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_SEPARATORS = [
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|eos|>",
+    "<|endofdoc|>",
+    "</s>",
+    "<eos>",
+    "<EOS>",
+    "[EOS]",
+]
+_MARKUP = {".csv", ".tsv", ".json", ".html", ".htm", ".xml", ".tex", ".ipynb"}
+_MARKUP_BEGINS = ("<!doctype html", "<html", "<?xml", "\\documentclass")
+_AS_IT_STANDS = (
+    "read as it stands, with the marks of its format; to train on the text alone, write that to .txt or "
+    ".jsonl"
+)
+_RECORDS = (
+    "though it holds JSON lines; to read a document of each, rename it to .jsonl",
+    "a document of each; to read them as text, rename it to .txt",
+)
 
 
 @dataclass
@@ -42,6 +73,7 @@ class Reading:
     files_skipped: int = 0  # inside folders: files of another suffix, and what is no regular file
     links_out: int = 0  # links inside a folder to a file outside it
     located: list[Located] = field(default_factory=list)  # of each source
+    told: list[tuple[str, str]] = field(default_factory=list)  # told to people, and of which file
     left_out: LeftOut = field(default_factory=LeftOut)  # damaged records, and damaged files inside folders
     languages: dict[str, int] = field(default_factory=dict)  # documents by language, if languages are named
     scrubber: Scrubber | None = None
@@ -167,8 +199,8 @@ def _read_file(file: FoundFile, recipe: CorpusRecipe, reading: Reading) -> None:
                 digest.update(content)
                 n_bytes += len(content)
             stream.seek(0)
-            raw = RawFile(label, file.path.name, stream)
-            texts = texts_of(raw, recipe, _leave_out(left_out, file.name, recipe)) if n_bytes else [()]
+            raw, of_file, told = look_at(RawFile(label, file.path.name, stream), recipe)
+            texts = texts_of(raw, of_file, _leave_out(left_out, file.name, recipe)) if n_bytes else [()]
             n_added = reading.add(file.name, texts, n_bytes, digest.hexdigest())
     except NoRoom as error:
         raise NoRoom(f"{label!r}, which has {n_bytes:,} bytes, holds more text than fits: {error}") from error
@@ -178,6 +210,7 @@ def _read_file(file: FoundFile, recipe: CorpusRecipe, reading: Reading) -> None:
         _leave_out(reading.left_out, file.name, recipe)(damage)
         return
     reading.left_out.update(left_out)
+    reading.told += [(each, file.name) for each in told]
     if file.is_named and not n_added:
         if not left_out.records:
             raise empty_file(file)
@@ -198,6 +231,94 @@ def _leave_out(left_out: LeftOut, name: str, recipe: CorpusRecipe) -> LeaveOut:
         left_out.add(name, damage)
 
     return take
+
+
+def look_at(file: RawFile, recipe: CorpusRecipe) -> tuple[RawFile, CorpusRecipe, list[str]]:
+    """Look at the beginning of a file: (file, recipe, told) by which `texts_of` reads it as what it is.
+
+    Without a known suffix, JSON lines are read as such. Its encoding is that of its byte order mark, or UTF-8
+    if all its bytes are UTF-8. `told` is for people.
+
+    Raises:
+        Damage: it stands for a file that git has not fetched.
+    """
+    suffix, compression = format_of(file.name)
+    beginning = b""
+    with contextlib.suppress(Damage):  # the reader meets it again
+        beginning = next(unpacked(file.label, file.stream, compression), b"")
+    for start, command in _POINTERS.items():
+        if beginning.startswith(start):
+            raise Damage(
+                Place(file.label), "is a pointer, and git has not fetched its file", f"run {command}"
+            )
+    told = []
+    encoding = _encoding_of(beginning, file, compression, recipe)
+    if encoding != recipe.encoding:
+        told.append(f"read as {encoding}, as its bytes say")
+        recipe = recipe.model_copy(update={"encoding": encoding})
+    file.stream.seek(0)
+    if suffix not in _PLAIN:
+        return file, recipe, told
+    text = beginning.decode(encoding, "replace").removeprefix("\ufeff")
+    stem = PurePath(file.name).with_suffix("") if compression else PurePath(file.name)
+    if _holds_records(text if len(beginning) < CHUNK else text[: text.rfind("\n") + 1], recipe.text_column):
+        told.append(f"read as {'JSON lines' if suffix is None else 'text'}, {_RECORDS[suffix is None]}")
+        name = file.name if suffix else f"{stem}.jsonl{PurePath(file.name).suffix if compression else ''}"
+        return replace(file, name=name), recipe, told
+    if stem.suffix.lower() in _MARKUP or text[:99].lstrip().lower().startswith(_MARKUP_BEGINS):
+        told.append(_AS_IT_STANDS)
+    marks = [mark for mark in _SEPARATORS if mark in text]
+    lines = {line.strip() for line in text.split("\n")} if marks else set()
+    separator = next((mark for mark in marks if mark in lines), None)
+    if separator is not None and recipe.documents != "whole":
+        told.append(
+            f"cut into documents at lines of {separator}; to keep it whole, --set corpus.documents=whole"
+        )
+        file = replace(file, separator=separator)
+    elif marks and suffix != ".py":
+        told.append(f"{marks[0]} in it is read as text; alone on a line, it parts documents")
+    return file, recipe, told
+
+
+def _holds_records(text: str, column: str) -> bool:
+    """True if the first lines are objects of JSON, two or more, or one with the text column."""
+    lines = [line for line in text.split("\n", _LINES)[:_LINES] if line.strip()]
+    try:
+        records = [json.loads(line) for line in lines if line.startswith("{")]
+    except (ValueError, RecursionError):
+        return False
+    return len(records) == len(lines) and (len(records) > 1 or any(column in record for record in records))
+
+
+def _encoding_of(beginning: bytes, file: RawFile, compression: str | None, recipe: CorpusRecipe) -> str:
+    """Encoding by the byte order mark, else UTF-8 if the whole file is that, else the one of the recipe."""
+    stated = codecs.lookup(recipe.encoding).name
+    if not stated.startswith(("utf-16", "utf-32")):
+        for mark, encoding in _BYTE_ORDER_MARKS.items():
+            if beginning.startswith(mark):
+                return encoding
+    if stated == "utf-8":
+        return recipe.encoding
+    decode, is_ascii = codecs.getincrementaldecoder("utf-8")().decode, True
+    file.stream.seek(0)
+    try:
+        for content in itertools.chain(unpacked(file.label, file.stream, compression), [b""]):
+            decode(content, not content)
+            is_ascii = is_ascii and content.isascii()
+            if b"\0" in content:
+                return recipe.encoding
+    except (UnicodeDecodeError, Damage):
+        return recipe.encoding
+    is_stated = is_ascii and not stated.startswith(("utf-16", "utf-32"))  # in which ASCII is other bytes
+    return recipe.encoding if is_stated else "utf-8"
+
+
+def lines_told(told: Iterable[tuple[str, str]]) -> list[str]:
+    """Lines for people, from pairs of what is told and the name of a file."""
+    names: dict[str, list[str]] = {}
+    for each, name in told:
+        names.setdefault(each, []).append(name)
+    return [f"{first_names(of_line)}: {each}" for each, of_line in names.items()]
 
 
 @contextlib.contextmanager
@@ -294,14 +415,20 @@ class FileShard:
             {"modified": about.st_mtime_ns} if about.st_size > _SAMPLES * self.sample_bytes else {}
         )
 
+    def told(self) -> list[tuple[str, str]]:
+        """What people are told about the file, and its name."""
+        with opened(self.file) as stream:
+            told = look_at(RawFile(str(self.file.path), self.file.path.name, stream), self.recipe)[2]
+        return [(each, self.name) for each in told]
+
     def texts(self, state: int | None) -> Iterator[tuple[Parts, int]]:
         if not self.n_bytes:
             if self.file.is_named:
                 raise empty_file(self.file)
             return
         with opened(self.file) as stream:
-            raw = RawFile(str(self.file.path), self.file.path.name, stream)
-            for number, parts in enumerate(texts_of(raw, self.recipe), start=1):
+            raw, recipe, _ = look_at(RawFile(str(self.file.path), self.file.path.name, stream), self.recipe)
+            for number, parts in enumerate(texts_of(raw, recipe), start=1):
                 if number > (state or 0):
                     yield parts, number
 
@@ -316,6 +443,9 @@ class HubShard:
 
     def fingerprint(self) -> dict[str, Any]:
         return {}
+
+    def told(self) -> list[tuple[str, str]]:
+        return []
 
     def texts(self, state: dict[str, Any] | None) -> Iterator[tuple[Parts, dict[str, Any]]]:
         dataset = open_hub(self.name, self.recipe, "train", streaming=True)

@@ -19,7 +19,7 @@ from hf_genlm.text.formats import check_encoding
 from hf_genlm.text.locating import lines_on, locate, splits_by_name
 from hf_genlm.text.records import Parts
 from hf_genlm.text.scrubbing import Scrubber, scrubber_of
-from hf_genlm.text.sources import FileShard, HubShard, Shard
+from hf_genlm.text.sources import FileShard, HubShard, Shard, lines_told
 from hf_genlm.text.store import Document, Documents, DocumentWriter
 
 _MAX_HELD_SHARE = 0.25  # of `validation_bytes`: a longer document is trained on
@@ -267,6 +267,11 @@ def check_stream(recipe: CorpusRecipe) -> None:
             f"corpus.near_duplicates = {recipe.near_duplicates:g} compares all documents, and --stream has "
             "none of them at hand: leave one out"
         )
+    if recipe.keep_held_out:
+        raise UserError(
+            "corpus.keep_held_out is not for a stream, which leaves out all copies of a held-out text: hold "
+            "out a file of your own by --validation, or leave --stream out"
+        )
     if recipe.damaged == "skip":
         raise UserError(
             "corpus.damaged = 'skip' is not for a stream, where nothing is counted: mend what is damaged, or "
@@ -299,6 +304,7 @@ def read_stream(recipe: CorpusRecipe) -> StreamedText:
         files = read["files"]
     else:
         validation, files = hold_out(stream, recipe), []
+    told = [each for shard in stream.shards for each in shard.told()]
     shards = [
         {"name": shard.name, "bytes": shard.n_bytes, "sha256": None, "documents": None, **shard.fingerprint()}
         for shard in stream.shards
@@ -317,7 +323,7 @@ def read_stream(recipe: CorpusRecipe) -> StreamedText:
         "train": dict.fromkeys(("documents", "bytes", "characters", "tokens", "sha256")),
         "validation": count_text(validation),
         "files": [*shards, *files],
-        "notices": lines_on(located, recipe, by_name),
+        "notices": lines_on(located, recipe, by_name) + lines_told(told),
     }
     if stream.scrubber is not None:
         report["scrubbed"] = stream.scrubber.to_json(None)

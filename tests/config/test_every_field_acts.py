@@ -278,6 +278,7 @@ ACTS = {
     "corpus.text_column": ((), "body", documents),
     "corpus.documents": (("corpus.sources={vectors}",), "lines", documents),
     "corpus.damaged": (("corpus.sources={damaged}",), "skip", documents),
+    "corpus.keep_held_out": (("corpus.validation={held}", "corpus.sources={held},{text}"), "true", documents),
     "corpus.scrub": ((), "email", documents),
     "corpus.phone_regions": (("corpus.scrub=phone",), "DE", documents),
     "corpus.near_duplicates": ((), "0.6", documents),
