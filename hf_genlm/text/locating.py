@@ -179,17 +179,12 @@ def _without_left(pattern: str, matches: Iterable[str]) -> tuple[list[str], list
 def _in_folder(word: str, folder: Path, is_named: bool) -> Located:
     paths, n_others, left = walk(folder)
     base, inside = _shown(folder), os.path.realpath(folder)
-    if left and left[0].name == "":
-        raise UserError(
-            f"{word!r} is a run, comparison or model and no text: name a folder of text, or a file in it"
-        )
-    left = [replace(each, name=f"{base}{each.name}") for each in left]
+    left = [replace(each, name=f"{base}{each.name}" or "./") for each in left]
     known = [path for path in paths if format_of(path.name)[0] is not None]
     n_skipped = len(paths) - len(known) + n_others
-    if is_named and not known:
-        others = "; ".join([f"{n_skipped} others", *lines_on([Located([], left=left)])])
+    if is_named and not known and not left:  # else other sources may hold text
         raise UserError(
-            f"folder {word!r} holds no readable file ({others}): put .txt, .md, .py, .jsonl "
+            f"folder {word!r} holds no readable file ({n_skipped} others): put .txt, .md, .py, .jsonl "
             "or .parquet there, also compressed, or name a file of another suffix itself"
         )
 
@@ -306,9 +301,10 @@ def lines_on(
             folder.name: folder.n_files for each in located for folder in each.left if folder.kind == kind
         }
         if n_files:
-            n = sum(n_files.values())
-            lines.append(f"{n:,} file{'' if n == 1 else 's'} of {first_names(n_files)} left out: {reason}")
+            n, names = sum(n_files.values()), sorted(n_files, key=lambda name: -n_files[name])
+            lines.append(f"{n:,} file{'' if n == 1 else 's'} of {first_names(names)} left out: {reason}")
     files = [file for each in located for file in each.files]
+    files = files if by_name else _with_splits(files)  # also of files and folders that were named
     train, validation, unused = (
         first_names([file.name for file in files if file.split == split])
         for split in ("train", "validation", "unused")
@@ -321,8 +317,18 @@ def lines_on(
             "file, or --set corpus.split_by_hash=true"
         )
     elif recipe is not None and mixed:
-        lines.append(f"{mixed}: trained on with {train}; to leave it out, name the files to train on")
+        remedy = "to hold it out, name it by --validation, and the others as sources"
+        lines.append(f"{mixed}: trained on with {train}; {remedy}")
     return lines
+
+
+def check_found(located: Sequence[Located]) -> None:
+    """
+    Raises:
+        UserError: all that was located is left out.
+    """
+    if located and not any(each.files or each.is_hub for each in located):
+        raise UserError(f"there is no text to read: {'; '.join(lines_on(located))}")
 
 
 def first_names(names: Iterable[str]) -> str:

@@ -18,7 +18,7 @@ from hf_genlm.errors import UserError
 from hf_genlm.files import open_file
 from hf_genlm.text.cache import NoRoom
 from hf_genlm.text.formats import format_of, texts_of
-from hf_genlm.text.locating import FoundFile, Located, first_names, locate, walk
+from hf_genlm.text.locating import FoundFile, Located, check_found, first_names, locate, walk
 from hf_genlm.text.raw_files import Damage, LeaveOut, LeftOut, Place, RawFile, one_line, unpacked
 from hf_genlm.text.records import Parts, find_column, text_of_record, texts_of_rows
 from hf_genlm.text.scrubbing import Scrubber, Tally, scrubber_of
@@ -153,6 +153,7 @@ def read_sources(words: Sources, recipe: CorpusRecipe, split: str, by_name: bool
             )
         for entry in reading.files[n_files:]:
             entry["language"] = code
+    check_found(reading.located)
     return reading
 
 

@@ -16,7 +16,7 @@ from hf_genlm.errors import UserError
 from hf_genlm.text.corpus import count_text, describe_files, read_documents, share_of
 from hf_genlm.text.encoding import pieces_of_parts
 from hf_genlm.text.formats import check_encoding
-from hf_genlm.text.locating import lines_on, locate, splits_by_name
+from hf_genlm.text.locating import check_found, lines_on, locate, splits_by_name
 from hf_genlm.text.records import Parts
 from hf_genlm.text.scrubbing import Scrubber, scrubber_of
 from hf_genlm.text.sources import FileShard, HubShard, Shard, lines_told
@@ -231,9 +231,9 @@ def open_stream(recipe: CorpusRecipe) -> DocumentStream:
     check_encoding(recipe.encoding)
     seen: set[str] = set()
     sources: list[list[Shard]] = []
-    by_name = splits_by_name(recipe)
-    for word in recipe.sources:
-        located = locate(word)
+    by_name, targets = splits_by_name(recipe), [locate(word) for word in recipe.sources]
+    check_found(targets)
+    for word, located in zip(recipe.sources, targets, strict=True):
         files = [file for file in located.files if not by_name or file.split in (None, "train")]
         new = [file for file in files if str(file.path.resolve()) not in seen]
         seen |= {str(file.path.resolve()) for file in new}

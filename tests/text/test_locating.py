@@ -8,6 +8,7 @@ import pytest
 from support.corpora import complaint, corpus_of, read, texts, write
 
 from hf_genlm.config.recipe import CorpusRecipe
+from hf_genlm.errors import UserError
 from hf_genlm.text.corpus import notes_on
 from hf_genlm.text.locating import locate
 from hf_genlm.text.streaming import read_stream
@@ -69,7 +70,10 @@ def test_output_of_this_package_is_left_out_and_counted(project, monkeypatch, ki
     found = stream_of(".")
     assert streamed(found) | set(texts(found.validation)) == set(STORIES)
     assert notes_on(found.report)[0].startswith(told.format("texts/"))
-    assert "name a folder of text, or a file in it" in complaint("texts/out")
+    assert "runs, comparisons and models are no text" in complaint("texts/out")
+    assert len(corpus_of("texts/out", "texts/1.txt").report["files"]) == 1  # as the shell makes of texts/*
+    with pytest.raises(UserError, match="runs, comparisons and models are no text"):
+        stream_of("texts/out")
     named = next(name for name in OUTPUT[kind] if "." in name[1:])
     assert [file.name for file in locate(f"texts/out/{named}").files] == [f"texts/out/{named}"]
 
@@ -122,7 +126,7 @@ def test_installed_packages_and_caches_are_left_out_and_counted(project, monkeyp
 def test_a_folder_of_nothing_else_is_refused_with_its_reason(tmp_path):
     write(tmp_path / "data/node_modules/a/README.md", "text")
     message = complaint(tmp_path / "data")
-    assert "holds no readable file" in message
+    assert "there is no text to read" in message
     assert "1 file of data/node_modules/ left out" in message
 
 
@@ -177,7 +181,11 @@ def test_splits_by_name_give_way_to_what_is_stated(tmp_path):
     assert note.startswith("data/test/0.txt")
     named = corpus_of(*(tmp_path / f"data/{split}" for split in ("train", "valid", "test")))
     assert named.report["split"]["method"] == "document"
-    assert notes_on(named.report) == []
+    assert "name it by --validation" in notes_on(named.report)[0]
+    one_each = corpus_of(
+        *(write(tmp_path / f"{name}.txt", f"{name} of rivers\n" * 99) for name in ("train", "test"))
+    )
+    assert notes_on(one_each.report)[0].startswith("test.txt: trained on with train.txt")
     assert len(read(tmp_path / "data")[0]) == 90  # no split is asked for
 
 
