@@ -108,6 +108,13 @@ def source_of(name: "str | os.PathLike[str]") -> str:
     return source
 
 
+def names_of(name: str) -> set[str]:
+    """Names that people have for the model at `name`: its run, its folder, and the last part of the run's."""
+    run = Path(name).parent if Path(name).name == "model" else Path(name)
+    runs = {run, Path(os.path.abspath(run)) if run.exists() else run}
+    return {name, *map(str, runs), *(str(each / "model") for each in runs), *(each.name for each in runs)}
+
+
 def _has_adapter(source: str) -> bool:
     """True if a model folder or Hub id has an adapter_config.json; False if the Hub cannot be asked."""
     if Path(source).exists():

@@ -1,4 +1,4 @@
-"""Serve a model by an OpenAI-compatible API, and chat with it by transformers' client.
+"""Serve a model by an OpenAI-compatible API.
 
 The server is for the programs of one machine: it refuses web pages of other origins, answers four paths, and
 bounds what a client may send and hold. A field of a request that it does not know is refused by its name.
@@ -18,15 +18,14 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from importlib import import_module
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
-from hf_genlm.errors import UserError, escape_controls
-from hf_genlm.loading import load
+from hf_genlm.errors import UserError
+from hf_genlm.loading import load, names_of
 from hf_genlm.text.encoding import encode_messages, encode_texts
 
 LIBRARIES = ("fastapi", "openai", "pydantic", "uvicorn")  # what the server and transformers' client need
@@ -92,52 +91,37 @@ _NEUTRAL = {
 }  # fmt: skip
 
 
-def serve(source: str, host: str = "localhost", port: int = 8000) -> None:
-    """Serve the model folder or Hub id `source` until stopped.
+def serve(
+    source: str, host: str = "localhost", port: int = 8000, on_ready: Callable[[str], None] = lambda url: None
+) -> None:
+    """Serve the run, model folder or Hub id `source` until stopped; `on_ready` is called with the URL.
 
     Raises:
-        UserError: the server's libraries are not installed, or the model cannot be loaded.
+        UserError: the server's libraries are not installed, nothing can listen there, or no model loads.
     """
-    _check_installed()
+    check_installed()
     import uvicorn
 
-    uvicorn.run(
+    try:  # before the wait for the model
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot listen at {host}, port {port} ({reason}): name another --port") from error
+    config = uvicorn.Config(
         Server(*load(source), source, host), host=host, port=port, http=_bounded_protocol(), ws="none",
         lifespan="off", proxy_headers=False, server_header=False, timeout_graceful_shutdown=5,
     )  # fmt: skip
+    _log.setLevel(logging.WARNING)
+    shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
+    on_ready(f"http://{shown}:{port}")
+    uvicorn.Server(config).run()
 
 
-def chat(source: str, url: str | None = None, flags: Sequence[str] = ()) -> None:
-    """Chat with the model `source` as served at `url`, or by a server that runs until the chat ends.
-
-    `flags` are generation settings as the client takes them, such as `["temperature=0.5"]`.
-
-    Raises:
-        UserError: the client's libraries are not installed, or the server does not start or refuses.
+def check_installed() -> None:
     """
-    _check_installed()
-    with background_server(source) if url is None else nullcontext(url) as url:
-        # the client connects to this URL only; an offline mode meant for the Hub would forbid it
-        os.environ.pop("HF_HUB_OFFLINE", None)
-        import click  # the app of transformers raises click's exceptions or typer's, by the version of typer
-        import typer
-        from transformers.cli.transformers import app
-
-        client: Any = import_module("transformers.cli.chat")
-        client.RichInterface.print_model_load = lambda self, model: None  # asks for a path that we lack
-        shown = client.Markdown  # of what the model writes
-        client.Markdown = lambda text, **rest: shown(escape_controls(text, "\n\t"), hyperlinks=False, **rest)
-        try:
-            app(["chat", source, url, *flags], standalone_mode=False)
-        except (typer.Exit, typer.Abort, click.exceptions.Exit, click.Abort):  # --help; end of the input
-            return
-        except (typer.TyperException, click.ClickException) as error:
-            raise UserError(f"transformers chat: {error.format_message()}") from error
-        except client.httpx.HTTPError as error:
-            raise UserError(f"the server at {url}: {error}") from error
-
-
-def _check_installed() -> None:
+    Raises:
+        UserError: what the server and transformers' client need is not installed.
+    """
     if any(find_spec(name) is None for name in LIBRARIES):
         raise UserError("serving needs more libraries: from a clone, pip install '.[serve]'")
 
@@ -230,6 +214,7 @@ class Server:
 
     def __init__(self, model: Any, tokenizer: Any, name: str, host: str):
         self.model, self.tokenizer, self.name, self.host = model, tokenizer, name, host.lower()
+        self.names = {None, *names_of(name)}
         self.thread, self.n_requests = ThreadPoolExecutor(1), 0
         # learned positions end there, as may those of other packages' models
         context = getattr(model.config, "max_position_embeddings", None)
@@ -253,7 +238,7 @@ class Server:
                     asked = _parse(await _read_body(request), is_chat="chat" in scope["path"])
                     if not {"prompt", "messages"} & asked.keys():
                         _refuse(400, "no prompt, or no messages for a chat")
-                    if asked.get("model") not in (None, self.name):
+                    if asked.get("model") not in self.names:
                         _refuse(404, "model: not served here; GET /v1/models names the served one")
                     await self.generate(asked, scope, receive, send)
                 case _:

@@ -1,8 +1,10 @@
 """The verbs that use or publish a trained model: generate, chat, serve, space, export and push."""
 
+import os
 import shlex
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,7 @@ import typer
 
 from hf_genlm.cli import options as o
 from hf_genlm.cli.display import Display, print_generated, say
-from hf_genlm.errors import UserError
+from hf_genlm.errors import UserError, escape_controls
 
 if TYPE_CHECKING:
     from hf_genlm.hub.manifest import Manifest
@@ -64,9 +66,28 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal; further words are generation settings."""
     from hf_genlm.loading import source_of
-    from hf_genlm.serving import chat as talk
+    from hf_genlm.serving import background_server, check_installed
 
-    talk(source_of(model), url, ctx.args)
+    source = source_of(model)
+    check_installed()
+    with background_server(source) if url is None else nullcontext(url) as url:
+        # the client connects to this URL only; an offline mode meant for the Hub would forbid it
+        os.environ.pop("HF_HUB_OFFLINE", None)
+        import click  # the app of transformers raises click's exceptions or typer's, by the version of typer
+        from transformers.cli.transformers import app
+
+        client: Any = import_module("transformers.cli.chat")
+        client.RichInterface.print_model_load = lambda self, model: None  # asks for a path that we lack
+        shown = client.Markdown  # of what the model writes
+        client.Markdown = lambda text, **rest: shown(escape_controls(text, "\n\t"), hyperlinks=False, **rest)
+        try:
+            app(["chat", source, url, *ctx.args], standalone_mode=False)
+        except (typer.Exit, typer.Abort, click.exceptions.Exit, click.Abort):  # --help; end of the input
+            return
+        except (typer.TyperException, click.ClickException) as error:
+            raise UserError(f"transformers chat: {error.format_message()}") from error
+        except client.httpx.HTTPError as error:
+            raise UserError(f"the server at {url}: {error}") from error
 
 
 @o.verb("serve", "Use", "hf-genlm serve lstm-10 --port 8000")
@@ -79,7 +100,13 @@ def serve(
     from hf_genlm.loading import source_of
     from hf_genlm.serving import serve as serve_model
 
-    serve_model(source_of(model), host, port)
+    source_of(model)  # before the wait for torch
+    asked = shlex.quote('{"messages": [{"role": "user", "content": "Hello"}]}')
+    call = f"/v1/chat/completions -H 'Content-Type: application/json' -d {asked}"
+    serve_model(
+        model, host, port,
+        lambda url: say(f"serving {model} on {url}; Ctrl-C ends it", f"curl {url}{call}"),
+    )  # fmt: skip
 
 
 @o.verb("space", "Publish", "hf-genlm space lstm-10 gru-10 --out demo")

@@ -8,6 +8,8 @@ import asyncio
 import contextlib
 import importlib
 import json
+import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -111,6 +113,41 @@ def test_a_server_that_cannot_start_says_why(tmp_path, capsys):
     (tmp_path / "model.safetensors").touch()
     assert main(["chat", str(tmp_path)]) == 2
     assert "did not start" in last_line(capsys)
+
+
+def test_serve_prints_its_address_and_a_command_that_asks(trained, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr("uvicorn.Server.run", lambda self: ran.append(self.config.app))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    assert main(["serve", str(trained.path), "--port", str(port)]) == 0
+    where, command = capsys.readouterr().out.splitlines()[-2:]
+    assert f"http://localhost:{port};" in where
+    curl, url, _, header, _, body = shlex.split(command)
+    assert (curl, header) == ("curl", "Content-Type: application/json")
+    sent = asyncio.run(call(ran[0], url.removeprefix(f"http://localhost:{port}"), json.loads(body)))
+    assert sent[0]["status"] == 200
+
+
+@pytest.mark.parametrize("address", [["--port", "TAKEN"], ["--port", "99999"], ["--host", "no.such.invalid"]])
+def test_an_address_that_cannot_be_had_is_told_in_one_line(trained, capsys, address):
+    with socket.create_server(("localhost", 0)) as taken:
+        words = [word.replace("TAKEN", str(taken.getsockname()[1])) for word in address]
+        assert main(["serve", str(trained.path), *words]) == 2
+    assert "cannot listen at" in last_line(capsys)
+
+
+def test_a_request_may_name_the_run(trained, tokenizer):
+    def status(served, asked) -> int:
+        server = Server(ScriptedModel(tokenizer, TEXT), tokenizer, str(served), "localhost")
+        fields = {"prompt": "The", "model": str(asked), "max_tokens": 1}
+        return asyncio.run(call(server, "/v1/completions", fields))[0]["status"]
+
+    names = [trained.path, trained.model, trained.path.name]
+    assert {status(served, asked) for served in (trained.path, trained.model) for asked in names} == {200}
+    assert status("owner/model", "model") == status("owner/model", "owner/model") == 200
+    assert {status(trained.path, asked) for asked in ("other", trained.path.parent, ".")} == {404}
 
 
 def complete(server, **fields) -> tuple[int, dict]:
