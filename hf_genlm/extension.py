@@ -27,6 +27,7 @@ from hf_genlm.text.corpus import notes_on, read_documents, with_sources
 from hf_genlm.text.encoding import encode_documents
 from hf_genlm.text.languages import check_languages
 from hf_genlm.text.sources import Sources
+from hf_genlm.text.store import TURN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,7 +91,7 @@ def extend(
     n_before = encode_documents(tokenizer, documents).n_tokens
     extension = extend_bpe(
         tokenizer.backend_tokenizer,
-        (text for _, text in documents.texts()),
+        (text.replace(TURN, "\n") for _, text in documents.texts()),
         n_new_tokens,
         kept,
         lambda done, total: tell("progress", {"task": "new tokens", "done": done, "total": total}),

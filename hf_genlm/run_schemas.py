@@ -128,6 +128,7 @@ class CorpusFile:
     scrubbed: ScrubbedCounts | None = None
     languages: dict[str, LanguageCounts] = field(default_factory=dict)
     canaries: PlantedCounts | None = None
+    chats: Count | None = None
 
 
 @dataclass(frozen=True)

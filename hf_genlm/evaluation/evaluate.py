@@ -138,9 +138,12 @@ def _run_suites(
         from hf_genlm.text.encoding import encode_documents
 
         on_progress = _progress_of("encoding", tell)
-        material.documents = encode_documents(subject.tokenizer, material.texts, on_progress)
-        _progress_of("counting words", tell)(0, None)
-        material.n_words = material.texts.count_words()
+        material.documents = encode_documents(subject.tokenizer, material.texts, on_progress, ends_chats=True)
+        if material.documents.targets is None:
+            _progress_of("counting words", tell)(0, None)
+            material.n_words = material.texts.count_words()
+        elif others := [name for name in names if name in ("range", "extrapolation")]:
+            raise UserError(f"--suite {others[0]} is for text, and some documents are chats: leave it out")
     found: list[Measurement] = []
     for name in names:
         on_progress = _progress_of(name, tell)

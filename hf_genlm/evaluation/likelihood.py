@@ -10,6 +10,9 @@ are not scored yet: each of these has at least context - stride tokens before it
 With stride = context the windows are those of lm-evaluation-harness: the last one is moved back until it is
 full.
 
+Chats. Of documents with `targets` (text/encoding.py), the targets alone are scored, the token that ends a
+turn of the assistant among them, and bytes are those of the targets.
+
 Carried state. A purely recurrent decoder can read a document once, in adjacent windows, each of which begins
 with the final states of the previous one: every token is then scored given all tokens before it.
 
@@ -46,6 +49,7 @@ from hf_genlm.evaluation.aggregation import (
     sum_calibration_gaps,
 )
 from hf_genlm.evaluation.measurement import Measurement
+from hf_genlm.text.encoding import TokenizedDocuments
 
 # Default bound on B * T * V of one forward pass: 128 MiB of float32 logits, and about as much again while
 # they are scored. A single window that is larger is read alone.
@@ -89,7 +93,8 @@ def measure_likelihood(
         parts: number of documents of each part (such as a language), in reading order; for a full pass.
         max_logits: bound on B * T * V of one forward pass. Changes no result.
         on_progress: called with (tokens scored so far, tokens to score) after each forward pass.
-        on_scores: called with the windows of each pass and the nats (N,) of their scored tokens, in order.
+        on_scores: called with the windows of each pass and the nats (N,) of their tokens, in order: 0 for one
+            that is not scored.
 
     Returns:
         The measurements that the module describes.
@@ -105,13 +110,19 @@ def measure_likelihood(
     if carry_state:
         _check_recurrent(model.config)
     windows = make_windows(n_tokens, context, stride, carry_state)
+    targets: Callable[[int], np.ndarray] | None = None
+    if isinstance(documents, TokenizedDocuments) and documents.targets is not None:
+        targets = documents.targets_of
+        n_tokens = np.array([targets(i).sum() for i in range(len(documents))])
+        if not carry_state:
+            windows = [w for w in windows if targets(w.document)[w.first : w.stop].any()]
     if not windows:
         raise UserError(f"the {split} split has no token to score: give it a source with text")
     if max_tokens is not None:
         windows = (_select_documents if carry_state else select_windows)(windows, max_tokens)
     make_batches = _batches_with_state if carry_state else _batches_by_length
     batches = make_batches(windows, batch_size, max_logits // model.config.vocab_size)
-    sums = _score(model, documents, windows, batches, start_id, carry_state, on_progress, on_scores)
+    sums = _score(model, documents, windows, batches, start_id, carry_state, on_progress, on_scores, targets)
     document_sizes = {"tokens": n_tokens, "bytes": n_bytes}
     if n_words is not None:
         document_sizes["words"] = np.asarray(n_words, dtype=np.int64) * (n_tokens > 0)
@@ -252,9 +263,16 @@ def _score(
     carry_state: bool,
     on_progress: Callable[[int, int], None] | None,
     on_scores: Callable[[Sequence[Window], np.ndarray], None] | None = None,
+    targets: Callable[[int], np.ndarray] | None = None,
 ) -> WindowSums:
-    """Score all windows. Sums are per window, so that they do not depend on the batches."""
-    tokens = np.array([window.stop - window.first for window in windows], dtype=np.float64)
+    """Score all windows. Sums are per window, so that they do not depend on the batches.
+
+    `targets(i)` masks the tokens (T,) of document i that are scored; None: all.
+    """
+    n_targets = [
+        w.stop - w.first if targets is None else targets(w.document)[w.first : w.stop].sum() for w in windows
+    ]
+    tokens = np.array(n_targets, dtype=np.float64)
     found = np.zeros((3, len(windows)))
     gaps = np.zeros((len(windows), NUM_BINS))
     n_scored = 0
@@ -266,18 +284,26 @@ def _score(
                 cache = None
             elif cache is not None:
                 cache.batch_select_indices(torch.arange(len(chosen)))  # drop documents that have ended
-            scores_4N, cache = _score_batch(model, documents, chosen, start_id, cache, carry_state)
+            scores_4N, cache = _score_batch(model, documents, chosen, start_id, cache, carry_state, targets)
             if not np.isfinite(scores_4N).all():
                 raise UserError(
                     "the model's logits are NaN or infinite: its training diverged; "
                     "train with a lower learning_rate"
                 )
             lengths = tokens[batch].astype(np.int64)
-            found[:, batch] = np.add.reduceat(scores_4N[:3], np.cumsum(lengths) - lengths, axis=1)
+            some = lengths > 0  # a window of a carried state may have no target
+            begins = (np.cumsum(lengths) - lengths)[some]
+            if len(begins):
+                found[:, batch[some]] = np.add.reduceat(scores_4N[:3], begins, axis=1)
             gaps[batch] = sum_calibration_gaps(scores_4N[1], scores_4N[3], lengths)
             n_scored += scores_4N.shape[1]
             if on_scores is not None:
-                on_scores(chosen, scores_4N[0])
+                nats = scores_4N[0]
+                if targets is not None:
+                    is_scored = np.concatenate([targets(w.document)[w.first : w.stop] for w in chosen])
+                    nats = np.zeros(len(is_scored))
+                    nats[is_scored] = scores_4N[0]
+                on_scores(chosen, nats)
             if on_progress is not None:
                 on_progress(n_scored, int(tokens.sum()))
     nats, top1, top5 = found
@@ -322,6 +348,7 @@ def _score_batch(
     start_id: int,
     cache: Any,
     carry_state: bool,
+    targets: Callable[[int], np.ndarray] | None,
 ) -> tuple[np.ndarray, Any]:
     """Score the targets of `windows` in one forward pass.
 
@@ -338,7 +365,9 @@ def _score_batch(
         offset = 1 if start == 0 else 0  # position 0 of a document's inputs is the start token
         inputs_BT[row, offset : stop - start] = ids[start + offset - 1 : stop - 1]
         targets_BT[row, : stop - start] = ids[start:stop]
-        scored_BT[row, first - start : stop - start] = True
+        scored_BT[row, first - start : stop - start] = (
+            True if targets is None else targets(document)[first:stop]
+        )
     device = next(model.parameters()).device
     given = {"past_key_values": cache, "use_cache": True} if carry_state else {"use_cache": False}
     output = model(input_ids=torch.from_numpy(inputs_BT).to(device), **given)

@@ -116,6 +116,8 @@ def audit(
     settings = load_recipe(run.recipe if run else recipe, assignments)
     report("reading the text")
     texts = _read_texts(run, settings, train, held_out, notify)
+    if any(documents.is_chat.any() for documents in texts):
+        raise UserError("the attacks of an audit are for text, and some documents are chats: name other text")
     report("loading the model")
     target = _load(model, settings, settings.training.max_seq_length if is_run else None)
     canaries = read(run.canaries, Canaries) if run and run.canaries.is_file() else None

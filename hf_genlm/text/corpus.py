@@ -99,6 +99,7 @@ def read_corpus(recipe: CorpusRecipe, on_progress: Progress | None = None) -> Co
         "validation": count_text(validation),
         "files": [file for part in readings for file in part.files],
         **_scrubbing_facts(readings),
+        **_chat_facts(train, validation),
     }
     if near is not None:
         report["near_duplicates"] = near.to_json()
@@ -138,6 +139,7 @@ def read_documents(
         **count_text(documents),
         "files": reading.files,
         **_scrubbing_facts([reading]),
+        **_chat_facts(documents),
     }
     if reading.languages:
         report["languages"] = report_on(recipe, {"train": (documents, reading.languages)})
@@ -174,19 +176,24 @@ def split_documents(
 
     "document": whole documents are held out, in a seeded order. "block", where documents are few or one of
     them is most of the corpus: all are cut at line ends into blocks of similar length, of which a seeded
-    choice is held out; neighbouring blocks of one side stay one document. The result depends on the order of
-    `documents` and on `seed` only.
+    choice is held out; neighbouring blocks of one side stay one document. Chats are never cut. The result
+    depends on the order of `documents` and on `seed` only.
 
     Raises:
-        UserError: the text is a single character.
+        UserError: the text is a single character, or a single chat.
     """
     documents = as_documents(documents)
     sizes = documents.n_bytes
     total = int(sizes.sum())
     target = fraction * total
-    if len(documents) >= _FEW_DOCUMENTS and sizes.max() <= _DOMINANT_SHARE * total:
+    has_chats = bool(documents.is_chat.any())
+    if has_chats and len(documents) < 2:
+        raise UserError("there is one chat alone, and none to hold out: add chats, or name --validation FILE")
+    if has_chats or (len(documents) >= _FEW_DOCUMENTS and sizes.max() <= _DOMINANT_SHARE * total):
         is_held = _choose(sizes, target, seed)
-        if target / 2 <= sizes[is_held].sum() <= target * 2:
+        if has_chats and not is_held.any():
+            is_held[sizes.argmin()] = True
+        if has_chats or target / 2 <= sizes[is_held].sum() <= target * 2:
             return documents.take(~is_held), documents.take(is_held), "document"
     n_characters = documents.n_characters
     if n_characters < 2:
@@ -316,6 +323,12 @@ def _scrubbing_facts(readings: Sequence[Reading]) -> dict[str, Any]:
     return {} if scrubber is None else {"scrubbed": scrubber.to_json(total)}
 
 
+def _chat_facts(*splits: Documents) -> dict[str, Any]:
+    """Number of chats; nothing if there are none."""
+    n = sum(int(documents.is_chat.sum()) for documents in splits)
+    return {"chats": n} if n else {}
+
+
 def _describe(sources: Sources, reading: Reading) -> str:
     if not sources:
         return f"CPython {platform.python_version()} standard library source and reference topics"
@@ -371,6 +384,11 @@ def notes_on(report: dict[str, Any]) -> list[str]:
         )
     if n := report.get("near_duplicates", {}).get("removed"):
         notes.append(f"{n:,} training documents left out that are near-duplicates")
+    if report.get("chats"):
+        notes.append(
+            f"{report['chats']:,} chats: the loss and all figures are of what the assistant says and of the "
+            "token that ends its turn; other messages are read only"
+        )
     if report.get("parallel_trained_on"):
         notes.append(
             f"the parallel text of {', '.join(report['parallel_trained_on'])} is trained on too, and what "

@@ -11,18 +11,20 @@ import json
 import os
 import re
 import threading
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from hf_genlm.errors import UserError
 from hf_genlm.memory import give_back_memory
 from hf_genlm.text.cache import ArrayFile, ArrayWriter, Cache, key_of
 from hf_genlm.text.fast_bpe import GROUPED_PATTERN, FastBPE, fast_bpe_of, pre_tokenizer
-from hf_genlm.text.store import Document, Documents, as_documents
+from hf_genlm.text.store import TURN, Document, Documents, as_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -52,13 +54,16 @@ class TokenizedDocuments(Sequence[tuple[np.ndarray, int]]):
     """Token ids of n documents in one flat array; `self[i]` is (ids of document i, its UTF-8 bytes).
 
     `ids` (n_tokens,) uint16 or uint32; `offsets` (n + 1,) int64, the start of each document in `ids`;
-    `n_bytes` (n,) int64. `file` holds the arrays if they are memory-mapped.
+    `n_bytes` (n,) int64. `file` holds the arrays if they are memory-mapped. Where some documents are chats,
+    `targets` (n_tokens,) bool is false for the tokens that a model reads and does not learn to predict, and
+    `n_bytes` counts what it predicts.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
     n_bytes: np.ndarray
     file: ArrayFile | None = None
+    targets: np.ndarray | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -68,6 +73,11 @@ class TokenizedDocuments(Sequence[tuple[np.ndarray, int]]):
     def take(self, indices: np.ndarray) -> np.ndarray:
         """Ids at `indices`, of the same shape; arbitrary ids for indices out of range."""
         return np.take(self.ids, indices, mode="clip") if len(self.ids) else np.zeros_like(indices)
+
+    def targets_of(self, i: int) -> np.ndarray:
+        """Mask (T,) of the tokens of document i that a model learns to predict."""
+        start, stop = self.offsets[i], self.offsets[i + 1]
+        return np.ones(stop - start, dtype=bool) if self.targets is None else self.targets[start:stop]
 
     def release(self) -> None:
         """Return the memory of ids read from the file to the system."""
@@ -87,10 +97,14 @@ class TokenizedDocuments(Sequence[tuple[np.ndarray, int]]):
             if chosen.step == 1:  # adjacent documents: no copy
                 offsets = self.offsets[chosen.start : max(chosen.start, chosen.stop) + 1]
                 ids = self.ids[offsets[0] : offsets[-1]]
-                return TokenizedDocuments(ids, offsets - offsets[0], self.n_bytes[index], self.file)
+                targets = None if self.targets is None else self.targets[offsets[0] : offsets[-1]]
+                return TokenizedDocuments(ids, offsets - offsets[0], self.n_bytes[index], self.file, targets)
             parts = [self.ids[self.offsets[i] : self.offsets[i + 1]] for i in chosen]
-            ids = np.concatenate([self.ids[:0], *parts])
-            return TokenizedDocuments(ids, _offsets([len(part) for part in parts]), self.n_bytes[index])
+            ids, offsets = np.concatenate([self.ids[:0], *parts]), _offsets([len(part) for part in parts])
+            targets = None
+            if self.targets is not None:
+                targets = np.concatenate([self.targets[:0], *map(self.targets_of, chosen)])
+            return TokenizedDocuments(ids, offsets, self.n_bytes[index], targets=targets)
         i = range(len(self))[index]
         return self.ids[self.offsets[i] : self.offsets[i + 1]], int(self.n_bytes[i])
 
@@ -210,8 +224,12 @@ def encode_documents(
     cache: Cache | None = None,
     sha256: str | None = None,
     batch: int = BATCH,
+    ends_chats: bool = False,
 ) -> TokenizedDocuments:
     """Encode every document without special tokens; the words of special tokens in a text are plain text.
+
+    In a chat, an end-of-text token stands between two messages. What the assistant says and the token behind
+    it are targets.
 
     Runs on all cores over batches of about `batch` bytes. Memory does not grow with the text, for which a
     document of more than `UNCUT` characters is cut behind a word if the tokenizer is not ours.
@@ -220,27 +238,30 @@ def encode_documents(
         on_progress: called with (characters encoded, all characters).
         note: receives a message if tiktoken cannot be used.
         cache, sha256: where the ids are stored and looked up, and the hash of the text as in corpus.json.
+        ends_chats: put the end-of-text token behind the last message of a chat too, as to measure it.
 
     Raises:
-        UserError: the disk is full.
+        UserError: the disk is full, or there are chats and the tokenizer has no end-of-text token.
     """
     documents = as_documents(documents)
     encoder = Encoder(tokenizer.backend_tokenizer, documents.n_characters)
     cache = cache or Cache(None)
     key = None
+    turns = _Turns(tokenizer.eos_token_id, ends_chats) if documents.is_chat.any() else None
     if sha256 is not None:
         tokenizer_sha256 = hashlib.sha256(encoder.state.encode()).hexdigest()
-        key = key_of(kind="tokens", text=sha256, tokenizer=tokenizer_sha256)
+        of_chats = {} if turns is None else turns._asdict()
+        key = key_of(kind="tokens", text=sha256, tokenizer=tokenizer_sha256, **of_chats)
         found = cache.load(key)
         if found is not None and _fits(found.arrays, documents, encoder):
             return tokenized_of(found)
     try:
-        return _encode(encoder, documents, cache, key, on_progress, batch)
+        return _encode(encoder, documents, cache, key, on_progress, batch, turns)
     except DifferentIds as error:
         encoder.slow_down()
         if note is not None:
             note(f"tiktoken is left aside, since it does not follow this tokenizer: {error}")
-        return _encode(encoder, documents, cache, key, on_progress, batch)
+        return _encode(encoder, documents, cache, key, on_progress, batch, turns)
 
 
 def _encode(
@@ -250,15 +271,25 @@ def _encode(
     key: str | None,
     on_progress: Callable[[int, int], None] | None,
     batch: int,
+    turns: "_Turns | None",
 ) -> TokenizedDocuments:
     total, done = documents.n_characters, 0
     lengths = np.zeros(len(documents), dtype=np.int64)
+    n_bytes = np.where(documents.is_chat, 0, documents.n_bytes)
+    runs, are_targets = array("q"), array("b")  # lengths of the runs of tokens that are targets or not
     with ArrayWriter(cache, key) as writer, ThreadPoolExecutor(n_cores()) as pool:
         for texts in _batches(
-            pieces(documents, encoder.can_cut), lambda piece: len(piece[1].encode()), batch
+            _segments(documents, encoder.can_cut, turns), lambda piece: len(piece[1].encode()), batch
         ):
-            parts = encoder.encode([text for _, text in texts], pool)
-            for (i, text), ids in zip(texts, parts, strict=True):
+            parts = encoder.encode([text for _, text, _ in texts], pool)
+            for k, ((i, text, is_target), ids) in enumerate(zip(texts, parts, strict=True)):
+                if turns is not None:
+                    if text == TURN and documents.is_chat[i]:
+                        parts[k] = ids = turns.end(encoder.dtype)
+                    elif is_target and documents.is_chat[i]:
+                        n_bytes[i] += len(text.encode())
+                    runs.append(len(ids))
+                    are_targets.append(is_target)
                 lengths[i] += len(ids)
                 done += len(text)
             writer.append("ids", np.concatenate(parts))
@@ -266,21 +297,60 @@ def _encode(
                 on_progress(done, total)
         writer.append("ids", np.zeros(0, dtype=encoder.dtype))  # for an empty list of documents
         writer.append("offsets", _offsets(lengths))
-        writer.append("n_bytes", documents.n_bytes)
+        writer.append("n_bytes", n_bytes)
+        for first in range(0, len(runs), BATCH >> 8):
+            part = slice(first, first + (BATCH >> 8))
+            writer.append("targets", np.repeat(np.array(are_targets[part], dtype=bool), runs[part]))
         finished = writer.finish()
     give_back_memory()
     return tokenized_of(finished)
 
 
+class _Turns(NamedTuple):
+    """The token behind each message of a chat; with `ends_chats`, behind the last one too."""
+
+    eos_id: int | None
+    ends_chats: bool
+
+    def end(self, dtype: np.dtype) -> np.ndarray:
+        if self.eos_id is None:
+            raise UserError("this tokenizer has no eos token, which ends every message of a chat: set one")
+        return np.array([self.eos_id], dtype=dtype)
+
+
+def _segments(documents: Documents, can_cut: bool, turns: _Turns | None) -> Iterator[tuple[int, str, bool]]:
+    """(index of the document, text, True if its tokens are targets) of all documents in order. In a chat, the
+    role of a message, its content and the end of it, `TURN`, are segments of their own."""
+    for i, group in itertools.groupby(pieces(documents, can_cut), key=lambda piece: piece[0]):
+        if not documents.is_chat[i]:
+            yield from ((i, text, True) for _, text in group)
+            continue
+        is_target = is_begun = False
+        for _, text in group:
+            if text.startswith(TURN):
+                if is_begun:
+                    yield i, TURN, is_target
+                role, _, text = text[1:].partition("\n")
+                is_target, is_begun = role == "assistant", True
+                yield i, f"{role}\n", False
+            yield i, text, is_target
+        if turns is not None and turns.ends_chats:
+            yield i, TURN, is_target
+
+
 def _fits(arrays: Mapping[str, np.ndarray], documents: Documents, encoder: Encoder) -> bool:
     """Return True if arrays read from a file can be the ids of `documents`."""
-    if arrays.keys() != {"ids", "offsets", "n_bytes"}:
+    is_text = ~documents.is_chat
+    types = {"ids": encoder.dtype, "offsets": np.dtype(np.int64), "n_bytes": np.dtype(np.int64)}
+    if not is_text.all():
+        types["targets"] = np.dtype(bool)
+    if {name: values.dtype for name, values in arrays.items()} != types:
         return False
-    ids, offsets = arrays["ids"], arrays["offsets"]
-    types = (encoder.dtype, np.dtype(np.int64), np.dtype(np.int64))
+    ids, offsets, n_bytes = arrays["ids"], arrays["offsets"], arrays["n_bytes"]
     return (
-        tuple(array.dtype for array in arrays.values()) == types
-        and np.array_equal(arrays["n_bytes"], documents.n_bytes)
+        n_bytes.shape == is_text.shape
+        and np.array_equal(n_bytes[is_text], documents.n_bytes[is_text])
+        and len(arrays.get("targets", ids)) == len(ids)
         and len(offsets) == len(documents) + 1
         and (offsets[0], offsets[-1]) == (0, len(ids))
         and bool((np.diff(offsets) >= 0).all())
@@ -316,9 +386,16 @@ def cuts_are_exact(backend: Tokenizer) -> bool:
 def pieces(
     documents: Documents, can_cut: bool = True, length: int | None = None
 ) -> Iterator[tuple[int, str]]:
-    """(index of the document, text) of all documents in order, long ones in pieces."""
+    """(index of the document, text) of all documents in order, long ones in pieces; of a chat, each message,
+    which begins with `TURN`."""
     for i, parts in itertools.groupby(documents.texts(), key=lambda part: part[0]):
-        yield from ((i, piece) for piece in pieces_of_parts((part for _, part in parts), can_cut, length))
+        texts = (part for _, part in parts)
+        if documents.is_chat[i]:  # as a record, it was held in memory before
+            turns = "".join(texts).split(TURN)[1:]
+            for turn in turns:
+                yield from ((i, piece) for piece in pieces_of_parts((TURN, turn), can_cut, length))
+        else:
+            yield from ((i, piece) for piece in pieces_of_parts(texts, can_cut, length))
 
 
 def pieces_of_parts(parts: Iterable[str], can_cut: bool = True, length: int | None = None) -> Iterator[str]:

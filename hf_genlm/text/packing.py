@@ -34,8 +34,9 @@ class PackedRows:
     row, so every token but the first of the stream is a label exactly once (models shift the labels inside).
     The last row is padded with `pad_id`, labelled -100.
 
-    An item holds `input_ids`, `position_ids` and `labels`, each (T,) int64. There is no attention mask:
-    without one, transformers finds the documents of a row by their positions. With `carries_state`, for
+    An item holds `input_ids`, `position_ids` and `labels`, each (T,) int64; of a chat, what is no target is
+    labelled -100, and the end-of-text tokens within it begin no document. There is no attention mask: without
+    one, transformers finds the documents of a row by their positions. With `carries_state`, for
     models that carry a state from row to row, only the start of a document has position 0: a row that begins
     inside a document starts at position 1.
 
@@ -96,13 +97,13 @@ class PackedRows:
         """A whole batch: each value (B, T) int64."""
         chosen = range(len(self))
         starts_B = np.array([chosen[index] for index in indices], dtype=np.int64) * (self.max_seq_length - 1)
-        input_ids_BT, n_tokens_B = self._stream_at(starts_B)
+        input_ids_BT, n_tokens_B, is_eos_BT, is_target_BT = self._stream_at(starts_B)
         is_padding_BT = np.arange(self.max_seq_length) >= n_tokens_B[:, None]
         input_ids_BT[is_padding_BT] = self.pad_id
         return {
             "input_ids": input_ids_BT,
-            "position_ids": position_ids_of(input_ids_BT, self.eos_id, first=int(self.carries_state)),
-            "labels": np.where(is_padding_BT, IGNORED, input_ids_BT),
+            "position_ids": position_ids_of(is_eos_BT, True, first=int(self.carries_state)),
+            "labels": np.where(is_padding_BT | ~is_target_BT, IGNORED, input_ids_BT),
         }
 
     def first_tokens(self, count: int) -> np.ndarray:
@@ -116,8 +117,9 @@ class PackedRows:
         stream = np.concatenate([part[:, :-1].ravel().astype(self.documents.ids.dtype) for part in parts])
         return stream[: min(count, self.n_targets)]
 
-    def _stream_at(self, starts_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """T tokens of the stream from each start (B, T) int64, and how many of them exist (B,)."""
+    def _stream_at(self, starts_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """T tokens of the stream from each start (B, T) int64, and how many of them exist (B,); which stand
+        between documents, and which are targets (B, T) bool."""
         stops_B = np.minimum(starts_B + self.max_seq_length, self._length)
         # the end-of-text tokens of each row, as one flat list over all rows
         first_B = np.searchsorted(self._eos_at, starts_B)
@@ -134,7 +136,10 @@ class PackedRows:
             self.documents.release()
             self._n_fetched = 0
         tokens_BT[is_eos_BT] = self.eos_id
-        return tokens_BT, stops_B - starts_B
+        is_target_BT = np.array(True)
+        if self.documents.targets is not None:  # the end of a document as the token before it
+            is_target_BT = np.take(self.documents.targets, index_BT, mode="clip")
+        return tokens_BT, stops_B - starts_B, is_eos_BT, is_target_BT
 
 
 class DocumentWindows:

@@ -7,7 +7,7 @@ from typing import IO, Any
 from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError
 from hf_genlm.text.raw_files import Damage, LeaveOut, Place, RawFile, one_line, unpacked
-from hf_genlm.text.store import CHUNK, TextStore
+from hf_genlm.text.store import CHUNK, TURN, TextStore, chat_text
 
 Parts = Iterable[str]  # one text, as strings that join to it
 
@@ -22,7 +22,7 @@ _OTHER_FIELD = "name a field of text with --set corpus.text_column=..."
 _LIKELY = {"text", "content", "body", "sentence", "document", "article", "story", "raw_content"}
 _TO_JSON = "write the chats as JSON lines, Dataset.to_json('chats.jsonl')"
 _CHATS = ("messages", "conversations")  # fields of chats
-_ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT -> of the chat templates
+_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}  # of ShareGPT -> of the chat templates
 
 
 def check_unicode(place: Place, text: str) -> None:
@@ -89,8 +89,8 @@ def messages_of(value: Any) -> list[dict[str, str]] | None:
 
 
 def text_value(place: Place, value: Any, recipe: CorpusRecipe, field: str | None = None) -> str:
-    """Text of a record's `field`, by default the text column; null is the empty text. In the text of a chat,
-    each message stands behind its role.
+    """Text of a record's `field`, by default the text column; null is the empty text. The text of a chat is
+    that of `chat_text`.
 
     Raises:
         Damage: `value` is not text.
@@ -99,7 +99,11 @@ def text_value(place: Place, value: Any, recipe: CorpusRecipe, field: str | None
         return ""
     messages, field = messages_of(value), field or recipe.text_column
     if messages is not None:
-        value = "\n\n".join(f"{each['role'].capitalize()}: {each['content']}" for each in messages)
+        value = chat_text(messages)
+        if f"{TURN}assistant\n" not in value:
+            roles = ", ".join(sorted({repr(each["role"][:40]) for each in messages}))
+            reason = f"is a chat in which no message of the role 'assistant' says something (roles: {roles})"
+            raise Damage(place, reason, "name the role that the model is to learn 'assistant'")
     elif not isinstance(value, str) or field != recipe.text_column:
         wanted = "text" if field == recipe.text_column else "a list of messages"
         raise Damage(place, f"field {field!r} is {type(value).__name__}, not {wanted}", _OTHER_FIELD)

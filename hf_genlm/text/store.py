@@ -8,7 +8,7 @@ import io
 import itertools
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import IO, Any, NamedTuple, overload
 
@@ -20,7 +20,22 @@ CHUNK = 1 << 20  # bytes read or written at once
 _SPACE = re.compile(r"\s+")
 _LOOK_AHEAD = 1 << 12  # bytes searched for a line end at once
 _AT_ONCE = 4096  # documents whose borders are converted to Python at once
-_ARRAYS = ("starts", "stops", "characters", "source_ids")  # of Documents
+_ARRAYS = ("starts", "stops", "characters", "source_ids", "is_chat")  # of Documents
+TURN = "\ufdd0"  # begins a message in the text of a chat; Unicode leaves this sign to programs
+_CHAT = re.compile(f"{TURN}[^\n{TURN}]+\n")
+
+
+def chat_text(messages: Iterable[Mapping[str, str]]) -> str:
+    """Text of a document that holds the messages of a chat, each {"role", "content"}, in order.
+
+    White space around a content is left out, as by the chat template, and so are messages without content.
+    """
+    turns = []
+    for message in messages:
+        role = " ".join(message["role"].replace(TURN, "").lower().split()) or "user"
+        content = message["content"].replace(TURN, "\ufffd").strip()
+        turns += [f"{TURN}{role}\n{content}"] if content else []
+    return "".join(turns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +108,8 @@ class Documents(Sequence[Document]):
     """n documents of a store, each read when it is indexed.
 
     Document i is the bytes [starts[i], stops[i]) of `store`, which hold `characters[i]` characters, and comes
-    from `sources[source_ids[i]]`; each array is (n,) int64. Slices and `take` copy no text.
+    from `sources[source_ids[i]]`; each of these arrays is (n,) int64. `is_chat` (n,) bool is true for a text
+    of `chat_text`. Slices and `take` copy no text.
     """
 
     store: TextStore
@@ -102,6 +118,7 @@ class Documents(Sequence[Document]):
     characters: np.ndarray
     sources: Sequence[str]
     source_ids: np.ndarray
+    is_chat: np.ndarray
 
     @property
     def n_bytes(self) -> np.ndarray:
@@ -145,8 +162,7 @@ class Documents(Sequence[Document]):
     def take_blocks(self, blocks: Sequence[Block]) -> "Documents":
         """Each block of these documents as a document of its own."""
         index, starts, stops, characters = np.array(blocks, dtype=np.int64).reshape(-1, 4).T
-        source_ids = self.source_ids[index]
-        return replace(self, starts=starts, stops=stops, characters=characters, source_ids=source_ids)
+        return replace(self.take(index), starts=starts, stops=stops, characters=characters)
 
     def contents(self) -> Iterator[tuple[int, bytes]]:
         """(index of the document, bytes) in order; a document above `chunk_bytes` comes in several parts."""
@@ -257,14 +273,16 @@ class DocumentWriter:
         self._store = store or TextStore()
         self._sources: list[str] = []
         self._stops, self._characters, self._source_ids = array("q"), array("q"), array("q")
+        self._is_chat = array("b")
 
     def __len__(self) -> int:
         return len(self._stops)
 
     def add(self, parts: Iterable[str], source: str, keep_empty: bool = False) -> None:
         """Add the text that `parts` join to; an empty one is dropped unless `keep_empty`."""
-        start, characters = self._store.n_bytes, 0
+        start, characters, is_chat = self._store.n_bytes, 0, False
         for part in parts:
+            is_chat = is_chat or (not characters and _CHAT.match(part) is not None)
             self._store.append(part.encode("utf-8"))
             characters += len(part)
         if self._store.n_bytes == start and not keep_empty:
@@ -274,11 +292,12 @@ class DocumentWriter:
         self._stops.append(self._store.n_bytes)
         self._characters.append(characters)
         self._source_ids.append(len(self._sources) - 1)
+        self._is_chat.append(is_chat)
 
     def truncate(self, n: int) -> None:
         """Remove all but the first `n` documents, and a document whose `add` was interrupted."""
         self._store.truncate(self._stops[n - 1] if n else 0)
-        for values in (self._stops, self._characters, self._source_ids):
+        for values in (self._stops, self._characters, self._source_ids, self._is_chat):
             del values[n:]
         del self._sources[self._source_ids[-1] + 1 if n else 0 :]
 
@@ -288,7 +307,8 @@ class DocumentWriter:
             np.array(values, dtype=np.int64) for values in (self._stops, self._characters, self._source_ids)
         )
         starts = np.concatenate([[0], stops[:-1]]).astype(np.int64)[: len(stops)]
-        return Documents(self._store, starts, stops, characters, self._sources, source_ids)
+        is_chat = np.array(self._is_chat, dtype=bool)
+        return Documents(self._store, starts, stops, characters, self._sources, source_ids, is_chat)
 
 
 def as_documents(documents: Iterable[Document], store: TextStore | None = None) -> Documents:

@@ -20,7 +20,7 @@ from hf_genlm.text.locating import check_found, lines_on, locate, splits_by_name
 from hf_genlm.text.records import Parts
 from hf_genlm.text.scrubbing import Scrubber, scrubber_of
 from hf_genlm.text.sources import FileShard, HubShard, Shard, lines_told
-from hf_genlm.text.store import Document, Documents, DocumentWriter
+from hf_genlm.text.store import TURN, Document, Documents, DocumentWriter
 
 _MAX_HELD_SHARE = 0.25  # of `validation_bytes`: a longer document is trained on
 _SEARCH_FACTOR = 4  # times the text in which the validation text is expected to be found
@@ -93,6 +93,8 @@ class Lane:
             for number in range(begin.shard, len(self.shards)):
                 state = begin.state if number == begin.shard else None
                 for parts, behind in self.shards[number].texts(state):
+                    if isinstance(parts, tuple) and "".join(parts[:1]).startswith(TURN):
+                        raise UserError(f"{self.shards[number].name!r} holds chats: leave --stream out")
                     if self.scrubber is not None:
                         parts = self.scrubber.scrub_parts(parts)
                     text = self.held_out.filter(parts)

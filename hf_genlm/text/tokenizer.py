@@ -27,17 +27,20 @@ from hf_genlm.text.encoding import encode_documents, pieces
 from hf_genlm.text.fast_bpe import PATTERNS, bounded, pre_tokenizer
 from hf_genlm.text.languages import balanced_text, check_languages
 from hf_genlm.text.sources import Sources
-from hf_genlm.text.store import Document, Documents, as_documents
+from hf_genlm.text.store import TURN, Document, Documents, as_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"  # before and after every document: both bos and eos
 PAD = "<|pad|>"
-# a plain language model has no roles: a conversation is one document, a line per message, without an end
+# what `encode_documents` makes of a chat; TRL trains on what stands between the marks of a generation
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
-    "{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ (message['content'] or '') | trim }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ (message['content'] or '') | trim }}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
 )
 MAX_CHOSEN_VOCAB_SIZE = 32768
 _MIN_CHOSEN_VOCAB_SIZE = 512
@@ -189,7 +192,10 @@ def train_tokenizer(
     is_large = documents.n_bytes.sum() > _MAX_WORD_BYTES
     while is_large and n_characters > _WHOLE_PIECE and not _fits(sample_evenly(documents, n_characters)):
         n_characters //= 2
-    backend.train_from_iterator(sample_evenly(documents, n_characters, recipe.pattern), trainer)
+    texts = sample_evenly(documents, n_characters, recipe.pattern)
+    if documents.is_chat.any():
+        texts = (text.replace(TURN, "\n") for text in texts)
+    backend.train_from_iterator(texts, trainer)
     backend.pre_tokenizer = pre_tokenizer(PATTERNS[recipe.pattern])
     del trainer
     give_back_memory()

@@ -385,15 +385,20 @@ class MilestoneCallback(TrainerCallback):
 
 @torch.no_grad()
 def write_samples(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, max_new_tokens: int, seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    max_new_tokens: int,
+    seed: int,
+    prompt: Sequence[int] = (),
 ) -> list[str]:
-    """Generate `count` texts from the start of a document, at temperature 0.8.
+    """Generate `count` texts from the start of a document, or behind the tokens `prompt`, at temperature 0.8.
 
     The global random state is unchanged.
     """
     was_training = model.training
     model.eval()
-    start = torch.full((count, 1), tokenizer.bos_token_id, device=model.device)
+    start = torch.tensor([[tokenizer.bos_token_id, *prompt]] * count, device=model.device)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -406,7 +411,7 @@ def write_samples(
             use_cache=True,
         )
     model.train(was_training)
-    return tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=True)
+    return tokenizer.batch_decode(rows[:, start.shape[1] :], skip_special_tokens=True)
 
 
 class PushWithCode(TrainerCallback):

@@ -28,7 +28,7 @@ from hf_genlm.text.packed_stream import PackedStream
 from hf_genlm.text.packing import DocumentWindows, PackedRows
 from hf_genlm.text.store import Documents
 from hf_genlm.text.streaming import DocumentStream, HeldOut, beginning, open_stream, read_stream
-from hf_genlm.text.tokenizer import load_tokenizer, train_tokenizer
+from hf_genlm.text.tokenizer import CHAT_TEMPLATE, load_tokenizer, train_tokenizer
 from hf_genlm.training import processes
 from hf_genlm.training.bigram_init import MAX_COUNTED_TOKENS
 from hf_genlm.training.callbacks import WordRate
@@ -59,7 +59,15 @@ class TokenizedCorpus:
         return self.train.n_tokens
 
     def windows(self, training: TrainingSettings) -> DocumentWindows:
-        """Rows of a private run: one window of each drawn document."""
+        """Rows of a private run: one window of each drawn document.
+
+        Raises:
+            UserError: some documents are chats.
+        """
+        if self.train.targets is not None:
+            raise UserError(
+                "--epsilon is for text, and some documents are chats: leave it out, or write them as text"
+            )
         special = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         return DocumentWindows(self.train, training.max_seq_length, *special)
 
@@ -152,6 +160,8 @@ def prepare_corpus(run: RunFolder, recipe: Recipe, is_resuming: bool = False) ->
                 writer.append("ids", documents.ids[start : start + _IDS_AT_ONCE])
             writer.append("offsets", documents.offsets)
             writer.append("n_bytes", documents.n_bytes)
+            if documents.targets is not None:
+                writer.append("targets", documents.targets)
             writer.finish()
         return found[0].tokenizer, found[0].languages
 
@@ -213,7 +223,7 @@ def _tokenize(run: RunFolder, recipe: Recipe, is_resuming: bool) -> TokenizedCor
         train,
         validation,
         words,
-        validation_words=corpus.validation.count_words(),
+        validation_words=None if corpus.report.get("chats") else corpus.validation.count_words(),
         train_words=corpus.report["train"].get("words"),
         languages=languages,
     )
@@ -249,6 +259,8 @@ def _tokenizer_of(
         run.tell("progress", task="tokenizer", done=0, total=None)
         tokenizer = train_tokenizer(documents, recipe.tokenizer, n_bytes, cache, sha256)
     if not is_resuming:
+        if documents.is_chat.any():
+            tokenizer.chat_template = CHAT_TEMPLATE
         save_tokenizer(run, tokenizer)
     return tokenizer
 
@@ -273,7 +285,10 @@ def _encode_splits(
             run.tell("progress", task=f"encoding {split}", done=done, total=total)
 
         sha256 = corpus.report[split]["sha256"]
-        encoded.append(encode_documents(tokenizer, documents, on_progress, note, cache, sha256))
+        ends_chats = split == "validation"
+        encoded.append(
+            encode_documents(tokenizer, documents, on_progress, note, cache, sha256, ends_chats=ends_chats)
+        )
         corpus.report[split]["tokens"] = encoded[-1].n_tokens
         languages = corpus.report.get("languages", {})
         for code, span in spans(count_documents(languages, split)).items():

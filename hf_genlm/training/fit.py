@@ -47,6 +47,7 @@ from hf_genlm.training.trainer import BudgetTrainer
 
 _PARTIAL_VALIDATION_TOKENS = 16_384
 _SAMPLE_TOKENS = 64
+_PROMPT_TOKENS = 256
 
 
 @dataclasses.dataclass
@@ -248,10 +249,14 @@ def _sample(run: RunFolder, job: Job, model: GenLMForCausalLM, step: int) -> Non
     training = job.settings.training
     if training.num_samples == 0:
         return
-    texts = write_samples(model, job.corpus.tokenizer, training.num_samples, _SAMPLE_TOKENS, training.seed)
+    tokenizer, validation = job.corpus.tokenizer, job.corpus.validation
+    prompt: list[int] = []
+    if validation.targets is not None:  # of a held-out chat, as far as its first answer
+        prompt = validation[0][0][: validation.targets_of(0).argmax()][-_PROMPT_TOKENS:].tolist()
+    texts = write_samples(model, tokenizer, training.num_samples, _SAMPLE_TOKENS, training.seed, prompt)
     reached = job.reached(step)
     for text in texts:
-        run.log("sample", step=step, **reached, prompt="", text=text)
+        run.log("sample", step=step, **reached, prompt=tokenizer.decode(prompt), text=text)
 
     def note(reason: str) -> None:
         run.log("note", message=f"the samples of step {step} were not written: {reason}")

@@ -9,7 +9,7 @@ from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.text.streaming import open_stream
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, what is it?"}]
-AS_TEXT = "User: Hi\n\nAssistant: Hello, what is it?"
+AS_TEXT = "\ufdd0user\nHi\ufdd0assistant\nHello, what is it?"
 
 
 def lines_of(*records) -> str:
@@ -35,6 +35,11 @@ def test_a_chat_is_a_document_of_turns(tmp_path, record):
     assert ["".join(parts) for parts, _ in stream.shards[0].texts(None)] == [AS_TEXT, "plain"]
     (field,) = {"messages", "conversations"} & set(record)
     assert texts(read(path, text_column=field, damaged="skip")[0]) == [AS_TEXT]
+
+
+def test_a_chat_without_an_answer_is_damage(tmp_path):
+    path = write(tmp_path / "a.jsonl", lines_of({"messages": [{"role": "bot", "content": "Hi"}]}))
+    assert "roles: 'bot'" in complaint(path)
 
 
 @pytest.mark.parametrize("messages", ["[1]", [], [1], ["a"], [{"role": "user", "content": 1}], {"role": "a"}])
