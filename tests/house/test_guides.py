@@ -25,8 +25,8 @@ MAX_README_WORDS = 1500
 PARSED_ONLY = {
     "owner/": "needs the Hub",
     "USER/MODEL": "tests/hub runs it against a Hub on the loopback interface",
-    "serve": "runs until it is stopped; tests/cli",
-    "chat": "is interactive; tests/cli",
+    " serve ": "runs until it is stopped; tests/cli",
+    " chat ": "is interactive; tests/cli",
     "--processes": "tests/training runs several processes",
     "--resume": "the run before it is complete",
     "export": "tests/exporting runs it",
@@ -86,6 +86,8 @@ def material(tmp_path, monkeypatch):
         (tmp_path / f"parallel-{code}.txt").write_text("\n".join(lines[:20]), encoding="utf-8")
     shutil.copy(tmp_path / "swh.txt", tmp_path / "new-language.txt")
     (tmp_path / "glove.txt").write_text("the 0.1 0.2 0.3 0.4\nof 0.4 0.3 0.2 0.1\n", encoding="utf-8")
+    said = '{"messages": [{"role": "user", "content": "%d?"}, {"role": "assistant", "content": "%d."}]}\n'
+    (tmp_path / "chats.jsonl").write_text("".join(said % (i, i) for i in range(40)))
     (tmp_path / "blimp" / "pairs.jsonl").write_text(
         '{"sentence_good": "the names are", "sentence_bad": "the names is", "UID": "agreement"}\n'
     )
@@ -120,7 +122,7 @@ def test_code_of_a_page_runs(page, material, trained_model):
             exec(compile(block, page.name, "exec"), names)
         if language == "bash":
             for words in commands(block):
-                if not any(word in part for word in PARSED_ONLY for part in words):
+                if not any(word in f" {' '.join(words)} " for word in PARSED_ONLY):
                     assert main(shortened(words)) == 0, words
 
 
