@@ -105,8 +105,9 @@ def serve(
     try:  # before the wait for the model
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except (OSError, OverflowError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot listen at {host}, port {port} ({reason}): name another --port") from error
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        message = f"cannot listen at {host}, port {port} ({reason}): name another --port or --host"
+        raise UserError(message) from error
     config = uvicorn.Config(
         Server(*load(source), source, host), host=host, port=port, http=_bounded_protocol(), ws="none",
         lifespan="off", proxy_headers=False, server_header=False, timeout_graceful_shutdown=5,
