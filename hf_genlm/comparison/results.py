@@ -15,7 +15,7 @@ Legend of shapes: S seeds, C pieces (clusters) of the held-out text.
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -42,6 +42,7 @@ class Estimate:
     value: float
     stderr: float | None
     degrees: float | None
+    minimum: float = -math.inf  # of the scale
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -51,7 +52,7 @@ class Estimate:
         from scipy.stats import t
 
         reach = float(t.ppf((1 + CONFIDENCE_LEVEL) / 2, self.degrees)) * self.stderr
-        return self.value - reach, self.value + reach
+        return max(self.minimum, self.value - reach), self.value + reach
 
     @property
     def p_value(self) -> float | None:
@@ -65,8 +66,9 @@ class Estimate:
         return float(2 * t.sf(abs(self.value) / self.stderr, self.degrees))
 
     def to_json(self) -> dict[str, Any]:
-        """The fields and the interval by name."""
-        return {**asdict(self), "interval": self.interval}
+        """Value, error, degrees and interval by name."""
+        names = ("value", "stderr", "degrees", "interval")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def read_results(folder: ComparisonFolder, plan: Plan, failed: dict[str, str]) -
             CandidateResult(
                 name=name,
                 runs=finished,
-                mean=mean_bits(nats[name], bytes_C),
+                mean=replace(mean_bits(nats[name], bytes_C), minimum=0.0),
                 nats_per_token=float(np.mean([run.nats_per_token for run in finished])),
                 parameters=prepared[name].parameters,
                 hidden_size=prepared[name].hidden_size,

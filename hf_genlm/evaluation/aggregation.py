@@ -129,7 +129,7 @@ def aggregate(
         if stderr is not None:
             stderr *= metric.scale
             ratio_R = resampled[metric.numerator] / resampled[metric.denominator]
-            interval = percentile_interval(metric.scale * ratio_R)
+            interval = percentile_interval(metric.scale * ratio_R, len(clusters["tokens"]))
         if metric.is_exponential:  # standard error by the delta method
             value = _exp(value)
             stderr = None if stderr is None else value * stderr

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.errors import UserError, did_you_mean, install_command
 from hf_genlm.evaluation.aggregation import check_paired
 from hf_genlm.evaluation.likelihood import document_nats
 from hf_genlm.evaluation.measurement import (
@@ -128,7 +128,7 @@ class _Accuracy(NamedTuple):
     resampled_R: np.ndarray
 
     def to_measurement(self, name: str, split: str) -> Measurement:
-        interval = None if self.stderr is None else percentile_interval(self.resampled_R)
+        interval = percentile_interval(self.resampled_R, self.n)
         return Measurement(name, self.value, "fraction", self.n, self.stderr, split, True, interval)
 
 
@@ -254,7 +254,7 @@ def measure_lm_eval_tasks(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError("lm-eval's tasks need one more library: pip install '.[eval]'") from error
+        raise UserError(f"lm-eval's tasks need one more library: {install_command('eval')}") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     folder = None if include_path is None else str(include_path)
     manager = TaskManager(include_path=folder, include_defaults=False)

@@ -7,7 +7,7 @@ Introduction to the Bootstrap, 1993, ch. 6 and 13 (percentile intervals) and ch.
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,11 @@ from hf_genlm.run_schemas import MeasurementRecord, MeasurementsFile
 
 NUM_RESAMPLES = 2000
 CONFIDENCE_LEVEL = 0.95
+MIN_CASES = 5  # independent values from which on an interval is estimated from their spread
+_HEAD = ("measurement", "value", "std. error", "95 % interval", "unit", "n", "split")
+# measurements NAME/CODE of which only languages have one
+_OF_LANGUAGES = {"bits_per_byte", "bits_per_sentence", "bytes_per_token", "tokens_per_sentence"}
+AT_MILESTONE = "@"  # between the name of a measurement and that of a milestone
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,50 @@ class Measurement:
     def _of(cls, record: MeasurementRecord) -> "Measurement":
         fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
         return cls(**{**fields, "value": math.nan if record.value is None else record.value})
+
+
+def figures(number: float | None, stderr: float | None = None) -> str:
+    """Write `number` to the second digit of its standard error, or to four digits without one."""
+    if number is None or not math.isfinite(number):
+        return "unknown"
+    scale = abs(stderr) if stderr and math.isfinite(stderr) else abs(number) / 100
+    if not scale:
+        return "0"
+    decimals = 1 - math.floor(math.log10(scale))
+    if not -12 < decimals < 9:
+        return f"{number:.3g}"
+    return f"{round(number, decimals) + 0.0:,.{max(0, decimals)}f}"
+
+
+def tabulate(measurements: Sequence[Measurement]) -> list[tuple[list[str], list[list[str]]]]:
+    """Tables of measurements for people: (head, rows of cells) each, without empty columns.
+
+    The first has a row for each measurement; then one has a row for each language, and one for each
+    milestone. Measurements of a milestone on a part of a text or suite are left out.
+    """
+    names = (m.name.partition("/") for m in measurements)
+    languages = {code for name, _, code in names if code and name in _OF_LANGUAGES}
+    rows: list[list[str]] = []
+    by_part: dict[str, dict[str, dict[str, str]]] = {"language": {}, "milestone": {}}
+    for m in measurements:
+        whole, _, milestone = m.name.partition(AT_MILESTONE)
+        name, _, part = whole.partition("/")
+        value, error = figures(m.value, m.stderr), m.stderr is not None and figures(m.stderr, m.stderr)
+        if milestone or part in languages:
+            if not (milestone and part):
+                row = by_part["milestone" if milestone else "language"].setdefault(milestone or part, {})
+                row[name] = f"{value} ± {error}" if error else value
+        else:
+            ends = ", ".join(figures(end, m.stderr) for end in m.interval or ())
+            shown = (f"± {error}" if error else "", f"[{ends}]" if ends else "")
+            rows.append([m.name, value, *shown, m.unit, f"{m.n:,}", m.split])
+    used = [i for i in range(len(_HEAD)) if any(row[i] for row in rows)]
+    tables = [([_HEAD[i] for i in used], [[row[i] for i in used] for row in rows])] if rows else []
+    for kind, parts in by_part.items():
+        columns = list(dict.fromkeys(column for cells in parts.values() for column in cells))
+        body = [[part, *(cells.get(column, "") for column in columns)] for part, cells in parts.items()]
+        tables += [([kind, *columns], body)] if body else []
+    return tables
 
 
 def write_measurements(path: str | Path, measurements: Iterable[Measurement]) -> None:
@@ -167,7 +216,9 @@ def bootstrap_sums(
     return np.concatenate(resampled)
 
 
-def percentile_interval(values_R: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of resampled values (R,)."""
+def percentile_interval(values_R: np.ndarray, n_cases: int) -> tuple[float, float] | None:
+    """The middle 95 % of values (R,) resampled from `n_cases` cases; None for fewer than `MIN_CASES`."""
+    if n_cases < MIN_CASES:
+        return None
     low, high = np.quantile(values_R, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
     return float(low), float(high)

@@ -97,11 +97,12 @@ def measure_exposure(losses: CanaryLosses) -> list[Measurement]:
     for i, canary in enumerate(losses.candidates):
         groups[canary.repetitions if canary.is_planted else 0].append(i)
     kinds = {"exposure": losses.by_rank, "exposure_extrapolated": losses.extrapolated}
+    highest = {"exposure": math.log2(losses.others.shape[1] + 1), "exposure_extrapolated": float(BITS)}
     found = []
     for count, group in sorted(groups.items()):
         n = len(group)
         for name, exposure in kinds.items():
-            value, stderr, interval = mean_interval(exposure[group])
+            value, stderr, interval = mean_interval(exposure[group], highest[name])
             found.append(Measurement(f"{name}/{count}", value, "bits", n, stderr, SPLIT, False, interval))
         p = null_p_value(kinds["exposure"][group])
         found.append(Measurement(f"exposure_p_value/{count}", p, "probability", n, None, SPLIT, True))

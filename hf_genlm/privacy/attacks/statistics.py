@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hf_genlm.evaluation.measurement import MIN_CASES
+
 COVERAGE = 0.95
 MAX_EPSILON = 100.0
 _MIN_CANARIES_FOR_SHARES = 100  # with so many canaries, guesses about a share of them are made as well
@@ -25,8 +27,11 @@ def clopper_pearson(hits: int, n: int, coverage: float = COVERAGE) -> tuple[floa
     return float(interval.low), float(interval.high)
 
 
-def mean_interval(values: np.ndarray) -> tuple[float, float | None, tuple[float, float] | None]:
-    """Mean of (n,), its standard error, and its interval by Student's t; the last two None if n = 1."""
+def mean_interval(values: np.ndarray, high: float) -> tuple[float, float | None, tuple[float, float] | None]:
+    """Mean of (n,) values from 0 to `high`, its standard error, and its interval by Student's t.
+
+    The error is None if n = 1, the interval for fewer than `MIN_CASES`, as their spread does not give one.
+    """
     from scipy.stats import sem, t
 
     values = np.asarray(values, dtype=np.float64)
@@ -35,14 +40,16 @@ def mean_interval(values: np.ndarray) -> tuple[float, float | None, tuple[float,
         return mean, None, None
     stderr = float(sem(values))
     reach = float(t.ppf((1 + COVERAGE) / 2, len(values) - 1)) * stderr
-    return mean, stderr, (mean - reach, mean + reach)
+    ends = max(0.0, mean - reach), min(high, mean + reach)
+    return mean, stderr, ends if len(values) >= MIN_CASES else None
 
 
-def auc(members: np.ndarray, others: np.ndarray) -> tuple[float, float, tuple[float, float]]:
+def auc(members: np.ndarray, others: np.ndarray) -> tuple[float, float, tuple[float, float] | None]:
     """P(a member scores higher than a non-member) + P(equal) / 2, its standard error, and its interval.
 
     The error is that of DeLong, DeLong and Clarke-Pearson (Biometrics 1988). It is 0 if all pairs agree; the
-    interval is then the exact one of as many independent pairs as the smaller group has passages.
+    interval is then the exact one of as many independent pairs as the smaller group has passages. Otherwise
+    it is None if that group has fewer than `MIN_CASES`.
 
     Args:
         members, others: scores (n,) and (m,), n and m at least 2.
@@ -57,7 +64,8 @@ def auc(members: np.ndarray, others: np.ndarray) -> tuple[float, float, tuple[fl
         n = min(len(members), len(others))
         return area, stderr, clopper_pearson(round(area * n), n)
     reach = float(norm.ppf((1 + COVERAGE) / 2)) * stderr
-    return area, stderr, (max(0.0, area - reach), min(1.0, area + reach))
+    is_known = min(len(members), len(others)) >= MIN_CASES
+    return area, stderr, (max(0.0, area - reach), min(1.0, area + reach)) if is_known else None
 
 
 def _share_below(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
