@@ -105,4 +105,7 @@ def _is_imported_for_command_line() -> bool:
 
 
 if not _is_imported_for_command_line():
-    import hf_genlm.model  # noqa: F401  registers the Auto classes
+    from hf_genlm.errors import quiet_libraries
+
+    with quiet_libraries():
+        import hf_genlm.model  # noqa: F401  registers the Auto classes

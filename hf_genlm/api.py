@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hf_genlm.config.recipe import ENDS, Recipe, load_recipe, set_field
-from hf_genlm.errors import Stopped, UserError, did_you_mean, escape_controls
+from hf_genlm.errors import Stopped, UserError, did_you_mean, escape_controls, quiet_libraries
 from hf_genlm.files import note_write_errors
 from hf_genlm.loading import load
 from hf_genlm.run import Run
-from hf_genlm.run_folder import Listener, RunFolder
+from hf_genlm.run_folder import Listener, RunFolder, describe_step
 from hf_genlm.text.locating import Texts, as_sources, source_words, write_texts
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ SERVICES = {
     "write_card": "hf_genlm.card.write_card",
     "write_space": "hf_genlm.space.build.build_space",
 }
-_TEXT_PARAMETERS = ("sources", "train", "held_out", "keep", "validation")
+_TEXT_PARAMETERS = ("sources", "trained_on", "held_out", "keep", "validation")
 _SECTIONS = list(Recipe.model_fields)
 _BAR = "{desc}{percentage:3.0f}%|{bar}|{postfix}"
 # words of other libraries, and what they are called here
@@ -105,7 +105,7 @@ def _as_public(function: _Function) -> _Function:
         bound = signature.bind(*args, **keywords)
         if assignments:
             bound.arguments["assignments"] = [*bound.arguments.get("assignments", ()), *assignments]
-        with contextlib.ExitStack() as stack:
+        with quiet_libraries(), contextlib.ExitStack() as stack:
             for name, value in bound.arguments.items():
                 if isinstance(value, Run):
                     bound.arguments[name] = os.fspath(value)
@@ -478,32 +478,39 @@ def _stated_fields(shortcuts: Mapping[str, Any], fields: Mapping[str, Any]) -> d
 
 @contextlib.contextmanager
 def _progress_bar(is_shown: bool, listener: Listener | None) -> Iterator[Listener]:
-    """Give a listener that shows one bar (a widget in a notebook) and passes every event on to `listener`."""
-    from tqdm.auto import tqdm
-    from transformers.utils import logging
+    """Give a listener that shows progress and passes every event on to `listener`.
 
-    bar = tqdm(total=1.0, disable=not is_shown, leave=False, bar_format=_BAR)
+    Progress is one bar on a terminal, a widget in a notebook, and lines in a file: at most one in ten seconds
+    of training.
+    """
+    from tqdm.auto import tqdm
+    from tqdm.notebook import tqdm_notebook
+
+    is_live = issubclass(tqdm, tqdm_notebook) or sys.stderr.isatty()
+    bar = tqdm(total=1.0, disable=not (is_shown and is_live), leave=False, bar_format=_BAR)
+    task, line_s = "", 0.0
 
     def hear(event: str, fields: dict[str, Any]) -> None:
+        nonlocal task, line_s
         if event == "progress":
             bar.total = fields["total"]
             bar.n = fields["done"] if fields["total"] else 0
             bar.set_postfix_str("", refresh=False)
             bar.set_description(escape_controls(fields["task"]))
+            if is_shown and not is_live and task != fields["task"]:
+                bar.write(escape_controls(fields["task"]), file=sys.stderr)
+            task = fields["task"]
         elif event == "step":
             bar.total, bar.n = 1.0, fields["progress"]
             bar.set_description("training", refresh=False)
-            bar.set_postfix_str(f"step {fields['step']}, loss {fields['loss']:.3f}")
+            bar.set_postfix_str(describe_step(fields))
+            if is_shown and not is_live and time.monotonic() - line_s >= 10:
+                line_s = time.monotonic()
+                bar.write(f"training: {describe_step(fields)}", file=sys.stderr)
         elif event == "note" and is_shown:
             bar.write(escape_controls(fields["message"]), file=sys.stderr)
         if listener is not None:
             listener(event, fields)
 
-    has_other_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # of weights that are loaded and saved in between
-    try:
-        with bar:
-            yield hear
-    finally:
-        if has_other_bars:
-            logging.enable_progress_bar()
+    with quiet_libraries(), bar:
+        yield hear

@@ -1,10 +1,18 @@
-"""Errors that a person can fix or has asked for. Any other exception is a fault of this package."""
+"""Errors that a person can fix or has asked for, and messages of libraries that no person can act on.
 
+Any other exception is a fault of this package.
+"""
+
+import contextlib
 import difflib
+import logging
 import os
 import re
+import shlex
+import sys
 import unicodedata
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 
 # regular expressions of access tokens and keys: hidden in messages, scrubbed from text, refused in a push
 HUB = r"(?<!\w)hf_[A-Za-z0-9]{20,}"
@@ -16,6 +24,16 @@ END_OF_PRIVATE_KEY = BEGIN_OF_PRIVATE_KEY.replace("BEGIN", "END")
 # access tokens of the Hub; logins before the host of an address
 _SECRETS = (re.compile(HUB), re.compile(r"(?<=://)[^/\s@'\"]+(?=@)"))
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+# libraries whose warnings are about their own code
+_LIBRARIES = (
+    "torch",
+    "torch.utils._pytree",
+    "torchao",
+    "transformers",
+    "accelerate",
+    "matplotlib",
+    "datasets",
+)
 _JOINERS = "\u00ad\u200c\u200d"
 _MIN_SECRET = 8  # characters of a variable's value; a shorter value occurs in any text
 
@@ -83,3 +101,49 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; known: {', '.join(known)}"
+
+
+def install_command(extra: str) -> str:
+    """The command that installs the libraries of an extra of this package: in any folder, and without a
+    package index that has this package. A comment of the shell names the extra."""
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+
+    try:
+        stated = metadata.requires("hf_genlm") or []
+    except metadata.PackageNotFoundError:  # it runs from a folder
+        return f"pip install '.[{extra}]'"
+    needed = []
+    for library in map(Requirement, stated):
+        marker, names = library.marker, ",".join(library.extras)
+        if marker and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""}):
+            needed.append(f"{library.name}{f'[{names}]' if names else ''}{library.specifier}")
+    return f"{shlex.join(['pip', 'install', *needed])}  # the extra [{extra}]"
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hide the warnings of torch, transformers and their like, and the bars of transformers, in the block.
+
+    An import of transformers imports torchao, which prints a line for each of its programs that does not fit
+    this machine. A logger whose level a person has set, as by TRANSFORMERS_VERBOSITY=info, keeps it.
+    """
+    by_default = (logging.NOTSET, logging.WARNING)
+    levels = {each: each.level for each in map(logging.getLogger, _LIBRARIES) if each.level in by_default}
+    transformers = sys.modules.get("transformers.utils.logging")
+    bars = transformers if transformers and transformers.is_progress_bar_enabled() else None
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="|".join(_LIBRARIES))
+            for logger in levels:
+                logger.setLevel(logging.ERROR)
+            if bars:
+                bars.disable_progress_bar()
+            yield
+    finally:
+        if bars:
+            bars.enable_progress_bar()
+        for logger, level in levels.items():
+            if logger.level == logging.ERROR:  # an import in the block may have set its own level
+                logger.setLevel(level)

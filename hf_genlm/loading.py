@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_genlm.errors import UserError, without_secrets
+from hf_genlm.errors import UserError, quiet_libraries, without_secrets
 from hf_genlm.files import read, refuse_links_out, use_private_compiler_caches
 from hf_genlm.memory import check_sizes
 from hf_genlm.run_schemas import GenerationConfigFile, TokenizerConfigFile
@@ -33,7 +33,7 @@ def load(name: "str | os.PathLike[str]") -> "tuple[PreTrainedModel, PreTrainedTo
 
     import hf_genlm.model  # noqa: F401  registers the Auto classes
 
-    with loading_errors(name):
+    with quiet_libraries(), loading_errors(name):
         model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer  # type: ignore[arg-type]

@@ -91,20 +91,17 @@ class Run:
 
     def _repr_html_(self) -> str:
         """Show the measurements and the curves in a notebook."""
-        rows = []
-        for m in self.metrics.values():
-            interval = "" if m.interval is None else "{:.4f} to {:.4f}".format(*m.interval)
-            error = "" if m.stderr is None else f"± {m.stderr:.4f}"
-            cells = (m.name, f"{m.value:.4f}", error, interval, m.unit, f"{m.n:,}")
-            rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
-        head = "".join(
-            f"<th>{name}</th>" for name in ("", "value", "standard error", "95 % interval", "unit", "n")
-        )
-        table = f"<tr>{head}</tr>" + "".join(f"<tr>{row}</tr>" for row in rows)
+        from hf_genlm.evaluation.measurement import tabulate
+
+        table = ""
+        for head, rows in tabulate(list(self.metrics.values())):
+            lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+            names = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+            table += f"<table><tr>{names}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
         picture = self.path / "plots" / "curves.png"
         image = ""
         if picture.is_file():
             content = base64.b64encode(read_bytes(picture)).decode("ascii")
             image = f'<img alt="training curves" src="data:image/png;base64,{content}">'
         name = html.escape(os.fspath(self.path))
-        return f"<b>{name}</b><table>{table if rows else ''}</table>{image}"
+        return f"<b>{name}</b>{table}{image}"

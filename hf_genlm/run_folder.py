@@ -13,6 +13,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -35,6 +36,7 @@ from hf_genlm.memory import check_values
 from hf_genlm.run_schemas import EVENTS, Event
 
 Listener = Callable[[str, dict[str, Any]], None]
+_MILESTONE = re.compile(r"chck_([0-9]{1,15})([KM]?)")  # as training.callbacks.milestone_name writes it
 # all that a run killed at its start leaves; sources and validation hold texts that were given in Python
 _BEGINNING = {".lock", "log.jsonl", "sources.jsonl", "validation.jsonl"}
 
@@ -205,6 +207,13 @@ class RunFolder:
             events.append(event)
         return events
 
+    def list_milestones(self) -> list[Path]:
+        """Folders of the models after given numbers of words, in ascending order."""
+        units = {"": 1, "K": 10**3, "M": 10**6}
+        matches = ((_MILESTONE.fullmatch(path.name), path) for path in self.milestones.glob("chck_*"))
+        found = {path: int(name[1]) * units[name[2]] for name, path in matches if name and path.is_dir()}
+        return sorted(found, key=lambda path: found[path])
+
     def has_stopped(self) -> bool:
         """True if the last logged event is that a signal ended the training."""
         events = self.read_log()
@@ -257,3 +266,15 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def describe_step(fields: dict[str, Any]) -> str:
+    """`step 40 of 200  loss 5.345  3,252 tokens/s  0:11 left`; `of about 200` in a run that time ends."""
+    left_s, step, done = int(fields["left_s"]), fields["step"], fields["progress"]
+    of = (
+        f" of {fields['steps']:,}" if fields.get("steps") else f" of about {step / done:,.0f}" if done else ""
+    )
+    return (
+        f"step {step:,}{of}  loss {fields['loss']:.3f}  {fields['tokens_per_s']:,} tokens/s  "
+        f"{left_s // 60}:{left_s % 60:02d} left"
+    )

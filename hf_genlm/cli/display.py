@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hf_genlm.errors import escape_controls
+from hf_genlm.run_folder import describe_step
 
 if TYPE_CHECKING:
     from hf_genlm.doctor import Installation, ModelCost
@@ -73,13 +74,14 @@ def print_rows(
 
 
 def print_measurements(measurements: Sequence["Measurement"]) -> None:
-    """Print one line a measurement: name, value, standard error, 95 % interval, unit, count and split."""
-    rows = []
-    for m in measurements:
-        error = f"± {m.stderr:.4f}" if m.stderr is not None else ""
-        interval = "[{:.4f}, {:.4f}]".format(*m.interval) if m.interval is not None else ""
-        rows.append((m.name, f"{m.value:.4f}", error, interval, m.unit, f"n = {m.n:,} ({m.split})"))
-    print_rows(rows, right={1})
+    """Print a table with a row for each measurement, and one with a row for each language or milestone."""
+    from hf_genlm.evaluation.measurement import tabulate
+
+    for number, (head, rows) in enumerate(tabulate(measurements)):
+        if number:
+            say()
+        right = {i for i, name in enumerate(head) if name in ("value", "n")}
+        print_rows(rows, head, right=right)
 
 
 def print_installation(found: "Installation") -> None:
@@ -178,7 +180,7 @@ class Display:
             TextColumn("{task.fields[facts]}", markup=False),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
+            disable=not sys.stderr.isatty(),  # rich takes FORCE_COLOR for a terminal
         )
         self.task = self.bar.add_task("", total=None, facts="")
         self._line_s = 0.0
@@ -259,13 +261,9 @@ class Display:
         self.bar.update(self.task, description=escape_controls(task), facts=facts, **progress)
 
     def _show_step(self, fields: dict[str, Any]) -> None:
-        left_s = int(fields["left_s"])
-        facts = (
-            f"step {fields['step']}  loss {fields['loss']:.3f}  {fields['tokens_per_s']:,} tokens/s  "
-            f"{left_s // 60}:{left_s % 60:02d} left"
-        )
+        facts = describe_step(fields)
         self._update("training", facts, total=1.0, completed=fields["progress"])
-        if not self.console.is_terminal and time.monotonic() - self._line_s >= 10:
+        if self.bar.disable and time.monotonic() - self._line_s >= 10:
             self._line_s = time.monotonic()
             self._print(f"training      {facts}")
 

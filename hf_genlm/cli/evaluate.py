@@ -27,10 +27,14 @@ def evaluate(
     pairs: str | None = o.option(
         "--pairs PATH", "Minimal pairs: a .jsonl file of BLiMP's format, or a folder."
     ),
-    tasks: str | None = o.option("--tasks A,B,..", "Tasks of lm-eval; pip install '.\\[eval]'."),
+    tasks: str | None = o.option("--tasks A,B,..", "Tasks of lm-eval; `hf-genlm doctor` says what it needs."),
     include_path: str | None = o.option(
         "--include-path DIR", "A folder of task files beside lm-eval's own; their functions are executed."
     ),
+    milestones: bool = o.option(
+        "--milestones", "The milestones of the run too, one row each; with --json also by part of a suite."
+    ),
+    seed: int = o.option("--seed N", "Of the texts that --suite samples generates.", 0),
     as_json: bool = o.JSON,
     recipe: str | None = o.RECIPE,
     assignments: list[str] | None = o.ASSIGNMENTS,
@@ -47,6 +51,8 @@ def evaluate(
             pairs=pairs,
             tasks=None if tasks is None else o.parse_words(tasks),
             include_path=include_path,
+            milestones=milestones,
+            seed=seed,
             recipe=recipe,
             assignments=assignments or (),
             listener=display.hear,
@@ -57,8 +63,8 @@ def evaluate(
 @o.verb("audit", "Measure", "hf-genlm audit lstm-10")
 def audit(
     model: str = o.MODEL,
-    train: list[str] | None = o.option(
-        "--train SOURCE", "Text that the model was trained on.", shown="that of the run, read again"
+    trained_on: list[str] | None = o.option(
+        "--trained-on SOURCE", "Text that the model saw.", shown="that of the run, read again"
     ),
     held_out: list[str] | None = o.option(
         "--held-out SOURCE", "Text of the same kind that the model has not seen."
@@ -84,7 +90,7 @@ def audit(
 
         found = audit_and_draw(
             model,
-            train=train or (),
+            trained_on=trained_on or (),
             held_out=held_out or (),
             attacks=attacks,
             reference=reference,
@@ -127,6 +133,7 @@ def compare(
     validation: list[str] | None = o.text_option(
         "--validation FILE", "Hold out this text, instead of a part."
     ),
+    as_json: bool = o.JSON,
     assignments: list[str] | None = o.ASSIGNMENTS,
 ) -> int:
     """Train several decoders, sizes or recipes on one text: which is best, and how sure is that?"""
@@ -162,7 +169,10 @@ def compare(
         except KeyboardInterrupt:
             say(f"stopped; the same command continues in {output_dir}", is_error=True)
             return 0
-    say(found.verdict, "", f"report: {found.html}", f"        {found.markdown}")
+    if as_json:
+        print_json({**found.results.to_json(), "report": str(found.html)})
+    else:
+        say(found.verdict, "", f"report: {found.html}", f"        {found.markdown}")
     return 0
 
 
@@ -172,7 +182,9 @@ def measure_range(
         "--decoders A,B,..", "Decoders to train.", "elman,gru,lstm,gated_linear,transformer,sliding,hybrid"
     ),
     tasks: str = o.option("--tasks A,B,..", "Tasks to train on.", "recall,copy,passkey"),
-    pairs: str | None = o.option("--pairs N,N,..", "Sizes of recall, in pairs.", shown="4,8,16,32,64"),
+    recall_pairs: str | None = o.option(
+        "--recall-pairs N,N,..", "Sizes of recall, in pairs.", shown="4,8,16,32,64"
+    ),
     lengths: str | None = o.option(
         "--lengths N,N,..", "Sizes of copy and passkey, in tokens.", shown="64,128,256"
     ),
@@ -189,6 +201,7 @@ def measure_range(
     output_dir: str = o.option(
         "--out DIR", "The folder to make, or to continue by the same command.", "range"
     ),
+    as_json: bool = o.JSON,
 ) -> None:
     """Train small decoders on tasks that show how far they remember."""
     from hf_genlm.long_range import measure_range as measure
@@ -199,7 +212,7 @@ def measure_range(
             output_dir,
             decoders=o.parse_words(decoders),
             tasks=o.parse_words(tasks),
-            pairs=o.parse_counts(pairs) if pairs else None,
+            recall_pairs=o.parse_counts(recall_pairs) if recall_pairs else None,
             lengths=o.parse_counts(lengths) if lengths else None,
             steps=steps,
             minutes=minutes,
@@ -209,7 +222,10 @@ def measure_range(
             num_hidden_layers=layers,
             listener=display.hear,
         )
-    say(*found.sentences, "", f"report:  {found.html}", f"         {found.markdown}")
+    if as_json:
+        print_json({"outcomes": [outcome.to_json() for outcome in found.outcomes], "report": str(found.html)})
+    else:
+        say(*found.sentences, "", f"report:  {found.html}", f"         {found.markdown}")
 
 
 def _print_measured(measured: "Sequence[Measurement]", as_json: bool) -> None:

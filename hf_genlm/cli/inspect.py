@@ -100,12 +100,12 @@ def settings(
     say("", f"set one by --set {found[0].name}=VALUE, or in a recipe file (--recipe FILE)")
 
 
-@o.verb("doctor", "Look", "hf-genlm doctor --parameters --decoder hybrid --size small")
+@o.verb("doctor", "Look", "hf-genlm doctor --decoder hybrid --size small")
 def doctor(
     ctx: typer.Context,
     run_path: str | None = o.argument("RUN", "A run folder: describe its model."),
-    parameters: bool = o.option(
-        "--parameters", "Parameters, FLOPs and memory of the model of RUN, or of the options below."
+    cost: bool = o.option(
+        "--cost", "Parameters, FLOPs and memory of a model; RUN and the options below describe it."
     ),
     as_json: bool = o.JSON,
     decoder: str | None = o.DECODER,
@@ -119,29 +119,27 @@ def doctor(
     """Tell what this machine can do, or what a model will cost."""
     names = ("decoder", "mixers", "size", "vectors", "vocab_size", "recipe")
     given = [name for name in names if ctx.params[name] is not None]
-    option = "--" + given[0].replace("_", "-") if given else "--set"
-    if not parameters and run_path is None and (given or assignments):
-        raise UserError(f"{option} describes a model: add --parameters")
     if run_path is not None and given:
         raise UserError(
-            f"{option}: the recipe of {run_path!r} states it already; change a field of it by --set"
+            f"--{given[0].replace('_', '-')}: the recipe of {run_path!r} states it already; change a field "
+            "of it by --set"
         )
     examined = None
     if run_path is not None:
         from hf_genlm.run_folder import RunFolder
 
         ctx.params["recipe"] = str(RunFolder.open(run_path).recipe)
-    if run_path is not None or parameters:
+    if cost or run_path is not None or given or assignments:
         examined = o.stated_recipe(ctx.params)
     with Display() as display:
         display.show("loading torch and transformers")
         from hf_genlm.doctor import describe_installation, describe_model
 
         installation = describe_installation()
-        cost = None if examined is None else describe_model(examined)
+        found = None if examined is None else describe_model(examined)
     if as_json:
-        print_json((cost or installation).to_json())
-    elif cost is None:
+        print_json((found or installation).to_json())
+    elif found is None:
         print_installation(installation)
     else:
-        print_model_cost(cost)
+        print_model_cost(found)

@@ -20,7 +20,7 @@ from hf_genlm.cli import train, evaluate, models, inspect  # noqa: F401  the ord
 from hf_genlm.cli.display import print_traceback, say
 from hf_genlm.cli.launch import complain, is_first, is_launched
 from hf_genlm.cli.options import WORDS, app, explain_usage_error
-from hf_genlm.errors import Stopped, UserError
+from hf_genlm.errors import Stopped, UserError, quiet_libraries
 
 _ENDED_BY_SIGPIPE = 128 + 13  # the exit code that a shell reports for it
 _COMPLETION = "_HF_GENLM_COMPLETE"  # set by the shell's completion script
@@ -47,8 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if _COMPLETION in os.environ:
             return typer.main.get_command(app).main(words, prog_name="hf-genlm", complete_var=_COMPLETION)
         sys.excepthook = print_traceback
-        _quiet_libraries()
-        code = _run(words) or 0
+        _set_environment()
+        with quiet_libraries():
+            code = _run(words) or 0
         sys.stdout.flush()
         return code
     except UserError as error:
@@ -108,19 +109,15 @@ def _has_lost_reader() -> bool:
     return False
 
 
-def _quiet_libraries() -> None:
-    """Silence the progress bars and warnings of the libraries: this command shows its own."""
-    import logging
-    import warnings
-
+def _set_environment() -> None:
+    """Silence the libraries in this process and those that it starts: this command shows its own progress."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
-    for library in ("torch", "torch.utils._pytree", "torchao", "matplotlib"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="torch|transformers|accelerate|matplotlib")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # no frames of bars in a file
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 import shlex
 import tempfile
 from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from hf_genlm.cli import options as o
-from hf_genlm.cli.display import Display, print_generated, say
+from hf_genlm.cli.display import Display, print_generated, print_json, say
 from hf_genlm.errors import UserError, escape_controls
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def generate(
         "--compile", "Compile for models of this shape first, and keep the program on disk."
     ),
     int8: bool = o.option("--int8", "Round the weights to 8 bits, on a CPU."),
+    as_json: bool = o.JSON,
 ) -> None:
     """Continue a prompt."""
     from hf_genlm.loading import load, source_of
@@ -44,7 +46,7 @@ def generate(
         from hf_genlm.api import generate as continue_prompt
 
         loaded = load(model)
-    continue_prompt(
+    text = continue_prompt(
         loaded,
         prompt,
         max_new_tokens=max_new_tokens,
@@ -53,9 +55,12 @@ def generate(
         seed=seed,
         compile=compile,
         int8=int8,
-        on_text=print_generated,
+        on_text=None if as_json else print_generated,
     )
-    say()
+    if as_json:
+        print_json({"prompt": prompt, "text": text})
+    else:
+        say()
 
 
 @o.verb("chat", "Use", "hf-genlm chat lstm-10 temperature=0.5", takes_rest=True)
@@ -162,6 +167,7 @@ def export(
         "--dtype TYPE", "Of the weights; for gguf also float16 or q8_0.", shown="float32"
     ),
     allow: list[str] | None = o.option("--allow FILE:KIND", "Export what was found there anyway."),
+    as_json: bool = o.JSON,
 ) -> None:
     """Write a model for transformers alone, llama.cpp or onnxruntime."""
     with Display() as display:
@@ -171,8 +177,12 @@ def export(
         found = export_model(
             model, to=to, output_dir=output_dir, dtype=dtype, allow=allow or (), listener=display.hear
         )
+    sizes = {str(file): file.stat().st_size for file in sorted(Path(output_dir).iterdir())}
+    if as_json:
+        print_json({"folder": output_dir, "files": sizes, **asdict(found)})
+        return
     say(
-        *(f"{file.stat().st_size:>14,} bytes  {file}" for file in sorted(Path(output_dir).iterdir())),
+        *(f"{size:>14,} bytes  {name}" for name, size in sizes.items()),
         f"largest difference of a logit from the model's own: {found.largest_difference:.1e}, on "
         f"{found.n_tokens} tokens of {found.n_texts} texts; the most probable token is the same after "
         f"{found.n_same_choice}",
@@ -191,6 +201,7 @@ def push(
     branches: bool = o.option("--branches", "The run's milestones too, a branch each."),
     keep_card: bool = o.option("--keep-card", "Push README.md as it is."),
     allow: list[str] | None = o.option("--allow FILE:KIND", "Send what was found there anyway."),
+    as_json: bool = o.JSON,
 ) -> None:
     """Publish a model on the Hub, and prove that it loads from there."""
     from hf_genlm.hub.push import PushFailed
@@ -202,7 +213,8 @@ def push(
         def hear(event: str, fields: dict[str, Any]) -> None:
             nonlocal is_shown
             if event == "manifest":
-                _print_manifest(fields["manifest"])
+                if not as_json:
+                    _print_manifest(fields["manifest"])
                 return
             if not is_shown:
                 stack.enter_context(display)
@@ -223,6 +235,10 @@ def push(
             )
         except PushFailed as error:
             raise UserError(f"{error}: {shlex.join(['hf-genlm', *ctx.meta[o.WORDS]])}") from error
+    if as_json:
+        manifests = [{"folder": str(m.folder), "files": m.sizes} for m in result.manifests]
+        print_json({**asdict(replace(result, manifests=[])), "manifests": manifests})
+        return
     if result.commit is None:
         say("nothing was sent")
         return

@@ -2,12 +2,13 @@
 
 import shlex
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
 
 from hf_genlm.cli import options as o
-from hf_genlm.cli.display import Display, print_measurements, say
+from hf_genlm.cli.display import Display, print_json, print_measurements, say
 from hf_genlm.cli.launch import (
     check_processes,
     complain,
@@ -71,6 +72,7 @@ def train(
     ),
     output_dir: str | None = o.run_option("--out DIR", "The run folder to make.", shown="runs/DECODER-DATE"),
     resume: bool = o.run_option("--resume", "Continue the run in --out from its last checkpoint."),
+    as_json: bool = o.JSON,
     recipe: str | None = o.RECIPE,
     assignments: list[str] | None = o.ASSIGNMENTS,
 ) -> int:
@@ -85,12 +87,12 @@ def train(
     output_dir = output_dir or f"runs/{decoder_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_processes(processes)
     if is_launched():
-        return _train_as_one_of_several(stated, output_dir, resume)
+        return _train_as_one_of_several(stated, output_dir, resume, as_json)
     if processes == 1:
         use_one_gpu()
     elif processes is not None:
         return _launch_several(ctx.meta[o.WORDS], output_dir, processes)
-    _train_and_print(stated, output_dir, resume)
+    _train_and_print(stated, output_dir, resume, as_json)
     return 0
 
 
@@ -109,14 +111,14 @@ def _launch_several(words: list[str], output_dir: str, processes: int) -> int:
     return code
 
 
-def _train_as_one_of_several(recipe: "Recipe", output_dir: str, resume: bool) -> int:
+def _train_as_one_of_several(recipe: "Recipe", output_dir: str, resume: bool, as_json: bool) -> int:
     from hf_genlm.api import run_training
     from hf_genlm.training.processes import LostProcess, detect_lost_process, leave
 
     try:
         with detect_lost_process():
             if is_first():
-                _train_and_print(recipe, output_dir, resume)
+                _train_and_print(recipe, output_dir, resume, as_json)
             else:
                 run_training(recipe, output_dir, resume)
             leave()
@@ -125,26 +127,42 @@ def _train_as_one_of_several(recipe: "Recipe", output_dir: str, resume: bool) ->
     return 0
 
 
-def _train_and_print(recipe: "Recipe", output_dir: str, resume: bool) -> None:
+def _train_and_print(recipe: "Recipe", output_dir: str, resume: bool, as_json: bool) -> None:
     from hf_genlm.api import run_training
     from hf_genlm.evaluation.measurement import read_measurements
     from hf_genlm.files import read_json
+    from hf_genlm.report.curves import CURVES_FILE
 
     with Display() as display:
         display.show("loading torch and transformers")
         run = run_training(recipe, output_dir, resume, display.hear)
     folder = run.folder
-    print_measurements(read_measurements(folder.evaluation))
-    say("", f"model:  {folder.model}", f"card:   {folder.model / 'README.md'}")
-    if folder.privacy.is_file():
-        guarantee = read_json(folder.privacy)
+    measured = read_measurements(folder.evaluation)
+    guarantee = read_json(folder.privacy) if folder.privacy.is_file() else None
+    made = {
+        "model": folder.model,
+        "card": folder.model / "README.md",
+        "curves": folder.path / CURVES_FILE,
+        "samples": folder.samples,
+    }
+    paths = {name: str(path) for name, path in made.items() if path.exists()}
+    if as_json:
+        measurements = [m.to_json() for m in measured]
+        print_json({"run": str(run.path), **paths, "privacy": guarantee, "measurements": measurements})
+        return
+    print_measurements(measured)
+    say("", *(f"{name + ':':<9} {path}" for name, path in paths.items()))
+    if guarantee is not None:
         say(
-            f"privacy: epsilon {guarantee['epsilon']:g}, delta {guarantee['delta']:g}, "
+            f"privacy:  epsilon {guarantee['epsilon']:g}, delta {guarantee['delta']:g}, "
             f"for {guarantee['unit']}"
         )
+    quoted = shlex.quote(str(run.path))
     say(
         "",
-        f"hf-genlm generate {shlex.quote(str(run.path))}",
+        f"hf-genlm generate {quoted}",
+        f"hf-genlm evaluate {quoted} FILE",
+        f"hf-genlm push {quoted} OWNER/NAME --dry-run",
         "",
         "from transformers import AutoModelForCausalLM",
         "import hf_genlm",
@@ -160,6 +178,7 @@ def tokenizer(
     languages: list[str] | None = o.LANGUAGES,
     parallel: list[str] | None = o.PARALLEL,
     vocab_size: str | None = o.VOCAB_SIZE,
+    as_json: bool = o.JSON,
     recipe: str | None = o.RECIPE,
     assignments: list[str] | None = o.ASSIGNMENTS,
 ) -> None:
@@ -170,6 +189,17 @@ def tokenizer(
     with Display() as display:
         found = train_tokenizer(recipe=stated, output_dir=output_dir, listener=display.hear, progress=False)
     trained = found.trained
+    if as_json:
+        print_json(
+            {
+                "tokenizer": str(trained.path),
+                "vocab_size": len(trained.tokenizer),
+                "bytes": trained.n_bytes,
+                "tokens": trained.n_tokens,
+                "measurements": [m.to_json() for m in found.measurements],
+            }
+        )
+        return
     say(
         f"{len(trained.tokenizer):,} tokens in the vocabulary; "
         f"{trained.n_bytes / trained.n_tokens:.3f} bytes per token on {trained.n_bytes:,} bytes"
@@ -188,6 +218,7 @@ def extend(
     sources: list[str] | None = o.SOURCES,
     languages: list[str] | None = o.LANGUAGES,
     keep: list[str] | None = o.option("--keep SOURCE", "Text whose token ids must not change."),
+    as_json: bool = o.JSON,
     recipe: str | None = o.RECIPE,
     assignments: list[str] | None = o.ASSIGNMENTS,
 ) -> None:
@@ -211,6 +242,9 @@ def extend(
             corpus=corpus,
             listener=display.hear,
         )
+    if as_json:
+        print_json({**asdict(found), "path": str(found.path)})
+        return
     say(
         f"{found.n_tokens:,} tokens in the vocabulary, {found.n_new_tokens:,} of them new; on "
         f"{found.n_bytes:,} bytes {found.bytes_per_token_before:.3f} bytes per token before, "

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from hf_genlm.config.recipe import EvaluationRecipe, Recipe, load_recipe, set_field
 from hf_genlm.errors import UserError, did_you_mean
-from hf_genlm.evaluation.measurement import Measurement, update_measurements
+from hf_genlm.evaluation.measurement import AT_MILESTONE, Measurement, update_measurements
 from hf_genlm.files import note_write_errors, read
 from hf_genlm.loading import load
 from hf_genlm.run_folder import Listener, RunFolder
@@ -54,6 +54,7 @@ class Material:
     pairs_split: str = "pairs"
     tasks: Sequence[str] = ()  # names of lm-eval tasks
     include_path: str | Path | None = None  # folder with more task files
+    seed: int = 0  # of the sampled texts
 
 
 class Suite(NamedTuple):
@@ -77,6 +78,8 @@ def evaluate(
     pairs: str | Path | None = None,
     tasks: Sequence[str] | None = None,
     include_path: str | Path | None = None,
+    milestones: bool = False,
+    seed: int = 0,
     recipe: str | Path | None = None,
     assignments: Sequence[str] = (),
     listener: Listener | None = None,
@@ -95,6 +98,9 @@ def evaluate(
         pairs: a .jsonl file of minimal pairs in BLiMP's format, or a folder of such files.
         tasks: names of lm-eval tasks; `*` matches any text.
         include_path: a folder of lm-eval task files beside its own. Their functions are executed.
+        milestones: evaluate the milestones of the run too; their measurements are called NAME@MILESTONE and
+            are not kept.
+        seed: of the texts that the suite "samples" generates.
         recipe: a YAML recipe for a model that is not a run; its sections `evaluation` and `corpus` are read.
         assignments: `section.key=value` that override the recipe.
         listener: receives the events "progress", "note" and "external_bar" (lm-eval shows its own bar).
@@ -112,10 +118,16 @@ def evaluate(
     run = RunFolder.open(path) if (Path(path) / "recipe.yaml").is_file() else None
     if "documents" in needs and run is None and not has_text:
         raise UserError(f"{path!r} is not a run folder: name the SOURCE to measure it on")
+    folders = run.list_milestones() if run and milestones else []
+    if milestones and not folders:
+        raise UserError(
+            f"{path!r} has no milestones: a run writes them at the numbers of words that "
+            "training.milestone_words names"
+        )
     settings = load_recipe(run.recipe if run else recipe, assignments)
     tell: Listener = listener or (lambda event, fields: None)
     _progress_of("loading torch and transformers", tell)(0, None)
-    material = Material(settings.evaluation, tasks=list(tasks or ()), include_path=include_path)
+    material = Material(settings.evaluation, tasks=list(tasks or ()), include_path=include_path, seed=seed)
     if pairs is not None:
         from hf_genlm.evaluation.benchmarks import read_pairs
 
@@ -127,6 +139,10 @@ def evaluate(
     if run and not has_text and not assignments:
         with note_write_errors(lambda message: tell("note", {"message": message})):
             update_measurements(run.evaluation, measurements)
+    for folder in folders:
+        subject = load_subject(str(folder), settings.evaluation.context_length)
+        found = _run_suites(names, subject, material, settings, tell)
+        measurements += [replace(m, name=f"{m.name}{AT_MILESTONE}{folder.name}") for m in found]
     return measurements
 
 
@@ -364,6 +380,7 @@ def _samples(subject: Subject, material: Material, on_progress: Progress) -> lis
         subject.tokenizer,
         training_texts=material.training,
         reference_texts=held_out,
+        seed=material.seed,
         on_progress=on_progress,
     )
 

@@ -148,13 +148,12 @@ class ModelSource:
         return cls(folder, run)
 
     def milestones(self) -> list["ModelSource"]:
-        """Return the run's models after given numbers of words, oldest first.
+        """Return the run's models after given numbers of words, ascending.
 
         Raises:
             UserError: there are none.
         """
-        folders = [] if self.run is None else self.run.milestones.glob("chck_*")
-        found = sorted(folders, key=lambda folder: (folder.stat().st_mtime, folder.name))
+        found = [] if self.run is None else self.run.list_milestones()
         if not found:
             raise UserError(
                 f"--branches: {str(self.folder)!r} belongs to no run with milestones/; set "

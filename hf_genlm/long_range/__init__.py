@@ -68,7 +68,7 @@ def measure_range(
     *,
     decoders: Sequence[str] = DEFAULT_DECODERS,
     tasks: Sequence[str] = tuple(TASKS),
-    pairs: Sequence[int] | None = None,
+    recall_pairs: Sequence[int] | None = None,
     lengths: Sequence[int] | None = None,
     steps: int = 400,
     minutes: float | None = None,
@@ -87,7 +87,7 @@ def measure_range(
         out: folder for the outcomes and the report.
         decoders: presets of the model room.
         tasks: names in `tasks.TASKS`.
-        pairs: sizes of the tasks that count pairs (recall). Default: those of the task.
+        recall_pairs: sizes of the tasks that count pairs (recall). Default: those of the task.
         lengths: sizes of the tasks that count tokens (copy, passkey). Default: those of the task.
         steps: training steps of each model; not used if `minutes` is given.
         minutes: training time of each model.
@@ -107,7 +107,7 @@ def measure_range(
 
     decoders = _check_names(decoders, DECODERS, "decoder")
     tasks = _check_names(tasks, TASKS, "task")
-    sizes = {name: _sizes_of(name, pairs, lengths) for name in tasks}
+    sizes = {name: _sizes_of(name, recall_pairs, lengths) for name in tasks}
     budget: dict[str, Any] = {"steps": steps} if minutes is None else {"steps": None, "minutes": minutes}
     shape = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
     runs = [
@@ -122,7 +122,7 @@ def measure_range(
     command = _command(
         decoders=decoders,
         tasks=tasks,
-        pairs=pairs,
+        recall_pairs=recall_pairs,
         lengths=lengths,
         **budget,
         seeds=seeds,
@@ -229,5 +229,5 @@ def _command(**options: Any) -> str:
         if value is not None:
             values = value if isinstance(value, (list, tuple)) else [value]
             shown = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
-            words += [f"--{name}", ",".join(shown)]
+            words += [f"--{name.replace('_', '-')}", ",".join(shown)]
     return shlex.join(words)

@@ -1,7 +1,7 @@
 """Privacy audit: attack a model and measure what it reveals of its training text.
 
     result = audit("my-run")                                    # a run folder: its own text, read again
-    result = audit("gpt2", train=["seen/"], held_out=["new/"])  # any causal language model
+    result = audit("gpt2", trained_on=["seen/"], held_out=["new/"])  # any causal language model
 
 `ATTACKS` has one row per attack; a new attack is a new row.
 """
@@ -62,7 +62,7 @@ class AuditResult:
 def audit(
     model: str | Path,
     *,
-    train: Sequence[str] = (),
+    trained_on: Sequence[str] = (),
     held_out: Sequence[str] = (),
     attacks: str | None = None,
     reference: str | Path | None = None,
@@ -77,14 +77,16 @@ def audit(
 
     Args:
         model: a run folder, a model folder or a Hub id.
-        train: sources of text that the model was trained on; none: the training text of the run, read again.
-        held_out: sources of text of the same kind that the model has not seen; given together with `train`.
+        trained_on: sources of text that the model was trained on; none: the training text of the run, read
+            again.
+        held_out: sources of text of the same kind that the model has not seen; given together with
+            `trained_on`.
         attacks: rows of `ATTACKS`, separated by commas; None: all for which there is evidence.
         reference: a causal language model that has not seen the training text.
         limit: passages drawn from each of the two texts.
         seed: of the drawn passages.
         output_dir: folder of audit.json; None: the run folder, and nowhere if `model` is not a run.
-        recipe: YAML file that says how `train` and `held_out` are read; a run has its own.
+        recipe: YAML file that says how `trained_on` and `held_out` are read; a run has its own.
         assignments: `section.key=value`, which override the recipe.
         listener: called with (event, fields) for the events "progress" and "note".
 
@@ -93,11 +95,13 @@ def audit(
             loaded.
     """
     is_run = (Path(model) / "recipe.yaml").is_file()
-    if bool(train) != bool(held_out):
-        raise UserError("--train and --held-out belong together: text that the model saw, and the like of it")
-    if not is_run and not train:
+    if bool(trained_on) != bool(held_out):
         raise UserError(
-            f"{str(model)!r} is not a run folder: name the text that it was trained on by --train, and "
+            "--trained-on and --held-out belong together: text that the model saw, and the like of it"
+        )
+    if not is_run and not trained_on:
+        raise UserError(
+            f"{str(model)!r} is not a run folder: name the text that it was trained on by --trained-on, and "
             "text of the same kind that it has not seen by --held-out"
         )
     if limit < 1:
@@ -115,7 +119,7 @@ def audit(
         refuse_links_out(output_dir)
     settings = load_recipe(run.recipe if run else recipe, assignments)
     report("reading the text")
-    texts = _read_texts(run, settings, train, held_out, notify)
+    texts = _read_texts(run, settings, trained_on, held_out, notify)
     if any(documents.is_chat.any() for documents in texts):
         raise UserError("the attacks of an audit are for text, and some documents are chats: name other text")
     report("loading the model")
@@ -147,7 +151,7 @@ def audit(
             "context": target.context,
             "delta": evidence.delta,
             "reference": None if reference is None else Path(reference).name,
-            "text": "named" if train else "the run's own",
+            "text": "named" if trained_on else "the run's own",
         },
         guarantee=guarantee,
         path=None if folder is None else folder / "audit.json",
@@ -174,7 +178,9 @@ def select_attacks(words: str | None, evidence: Evidence) -> list[str]:
     possible = [name for name, row in ATTACKS.items() if any(has_evidence[need] for need in row.needs)]
     if words is None:
         if not possible:
-            raise UserError("an audit needs the training text and held-out text: name --train and --held-out")
+            raise UserError(
+                "an audit needs the training text and held-out text: name --trained-on and --held-out"
+            )
         return possible
     names = list(dict.fromkeys(word.strip() for word in words.split(",")))
     for name in names:
@@ -183,7 +189,7 @@ def select_attacks(words: str | None, evidence: Evidence) -> list[str]:
         if name not in possible:
             raise UserError(
                 f"--attacks {words}: {name} needs {' or '.join(ATTACKS[name].needs)}, which are missing; "
-                "canaries are planted by train --canaries, texts are named by --train and --held-out"
+                "canaries are planted by train --canaries, texts are named by --trained-on and --held-out"
             )
     return names
 
@@ -212,8 +218,8 @@ def _read_texts(
     assert run is not None
     if recipe.corpus.stream:
         raise UserError(
-            f"{str(run.path)!r} read its text as a stream and kept none: name some of it by --train, and "
-            "text that it has not seen by --held-out"
+            f"{str(run.path)!r} read its text as a stream and kept none: name some of it by --trained-on, "
+            "and text that it has not seen by --held-out"
         )
     corpus = read_corpus(recipe.corpus)
     note(corpus.report)
@@ -230,7 +236,7 @@ def _check_unchanged(run: RunFolder, recipe: Recipe, corpus: Corpus) -> None:
         if getattr(recorded, split).sha256 != corpus.report[split]["sha256"]:
             raise UserError(
                 f"the {split} text of {str(run.path)!r} has changed since it was trained: bring it back, or "
-                "name what it was trained on by --train, and text that it has not seen by --held-out"
+                "name what it was trained on by --trained-on, and text that it has not seen by --held-out"
             )
 
 

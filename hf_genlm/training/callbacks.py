@@ -179,6 +179,7 @@ class LogCallback(TrainerCallback):
         grad_norm = logs.get("grad_norm", math.nan)
         return {
             "step": now.step,
+            "steps": self.budget.steps if self.budget.seconds is None else None,
             "loss": since.loss_sum / (now.step - since.step),
             "learning_rate": logs["learning_rate"],
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
@@ -374,6 +375,16 @@ class MilestoneCallback(TrainerCallback):
             self.save(model, words, state.global_step)
             self.budget.agree()
             self._took_s = self.budget.elapsed_s - began
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.words and self.budget.is_spent(state.global_step):
+            names = ", ".join(map(milestone_name, self.words[:5])) + (", .." if len(self.words) > 5 else "")
+            seen = self.rate.words_in(self.pace.tokens(state.global_step))
+            self.run.log(
+                "note",
+                message=f"milestones that were not reached: {names}; the run saw {seen:,} words. --minutes, "
+                "--steps or --tokens make it longer",
+            )
 
     def _missing(self, words: Sequence[int]) -> list[int]:
         folders = {count: self.run.milestones / milestone_name(count) for count in words}

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import Any, Protocol
 
 from hf_genlm.config.recipe import Recipe
-from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.errors import UserError, did_you_mean, install_command
 from hf_genlm.run_folder import Listener, RunFolder
 from hf_genlm.training.processes import is_first
 
@@ -21,7 +21,7 @@ _PREFIXES = {"step": "train", "validation": "validation"}
 _FLUSH_S = 10
 # variables by which trackio sends to a Space, a server, a data set, a bucket or a webhook
 _SENDING = re.compile(r"TRACKIO_\w*(SPACE|SERVER|DATASET|BUCKET|WEBHOOK|TOKEN|URL)")
-_NO_CURVE = {"step", "partial", "progress", "left_s"}
+_NO_CURVE = {"step", "steps", "partial", "progress", "left_s"}
 
 
 class Tracker(Protocol):
@@ -115,7 +115,8 @@ def check_trackers(names: Sequence[str]) -> None:
             raise UserError(f"unknown training.report_to {name!r}{did_you_mean(name, TRACKERS)}")
         if find_spec(name) is None:
             raise UserError(
-                f"training.report_to = {name} needs {name}, which is not installed: pip install '.[track]'"
+                f"training.report_to = {name} needs {name}, which is not installed: "
+                + install_command("track")
             )
         sending = [variable for variable in sorted(os.environ) if _SENDING.match(variable)]
         if name == "trackio" and sending:

@@ -165,26 +165,26 @@ def doctored(capsys, *arguments: str) -> dict:
 
 
 def test_a_run_folder_is_described_as_it_was_trained(trained, capsys):
-    found = doctored(capsys, "--parameters", str(trained.path))
+    found = doctored(capsys, "--cost", str(trained.path))
     assert found["n_parameters"] == sum(read_tensor_sizes(trained.model / "model.safetensors").values())
     assert (found["vocab_size"], found["is_vocab_size_assumed"]) == (400, False)
-    wider = doctored(capsys, "--parameters", str(trained.path), "--set", "model.hidden_size=48")
+    wider = doctored(capsys, "--cost", str(trained.path), "--set", "model.hidden_size=48")
     assert wider["hidden_size"] == 48
 
 
 def test_the_vocabulary_is_given_or_that_of_the_tokenizer(trained, capsys):
     path = f"tokenizer.path={trained.tokenizer}"
-    assert doctored(capsys, "--parameters", "--set", path)["vocab_size"] == 400
-    assert doctored(capsys, "--parameters", "--vocab-size", "300")["vocab_size"] == 300
+    assert doctored(capsys, "--cost", "--set", path)["vocab_size"] == 400
+    assert doctored(capsys, "--cost", "--vocab-size", "300")["vocab_size"] == 300
 
 
 def test_a_size_that_train_would_choose_by_its_time_is_assumed(capsys):
-    assert doctored(capsys, "--parameters")["is_size_assumed"] is True
-    assert doctored(capsys, "--parameters", "--size", "tiny")["is_size_assumed"] is False
+    assert doctored(capsys, "--cost")["is_size_assumed"] is True
+    assert doctored(capsys, "--cost", "--size", "tiny")["is_size_assumed"] is False
 
 
 def test_the_table_says_what_the_json_says(capsys):
-    arguments = ["--parameters", "--mixers", "gated_linear,sliding_attention,gated_linear"]
+    arguments = ["--cost", "--mixers", "gated_linear,sliding_attention,gated_linear"]
     found = doctored(capsys, *arguments)
     assert main(["doctor", *arguments]) == 0
     head, _, *lines = capsys.readouterr().out.splitlines()
@@ -216,19 +216,17 @@ def test_the_table_says_what_the_json_says(capsys):
 
 
 MISTAKES = {
-    "unknown decoder": (["--parameters", "--decoder", "lstmm"], "did you mean 'lstm'"),
-    "unknown mixer": (["--parameters", "--mixers", "gru,attention"], "unknown model.mixers 'attention'"),
-    "unknown size": (["--parameters", "--size", "smal"], "did you mean 'small'"),
+    "unknown decoder": (["--cost", "--decoder", "lstmm"], "did you mean 'lstm'"),
+    "unknown mixer": (["--cost", "--mixers", "gru,attention"], "unknown model.mixers 'attention'"),
+    "unknown size": (["--cost", "--size", "smal"], "did you mean 'small'"),
     "unknown option": (["--paramters"], "--paramters"),
-    "small vocabulary": (["--parameters", "--vocab-size", "9"], "at least 258"),
+    "small vocabulary": (["--cost", "--vocab-size", "9"], "at least 258"),
     "shapes that do not fit": (
-        ["--parameters", "--set", "model.num_attention_heads=5"],
+        ["--cost", "--set", "model.num_attention_heads=5"],
         "must be a multiple",
     ),
-    "no run folder": (["--parameters", "nowhere"], "is not a run folder"),
-    "model without --parameters": (["--vocab-size", "300"], "--vocab-size describes a model: add --param"),
-    "field without --parameters": (["--set", "model.size=small"], "--set describes a model"),
-    "run folder and a size": (["--parameters", "my-run", "--size", "small"], "states it already"),
+    "no run folder": (["--cost", "nowhere"], "is not a run folder"),
+    "run folder and a size": (["--cost", "my-run", "--size", "small"], "states it already"),
 }
 
 
@@ -262,7 +260,7 @@ def test_extras_with_a_missing_distribution_name_it_and_the_command():
     missing = {extra.name: extra for extra in doctor.list_extras(without_zstandard) if extra.missing}
     assert set(missing) == {"zstd", "test"}
     assert missing["zstd"].missing == ["zstandard"]
-    assert missing["zstd"].command == "pip install '.[zstd]'"
+    assert missing["zstd"].command == "pip install 'zstandard>=0.23'  # the extra [zstd]"
 
 
 def test_extras_of_other_packages_are_followed():
@@ -294,7 +292,7 @@ def test_the_installation_is_printed(capsys):
     )
     print_installation(found)
     printed = capsys.readouterr().out
-    assert "missing zstandard: pip install '.[zstd]'" in printed
+    assert "missing zstandard: pip install 'zstandard>=0.23'" in printed
     assert re.search(r"^\[serve\] .*: installed *$", printed, flags=re.MULTILINE)
     assert re.search(r"^train .* in bfloat16 by training.dtype=auto *$", printed, flags=re.MULTILINE)
     assert "--processes 2" in printed.splitlines()[-1]

@@ -80,7 +80,7 @@ def publish(hub: LoopbackHub, repo_id: str, files: dict[str, bytes], private: bo
     return hub.repos[repo_id].add(files)
 
 
-AUDIT = ["--train", "text", "--held-out", "other", "--attacks", "membership", "--out", "audit"]
+AUDIT = ["--trained-on", "text", "--held-out", "other", "--attacks", "membership", "--out", "audit"]
 VERBS = {
     "generate": ["generate", "MODEL", "a", "--max-new-tokens", "2"],
     "evaluate": ["evaluate", "MODEL", "text.txt"],

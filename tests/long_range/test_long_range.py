@@ -229,7 +229,10 @@ def test_sentences_follow_the_numbers():
     )
 
 
-VERB = "range --decoders elman,hybrid --tasks recall,copy --pairs 2,4 --lengths 32 --width 16 --rates 0.003"
+VERB = (
+    "range --decoders elman,hybrid --tasks recall,copy --recall-pairs 2,4 --lengths 32 --width 16 "
+    "--rates 0.003"
+)
 
 
 def test_the_verb_writes_a_report_and_trains_nothing_twice(tmp_path, capsys):
@@ -268,7 +271,7 @@ def test_other_seeds_use_the_best_learning_rate_of_the_first(tmp_path):
         made = outcome(run.decoder, run.seed, {4: accuracies[run.decoder, run.learning_rate]})
         return replace(made, learning_rate=run.learning_rate)
 
-    options = {"decoders": ["elman", "gru"], "tasks": ["recall"], "pairs": [4], "seeds": 2}
+    options = {"decoders": ["elman", "gru"], "tasks": ["recall"], "recall_pairs": [4], "seeds": 2}
     rates = (0.1, 0.2, 0.3)
     found = measure_range(tmp_path, **options, learning_rates=rates, train=train)
     first = [("elman", 0, 0.1), ("elman", 0, 0.2), ("elman", 0, 0.3), ("gru", 0, 0.1)]
@@ -281,7 +284,9 @@ def test_other_seeds_use_the_best_learning_rate_of_the_first(tmp_path):
     measure_range(tmp_path, **options, learning_rates=rates, train=train)
     assert trained == [("gru", 1, 0.1)], "only what is missing is trained"
     command = (tmp_path / "report.md").read_text()
-    assert "hf-genlm range --decoders elman,gru --tasks recall --pairs 4 --steps 400 --seeds 2" in command
+    assert (
+        "hf-genlm range --decoders elman,gru --tasks recall --recall-pairs 4 --steps 400 --seeds 2" in command
+    )
 
 
 @pytest.mark.parametrize(
@@ -289,9 +294,9 @@ def test_other_seeds_use_the_best_learning_rate_of_the_first(tmp_path):
     [
         ("--decoders lstn", "did you mean 'lstm'?"),
         ("--tasks recal", "did you mean 'recall'?"),
-        ("--pairs 4,500", "1..128"),
+        ("--recall-pairs 4,500", "1..128"),
         ("--lengths 8", "32..1048576"),
-        ("--pairs 4,x", "whole number"),
+        ("--recall-pairs 4,x", "whole number"),
         ("--decoders ,", "no decoder is named"),
         ("--minutes 0", "more than 0"),
         ("--rates 0", "more than 0"),

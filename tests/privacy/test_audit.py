@@ -180,7 +180,7 @@ def test_a_model_that_is_not_ours_with_another_as_reference(overtrained, tmp_pat
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
     sides = [made_text(tmp_path / name, 25, seed) for seed, name in enumerate(("train", "held_out"), 1)]
-    words = ["--train", str(sides[0]), "--held-out", str(sides[1]), "--reference", str(overtrained.path)]
+    words = ["--trained-on", str(sides[0]), "--held-out", str(sides[1]), "--reference", str(overtrained.path)]
     assert main(["audit", str(tmp_path / "gpt2"), *words, "--limit", "10"]) == 0
     out = capsys.readouterr().out
     assert "membership_auc/reference" in out
@@ -189,8 +189,8 @@ def test_a_model_that_is_not_ours_with_another_as_reference(overtrained, tmp_pat
 
 
 MISTAKES = {
-    "no text": (["gpt2-like/model"], "by --train"),
-    "one side": (["RUN", "--train", "x.txt"], "belong together"),
+    "no text": (["gpt2-like/model"], "by --trained-on"),
+    "one side": (["RUN", "--trained-on", "x.txt"], "belong together"),
     "an unknown attack": (["RUN", "--attacks", "memebership"], "did you mean 'membership'"),
     "no passage": (["RUN", "--limit", "0"], "whole number above 0"),
 }

@@ -357,7 +357,7 @@ QUICK = {
 train --steps 1 SET
 tokenizer SET
 compare --steps 1 --seeds 1 --decoders gru SET
-range --steps 1 --seeds 1 --pairs 2 --lengths 4 --decoders gru --tasks recall --width 8 --layers 1
+range --steps 1 --seeds 1 --recall-pairs 2 --lengths 4 --decoders gru --tasks recall --width 8 --layers 1
 generate --max-new-tokens 4
 audit --limit 4
 push --dry-run
@@ -520,7 +520,7 @@ evaluate MODEL text/x.txt
 evaluate MODEL --pairs pairs.jsonl
 runs MODEL
 space MODEL --out new
-audit MODEL --train text/x.txt --held-out texts.jsonl --limit 3
+audit MODEL --trained-on text/x.txt --held-out texts.jsonl --limit 3
 """
 MODEL_COMMANDS = [
     words for model in ("lstm", "llama") for words in commands(OF_ANY_MODEL.replace("MODEL", model))
