@@ -21,7 +21,7 @@ from hf_genlm.card.privacy import hides_figures, is_of_public_text, privacy_sect
 from hf_genlm.card.wording import parts_of
 from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.errors import UserError
-from hf_genlm.evaluation.measurement import read_measurements
+from hf_genlm.evaluation.measurement import figures, read_measurements
 from hf_genlm.files import read, read_bytes, read_tensor_sizes, read_text, write_text
 from hf_genlm.report import document
 from hf_genlm.report.audit_plot import AUDIT_FILE
@@ -123,7 +123,7 @@ def render_card(
         facts["picture"] = picture
     filters: dict[str, Callable] = {
         "count": document.count,
-        "figures": wording.figures,
+        "figures": lambda number, m: figures(number, m.stderr),
         "title": wording.title,
         "interval": wording.interval,
         "duration": wording.duration,
@@ -185,7 +185,7 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         "measurements": shown,
         "definitions": [wording.DEFINITIONS[m.name] for m in shown if m.name in wording.DEFINITIONS],
         "headline": next((m for m in measured if m.name == "bits_per_byte"), None),
-        "language_table": wording.language_table(corpus.languages, [*measured, *of_tokenizer]),
+        "language_table": wording.language_table(corpus.languages, [*measured, *of_tokenizer], language_name),
         "scripts": wording.describe_scripts(of_tokenizer),
         "context": None if recipe.evaluation.carry_state else context,
         "is_audited": run.audit.is_file(),
@@ -193,6 +193,7 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         "is_hiding": is_hiding,
         "privacy": privacy_section(run, shows_audit=not is_hiding),
         "corpus": corpus,
+        "corpus_name": card.corpus or corpus.description,
         "vectors": _portable(read(run.vectors, VectorsFile)) if run.vectors.is_file() else None,
         "environment": environment,
         "trained": trained,

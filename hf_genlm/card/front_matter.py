@@ -34,6 +34,7 @@ _LICENSE_FILES = ("LICENSE", "LICENSE.md")
 _LICENSE_NAME = re.compile(r"[a-z0-9.-]+")
 _ADDRESS = re.compile(r"https?://[^\s{}<>\"\\^`|]+")
 _SUBTAGS = re.compile(r"(-[A-Za-z0-9]{1,8})*")
+_SCOPE = re.compile(r" \((?:macrolanguage|[^()]*\d[^()]*)\)$")  # as in Modern Greek (1453-)
 _NO_NATURAL_LANGUAGES = {"code": "source code", "multilingual": "many languages"}
 _DECODER_TAGS = {"full_attention": "transformer", "sliding_attention": "sliding"}
 
@@ -43,12 +44,13 @@ def front_matter(recipe: Recipe, facts: Mapping[str, Any]) -> "ModelCardData":
 
     Args:
         recipe: that of the run.
-        facts: `name`, `config`, `corpus`, `measurements` and `base_model`, as card.py reads them.
+        facts: `name`, `config`, `corpus`, `corpus_name`, `measurements` and `base_model`, as card.py reads
+            them.
     """
     from huggingface_hub import ModelCardData
 
     card, measurements = recipe.card, facts["measurements"]
-    results = [_result(facts["corpus"], m) for m in measurements if math.isfinite(m.value)]
+    results = [_result(facts, m) for m in measurements if math.isfinite(m.value)]
     bcp47 = [tag for tag in stated_languages(recipe) if "-" in tag]
     more: dict[str, Any] = {
         "language_bcp47": bcp47 or None,
@@ -77,9 +79,11 @@ def stated_languages(recipe: Recipe) -> list[str]:
 
 
 def languages_of(recipe: Recipe) -> list[str]:
-    """Language codes of the model that the Hub knows, without scripts and regions."""
+    """Language codes of the model that the Hub knows, of ISO 639-1 where there is one, without scripts and
+    regions."""
     codes = dict.fromkeys(tag.partition("-")[0] for tag in stated_languages(recipe))
-    return [code for code in codes if language_name(code) is not None]
+    known = [code for code in codes if language_name(code) is not None]
+    return list(dict.fromkeys(getattr(_find_language(code), "alpha_2", code) for code in known))
 
 
 def datasets_of(card: CardRecipe, corpus: CorpusFile) -> list[str]:
@@ -100,9 +104,10 @@ def _hub_sources(corpus: CorpusFile) -> list[str]:
     return [file.name for file in corpus.files if file.bytes is None]
 
 
-def _result(corpus: CorpusFile, measurement: Measurement) -> "EvalResult":
+def _result(facts: Mapping[str, Any], measurement: Measurement) -> "EvalResult":
     from huggingface_hub import EvalResult
 
+    corpus: CorpusFile = facts["corpus"]
     split = {"train": corpus.train, "validation": corpus.validation}.get(measurement.split)
     hub = _hub_sources(corpus) if split is not None and len(corpus.files) == 1 else []
     repo_id, _, config = hub[0].partition(":") if hub else ("text", "", "")
@@ -110,7 +115,7 @@ def _result(corpus: CorpusFile, measurement: Measurement) -> "EvalResult":
         task_type="text-generation",
         task_name="Text Generation",
         dataset_type=repo_id,
-        dataset_name=measurement.split if split is None else corpus.description,
+        dataset_name=measurement.split if split is None else facts["corpus_name"],
         dataset_config=config or None,
         dataset_split=measurement.split,
         dataset_args={"sha256": split.sha256} if split is not None and split.sha256 else None,
@@ -146,16 +151,20 @@ def check_card(card: CardRecipe) -> None:
 
 def language_name(code: str) -> str | None:
     """English name of a language code that the Hub takes (ISO 639-1, -2, -3; no script); None for others."""
-    import pycountry
-
     if code in _NO_NATURAL_LANGUAGES:
         return _NO_NATURAL_LANGUAGES[code]
+    language = _find_language(code)
+    return None if language is None else _SCOPE.sub("", language.name)
+
+
+def _find_language(code: str) -> Any:
+    import pycountry
+
     if not re.fullmatch("[a-z]{2,3}", code):
         return None
     keys = ("alpha_2",) if len(code) == 2 else ("alpha_3", "bibliographic")
     found = (pycountry.languages.get(**{key: code}) for key in keys)
-    language = next(filter(None, found), None) or pycountry.language_families.get(alpha_3=code)
-    return None if language is None else language.name
+    return next(filter(None, found), None) or pycountry.language_families.get(alpha_3=code)
 
 
 def _check_license(card: CardRecipe) -> None:

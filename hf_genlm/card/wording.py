@@ -1,14 +1,13 @@
 """Facts of a run in words: measurements, layers, durations, settings, languages and citations of the card."""
 
-import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
 from hf_genlm.config.recipe import Recipe
-from hf_genlm.evaluation.measurement import Measurement
+from hf_genlm.evaluation.measurement import Measurement, figures
 from hf_genlm.run_schemas import LanguageCounts
 
 # measurement -> title, definition
@@ -86,17 +85,7 @@ def interval(measurement: Measurement) -> str:
     """`1.38 to 1.41`, the ends of the 95 % interval."""
     if measurement.interval is None:
         return "unknown"
-    return " to ".join(figures(end, measurement) for end in measurement.interval)
-
-
-def figures(number: float | None, measurement: Measurement) -> str:
-    """`number` to the second digit of the measurement's standard error, or to 4 decimals without one."""
-    if number is None or not math.isfinite(number):
-        return "unknown"
-    if not measurement.stderr or not math.isfinite(measurement.stderr):
-        return f"{number:,.4f}"
-    digits = 1 - math.floor(math.log10(abs(measurement.stderr)))
-    return f"{number:,.{min(8, max(0, digits))}f}"
+    return " to ".join(figures(end, measurement.stderr) for end in measurement.interval)
 
 
 def describe_layers(mixer_types: Sequence[str]) -> str:
@@ -154,7 +143,9 @@ def year_of(events: Iterable[Mapping[str, Any]]) -> int | None:
 
 
 def language_table(
-    languages: Mapping[str, LanguageCounts], measured: Sequence[Measurement]
+    languages: Mapping[str, LanguageCounts],
+    measured: Sequence[Measurement],
+    name_of: Callable[[str], str | None],
 ) -> list[list[str]]:
     """Rows of cells, the head first, with text and measurements of each language; none without languages."""
     if not languages:
@@ -167,7 +158,7 @@ def language_table(
         found = {name: values.get(f"{name}/{code}") for name in known}
         rows.append(
             [
-                code,
+                f"{name} ({code})" if (name := name_of(code)) else code,
                 f"{counts.train.bytes or 0:,}",
                 f"{counts.repeats:.2f} times",
                 f"{counts.validation.bytes or 0:,}",

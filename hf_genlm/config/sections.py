@@ -312,6 +312,8 @@ class CardRecipe(Section):
         "The Hub's identifier, such as mit; other: with the next two. null: not stated.", synonyms="licence")
     license_name: Word | None = setting(None, "Name of a license that the Hub has no identifier for.")
     license_link: Word | None = setting(None, "Its address, or LICENSE, a file beside the weights.")
+    corpus: Word | None = setting(None, "Name of the training text. null: its files.",
+        synonyms="dataset_name")
     language: Words = setting([], "ISO 639 codes. Empty: those of `corpus.languages`.",
         synonyms="languages lang")
     authors: Words = setting([], "Authors of the model.", synonyms="author")

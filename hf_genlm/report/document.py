@@ -22,7 +22,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9._/+=,@:-]+(?: [A-Za-z0-9._/+=,@:-]+)*")
 # a `_` inside a word and marks such as `-` inside a line are not syntax
 _INSIDE = r"[#$&*<>@\[\\\]`|~]|(?<![^\W_])_|_(?![^\W_])"
 _CELL_SYNTAX = re.compile(_INSIDE)
-_SYNTAX = re.compile(rf"{_INSIDE}|^(?:[-+=]+|\d+[.)])")
+_SYNTAX = re.compile(rf"{_INSIDE}|^(?:[-+=]+|\d+[.)])(?!\S)")
 _FENCE = re.compile(r" {0,3}(`{3,})([^`]*)")
 
 
@@ -162,7 +162,7 @@ def address(text: str) -> Markdown:
 def code(text: object) -> Markdown:
     """Put `text` in a code span, or in `<code>` with entities if it could break a span or a table."""
     line = _on_one_line(text)
-    return Markdown(f"`{line}`" if _PLAIN.fullmatch(line) else f"<code>{prose(line)}</code>")
+    return Markdown(f"`{line}`" if _PLAIN.fullmatch(line) else f"<code>{cell(line)}</code>")
 
 
 def fence(text: object, language: str = "") -> Markdown:
@@ -197,7 +197,7 @@ def count(number: int | None) -> str:
 
 
 def _as_entities(found: re.Match[str]) -> str:
-    return "".join(f"&#{ord(c)};" for c in found.group())
+    return "".join(c if c.isalnum() else f"&#{ord(c)};" for c in found.group())
 
 
 def _on_one_line(text: object) -> str:

@@ -367,6 +367,7 @@ ACTS = {
     "card.license": ((), "mit", card),
     "card.license_name": (("card.license=other", "card.license_link=LICENSE"), "own-1.0", card),
     "card.license_link": (("card.license=other", "card.license_name=own-1.0"), "https://example.org", card),
+    "card.corpus": ((), "Tales", card),
     "card.language": ((), "fr", card),
     "card.authors": ((), "Ada", card),
     "card.url": ((), "https://example.org", card),
