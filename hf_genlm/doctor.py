@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from hf_genlm.card.wording import part_names, part_of, parts_of
 from hf_genlm.config.recipe import Recipe, TokenizerRecipe
 from hf_genlm.config.settle import settle, settle_reading
+from hf_genlm.errors import install_command
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.model.attention_genlm import GenLMAttention
 from hf_genlm.run_folder import describe_environment
@@ -54,8 +55,8 @@ class Extra:
 
     @property
     def command(self) -> str:
-        """The command that installs it from a clone of the repository."""
-        return f"pip install '.[{self.name}]'"
+        """The command that installs it, that of the tests from a clone of the repository."""
+        return "pip install '.[test]'" if self.name == "test" else install_command(self.name)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
-from hf_genlm.errors import UserError
+from hf_genlm.errors import UserError, install_command
 from hf_genlm.loading import load, names_of
 from hf_genlm.text.encoding import encode_messages, encode_texts
 
@@ -124,7 +124,7 @@ def check_installed() -> None:
         UserError: what the server and transformers' client need is not installed.
     """
     if any(find_spec(name) is None for name in LIBRARIES):
-        raise UserError("serving needs more libraries: from a clone, pip install '.[serve]'")
+        raise UserError(f"serving needs more libraries: {install_command('serve')}")
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from hf_genlm.decoding import FastGenerator
-from hf_genlm.errors import UserError
+from hf_genlm.errors import UserError, install_command
 from hf_genlm.evaluation.likelihood import evaluation_mode, start_token_id
 from hf_genlm.evaluation.measurement import Measurement, Statistic, mean_statistic
 from hf_genlm.evaluation.text_statistics import (
@@ -246,7 +246,7 @@ def mauve_score(reference: np.ndarray, samples: np.ndarray) -> float:
 
 def _check_mauve(n_samples: int, n_references: int) -> None:
     if find_spec("mauve") is None:
-        raise UserError("MAUVE needs the package mauve-text: pip install '.[mauve]'")
+        raise UserError(f"MAUVE needs the package mauve-text: {install_command('mauve')}")
     if min(n_samples, n_references) < MIN_MAUVE_TEXTS:
         raise UserError(
             f"MAUVE of {n_samples} samples and {n_references} reference texts: it needs at least "

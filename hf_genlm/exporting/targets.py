@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_genlm.exporting.gguf_file as gguf_file
 import hf_genlm.exporting.onnx_step as onnx_step
-from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.errors import UserError, did_you_mean, install_command
 from hf_genlm.exporting.layouts import LAYOUTS, convert, find_misfits
 from hf_genlm.exporting.onnx_runner import OnnxRunner
 from hf_genlm.files import atomic_folder, copy_file, read_text, require_new_folder, write_text
@@ -118,7 +118,7 @@ def select_target(to: str, dtype: str | None) -> Target:
         raise UserError(f"--dtype {dtype!r} is none that --to {to} writes: {', '.join(target.dtypes)}")
     missing = [name for name in target.needs if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--to {to} needs {' and '.join(missing)}: pip install '.[export]'")
+        raise UserError(f"--to {to} needs {' and '.join(missing)}: {install_command('export')}")
     return target
 
 

@@ -19,7 +19,7 @@ from importlib import metadata, resources
 from pathlib import Path
 
 from hf_genlm.config.recipe import CardRecipe, load_recipe
-from hf_genlm.errors import UserError, without_secrets
+from hf_genlm.errors import UserError, install_command, without_secrets
 from hf_genlm.files import (
     atomic_folder,
     copy_file,
@@ -236,4 +236,4 @@ def _version(package: str) -> str:
     try:
         return metadata.version(package).partition("+")[0]
     except metadata.PackageNotFoundError as error:
-        raise UserError(f"the demo needs {package}: pip install '.[space]'") from error
+        raise UserError(f"the demo needs {package}: {install_command('space')}") from error

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from hf_genlm.config.recipe import CorpusRecipe
-from hf_genlm.errors import UserError
+from hf_genlm.errors import UserError, install_command
 from hf_genlm.text.store import Documents
 
 Progress = Callable[[int, int], None]
@@ -96,8 +96,8 @@ def check_near_duplicates(recipe: CorpusRecipe) -> None:
     """
     if recipe.near_duplicates is not None and importlib.util.find_spec("datasketch") is None:
         raise UserError(
-            f"corpus.near_duplicates = {recipe.near_duplicates:g} needs the library datasketch: pip install "
-            "'.[privacy]'"
+            f"corpus.near_duplicates = {recipe.near_duplicates:g} needs the library datasketch: "
+            + install_command("privacy")
         )
 
 

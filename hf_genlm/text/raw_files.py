@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import IO, Any
 
-from hf_genlm.errors import UserError, without_secrets
+from hf_genlm.errors import UserError, install_command, without_secrets
 from hf_genlm.text.store import CHUNK
 
 MAX_PLACES = 20  # damaged records and files that a report names
@@ -116,7 +116,9 @@ def unpacked(label: str, stream: IO[bytes], compression: str | None) -> Iterator
     if compression == "zip":
         only_member(label, stream)
     if compression == "zstd" and find_spec("zstandard") is None:
-        raise UserError(f"{label!r} is zstd-compressed, which needs one more package: pip install '.[zstd]'")
+        raise UserError(
+            f"{label!r} is zstd-compressed, which needs one more package: {install_command('zstd')}"
+        )
     try:
         yield from _plain(stream) if compression is None else _chunks(_UNPACK[compression](stream))
     except _FAULTS as error:

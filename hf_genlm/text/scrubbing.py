@@ -25,6 +25,7 @@ from hf_genlm.errors import (
     GOOGLE,
     HUB,
     UserError,
+    install_command,
 )
 
 ALL = "all"
@@ -129,8 +130,8 @@ def check_scrubbing(recipe: CorpusRecipe) -> None:
     for name in _types_of(recipe):
         if name in LIBRARIES and importlib.util.find_spec(LIBRARIES[name][0]) is None:
             raise UserError(
-                f"corpus.scrub = {name} needs the library {LIBRARIES[name][1]}: pip install "
-                "'.[privacy]', or name the other types"
+                f"corpus.scrub = {name} needs the library {LIBRARIES[name][1]}: name the other types, or "
+                + install_command("privacy")
             )
     if not recipe.phone_regions:
         return

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from hf_genlm.errors import UserError
+from hf_genlm.errors import UserError, install_command
 from hf_genlm.text.cache import check_room
 from hf_genlm.text.raw_files import one_line
 
@@ -264,7 +264,7 @@ def _layout_of(path: Path) -> _Layout:
     n_words = None
     if head.startswith(_FASTTEXT):
         if importlib.util.find_spec("gensim") is None:
-            raise UserError(f"{name} is a fastText model, which gensim reads: pip install '.[vectors]'")
+            raise UserError(f"{name} is a fastText model, which gensim reads: {install_command('vectors')}")
         if len(head) < 12:
             raise UserError(f"{name} is cut short in its header: copy it anew")
         kind, (dimension,) = "fasttext binary", struct.unpack_from("<i", head, 8)

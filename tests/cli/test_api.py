@@ -13,7 +13,7 @@ from support.runs import SMALL
 
 import hf_genlm
 from hf_genlm import api
-from hf_genlm.evaluation.measurement import read_measurements
+from hf_genlm.evaluation.measurement import figures, read_measurements
 
 DOCUMENTS = [text for _, text in sorted(topics.items())[:40]]
 
@@ -53,7 +53,8 @@ def test_a_run_shows_its_measurements_model_samples_and_card(run):
 
 def test_a_run_is_shown_in_a_notebook(run):
     shown = run._repr_html_()
-    assert f"<td>{run.metrics['bits_per_byte'].value:.4f}</td>" in shown
+    bits = run.metrics["bits_per_byte"]
+    assert f"<td>{figures(bits.value, bits.stderr)}</td>" in shown
     assert 'src="data:image/png;base64,' in shown
 
 

@@ -359,7 +359,7 @@ def test_a_missing_library_names_its_extra(monkeypatch):
     recipe.training.steps = 1
     check(recipe)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"datasketch: pip install '\.\[privacy\]'"):
+    with pytest.raises(UserError, match=r"datasketch: pip install .*datasketch>="):
         check(recipe)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from hf_genlm.config.recipe import PrivacyRecipe
-from hf_genlm.errors import UserError
+from hf_genlm.errors import UserError, install_command
 
 UNIT = "one document of the training text, there or not"
 ACCOUNTANT = "privacy loss random variables (Gopi et al., 2021), by Opacus"
@@ -243,7 +243,7 @@ def check_installed() -> None:
     try:
         import opacus  # noqa: F401
     except ImportError as error:
-        raise UserError("--epsilon needs Opacus: pip install '.[privacy]'") from error
+        raise UserError(f"--epsilon needs Opacus: {install_command('privacy')}") from error
 
 
 def draw_documents(key: bytes, step: int, num_documents: int, rate: float) -> np.ndarray:
