@@ -206,6 +206,7 @@ _SYNONYMS = {
     **dict.fromkeys(("num-processes", "gpus", "nproc-per-node"), "--processes"),
     **dict.fromkeys(("length", "max-tokens", "max-length"), "--max-new-tokens"),
     **dict.fromkeys(("config", "config-file"), "--recipe"),
+    "parameters": "--cost",
 }
 
 

@@ -62,7 +62,10 @@ def faults_of_numbers(text: str, data: dict) -> list[str]:
     for result in data["model-index"][0]["results"]:
         for metric in result["metrics"]:
             figures = shown.pop(prose(metric["name"]), "")
-            if figures != f"{metric['value']:,.{len(figures.partition('.')[2])}f}":
+            whole, point, digits = figures.partition(".")
+            decimals = len(digits) if point else len(whole.rstrip("0,")) - len(whole)  # 24,700,000
+            decimals += 0 if point else whole[len(whole.rstrip("0,")) :].count(",")
+            if figures != f"{round(metric['value'], decimals):,.{len(digits)}f}":
                 found.append(f"{metric['name']}: {figures} for {metric['value']}")
     found += [f"{name}: not in the front matter" for name, figures in shown.items() if figures != "unknown"]
     (headline,) = re.findall(r"\*\*([0-9.,]+) bits for each byte\*\*", text)

@@ -252,7 +252,7 @@ def test_results_are_printed_as_json_and_what_is_drawn_has_a_seed():
     [
         (["generate", "MODEL", "import", "--max-new-tokens", "3", "--seed", "1"], {"prompt", "text"}),
         (["tokenizer", "TEXT", "--vocab-size", "300", "--out", "NEW"], {"tokenizer", "vocab_size", "bytes"}),
-        (["push", "MODEL", "me/mine", "--dry-run"], {"repo_id", "commit", "manifests"}),
+        (["push", "MODEL", "me/mine", "--dry-run", "--keep-card"], {"repo_id", "commit", "manifests"}),
         (["doctor", "MODEL"], {"n_parameters", "parts"}),
     ],
 )

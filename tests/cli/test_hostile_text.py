@@ -200,6 +200,7 @@ EVENTS = {
 def test_events_of_a_run_are_escaped(event, is_terminal, monkeypatch, capsys):
     if is_terminal:
         monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with Display() as shown:
         shown.hear(event, EVENTS[event])
         shown.bar.refresh()
