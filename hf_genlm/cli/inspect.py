@@ -6,22 +6,12 @@ from typing import Literal
 import typer
 
 from hf_genlm.cli import options as o
-from hf_genlm.cli.display import (
-    Display,
-    print_installation,
-    print_json,
-    print_model_cost,
-    print_rows,
-    say,
-)
+from hf_genlm.cli.display import Display, print_installation, print_json, print_model_cost, print_rows, say
 from hf_genlm.errors import UserError, did_you_mean
 
 
 @o.verb("runs", "Look", "hf-genlm runs runs/")
-def runs(
-    folder: str = o.argument("DIR", "The folder to search.", "."),
-    as_json: bool = o.JSON,
-) -> None:
+def runs(folder: str = o.argument("DIR", "The folder to search.", "."), as_json: bool = o.JSON) -> None:
     """List the runs, models and comparisons below a folder."""
     from hf_genlm.report.runs import list_runs
 

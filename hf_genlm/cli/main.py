@@ -28,8 +28,7 @@ _COMPLETION = "_HF_GENLM_COMPLETE"  # set by the shell's completion script
 
 @app.callback(invoke_without_command=True)
 def _root(
-    ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
 ) -> int:
     if version:
         from hf_genlm import __version__
