@@ -57,20 +57,14 @@ def front_matter(recipe: Recipe, facts: Mapping[str, Any]) -> "ModelCardData":
         "base_model_relation": "finetune" if facts["base_model"] else None,
     }
     return ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        license=card.license,
-        license_name=card.license_name,
-        license_link=card.license_link,
-        language=languages_of(recipe) or None,
+        library_name="transformers", pipeline_tag="text-generation", license=card.license,
+        license_name=card.license_name, license_link=card.license_link, language=languages_of(recipe) or None,
         tags=["genlm", "custom_code", *decoder_tags(facts["config"].mixer_types), *card.tags],
-        datasets=datasets_of(card, facts["corpus"]) or None,
-        base_model=facts["base_model"],
+        datasets=datasets_of(card, facts["corpus"]) or None, base_model=facts["base_model"],
         metrics=list(dict.fromkeys(m.name.partition("/")[0] for m in measurements)) or None,
-        model_name=facts["name"],
-        eval_results=results or None,
+        model_name=facts["name"], eval_results=results or None,
         **{key: value for key, value in more.items() if value},
-    )
+    )  # fmt: skip
 
 
 def stated_languages(recipe: Recipe) -> list[str]:
@@ -112,17 +106,12 @@ def _result(facts: Mapping[str, Any], measurement: Measurement) -> "EvalResult":
     hub = _hub_sources(corpus) if split is not None and len(corpus.files) == 1 else []
     repo_id, _, config = hub[0].partition(":") if hub else ("text", "", "")
     return EvalResult(
-        task_type="text-generation",
-        task_name="Text Generation",
-        dataset_type=repo_id,
+        task_type="text-generation", task_name="Text Generation", dataset_type=repo_id,
         dataset_name=measurement.split if split is None else facts["corpus_name"],
-        dataset_config=config or None,
-        dataset_split=measurement.split,
+        dataset_config=config or None, dataset_split=measurement.split,
         dataset_args={"sha256": split.sha256} if split is not None and split.sha256 else None,
-        metric_type=measurement.name,
-        metric_name=title(measurement),
-        metric_value=measurement.value,
-    )
+        metric_type=measurement.name, metric_name=title(measurement), metric_value=measurement.value,
+    )  # fmt: skip
 
 
 def check_card(card: CardRecipe) -> None:

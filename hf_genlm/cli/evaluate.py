@@ -45,18 +45,11 @@ def evaluate(
     with Display() as display:
         display.show("loading torch and transformers")
         measured = evaluate_model(
-            model,
-            sources,
-            suites=None if suite is None else o.parse_words(suite) or [""],
-            pairs=pairs,
-            tasks=None if tasks is None else o.parse_words(tasks),
-            include_path=include_path,
-            milestones=milestones,
-            seed=seed,
-            recipe=recipe,
-            assignments=assignments or (),
+            model, sources, suites=None if suite is None else o.parse_words(suite) or [""], pairs=pairs,
+            tasks=None if tasks is None else o.parse_words(tasks), include_path=include_path,
+            milestones=milestones, seed=seed, recipe=recipe, assignments=assignments or (),
             listener=display.hear,
-        )
+        )  # fmt: skip
     _print_measured(measured, as_json)
 
 
@@ -89,18 +82,10 @@ def audit(
         from hf_genlm.card.privacy import LIMITS, describe_audit
 
         found = audit_and_draw(
-            model,
-            trained_on=trained_on or (),
-            held_out=held_out or (),
-            attacks=attacks,
-            reference=reference,
-            limit=limit,
-            seed=seed,
-            output_dir=output_dir,
-            recipe=recipe,
-            assignments=assignments or (),
+            model, trained_on=trained_on or (), held_out=held_out or (), attacks=attacks, reference=reference,
+            limit=limit, seed=seed, output_dir=output_dir, recipe=recipe, assignments=assignments or (),
             listener=display.hear,
-        )
+        )  # fmt: skip
     _print_measured(found.measurements, as_json)
     if as_json:
         return
@@ -150,22 +135,12 @@ def compare(
 
         try:
             found = compare_candidates(
-                sources or (),
-                out=output_dir,
-                decoders=o.parse_words(decoders or ""),
-                sizes=o.parse_words(sizes or ""),
-                recipes=o.parse_words(recipes or ""),
-                minutes=minutes,
-                steps=steps,
-                tokens=tokens,
-                flops=flops,
-                parameters=parameters,
-                seeds=seeds,
-                validation=validation or (),
-                own_tokenizers=own_tokenizers,
-                assignments=assignments or (),
+                sources or (), out=output_dir, decoders=o.parse_words(decoders or ""),
+                sizes=o.parse_words(sizes or ""), recipes=o.parse_words(recipes or ""), minutes=minutes,
+                steps=steps, tokens=tokens, flops=flops, parameters=parameters, seeds=seeds,
+                validation=validation or (), own_tokenizers=own_tokenizers, assignments=assignments or (),
                 listener=hear,
-            )
+            )  # fmt: skip
         except KeyboardInterrupt:
             say(f"stopped; the same command continues in {output_dir}", is_error=True)
             return 0
@@ -209,19 +184,12 @@ def measure_range(
     with Display() as display:
         display.show("loading torch and transformers")
         found = measure(
-            output_dir,
-            decoders=o.parse_words(decoders),
-            tasks=o.parse_words(tasks),
+            output_dir, decoders=o.parse_words(decoders), tasks=o.parse_words(tasks),
             recall_pairs=o.parse_counts(recall_pairs) if recall_pairs else None,
-            lengths=o.parse_counts(lengths) if lengths else None,
-            steps=steps,
-            minutes=minutes,
-            seeds=seeds,
-            learning_rates=o.parse_amounts(rates),
-            hidden_size=width,
-            num_hidden_layers=layers,
+            lengths=o.parse_counts(lengths) if lengths else None, steps=steps, minutes=minutes, seeds=seeds,
+            learning_rates=o.parse_amounts(rates), hidden_size=width, num_hidden_layers=layers,
             listener=display.hear,
-        )
+        )  # fmt: skip
     if as_json:
         print_json({"outcomes": [outcome.to_json() for outcome in found.outcomes], "report": str(found.html)})
     else:

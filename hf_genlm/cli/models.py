@@ -47,16 +47,9 @@ def generate(
 
         loaded = load(model)
     text = continue_prompt(
-        loaded,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        compile=compile,
-        int8=int8,
-        on_text=None if as_json else print_generated,
-    )
+        loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed,
+        compile=compile, int8=int8, on_text=None if as_json else print_generated,
+    )  # fmt: skip
     if as_json:
         print_json({"prompt": prompt, "text": text})
     else:
@@ -223,16 +216,9 @@ def push(
 
         try:
             result = push_model(
-                path,
-                repo_id,
-                private=private,
-                tag=tag,
-                branches=branches,
-                keep_card=keep_card,
-                allow=allow or (),
-                dry_run=dry_run,
-                listener=hear,
-            )
+                path, repo_id, private=private, tag=tag, branches=branches, keep_card=keep_card,
+                allow=allow or (), dry_run=dry_run, listener=hear,
+            )  # fmt: skip
         except PushFailed as error:
             raise UserError(f"{error}: {shlex.join(['hf-genlm', *ctx.meta[o.WORDS]])}") from error
     if as_json:

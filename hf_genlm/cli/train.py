@@ -159,15 +159,10 @@ def _train_and_print(recipe: "Recipe", output_dir: str, resume: bool, as_json: b
         )
     quoted = shlex.quote(str(run.path))
     say(
-        "",
-        f"hf-genlm generate {quoted}",
-        f"hf-genlm evaluate {quoted} FILE",
-        f"hf-genlm push {quoted} OWNER/NAME --dry-run",
-        "",
-        "from transformers import AutoModelForCausalLM",
-        "import hf_genlm",
-        f'model = AutoModelForCausalLM.from_pretrained("{folder.model.as_posix()}")',
-    )
+        "", f"hf-genlm generate {quoted}", f"hf-genlm evaluate {quoted} FILE",
+        f"hf-genlm push {quoted} OWNER/NAME --dry-run", "", "from transformers import AutoModelForCausalLM",
+        "import hf_genlm", f'model = AutoModelForCausalLM.from_pretrained("{folder.model.as_posix()}")',
+    )  # fmt: skip
 
 
 @o.verb("tokenizer", "Train", "hf-genlm tokenizer my-texts/ --vocab-size 8000 --out my-tokenizer")
@@ -234,14 +229,9 @@ def extend(
         from hf_genlm.extension import extend as extend_model
 
         found = extend_model(
-            model,
-            corpus.languages or corpus.sources,
-            n_new_tokens=int(n_new_tokens),
-            out=output_dir,
-            keep=keep or (),
-            corpus=corpus,
-            listener=display.hear,
-        )
+            model, corpus.languages or corpus.sources, n_new_tokens=int(n_new_tokens), out=output_dir,
+            keep=keep or (), corpus=corpus, listener=display.hear,
+        )  # fmt: skip
     if as_json:
         print_json({**asdict(found), "path": str(found.path)})
         return

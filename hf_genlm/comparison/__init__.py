@@ -74,20 +74,10 @@ def compare(
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
     plan = make_plan(
-        [sources] if isinstance(sources, str) else sources,
-        decoders=decoders,
-        sizes=sizes,
-        recipes=recipes,
-        minutes=minutes,
-        steps=steps,
-        tokens=tokens,
-        flops=flops,
-        parameters=parameters,
-        seeds=seeds,
-        validation=validation,
-        own_tokenizers=own_tokenizers,
-        assignments=assignments,
-    )
+        [sources] if isinstance(sources, str) else sources, decoders=decoders, sizes=sizes, recipes=recipes,
+        minutes=minutes, steps=steps, tokens=tokens, flops=flops, parameters=parameters, seeds=seeds,
+        validation=validation, own_tokenizers=own_tokenizers, assignments=assignments,
+    )  # fmt: skip
     folder = ComparisonFolder.open_or_create(out, plan, listener)
     folder.tell("progress", task="loading torch and transformers", done=0, total=None)
     failed = run_all(folder, plan)

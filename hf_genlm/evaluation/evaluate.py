@@ -173,14 +173,9 @@ def _run_suites(
         from hf_genlm.evaluation.languages import measure_languages
 
         found += measure_languages(
-            subject.model,
-            subject.tokenizer,
-            found,
-            material.languages,
-            recipe,
-            start_id=subject.start_id,
+            subject.model, subject.tokenizer, found, material.languages, recipe, start_id=subject.start_id,
             context=subject.context,
-        )
+        )  # fmt: skip
     return found
 
 
@@ -205,13 +200,9 @@ def score_texts(
         for tokens, text in zip(ids, texts, strict=True)
     ]
     return measure_likelihood(
-        subject.model,
-        documents,
-        start_id=subject.start_id,
-        context=subject.context,
-        batch_size=batch_size,
+        subject.model, documents, start_id=subject.start_id, context=subject.context, batch_size=batch_size,
         split="given",
-    )
+    )  # fmt: skip
 
 
 def load_subject(name: str, context: int | None = None) -> Subject:
@@ -302,73 +293,47 @@ def _likelihood(subject: Subject, material: Material, on_progress: Progress) -> 
     from hf_genlm.evaluation.likelihood import measure_likelihood
 
     return measure_likelihood(
-        subject.model,
-        material.documents,
-        start_id=subject.start_id,
-        context=subject.context,
-        stride=material.settings.stride,
-        batch_size=material.settings.batch_size,
-        carry_state=bool(material.settings.carry_state),
-        n_words=material.n_words,
-        parts=count_documents(material.languages),
-        split=material.split,
-        on_progress=on_progress,
-    )
+        subject.model, material.documents, start_id=subject.start_id, context=subject.context,
+        stride=material.settings.stride, batch_size=material.settings.batch_size,
+        carry_state=bool(material.settings.carry_state), n_words=material.n_words,
+        parts=count_documents(material.languages), split=material.split, on_progress=on_progress,
+    )  # fmt: skip
 
 
 def _minimal_pairs(subject: Subject, material: Material, on_progress: Progress) -> list[Measurement]:
     from hf_genlm.evaluation.benchmarks import measure_minimal_pairs
 
     return measure_minimal_pairs(
-        subject.model,
-        subject.tokenizer,
-        material.pairs,
-        start_id=subject.start_id,
-        context=subject.context,
-        split=material.pairs_split,
-        on_progress=on_progress,
-    )
+        subject.model, subject.tokenizer, material.pairs, start_id=subject.start_id, context=subject.context,
+        split=material.pairs_split, on_progress=on_progress,
+    )  # fmt: skip
 
 
 def _lm_eval(subject: Subject, material: Material, on_progress: Progress) -> list[Measurement]:
     from hf_genlm.evaluation.benchmarks import measure_lm_eval_tasks
 
     return measure_lm_eval_tasks(
-        subject.model,
-        subject.tokenizer,
-        material.tasks,
-        start_id=subject.start_id,
-        context=subject.context,
-        include_path=material.include_path,
-        batch_size=material.settings.batch_size,
-    )
+        subject.model, subject.tokenizer, material.tasks, start_id=subject.start_id, context=subject.context,
+        include_path=material.include_path, batch_size=material.settings.batch_size,
+    )  # fmt: skip
 
 
 def _range(subject: Subject, material: Material, on_progress: Progress) -> list[Measurement]:
     from hf_genlm.evaluation.context import measure_loss_by_position
 
     return measure_loss_by_position(
-        subject.model,
-        material.documents,
-        subject.start_id,
-        subject.context,
-        batch_size=material.settings.batch_size,
-        split=material.split,
-        on_progress=on_progress,
-    )
+        subject.model, material.documents, subject.start_id, subject.context,
+        batch_size=material.settings.batch_size, split=material.split, on_progress=on_progress,
+    )  # fmt: skip
 
 
 def _extrapolation(subject: Subject, material: Material, on_progress: Progress) -> list[Measurement]:
     from hf_genlm.evaluation.context import measure_extrapolation
 
     return measure_extrapolation(
-        subject.model,
-        material.documents,
-        subject.start_id,
-        trained_length=subject.context,
-        split=material.split,
-        on_progress=on_progress,
-    )
+        subject.model, material.documents, subject.start_id, trained_length=subject.context,
+        split=material.split, on_progress=on_progress,
+    )  # fmt: skip
 
 
 def _samples(subject: Subject, material: Material, on_progress: Progress) -> list[Measurement]:
@@ -376,13 +341,9 @@ def _samples(subject: Subject, material: Material, on_progress: Progress) -> lis
 
     held_out = None if material.texts is None else [document.text for document in material.texts]
     return measure_samples(
-        subject.model,
-        subject.tokenizer,
-        training_texts=material.training,
-        reference_texts=held_out,
-        seed=material.seed,
-        on_progress=on_progress,
-    )
+        subject.model, subject.tokenizer, training_texts=material.training, reference_texts=held_out,
+        seed=material.seed, on_progress=on_progress,
+    )  # fmt: skip
 
 
 SUITES: dict[str, Suite] = {

@@ -48,19 +48,12 @@ def train_and_measure(run: "TaskRun", on_progress: OnProgress) -> "Outcome":
     trained = train_on_task(run, on_progress)
     task = TASKS[run.task]
     return Outcome(
-        task=run.task,
-        decoder=run.decoder,
-        seed=run.seed,
-        learning_rate=run.learning_rate,
-        size_name=task.size_name,
-        sizes=run.sizes,
-        chance=tuple(task.chance(size) for size in run.sizes),
-        mixers=tuple(trained.model.config.mixer_types or ()),
-        n_parameters=trained.n_parameters,
-        steps=trained.steps,
-        seconds=round(trained.seconds, 1),
+        task=run.task, decoder=run.decoder, seed=run.seed, learning_rate=run.learning_rate,
+        size_name=task.size_name, sizes=run.sizes, chance=tuple(task.chance(size) for size in run.sizes),
+        mixers=tuple(trained.model.config.mixer_types or ()), n_parameters=trained.n_parameters,
+        steps=trained.steps, seconds=round(trained.seconds, 1),
         measurements=tuple(measure_task(trained.model, task, run.sizes)),
-    )
+    )  # fmt: skip
 
 
 def measure_range(
@@ -120,17 +113,9 @@ def measure_range(
         refuse_links_out(out)
     outcomes = _run_all(runs, learning_rates, Path(out), listener or (lambda event, fields: None), train)
     command = _command(
-        decoders=decoders,
-        tasks=tasks,
-        recall_pairs=recall_pairs,
-        lengths=lengths,
-        **budget,
-        seeds=seeds,
-        rates=learning_rates,
-        width=hidden_size,
-        layers=num_hidden_layers,
-        out=out,
-    )
+        decoders=decoders, tasks=tasks, recall_pairs=recall_pairs, lengths=lengths, **budget, seeds=seeds,
+        rates=learning_rates, width=hidden_size, layers=num_hidden_layers, out=out,
+    )  # fmt: skip
     html, markdown = write_range_report(Path(out), outcomes, command)
     return RangeResults(outcomes, html, markdown)
 

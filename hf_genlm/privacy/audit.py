@@ -127,14 +127,10 @@ def audit(
     canaries = read(run.canaries, Canaries) if run and run.canaries.is_file() else None
     guarantee = read(run.privacy, GuaranteeFile) if run and run.privacy.is_file() else None
     evidence = Evidence(
-        train=encode(target, texts[0]),
-        held_out=encode(target, texts[1]),
-        canaries=canaries,
+        train=encode(target, texts[0]), held_out=encode(target, texts[1]), canaries=canaries,
         reference=None if reference is None else _load(reference, Recipe(), None),
-        delta=Evidence.delta if guarantee is None else guarantee.delta,
-        limit=limit,
-        seed=seed,
-    )
+        delta=Evidence.delta if guarantee is None else guarantee.delta, limit=limit, seed=seed,
+    )  # fmt: skip
     names = select_attacks(attacks, evidence)
     findings = [
         ATTACKS[name].measure(target, evidence, lambda *progress, name=name: report(name, *progress))
