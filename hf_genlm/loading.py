@@ -110,9 +110,12 @@ def source_of(name: "str | os.PathLike[str]") -> str:
 
 def names_of(name: str) -> set[str]:
     """Names that people have for the model at `name`: its run, its folder, and the last part of the run's."""
-    run = Path(name).parent if Path(name).name == "model" else Path(name)
-    runs = {run, Path(os.path.abspath(run)) if run.exists() else run}
-    return {name, *map(str, runs), *(str(each / "model") for each in runs), *(each.name for each in runs)}
+    path = Path(name)
+    if not path.exists():
+        return {name, path.name}
+    run = path.parent if path.name == "model" else path
+    runs = run, Path(os.path.abspath(run))
+    return {name, *map(str, runs), *(str(each / "model") for each in runs), runs[1].name}
 
 
 def _has_adapter(source: str) -> bool:
