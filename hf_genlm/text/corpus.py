@@ -386,8 +386,8 @@ def notes_on(report: dict[str, Any]) -> list[str]:
         notes.append(f"{n:,} training documents left out that are near-duplicates")
     if report.get("chats"):
         notes.append(
-            f"{report['chats']:,} chats: in them, the loss and all figures are of what the assistant says and "
-            "of the token that ends its turn; other messages are read only"
+            f"{report['chats']:,} chats: the loss and all figures are of what the assistant says and "
+            "of the token that ends its turn, in these; their other messages are read only"
         )
     if report.get("parallel_trained_on"):
         notes.append(
