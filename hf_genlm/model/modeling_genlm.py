@@ -426,15 +426,29 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())  # generate reads parameters
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
-        """Prepare inputs as transformers does, in the form that PEFT's prompt methods can extend.
+        """Prepare inputs as transformers does, and in the form that PEFT's prompt methods can extend.
 
         These look for the cache under the name `past_key_values`, and otherwise give the prompt again before
-        every new token; and they extend a mask (B, past + T).
+        every new token. They extend a mask (B, past + T), and cut the tokens after a cache to the last one.
+
+        Raises:
+            ValueError: several tokens after a cache, where a prompt method is active.
         """
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         if CACHE in inputs:
             inputs["past_key_values"] = inputs.pop(CACHE)
-        if isinstance(inputs.get("past_key_values"), DynamicCache) and "attention_mask" in inputs:
+        outer = getattr(
+            vars(self).get("prepare_inputs_for_generation"), "__self__", None
+        )  # PEFT puts its own here
+        if not getattr(getattr(outer, "active_peft_config", None), "is_prompt_learning", False):
+            return inputs
+        cache, input_ids = inputs.get("past_key_values"), inputs.get("input_ids")
+        if cache is not None and cache.get_seq_length() and input_ids is not None and input_ids.shape[1] > 1:
+            raise ValueError(
+                "PEFT's prompt methods give a cache one token at a time: generate without drafts "
+                "(assistant_model, prompt_lookup_num_tokens, assistant_early_exit) and prefill_chunk_size"
+            )
+        if "attention_mask" in inputs:
             inputs["attention_mask"] = kwargs.get("attention_mask")
         return inputs
 

@@ -101,6 +101,24 @@ def test_prompt_methods_generate_what_their_forward_computes(stack, method, toke
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("mixer", RECURRENT_MIXERS)
+def test_prompts_before_a_static_state(mixer, tokens):
+    adapted = adapt(build_model([mixer], eos_token_id=None), "PROMPT_TUNING")
+    options = {"input_ids": tokens, "max_new_tokens": 5, "do_sample": False}
+    found = adapted.generate(**options, cache_implementation="static")
+    assert torch.equal(found, adapted.generate(**options))
+
+
+@pytest.mark.parametrize("option", ["prompt_lookup_num_tokens", "prefill_chunk_size"])
+@pytest.mark.parametrize("stack", ["lstm", "full_attention"])
+def test_what_peft_would_cut_to_one_token_is_refused(stack, option):
+    """PEFT's prompt methods keep the last of the tokens that follow a cache, also of drafts."""
+    adapted = adapt(build_model(stack, eos_token_id=None), "PROMPT_TUNING")
+    row = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
+    with pytest.raises(ValueError, match="one token at a time"):
+        adapted.generate(input_ids=row, max_new_tokens=8, do_sample=False, **{option: 2})
+
+
 def test_an_adapter_of_prompts_is_loaded_with_its_width(tokens, tmp_path):
     """The embedding is narrower than the prompts: these are of the width of the layers."""
     adapted = adapt(build_model("factorised"), "PROMPT_TUNING")
