@@ -24,45 +24,26 @@ Texts = Any  # a path, several paths, strings, a datasets.Dataset, or None
 _ANY_FOLDERS = re.compile(r"(?:^|(?<=/))\*\*(?:/\*\*)*(?:/|$)")  # in a glob
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 # files that stand together in what this package writes, and in any model folder
-_OURS = [
-    set(names.split())
-    for names in (
-        "recipe.yaml log.jsonl",
-        "compare.yaml log.jsonl",
-        "range.json report.md",
-        "space.json app.py",
-        "tokenizer.json tokenizer_config.json",
-        "config.json model.safetensors",
-        "config.json model.safetensors.index.json",
-        "config.json pytorch_model.bin",
-        "config.json configuration_genlm.py",
-        "adapter_config.json",
-    )
-]
+_OURS = (
+    "recipe.yaml log.jsonl", "compare.yaml log.jsonl", "range.json report.md", "space.json app.py",
+    "tokenizer.json tokenizer_config.json", "config.json model.safetensors", "config.json pytorch_model.bin",
+    "config.json model.safetensors.index.json", "config.json configuration_genlm.py", "adapter_config.json",
+)  # fmt: skip
 _EXPORTED = re.compile(r"model-\w+\.gguf|model\.onnx")
-_PACKAGES = {
-    "node_modules",
-    "bower_components",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "__MACOSX",
-}
+_PACKAGES = re.compile(
+    r"node_modules|bower_components|(site|dist)-packages|__pycache__|__MACOSX|.+\.(egg|dist)-info"
+)
 _PACKAGES_HOLD = {"pyvenv.cfg", "conda-meta", "CACHEDIR.TAG"}  # bford.info/cachedir
 _OUTPUT, _INSTALLED = "output", "installed"  # kinds of folders without text of a person
 _REASONS = {
     _OUTPUT: "runs, comparisons and models are no text; to read a file there, name it",
     _INSTALLED: "installed packages and caches; to read such a folder, name it",
 }
-_SPLITS = {
-    word: split
-    for split, words in {
-        "train": "train training trainset trn",
-        "validation": "valid validation val dev devel devset eval heldout",
-        "test": "test testing testset tst",
-    }.items()
-    for word in words.split()
-}
+_SPLITS = (
+    dict.fromkeys(("train", "training", "trainset", "trn"), "train")
+    | dict.fromkeys(("valid", "validation", "val", "dev", "devel", "devset", "eval", "heldout"), "validation")
+    | dict.fromkeys(("test", "testing", "testset", "tst"), "test")
+)
 _MAX_PATH = 4096  # characters
 _MAX_PART = 1 << 21  # characters of a text in one record; escaped they are at most six times as many
 # no part can match in two ways: time is linear
@@ -238,13 +219,10 @@ def walk(folder: Path, pruned: Iterable[str] = ()) -> tuple[list[Path], int, lis
 def _kind_of(folder: str, files: Iterable[str], folders: Iterable[str]) -> str | None:
     """Kind of a folder without text of a person, from the names in it; None for any other folder."""
     name, inside = os.path.basename(os.path.abspath(folder)), {*files, *folders}
-    if any(marks <= inside for marks in _OURS):
+    is_export = "README.md" in inside and any(map(_EXPORTED.fullmatch, inside))
+    if is_export or any(inside.issuperset(marks.split()) for marks in _OURS):
         return _OUTPUT
-    if "README.md" in inside and any(map(_EXPORTED.fullmatch, inside)):
-        return _OUTPUT
-    if name in _PACKAGES or name.endswith((".egg-info", ".dist-info")) or _PACKAGES_HOLD & inside:
-        return _INSTALLED
-    return None
+    return _INSTALLED if _PACKAGES.fullmatch(name) or _PACKAGES_HOLD & inside else None
 
 
 def _kind_at(folder: str) -> str | None:

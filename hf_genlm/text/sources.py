@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import stat
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,32 +36,10 @@ _SAMPLES = 16  # blocks of a streamed file that are hashed
 _LINES = 20  # that are looked at
 _PLAIN = (None, ".txt", ".md", ".py")
 _POINTERS = {b"version https://git-lfs.github.com/spec/": "git lfs pull", b"/annex/objects/": "git annex get"}
-_BYTE_ORDER_MARKS = {  # those of UTF-32 first, which begin alike
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
-_SEPARATORS = [
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|eos|>",
-    "<|endofdoc|>",
-    "</s>",
-    "<eos>",
-    "<EOS>",
-    "[EOS]",
-]
+_BYTE_ORDER_MARK = re.compile(rb"(\xff\xfe\0\0|\0\0\xfe\xff)|\xff\xfe|\xfe\xff")  # UTF-32, or UTF-16
+_SEPARATOR = re.compile(r"<\|(?:endoftext|end_of_text|eos|endofdoc)\|>|</s>|<eos>|\[EOS\]", re.IGNORECASE)
 _MARKUP = {".csv", ".tsv", ".json", ".html", ".htm", ".xml", ".tex", ".ipynb"}
 _MARKUP_BEGINS = ("<!doctype html", "<html", "<?xml", "\\documentclass")
-_AS_IT_STANDS = (
-    "read as it stands, with the marks of its format; to train on the text alone, write that to .txt or "
-    ".jsonl"
-)
-_RECORDS = (
-    "though it holds JSON lines; to read a document of each, rename it to .jsonl",
-    "a document of each; to read them as text, rename it to .txt",
-)
 
 
 @dataclass
@@ -263,21 +242,26 @@ def look_at(file: RawFile, recipe: CorpusRecipe) -> tuple[RawFile, CorpusRecipe,
     text = beginning.decode(encoding, "replace").removeprefix("\ufeff")
     stem = PurePath(file.name).with_suffix("") if compression else PurePath(file.name)
     if _holds_records(text if len(beginning) < CHUNK else text[: text.rfind("\n") + 1], recipe.text_column):
-        told.append(f"read as {'JSON lines' if suffix is None else 'text'}, {_RECORDS[suffix is None]}")
-        name = file.name if suffix else f"{stem}.jsonl{PurePath(file.name).suffix if compression else ''}"
+        if suffix is not None:
+            told.append("JSON lines, read as text; to read a document of each, rename it to .jsonl")
+            return file, recipe, told
+        told.append("read as JSON lines, a document of each; to read them as text, rename it to .txt")
+        name = f"{stem}.jsonl{PurePath(file.name).suffix if compression else ''}"
         return replace(file, name=name), recipe, told
     if stem.suffix.lower() in _MARKUP or text[:99].lstrip().lower().startswith(_MARKUP_BEGINS):
-        told.append(_AS_IT_STANDS)
-    marks = [mark for mark in _SEPARATORS if mark in text]
-    lines = {line.strip() for line in text.split("\n")} if marks else set()
-    separator = next((mark for mark in marks if mark in lines), None)
-    if separator is not None and recipe.documents != "whole":
         told.append(
-            f"cut into documents at lines of {separator}; to keep it whole, --set corpus.documents=whole"
+            "read as it stands, with the marks of its format; to train on the text alone, write that to .txt or "
+            ".jsonl"
         )
+    found = dict.fromkeys(_SEPARATOR.findall(text))
+    lines = {line.strip() for line in text.split("\n")} if found else set()
+    separator = next((mark for mark in found if mark in lines), None)
+    if separator is not None and recipe.documents != "whole":
+        remedy = "to keep it whole, --set corpus.documents=whole"
+        told.append(f"cut into documents at lines of {separator}; {remedy}")
         file = replace(file, separator=separator)
-    elif marks and suffix != ".py":
-        told.append(f"{marks[0]} in it is read as text; alone on a line, it parts documents")
+    elif found and suffix != ".py":
+        told.append(f"{next(iter(found))} in it is read as text; alone on a line, it parts documents")
     return file, recipe, told
 
 
@@ -294,10 +278,10 @@ def _holds_records(text: str, column: str) -> bool:
 def _encoding_of(beginning: bytes, file: RawFile, compression: str | None, recipe: CorpusRecipe) -> str:
     """Encoding by the byte order mark, else UTF-8 if the whole file is that, else the one of the recipe."""
     stated = codecs.lookup(recipe.encoding).name
-    if not stated.startswith(("utf-16", "utf-32")):
-        for mark, encoding in _BYTE_ORDER_MARKS.items():
-            if beginning.startswith(mark):
-                return encoding
+    is_wide = stated.startswith(("utf-16", "utf-32"))
+    mark = None if is_wide else _BYTE_ORDER_MARK.match(beginning)
+    if mark is not None:
+        return "utf-32" if mark[1] else "utf-16"
     if stated == "utf-8":
         return recipe.encoding
     decode, is_ascii = codecs.getincrementaldecoder("utf-8")().decode, True
@@ -310,8 +294,7 @@ def _encoding_of(beginning: bytes, file: RawFile, compression: str | None, recip
                 return recipe.encoding
     except (UnicodeDecodeError, Damage):
         return recipe.encoding
-    is_stated = is_ascii and not stated.startswith(("utf-16", "utf-32"))  # in which ASCII is other bytes
-    return recipe.encoding if is_stated else "utf-8"
+    return recipe.encoding if is_ascii and not is_wide else "utf-8"  # wide, ASCII would be other bytes
 
 
 def lines_told(told: Iterable[tuple[str, str]]) -> list[str]:
@@ -417,7 +400,7 @@ class FileShard:
         )
 
     def told(self) -> list[tuple[str, str]]:
-        """What people are told about the file, and its name."""
+        """Lines for people about how the file is read, each with its name."""
         with opened(self.file) as stream:
             told = look_at(RawFile(str(self.file.path), self.file.path.name, stream), self.recipe)[2]
         return [(each, self.name) for each in told]

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from support.corpora import complaint, corpus_of, read, texts, write
 
+from hf_genlm.comparison.runs import ComparisonFolder
 from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError
+from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.corpus import notes_on
 from hf_genlm.text.locating import locate
 from hf_genlm.text.streaming import read_stream
@@ -78,6 +80,13 @@ def test_output_of_this_package_is_left_out_and_counted(project, monkeypatch, ki
     assert [file.name for file in locate(f"texts/out/{named}").files] == [f"texts/out/{named}"]
 
 
+def test_the_marks_are_the_names_of_files_that_are_written():
+    run, comparison = RunFolder("a"), ComparisonFolder("a")
+    assert {run.recipe.name, run.log_file.name} == set(OUTPUT["a run that has just begun"][:2])
+    assert {comparison.plan.name, comparison.log_file.name} == set(OUTPUT["a comparison"][:2])
+
+
+@pytest.mark.slow
 def test_a_run_in_the_folder_of_its_text_is_left_out(trained, project, monkeypatch):
     shutil.copytree(trained.path, project / "earlier")
     monkeypatch.chdir(project)

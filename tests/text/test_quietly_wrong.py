@@ -53,10 +53,7 @@ def test_json_lines_by_suffix(tmp_path):
     assert notes_on(report) == []
     found, (note,) = both(write(tmp_path / "a.txt", RECORDS))
     assert found == [RECORDS]
-    assert (
-        note
-        == "a.txt: read as text, though it holds JSON lines; to read a document of each, rename it to .jsonl"
-    )
+    assert note == "a.txt: JSON lines, read as text; to read a document of each, rename it to .jsonl"
 
 
 @pytest.mark.parametrize(
