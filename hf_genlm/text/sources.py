@@ -249,10 +249,8 @@ def look_at(file: RawFile, recipe: CorpusRecipe) -> tuple[RawFile, CorpusRecipe,
         name = f"{stem}.jsonl{PurePath(file.name).suffix if compression else ''}"
         return replace(file, name=name), recipe, told
     if stem.suffix.lower() in _MARKUP or text[:99].lstrip().lower().startswith(_MARKUP_BEGINS):
-        told.append(
-            "read as it stands, with the marks of its format; to train on the text alone, write that to .txt or "
-            ".jsonl"
-        )
+        remedy = "to train on the text alone, write that to .txt or .jsonl"
+        told.append(f"read as it stands, with the marks of its format; {remedy}")
     found = dict.fromkeys(_SEPARATOR.findall(text))
     lines = {line.strip() for line in text.split("\n")} if found else set()
     separator = next((mark for mark in found if mark in lines), None)
