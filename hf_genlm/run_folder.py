@@ -11,6 +11,7 @@ RUN/ recipe.yaml  environment.json  corpus.json  log.jsonl  tokenizer/  checkpoi
 import contextlib
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -19,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from hf_genlm.errors import UserError
@@ -29,6 +30,7 @@ from hf_genlm.files import (
     is_private_name,
     parse,
     read_bytes,
+    read_text,
     refuse_links_out,
     remove_private,
 )
@@ -255,10 +257,32 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
-        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_count": n_cores(),
         "packages": {name: _version(name) for name in packages},
         "implementation": sys.implementation.name,
     }
+
+
+def n_cores() -> int:
+    """Cores that this process may use: by its affinity, and by the CPU quota of its container, rounded up."""
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min([n, *_cpu_quotas()])))
+
+
+def _cpu_quotas(groups: str = "/proc/self/cgroup", mounts: str = "/sys/fs/cgroup") -> Iterator[float]:
+    """CPU quotas of this process's control groups (cgroups v1 and v2) and of those above them, in cores."""
+    lines = read_text(groups).splitlines() if os.path.exists(groups) else []
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+        for group in (PurePath(path), *PurePath(path).parents):
+            for mount in (controllers, "cpu") if controllers else ("", "unified"):
+                with contextlib.suppress(UserError, ValueError, ZeroDivisionError):  # not there, or no quota
+                    found = [read_text(f"{mounts}/{mount}{group}/{name}") for name in names]
+                    quota, period = map(int, " ".join(found).split())
+                    if quota > 0:
+                        yield quota / period
 
 
 def _version(package: str) -> str | None:

@@ -21,6 +21,7 @@ from hf_genlm.cli.display import print_traceback, say
 from hf_genlm.cli.launch import complain, is_first, is_launched
 from hf_genlm.cli.options import WORDS, app, explain_usage_error
 from hf_genlm.errors import Stopped, UserError, quiet_libraries
+from hf_genlm.run_folder import n_cores
 
 _ENDED_BY_SIGPIPE = 128 + 13  # the exit code that a shell reports for it
 _COMPLETION = "_HF_GENLM_COMPLETE"  # set by the shell's completion script
@@ -117,6 +118,8 @@ def _set_environment() -> None:
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # no frames of bars in a file
+    if n_cores() < (os.cpu_count() or 1):  # torch knows no quota of a container
+        os.environ.setdefault("OMP_NUM_THREADS", str(n_cores()))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import re
 import threading
 from array import array
@@ -22,6 +21,7 @@ from tokenizers import Tokenizer
 
 from hf_genlm.errors import UserError
 from hf_genlm.memory import give_back_memory
+from hf_genlm.run_folder import n_cores
 from hf_genlm.text.cache import ArrayFile, ArrayWriter, Cache, key_of
 from hf_genlm.text.fast_bpe import GROUPED_PATTERN, FastBPE, fast_bpe_of, pre_tokenizer
 from hf_genlm.text.store import TURN, Document, Documents, as_documents
@@ -361,11 +361,6 @@ def _fits(arrays: Mapping[str, np.ndarray], documents: Documents, encoder: Encod
 def tokenized_of(file: ArrayFile) -> TokenizedDocuments:
     """Documents whose arrays lie in `file`."""
     return TokenizedDocuments(**file.arrays, file=file)
-
-
-def n_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cuts_are_exact(backend: Tokenizer) -> bool:

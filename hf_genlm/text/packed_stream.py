@@ -16,7 +16,8 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from hf_genlm.errors import UserError
-from hf_genlm.text.encoding import DifferentIds, Encoder, n_cores
+from hf_genlm.run_folder import n_cores
+from hf_genlm.text.encoding import DifferentIds, Encoder
 from hf_genlm.text.packing import IGNORED, position_ids_of
 from hf_genlm.text.streaming import DocumentStream, Piece
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.utils.data import Dataset, Sampler
 
 from hf_genlm.errors import UserError
-from hf_genlm.text.encoding import n_cores
+from hf_genlm.run_folder import n_cores
 from hf_genlm.text.packing import IGNORED
 
 T = TypeVar("T")
@@ -201,10 +201,10 @@ def offset_seed() -> None:
 
 
 def set_threads(stated: int | None) -> None:
-    """Set torch's threads in this process: `stated`, or else an equal share of the machine's cores."""
+    """Set torch's threads in this process: `stated`, or else an equal share of the cores that it may use."""
     if stated is not None:
         torch.set_num_threads(stated)
-    elif count() > 1:
+    elif count() > 1 or torch.get_num_threads() > n_cores():  # torch knows no quota of a container
         torch.set_num_threads(_cores_per_process())
 
 
