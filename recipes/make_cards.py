@@ -17,9 +17,9 @@ from pathlib import Path
 from PIL import Image
 
 from hf_genlm.card import render_card
-from hf_genlm.card.wording import figures, interval
+from hf_genlm.card.wording import interval
 from hf_genlm.config.recipe import load_recipe
-from hf_genlm.evaluation.measurement import read_measurements
+from hf_genlm.evaluation.measurement import figures, read_measurements
 from hf_genlm.files import read_json
 from hf_genlm.report.curves import CURVES_FILE
 from hf_genlm.run_folder import RunFolder
@@ -86,8 +86,8 @@ def first_line(run: RunFolder) -> str:
     machine, corpus = read_json(run.environment), read_json(run.corpus)
     decoder = load_recipe(run.recipe).model
     return (
-        f"{MEASURED}{figures(bits.value, bits)} bits per byte (95 % interval {interval(bits)}) on {bits.n:,} "
-        f"held-out bytes of {corpus['description']}, {decoder.hidden_size} x {decoder.num_hidden_layers}, "
+        f"{MEASURED}{figures(bits.value, bits.stderr)} bits per byte (95 % interval {interval(bits)}) on "
+        f"{bits.n:,} held-out bytes of {corpus['description']}, {decoder.hidden_size} x {decoder.num_hidden_layers}, "
         f"{trained['steps']:,} steps in {trained['seconds']:.0f} s on {machine['cpu_count']} CPU cores.\n"
     )
 

@@ -146,9 +146,11 @@ def _among(documents: Documents, canaries: Canaries) -> Documents:
     # a copy with the place i precedes document i
     order = np.argsort(np.concatenate([places, np.arange(len(documents)) + 0.5]), kind="stable")
     new = {"starts": starts, "stops": stops, "characters": characters}
-    new["source_ids"] = [len(documents.sources)] * len(starts)
+    new |= {"source_ids": [len(documents.sources)] * len(starts), "is_chat": [False] * len(starts)}
     joined: dict[str, Any] = {
-        name: np.concatenate([np.array(values, dtype=np.int64), getattr(documents, name)])[order]
+        name: np.concatenate([np.array(values, getattr(documents, name).dtype), getattr(documents, name)])[
+            order
+        ]
         for name, values in new.items()
     }
     return replace(documents, sources=[*documents.sources, "canary"], **joined)
