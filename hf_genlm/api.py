@@ -354,12 +354,9 @@ def tokenizer(
     check_languages(corpus)
     with _progress_bar(progress, listener) as hear, as_sources(texts, corpus.text_column) as words:
         trained = train_tokenizer_on(
-            words or corpus.languages or corpus.sources,
-            out=Path(output_dir),
-            tokenizer=stated.tokenizer,
-            corpus=corpus,
-            listener=hear,
-        )
+            words or corpus.languages or corpus.sources, out=Path(output_dir), tokenizer=stated.tokenizer,
+            corpus=corpus, listener=hear,
+        )  # fmt: skip
         measured = []
         if trained.languages or corpus.parallel:
             hear("progress", {"task": "measuring languages", "done": 0, "total": None})
@@ -445,12 +442,10 @@ def generate(
     inputs = torch.tensor([start + ids], device=loaded.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
     fast.generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        max_new_tokens=max_new_tokens,
+        inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens,
         streamer=Streamer(tokenizer, skip_special_tokens=True),
         **(sampling if temperature > 0 else {"do_sample": False}),
-    )
+    )  # fmt: skip
     return "".join(pieces)
 
 

@@ -244,8 +244,6 @@ def push(
 def _print_manifest(manifest: "Manifest") -> None:
     """Print each file with its size, and the total."""
     say(
-        f"{manifest.folder}:",
-        *(f"  {size:>14,}  {name}" for name, size in manifest.sizes.items()),
-        f"  {manifest.num_bytes:>14,}  bytes in {len(manifest.sizes)} files",
-        "",
-    )
+        f"{manifest.folder}:", *(f"  {size:>14,}  {name}" for name, size in manifest.sizes.items()),
+        f"  {manifest.num_bytes:>14,}  bytes in {len(manifest.sizes)} files", "",
+    )  # fmt: skip

@@ -46,12 +46,9 @@ def verb(name: str, panel: str, example: str, takes_rest: bool = False) -> Calla
     """
     rest = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
     return app.command(
-        name,
-        cls=Verb,
-        rich_help_panel=panel,
-        epilog=f"Example: {example}",
+        name, cls=Verb, rich_help_panel=panel, epilog=f"Example: {example}",
         context_settings=rest if takes_rest else None,
-    )
+    )  # fmt: skip
 
 
 def parse_words(text: str) -> list[str]:
@@ -109,14 +106,9 @@ def option(
         return typer.Option(False, name, metavar=" ", help=help, rich_help_panel=panel, show_default=False)
     show_default = shown or default not in (None, ...)
     return typer.Option(
-        default,
-        name,
-        metavar=metavar,
-        help=help,
-        rich_help_panel=panel,
-        show_default=show_default,
+        default, name, metavar=metavar, help=help, rich_help_panel=panel, show_default=show_default,
         parser=parse,
-    )
+    )  # fmt: skip
 
 
 def argument(metavar: str, help: str, default: Any = None) -> Any:
@@ -153,18 +145,14 @@ PARALLEL = option(
     panel="Text",
 )
 DECODER = option(
-    "--decoder NAME",
-    "gated_linear, gru, lstm, elman, transformer, sliding or hybrid.",
-    panel="Model",
+    "--decoder NAME", "gated_linear, gru, lstm, elman, transformer, sliding or hybrid.", panel="Model",
     shown="gated_linear",
-)
+)  # fmt: skip
 MIXERS = option("--mixers A,B,..", "One mixer per layer, instead of --decoder.", panel="Model")
 SIZE = option(
-    "--size SIZE",
-    "tiny, small, base, or a number of parameters such as 30M.",
-    panel="Model",
+    "--size SIZE", "tiny, small, base, or a number of parameters such as 30M.", panel="Model",
     shown="by the time",
-)
+)  # fmt: skip
 VECTORS = option("--vectors FILE", "Start the embedding from word vectors.", panel="Model")
 VOCAB_SIZE = option(
     "--vocab-size N", "Number of tokens in the vocabulary.", panel="Model", shown="by the size of the text"

@@ -185,7 +185,7 @@ def test_a_model_that_is_not_ours_with_another_as_reference(overtrained, tmp_pat
     assert main(["audit", str(tmp_path / "gpt2"), *words, "--limit", "10"]) == 0
     out = capsys.readouterr().out
     assert "membership_auc/reference" in out
-    assert re.search(r"^extraction\S+ .* 20  ", out, flags=re.MULTILINE)
+    assert re.search(r" 20  \w", out)
     assert "exposure" not in out
 
 
