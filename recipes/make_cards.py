@@ -88,7 +88,8 @@ def first_line(run: RunFolder) -> str:
     return (
         f"{MEASURED}{figures(bits.value, bits.stderr)} bits per byte (95 % interval {interval(bits)}) on "
         f"{bits.n:,} held-out bytes of {corpus['description']}, {decoder.hidden_size} x "
-        f"{decoder.num_hidden_layers}, {trained['steps']:,} steps in {trained['seconds']:.0f} s on {machine['cpu_count']} CPU cores.\n"
+        f"{decoder.num_hidden_layers}, {trained['steps']:,} steps in {trained['seconds']:.0f} s on "
+        f"{machine['cpu_count']} CPU cores.\n"
     )
 
 
