@@ -130,30 +130,26 @@ def test_supervised_fine_tuning_by_trl(folder, tokenizer, packing, tmp_path):
     assert "expects" in tokenizer.decode(tuned.generate(**ids, max_new_tokens=8, do_sample=False)[0])
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_chat_is_learned_by_trl_from_what_the_assistant_says(folder, tokenizer, packing, tmp_path):
     trl = importorskip("trl")
     from datasets import Dataset
 
-    answers = {"Hi": "Nobody expects this.", "Bye": "It ends here."}
-    chats = [
-        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
-        for asked, said in [*answers.items()] * 16
-    ]
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Nobody expects this."}]
     arguments = trl.SFTConfig(
-        tmp_path, max_steps=60, per_device_train_batch_size=4, learning_rate=2e-2, use_cpu=True,
+        tmp_path, max_steps=50, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True,
         packing=packing, max_length=64, report_to="none", disable_tqdm=True, assistant_only_loss=True,
     )  # fmt: skip
-    trainer = trl.SFTTrainer(str(folder), arguments, train_dataset=Dataset.from_list(chats))
+    trainer = trl.SFTTrainer(
+        str(folder), arguments, train_dataset=Dataset.from_list([{"messages": messages}] * 32)
+    )
     trainer.train()
-    tuned, end = trainer.model.eval(), tokenizer.eos_token
-    for asked, said in answers.items():
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": asked}], add_generation_prompt=True, return_dict=True,
-            return_tensors="pt",
-        )  # fmt: skip
-        ids = tuned.generate(**inputs, max_new_tokens=30, do_sample=False)
-        assert tokenizer.decode(ids[0, inputs.input_ids.shape[1] :]) == f"{said}{end}"
+    inputs = tokenizer.apply_chat_template(
+        messages[:1], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    ids = trainer.model.eval().generate(**inputs, max_new_tokens=30, do_sample=False)
+    said = tokenizer.decode(ids[0, inputs.input_ids.shape[1] :])
+    assert said == f"{messages[1]['content']}{tokenizer.eos_token}"
 
 
 @pytest.mark.parametrize(("bits", "most_error"), [(8, 0.03), (4, 0.5)])
