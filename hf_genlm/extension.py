@@ -8,6 +8,7 @@ are those of the old tokenizer. Where no new pair occurs, the ids do not change.
 import heapq
 import itertools
 import json
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from hf_genlm.report import document
 from hf_genlm.run_folder import Listener
 from hf_genlm.text.corpus import notes_on, read_documents, with_sources
 from hf_genlm.text.encoding import encode_documents
+from hf_genlm.text.fast_bpe import MAX_TOKEN, MAX_WORD
 from hf_genlm.text.languages import check_languages
 from hf_genlm.text.sources import Sources
 from hf_genlm.text.store import TURN
@@ -189,7 +191,7 @@ def extend_bpe(
             f"this tokenizer is {model['type']} with the decoder {decoder}: only a byte-level BPE without a "
             "normalizer can be extended"
         )
-    words = _segment(backend, texts)
+    words = _segment(backend, texts, MAX_WORD)
     banned = {pair for pieces in _segment(backend, keep) for pair in itertools.pairwise(pieces)}
     vocabulary = backend.get_vocab(with_added_tokens=True)
     first = max(vocabulary.values()) + 1
@@ -215,11 +217,17 @@ def extend_bpe(
     return Extension(state, {number: pieces[number] for number in range(first, first + n_tokens)})
 
 
-def _segment(backend: Tokenizer, texts: Iterable[str]) -> Counter[tuple[str, ...]]:
-    """Count the words of `texts`, each as its tokens by `backend`; words of one token are left out."""
+def _segment(
+    backend: Tokenizer, texts: Iterable[str], max_bytes: int = sys.maxsize
+) -> Counter[tuple[str, ...]]:
+    """Count the words of `texts`, each as its tokens by `backend`; words of one token are left out.
+
+    A word of more than `max_bytes` is cut: learning takes time with its square.
+    """
     words: Counter[str] = Counter()
     for text in texts:
-        words.update(word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text))
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(text):
+            words.update(word[i : i + max_bytes] for i in range(0, len(word), max_bytes))
     found: Counter[tuple[str, ...]] = Counter()
     for word, n in words.items():
         tokens = tuple(token.value for token in backend.model.tokenize(word))
@@ -231,7 +239,8 @@ def _segment(backend: Tokenizer, texts: Iterable[str]) -> Counter[tuple[str, ...
 def _merges(words: Counter[tuple[str, ...]], banned: set[Pair], taken: set[str]) -> Iterable[Pair]:
     """Pairs to merge, in order: the most frequent pair of `words`, ties in alphabetical order.
 
-    A pair in `banned`, or one that makes a token in `taken`, is skipped. Adds the new tokens to `taken`.
+    A pair in `banned`, or one that makes a token in `taken` or of more than `MAX_TOKEN` bytes, is skipped.
+    Adds the new tokens to `taken`.
     """
     pieces = [list(word) for word in words]
     counts = list(words.values())
@@ -247,7 +256,8 @@ def _merges(words: Counter[tuple[str, ...]], banned: set[Pair], taken: set[str])
         return set(itertools.pairwise(pieces[i]))
 
     def is_skipped(negative_count: int, pair: Pair) -> bool:
-        return -negative_count != n_of[pair] or pair in banned or pair[0] + pair[1] in taken
+        joined = pair[0] + pair[1]
+        return -negative_count != n_of[pair] or pair in banned or joined in taken or len(joined) > MAX_TOKEN
 
     changed: set[Pair] = set().union(*(add(i, 1) for i in range(len(pieces))))
     while True:

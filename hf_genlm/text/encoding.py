@@ -23,7 +23,7 @@ from hf_genlm.errors import UserError
 from hf_genlm.memory import give_back_memory
 from hf_genlm.run_folder import n_cores
 from hf_genlm.text.cache import ArrayFile, ArrayWriter, Cache, key_of
-from hf_genlm.text.fast_bpe import GROUPED_PATTERN, FastBPE, fast_bpe_of, pre_tokenizer
+from hf_genlm.text.fast_bpe import GROUPED_PATTERNS, FastBPE, fast_bpe_of, pre_tokenizer
 from hf_genlm.text.store import TURN, Document, Documents, as_documents
 
 if TYPE_CHECKING:
@@ -129,10 +129,11 @@ class Encoder:
         self.state = json.dumps(state, ensure_ascii=False)
         self.exact = Tokenizer.from_str(self.state)
         self.exact.encode_special_tokens = True
-        self.can_cut = cuts_are_exact(backend)
+        grouped = own_pattern_of(backend)
+        self.can_cut = grouped is not None
         self.fast: FastBPE | None = None
-        if self.can_cut and n_characters >= self.min_fast:
-            self.fast = fast_bpe_of(backend, GROUPED_PATTERN)
+        if grouped is not None and n_characters >= self.min_fast:
+            self.fast = fast_bpe_of(backend, grouped)
         self.n_ids = max(backend.get_vocab(with_added_tokens=True).values(), default=0) + 1
         self.dtype = np.dtype(np.uint16 if self.n_ids <= 1 << 16 else np.uint32)
 
@@ -363,19 +364,23 @@ def tokenized_of(file: ArrayFile) -> TokenizedDocuments:
     return TokenizedDocuments(**file.arrays, file=file)
 
 
-def cuts_are_exact(backend: Tokenizer) -> bool:
-    """True if a text may be encoded in the pieces of `pieces_of`: only with our own pre-tokenizer.
+def own_pattern_of(backend: Tokenizer) -> str | None:
+    """The pattern for tiktoken of a tokenizer with our own pre-tokenizer, old or new; None for any other.
 
-    Then two places are always borders of pre-tokens. Before a visible character that follows a line end: no
-    alternative of `PATTERN` matches across it, none looks ahead across it (the one that starts with `\\s*`
-    takes a run of white space up to its last line end before the others see it), and none looks back. And
-    between an ASCII letter and an ASCII character that is none: an alternative that takes a letter continues
-    with letters and marks only, and a lookahead stands in white space and sees at most the letter.
+    Only with our own may a text be encoded in the pieces of `pieces_of`, as two places are always borders of
+    pre-tokens. Before a visible character that follows a line end: no alternative of `PATTERN` matches across
+    it, none looks ahead across it (the one that starts with `\\s*` takes a run of white space up to its last
+    line end before the others see it), and none looks back. And between an ASCII letter and an ASCII
+    character that is none: an alternative that takes a letter continues with letters and marks only, and a
+    lookahead stands in white space and sees at most the letter.
     """
     state = json.loads(backend.to_str())
-    ours = json.loads(pre_tokenizer().__getstate__())
-    specials_only = all(token["special"] for token in state["added_tokens"])
-    return state["normalizer"] is None and state["pre_tokenizer"] == ours and specials_only
+    if state["normalizer"] is not None or not all(token["special"] for token in state["added_tokens"]):
+        return None
+    for pattern, grouped in GROUPED_PATTERNS.items():
+        if state["pre_tokenizer"] == json.loads(pre_tokenizer(pattern).__getstate__()):
+            return grouped
+    return None
 
 
 def pieces(

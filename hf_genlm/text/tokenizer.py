@@ -24,7 +24,7 @@ from hf_genlm.run_folder import Listener
 from hf_genlm.text.cache import ArrayWriter, Cache, key_of
 from hf_genlm.text.corpus import notes_on, read_documents, with_sources
 from hf_genlm.text.encoding import encode_documents, pieces
-from hf_genlm.text.fast_bpe import PATTERNS, bounded, pre_tokenizer
+from hf_genlm.text.fast_bpe import MAX_TOKEN, PATTERNS, bounded, pre_tokenizer
 from hf_genlm.text.languages import balanced_text, check_languages
 from hf_genlm.text.sources import Sources
 from hf_genlm.text.store import TURN, Document, Documents, as_documents
@@ -142,8 +142,9 @@ def train_tokenizer(
     """Train a byte-level BPE tokenizer on at most `recipe.max_characters`, taken evenly from all of the text.
 
     They are fewer if their words seldom repeat, as in scripts without spaces, so that memory is bounded. A
-    word of more than 1,024 characters trains the merges in pieces of this length; honest text has none.
-    Encoding adds no special token by itself (GPT-2's convention). `model_max_length` is left to the caller.
+    word of more than 1,024 characters trains the merges in pieces of this length, and no token is longer than
+    128 bytes; honest text has none. Encoding adds no special token by itself (GPT-2's convention).
+    `model_max_length` is left to the caller.
 
     Args:
         n_bytes: size of the corpus, which decides the vocabulary size if `recipe.vocab_size` is None; a text
@@ -169,6 +170,7 @@ def train_tokenizer(
                 _SAMPLE_PIECE,
                 _WHOLE_PIECE,
                 _MAX_WORD_BYTES,
+                MAX_TOKEN,
             ],
             library=tokenizers.__version__,
         )
@@ -185,6 +187,7 @@ def train_tokenizer(
         min_frequency=2,  # a merge seen once memorises
         special_tokens=[AddedToken(END_OF_TEXT, normalized=False), AddedToken(PAD, normalized=False)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=MAX_TOKEN,
         show_progress=False,
     )
     documents = as_documents(documents)

@@ -17,7 +17,7 @@ from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.extension import extend_bpe, extend_model
 from hf_genlm.text.encoding import encode_documents
-from hf_genlm.text.fast_bpe import ranks_of
+from hf_genlm.text.fast_bpe import MAX_TOKEN, ranks_of
 from hf_genlm.text.store import Document
 from hf_genlm.training.train import train
 
@@ -64,6 +64,14 @@ def test_text_of_another_script_keeps_its_ids_and_text_that_is_to_keep_them_does
     before, after, _ = extended(KIN, 10, keep=OLD)
     assert after.encode(OLD[0]).ids == before.encode(OLD[0]).ids
     assert len(after.encode(KIN[0]).ids) < len(before.encode(KIN[0]).ids)
+
+
+@pytest.mark.parametrize("unit", ["x", "xy", "=", "\u2764\ufe0f"])
+def test_a_run_of_one_character_does_not_become_one_token(unit):
+    text = unit * (100_000 // len(unit))
+    _, after, extension = extended([text, *KIN * 40], 20)
+    assert max(len(after.id_to_token(i)) for i in extension.pieces) <= MAX_TOKEN
+    assert after.decode(after.encode(text[:5000]).ids) == text[:5000]
 
 
 def test_the_second_engine_follows_an_extended_tokenizer():

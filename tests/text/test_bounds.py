@@ -156,7 +156,10 @@ def test_letters_and_signs_are_those_of_every_version_of_unicode():
             assert kind not in "LM", hex(code)
 
 
-SIGNS = re.split("[|]", "\uff0c|。|\u3000|'a|1|٣|、a|!|\u0301|ー|ก็|กำ|م،|é,|हि।| |\n|\r\n")
+SIGNS = re.split(
+    "[|]",
+    "\uff0c|。|\u3000|'a|1|٣|、a|!|\u0301|ー|ก็|กำ|م،|é,|हि।| |\n|\r\n|\u2764\ufe0f|\ufe0f|1\ufe0f\u20e3",
+)
 LETTERS = re.split("[|]", "春眠|\u0430|β|שלום|한국|か|word|ไทย|नमस्ते|日")
 
 

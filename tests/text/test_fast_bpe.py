@@ -14,9 +14,10 @@ from hf_genlm.text import encoding, fast_bpe
 from hf_genlm.text.corpus import Document, read_documents
 from hf_genlm.text.encoding import Encoder, encode_documents
 from hf_genlm.text.fast_bpe import (
-    GROUPED_PATTERN,
+    GROUPED_PATTERNS,
     MAX_PIECE,
-    MAX_WORD,
+    MAX_TOKEN,
+    PATTERN,
     PATTERNS,
     FastBPE,
     bounded,
@@ -34,6 +35,7 @@ TEXTS = st.one_of(
         st.sampled_from(
             ["\r\n", "\n\n", " ", "    ", "\t", "\x0b", "\x1c", "\x85", "\u2028", "\u00a0", "self", "def ",
              "'ll", "'VE", "12345", "\u0661\u0662", "_x", "):", "\u00e9", "e\u0301", "हिन्दी", "日本", "😀",
+             "\u2764", "\ufe0f", "\ufe0e", "\u200d", "\u20e3",
              "\ufdd0", END_OF_TEXT, PAD, fast_bpe.BORDER, "\U000e0001", "\u1c89", "\ua7cb"]
         ),
         max_size=40,
@@ -157,7 +159,7 @@ def test_whatever_passes_the_proof_gives_equal_ids(drawn, texts):
     merges, turned = drawn
     names = list(dict.fromkeys(left + right for left, right in merges))
     backend = with_merges(merges, names[::-1] if turned else names)
-    fast = fast_bpe_of(backend, GROUPED_PATTERN)
+    fast = fast_bpe_of(backend, GROUPED_PATTERNS[PATTERN])
     if fast is not None:
         wanted = [backend.encode(text).ids for text in texts]
         assert [ids.tolist() for ids in fast.encode(texts)] == wanted
@@ -183,7 +185,7 @@ def test_what_the_proof_refuses_would_differ(merges, order, text):
         for word, i in state["model"]["vocab"].items()
         if word not in (END_OF_TEXT, PAD)
     }
-    assert FastBPE(ranks, GROUPED_PATTERN).encode([text])[0].tolist() != backend.encode(text).ids
+    assert FastBPE(ranks, GROUPED_PATTERNS[PATTERN]).encode([text])[0].tolist() != backend.encode(text).ids
 
 
 @pytest.mark.parametrize(
@@ -300,10 +302,70 @@ def test_words_of_a_usual_length_train_as_they_are_encoded(name, text):
     assert cut.pre_tokenize_str(text) == whole.pre_tokenize_str(text)
 
 
+@pytest.mark.parametrize(
+    "unit", ["a", "ab", "-", "=-", " ", "\n", "\r\n", "\u4e00", "\U0001f600", "\u2764\ufe0f"]
+)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_run_of_one_character_does_not_become_one_token(unit, pattern):
+    text = unit * (40_000 // len(unit))
+    tokenizer = train_tokenizer(as_text(text), TokenizerRecipe(pattern=pattern), 0)
+    assert MAX_TOKEN / 4 <= max(map(len, tokenizer.get_vocab())) <= MAX_TOKEN
+    assert len(ids_of(tokenizer, text)[0]) >= len(text.encode()) / MAX_TOKEN
+
+
+def test_separators_of_a_usual_width_are_one_token():
+    text = "".join(f"{'-' * 79}\nline {i}\n{' ' * 60}|\n" for i in range(300))
+    vocabulary = train_tokenizer(as_text(text), TokenizerRecipe(vocab_size=420), 0).get_vocab()
+    assert any(token.startswith("-" * 79) for token in vocabulary)
+    assert "\u0120" * 59 in vocabulary
+
+
+EMOJI = ["\u2764\ufe0f", "\u2764\ufe0f\u200d\U0001f525", "\U0001f3f3\ufe0f\u200d\U0001f308", "#\ufe0f\u20e3",
+         "\U0001f469\U0001f3fd\u200d\u2695\ufe0f", "7\ufe0f\u20e3", "7\u20e3", "\u00a9\ufe0f", "\u203c\ufe0f",
+         "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0001f44d\U0001f3fd", "\U0001f1eb\U0001f1f7",
+         "\U0001f441\ufe0f\u200d\U0001f5e8\ufe0f", "\u2139\ufe0f", "\u2600\ufe0e"]  # fmt: skip
+
+
+@pytest.mark.parametrize("before", ["", " ", "so ", "!", "\n", "\U0001f600", "\u2764\ufe0f"])
+@pytest.mark.parametrize("emoji", EMOJI)
+def test_no_emoji_is_cut(emoji, before):
+    text = f"{before}{emoji}love"
+    words = [text[begin:end] for _, (begin, end) in pre_tokenizer().pre_tokenize_str(text)]
+    assert "".join(words) == text
+    assert any(emoji in word for word in words)
+
+
+def test_an_emoji_that_is_frequent_becomes_a_token():
+    tokenizer = train_tokenizer(as_text("I \u2764\ufe0f you. " * 50), TokenizerRecipe(vocab_size=272), 0)
+    assert [tokenizer.decode(i) for i in ids_of(tokenizer, "We \u2764\ufe0f")[0][-1:]] == [" \u2764\ufe0f"]
+
+
+@given(TEXTS)
+@settings(max_examples=200, deadline=None)
+def test_only_texts_with_emoji_of_several_characters_are_split_otherwise_than_before(text):
+    _, before = map(pre_tokenizer, GROUPED_PATTERNS)
+    for plain in (text, text.replace("\ufe0f", "").replace("\ufe0e", "").replace("\u20e3", "")):
+        if plain != text or not set(text) & set("\ufe0e\ufe0f\u20e3"):
+            assert pre_tokenizer().pre_tokenize_str(plain) == before.pre_tokenize_str(plain)
+
+
+def test_tokenizers_that_were_saved_before_are_encoded_as_they_were(tokenizer, documents):
+    def as_before(state: dict) -> None:
+        state["pre_tokenizer"] = json.loads(pre_tokenizer(before).__getstate__())
+
+    _, before = GROUPED_PATTERNS
+    old = wrap_tokenizer(Tokenizer.from_str(json.dumps(changed(tokenizer, as_before))))
+    encoder = Encoder(old.backend_tokenizer, 10**9)
+    assert encoder.can_cut
+    assert encoder.fast is not None
+    texts = [documents[0].text, "a \u2764\ufe0f b 1\ufe0f\u20e3"]
+    assert ids_of(old, *texts) == saved_ids(old, *texts)
+    assert ids_of(old, texts[1]) != ids_of(tokenizer, texts[1])
+
+
 def test_a_long_word_trains_in_pieces_and_is_encoded_whole():
-    text = "a" * 10_000
+    text = "".join(map(str, range(3000))).translate({ord(str(i)): "abcdefghij"[i] for i in range(10)})
     tokenizer = train_tokenizer(as_text(text), TokenizerRecipe(), 0)
-    assert 8 < max(map(len, tokenizer.get_vocab())) <= MAX_WORD
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     assert state["pre_tokenizer"] == json.loads(pre_tokenizer().__getstate__())
     assert ids_of(tokenizer, text) == saved_ids(tokenizer, text)

@@ -21,10 +21,10 @@ from hf_genlm.serving import Server
 from hf_genlm.space.files.demo.models import LanguageModel
 from hf_genlm.text.corpus import Document, read_documents
 from hf_genlm.text.encoding import (
-    cuts_are_exact,
     encode_documents,
     encode_messages,
     encode_texts,
+    own_pattern_of,
     pieces,
     pieces_of,
 )
@@ -303,7 +303,7 @@ WORDS = [
 @given(st.lists(st.sampled_from(WHITESPACE + WORDS), max_size=40).map("".join), st.integers(1, 12))
 def test_cutting_a_text_changes_no_id(tokenizer, text, length):
     backend = tokenizer.backend_tokenizer
-    assert cuts_are_exact(backend)
+    assert own_pattern_of(backend)
     found = list(pieces_of(text, length))
     assert "".join(found) == text
     whole = backend.pre_tokenizer.pre_tokenize_str(text)
@@ -349,7 +349,7 @@ def test_a_long_document_is_cut_and_gives_the_ids_of_the_whole(tokenizer):
 def test_other_tokenizers_are_not_cut():
     other = Tokenizer(models.BPE())
     other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    assert not cuts_are_exact(other)
+    assert not own_pattern_of(other)
 
 
 # tokenizers that a person brings
