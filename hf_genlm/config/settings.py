@@ -35,6 +35,47 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """Conversion of optimizer steps to tokens and epochs, whose last step has the rows that are left."""
+
+    n_rows: int | None  # of one epoch; None: unknown
+    rows_per_step: int
+    targets_per_row: int
+    n_targets: int | None = None  # tokens predicted in one epoch; None: all rows are full
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch, whose number of rows is known."""
+        assert self.n_rows is not None
+        return -(-self.n_rows // self.rows_per_step)
+
+    def epochs(self, step: int) -> float | None:
+        """Epochs after `step` steps; None: unknown."""
+        return None if self.n_rows is None else round(step / self.steps_per_epoch, 3)
+
+    def tokens(self, step: int) -> int:
+        """Predicted tokens after `step` steps, repeats included; within an epoch, rows count as full."""
+        per_step = self.rows_per_step * self.targets_per_row
+        if self.n_rows is None:  # no epoch ends with a smaller step
+            return step * per_step
+        epochs, rest = divmod(step, self.steps_per_epoch)
+        return epochs * self._epoch_targets + min(rest * per_step, self._epoch_targets)
+
+    def steps(self, tokens: int) -> int:
+        """The fewest steps that predict `tokens`."""
+        per_step = self.rows_per_step * self.targets_per_row
+        if self.n_rows is None:
+            return -(-tokens // per_step)
+        epochs, rest = divmod(tokens, self._epoch_targets)
+        return epochs * self.steps_per_epoch + -(-rest // per_step)
+
+    @property
+    def _epoch_targets(self) -> int:
+        assert self.n_rows is not None
+        return self.n_rows * self.targets_per_row if self.n_targets is None else self.n_targets
+
+
+@dataclass(frozen=True)
 class Facts:
     """Facts that were measured or read. The defaults stand for facts that are not known yet."""
 
@@ -43,6 +84,8 @@ class Facts:
     vector_size: int | None = None  # dimension of the word vectors
     vocab_size: int | None = None
     train_tokens: int | None = None  # None also for a stream, whose length stays unknown
+    # tokens that an epoch predicts, the ends of documents included; of each language, where rows are of one
+    train_targets: tuple[int, ...] | None = None
     private_documents: int | None = None  # of the training text of a private run
     delta: float | None = None  # of the guarantee of a private run
     shape: Shape | None = None  # planned by the time
@@ -56,6 +99,16 @@ class Facts:
         if self.private_documents is not None:
             return self.private_documents * max_seq_length
         return self.train_tokens
+
+    def pace(self, max_seq_length: int, rows_per_step: int, carries_state: bool) -> Pace:
+        """Tokens by step. A private run draws as many documents for every step."""
+        width = max_seq_length - 1
+        if self.train_targets is None or self.private_documents is not None:
+            return Pace(None, rows_per_step, width)
+        n_rows = sum(-(-n_targets // width) for n_targets in self.train_targets)
+        if carries_state:  # every step is full: the rows that are left wait for another epoch
+            return Pace(max(1, n_rows // rows_per_step) * rows_per_step, rows_per_step, width)
+        return Pace(n_rows, rows_per_step, width, sum(self.train_targets))
 
 
 class CorpusSettings(CorpusRecipe):
@@ -137,6 +190,7 @@ class Length:
     expected_steps: int
     epochs: float | None  # that are expected; None: the length of the text is not known
     step_s: float | None  # that a step is expected to take; None: not measured
+    pace: Pace
     may_lower_threads: bool  # if steps take much longer than that: their number was not stated
 
 

@@ -22,6 +22,7 @@ from hf_genlm.config.settings import (
     Facts,
     Length,
     ModelSettings,
+    Pace,
     PrivacySettings,
     Settings,
     Shape,
@@ -266,18 +267,21 @@ def _settle_training(
     learning_rate = stated.learning_rate
     if learning_rate is None:
         learning_rate = float(f"{_LEARNING_RATE_AT_256 * (256 / shape.hidden_size) ** 0.5:.2g}")
-    tokens_per_step = shape.batch_size * stated.gradient_accumulation_steps * (shape.max_seq_length - 1)
+    rows_per_step = shape.batch_size * stated.gradient_accumulation_steps
+    tokens_per_step = rows_per_step * (shape.max_seq_length - 1)
     ends = _settle_end(stated)
-    length = _settle_length(recipe, facts, ends, tokens_per_step, shape.max_seq_length)
+    pace = facts.pace(shape.max_seq_length, rows_per_step, stated.carry_state)
+    length = _settle_length(recipe, facts, ends, pace, shape.max_seq_length)
     weight_decay = stated.weight_decay
     if weight_decay is None and recipe.privacy.epsilon is not None:
         weight_decay = _MIN_DECAY  # noise prevents memorisation
     if weight_decay is None:
         epoch_tokens = facts.epoch_tokens(shape.max_seq_length)
-        epoch_steps = float(length.expected_steps)  # of an unknown text: as in one epoch
+        epochs, epoch_steps = 1.0, float(length.expected_steps)  # of an unknown text: as in one epoch
         if epoch_tokens is not None:
             epoch_steps = max(1.0, epoch_tokens / tokens_per_step)
-        weight_decay = decay_for(length.epochs or 1.0, epoch_steps, learning_rate)
+            epochs = length.expected_steps / epoch_steps
+        weight_decay = decay_for(epochs, epoch_steps, learning_rate)
     is_short = length.seconds is not None and length.seconds < _SHORT_S
     decided = {
         **ends,
@@ -302,28 +306,30 @@ def _settle_end(training: TrainingRecipe) -> dict[str, Any]:
 
 
 def _settle_length(
-    recipe: Recipe, facts: Facts, ends: dict[str, Any], tokens_per_step: int, max_seq_length: int
+    recipe: Recipe, facts: Facts, ends: dict[str, Any], pace: Pace, max_seq_length: int
 ) -> Length:
-    epoch_tokens = facts.epoch_tokens(max_seq_length)
+    epoch_tokens, epoch_steps = facts.epoch_tokens(max_seq_length), None
+    if pace.n_rows is not None:
+        epoch_steps = float(pace.steps_per_epoch)
+    elif epoch_tokens is not None:
+        epoch_steps = max(1.0, epoch_tokens / pace.tokens(1))
     seconds, max_steps = None, MAX_STEPS
     if ends["steps"] is not None:
         max_steps = ends["steps"]
     elif ends["tokens"] is not None:
-        max_steps = math.ceil(ends["tokens"] / tokens_per_step)
+        max_steps = pace.steps(ends["tokens"])
     else:
         seconds = max(facts.step_s or 0.0, 60 * ends["minutes"] - facts.planning_s)
-        if epoch_tokens is not None:
-            max_steps = max(1, math.ceil(recipe.training.max_epochs * epoch_tokens / tokens_per_step))
+        if epoch_steps is not None:
+            max_steps = max(1, math.ceil(recipe.training.max_epochs * epoch_steps))
     expected = max_steps
     if seconds is not None and facts.step_s is not None:
         expected = min(max_steps, int(seconds / facts.step_s))
         if recipe.privacy.epsilon is not None:  # the noise is chosen for the number of steps
             max_steps = expected = max(1, expected)
-    epochs = None
-    if epoch_tokens is not None:
-        epochs = expected / max(1.0, epoch_tokens / tokens_per_step)
+    epochs = None if epoch_steps is None else expected / epoch_steps
     may_lower_threads = recipe.training.num_threads is None
-    return Length(max_steps, seconds, expected, epochs, facts.step_s, may_lower_threads)
+    return Length(max_steps, seconds, expected, epochs, facts.step_s, pace, may_lower_threads)
 
 
 def _settle_evaluation(recipe: Recipe, model: ModelSettings, max_seq_length: int) -> EvaluationSettings:

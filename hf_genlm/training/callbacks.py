@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from hf_genlm.config.settings import Pace
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.files import write_text
 from hf_genlm.model.bundle import bundle
@@ -38,33 +39,6 @@ class Diverged(ArithmeticError):
     def __init__(self, step: int):
         super().__init__(step)
         self.step = step
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Conversion of optimizer steps to tokens and epochs."""
-
-    n_rows: int | None  # of one epoch; None: unknown
-    rows_per_step: int
-    targets_per_row: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one epoch, whose number of rows is known."""
-        assert self.n_rows is not None
-        return -(-self.n_rows // self.rows_per_step)
-
-    def epochs(self, step: int) -> float | None:
-        """Epochs after `step` steps; None: unknown."""
-        return None if self.n_rows is None else round(step / self.steps_per_epoch, 3)
-
-    def tokens(self, step: int) -> int:
-        """Predicted tokens after `step` steps, repeats and the padding of the last row included."""
-        if self.n_rows is None:  # no epoch ends with a smaller step
-            return step * self.rows_per_step * self.targets_per_row
-        epochs, rest = divmod(step, self.steps_per_epoch)
-        rows = epochs * self.n_rows + min(rest * self.rows_per_step, self.n_rows)
-        return rows * self.targets_per_row
 
 
 class BudgetCallback(TrainerCallback):

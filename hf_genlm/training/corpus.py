@@ -58,6 +58,14 @@ class TokenizedCorpus:
         """Tokens of the training text."""
         return self.train.n_tokens
 
+    @property
+    def n_targets(self) -> tuple[int, ...]:
+        """Tokens that an epoch predicts, the end of each document included; by language, if balanced."""
+        parts = {"": slice(0, len(self.train))}
+        if repeats_of(self.languages) is not None:
+            parts = spans(count_documents(self.languages, "train"))
+        return tuple(self.train[part].n_tokens + len(self.train[part]) for part in parts.values())
+
     def windows(self, training: TrainingSettings) -> DocumentWindows:
         """Rows of a private run: one window of each drawn document.
 
@@ -85,7 +93,7 @@ class TokenizedCorpus:
     def word_rate(self, rows: PackedRows | BalancedRows) -> WordRate:
         """Words per token of the whole training text."""
         assert self.train_words is not None
-        return WordRate(self.train_words, rows.n_rows * (rows.max_seq_length - 1))
+        return WordRate(self.train_words, rows.n_targets)
 
     def known_ids(self, rows: PackedRows | BalancedRows) -> np.ndarray:
         """(n,) token ids of the whole training text."""
@@ -109,7 +117,7 @@ class StreamedCorpus:
     validation_words: np.ndarray | None = None
     rate: WordRate | None = None  # of the beginning of the text; counted for milestones alone
 
-    n_tokens = None  # unknown
+    n_tokens = n_targets = None  # unknown
     languages: typing.ClassVar[dict[str, Any]] = {}  # not distinguished in a stream
 
     def word_rate(self, rows: PackedStream) -> WordRate:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 
-from hf_genlm.config.settings import Settings
+from hf_genlm.config.settings import Pace, Settings
 from hf_genlm.errors import Stopped, UserError
 from hf_genlm.evaluation.aggregation import Window
 from hf_genlm.evaluation.languages import count_documents
@@ -29,7 +29,6 @@ from hf_genlm.training.callbacks import (
     FrozenRowsCallback,
     LogCallback,
     MilestoneCallback,
-    Pace,
     ThreadsCallback,
     ValidationCallback,
     WordRate,
@@ -71,7 +70,8 @@ class Job:
         if isinstance(rows, DocumentWindows):
             return Pace(rows.n_rows, training.rows_per_step, max(1, rows.n_targets))
         n_rows = rows.n_rows if self.carried is None else len(self.carried.sampler)
-        return Pace(n_rows, training.rows_per_step, training.max_seq_length - 1)
+        n_targets = None if self.carried or isinstance(rows, PackedStream) else rows.n_targets
+        return Pace(n_rows, training.rows_per_step, training.max_seq_length - 1, n_targets)
 
     def reached(self, step: int) -> dict[str, float]:
         """Position in the training, for events between its steps."""

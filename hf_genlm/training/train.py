@@ -174,7 +174,12 @@ def _read(
 
 def _with_corpus(facts: Facts, recipe: Recipe, corpus: TokenizedCorpus | StreamedCorpus) -> Facts:
     """`facts` with those of the corpus."""
-    facts = replace(facts, vocab_size=len(corpus.tokenizer), train_tokens=corpus.n_tokens)
+    facts = replace(
+        facts,
+        vocab_size=len(corpus.tokenizer),
+        train_tokens=corpus.n_tokens,
+        train_targets=corpus.n_targets,
+    )
     if recipe.privacy.epsilon is None:
         return facts
     assert isinstance(corpus, TokenizedCorpus), "check() refuses streams"
@@ -200,7 +205,7 @@ def _log_plan(run: RunFolder, settings: Settings, facts: Facts) -> None:
         batch_size=training.batch_size,
         threads=facts.num_threads or torch.get_num_threads(),
         step_s=round(length.step_s, 5),
-        tokens=length.expected_steps * training.tokens_per_step,
+        tokens=length.pace.tokens(length.expected_steps),
         passes=None if length.epochs is None else round(length.epochs, 2),
         weight_decay=training.weight_decay,
         seconds=round(facts.planning_s, 3),

@@ -15,6 +15,7 @@ from support.trackers import scalars_of
 
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import Recipe, load_recipe
+from hf_genlm.config.settings import Pace
 from hf_genlm.errors import Stopped, UserError
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.report.curves import (
@@ -30,7 +31,7 @@ from hf_genlm.report.figures import escape_label
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.training import trackers
 from hf_genlm.training.budget import Budget
-from hf_genlm.training.callbacks import LogCallback, Pace
+from hf_genlm.training.callbacks import LogCallback
 from hf_genlm.training.trackers import tracking
 from hf_genlm.training.train import train
 

@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import Recipe, load_recipe
+from hf_genlm.config.settings import Pace
 from hf_genlm.errors import UserError
 from hf_genlm.files import read_json
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.corpus import read_corpus
 from hf_genlm.text.store import Document, TextStore, as_documents
 from hf_genlm.training.budget import Budget
-from hf_genlm.training.callbacks import MilestoneCallback, Pace, WordRate, milestone_name, read_milestones
+from hf_genlm.training.callbacks import MilestoneCallback, WordRate, milestone_name, read_milestones
 from hf_genlm.training.train import train
 
 ROOT = Path(__file__).parents[2]

@@ -19,15 +19,16 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_genlm.api import generate
 from hf_genlm.config.recipe import Recipe, TrainingRecipe, load_recipe
-from hf_genlm.config.settings import Facts
+from hf_genlm.config.settings import Facts, Pace
 from hf_genlm.config.settle import decay_for, settle
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.model import DECODERS, GenLMForCausalLM
 from hf_genlm.training import budget as budget_module
 from hf_genlm.training.budget import Budget, trapezoid
-from hf_genlm.training.callbacks import Pace, ValidationCallback
+from hf_genlm.training.callbacks import ValidationCallback
 from hf_genlm.training.optimizer import OptimizerFactory
 from hf_genlm.training.train import train
 from hf_genlm.training.trainer import BudgetTrainer
@@ -213,6 +214,112 @@ def test_trapezoid():
 def test_pace_counts_the_short_step_at_the_end_of_an_epoch():
     pace = Pace(n_rows=10, rows_per_step=4, targets_per_row=3)
     assert [pace.tokens(step) for step in (0, 1, 2, 3, 4)] == [0, 12, 24, 30, 42]
+    padded = dataclasses.replace(pace, n_targets=28)  # of the last row, one token is predicted
+    assert [padded.tokens(step) for step in (0, 1, 2, 3, 4)] == [0, 12, 24, 28, 40]
+
+
+@pytest.mark.parametrize("n_rows", [None, 1, 2, 3, 4, 5, 11])
+@pytest.mark.parametrize("n_missing", [0, 2])
+def test_the_steps_of_a_budget_are_the_fewest_that_train_its_tokens(n_rows, n_missing):
+    pace = Pace(n_rows, 4, 3, None if n_rows is None else 3 * n_rows - n_missing)
+    for tokens in range(1, 100):
+        steps = pace.steps(tokens)
+        assert pace.tokens(steps - 1) < tokens <= pace.tokens(steps)
+
+
+@pytest.mark.parametrize("n_targets", [(40,), (254,), (2540,), (2032,), (100, 130, 3), (10**7,)])
+@pytest.mark.parametrize("carries_state", [False, True])
+def test_a_budget_counts_the_rows_that_a_small_text_has(n_targets, carries_state):
+    """16 rows of 127 a step, where a text has as many."""
+    facts = Facts(train_tokens=sum(n_targets), train_targets=n_targets)
+    stated = {"max_seq_length": 128, "batch_size": 16, "carry_state": carries_state}
+    length = settle(Recipe(training=TrainingRecipe(tokens=400_000, **stated)), facts).length
+    assert length.pace.tokens(length.max_steps - 1) < 400_000 <= length.pace.tokens(length.max_steps)
+    n_rows = sum(math.ceil(n / 127) for n in n_targets)
+    epoch = max(1, n_rows // 16) if carries_state else math.ceil(n_rows / 16)
+    assert length.max_steps == math.ceil(400_000 / (16 * 127)) or n_rows < 500
+    length = settle(Recipe(training=TrainingRecipe(minutes=1, **stated)), facts).length
+    assert (length.max_steps, length.epochs) == (8 * epoch, 8.0)
+
+
+@pytest.mark.parametrize("end", ["tokens=3000", "max_epochs=9"])
+def test_tokens_of_a_small_text_are_those_that_were_trained(end, tmp_path, monkeypatch):
+    """A few rows, where a step has room for sixteen."""
+    trained = []
+
+    def count_labels(self, model, inputs, *args, **kwargs):
+        trained.append(int((inputs["labels"][:, 1:] != -100).sum()))
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    compute_loss = BudgetTrainer.compute_loss
+    monkeypatch.setattr(BudgetTrainer, "compute_loss", count_labels)
+    path = tmp_path / "poem.txt"
+    path.write_text("".join(f"line {i} of the poem, {i * i}\n" for i in range(40)), encoding="utf-8")
+    ends = ["training.steps=null", "training.minutes=1"] if "epochs" in end else ["training.steps=null"]
+    rows = ["training.max_seq_length=64", "training.batch_size=16", "tokenizer.vocab_size=null"]
+    run = train(small_recipe(path, *ends, f"training.{end}", *rows), tmp_path / "run")
+    (done,) = [event for event in run.read_log() if event["event"] == "trained"]
+    assert (done["tokens"], done["steps"], done["epochs"]) == (sum(trained), len(trained), len(trained))
+    assert trained[0] < 16 * 63 / 2
+    if "tokens" in end:
+        assert 3000 <= sum(trained) < 3000 + trained[0]
+    else:
+        assert len(trained) == 9
+
+
+# Felicia Hemans, 1826
+POEM = """\
+The boy stood on the burning deck
+Whence all but he had fled;
+The flame that lit the battle's wreck
+Shone round him o'er the dead.
+
+Yet beautiful and bright he stood,
+As born to rule the storm;
+A creature of heroic blood,
+A proud, though childlike form.
+
+The flames rolled on; he would not go
+Without his father's word;
+That father, faint in death below,
+His voice no longer heard.
+
+He called aloud, "Say, father, say,
+If yet my task is done!"
+He knew not that the chieftain lay
+Unconscious of his son.
+
+"Speak, father!" once again he cried,
+"If I may yet be gone!"
+And but the booming shots replied,
+And fast the flames rolled on.
+
+Upon his brow he felt their breath,
+And in his waving hair,
+And looked from that lone post of death
+In still yet brave despair;
+
+And shouted but once more aloud,
+"My father! must I stay?"
+While o'er him fast, through sail and shroud,
+The wreathing fires made way.
+
+They wrapt the ship in splendour wild,
+They caught the flag on high,
+And streamed above the gallant child,
+Like banners in the sky.
+"""
+
+
+@pytest.mark.slow
+def test_a_poem_is_memorised(tmp_path):
+    """By a run of which no more is stated than its tokens, and continued from its start."""
+    (tmp_path / "poem.txt").write_text(POEM, encoding="utf-8")
+    recipe = load_recipe(None, [f"corpus.sources={tmp_path / 'poem.txt'}", "training.tokens=40000"])
+    run = train(recipe, tmp_path / "run")
+    n_bytes = json.loads(run.corpus.read_text())["train"]["bytes"]
+    assert n_bytes > 0.9 * len(POEM)
+    assert generate(str(run.path), max_new_tokens=600, temperature=0)[:n_bytes] == POEM[:n_bytes]
 
 
 def test_validations_come_once_each_and_never_at_the_end():
