@@ -45,9 +45,14 @@ class Pace:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in one epoch, whose number of rows is known."""
-        assert self.n_rows is not None
-        return -(-self.n_rows // self.rows_per_step)
+        """Optimizer steps in one epoch; 1 for an unknown text, of which every step counts as an epoch."""
+        return 1 if self.n_rows is None else -(-self.n_rows // self.rows_per_step)
+
+    @property
+    def _targets(self) -> tuple[int, int]:
+        """Tokens predicted in a full step and in an epoch."""
+        n_rows = self.rows_per_step if self.n_rows is None else self.n_rows
+        return self.rows_per_step * self.targets_per_row, self.n_targets or n_rows * self.targets_per_row
 
     def epochs(self, step: int) -> float | None:
         """Epochs after `step` steps; None: unknown."""
@@ -55,24 +60,13 @@ class Pace:
 
     def tokens(self, step: int) -> int:
         """Predicted tokens after `step` steps, repeats included; within an epoch, rows count as full."""
-        per_step = self.rows_per_step * self.targets_per_row
-        if self.n_rows is None:  # no epoch ends with a smaller step
-            return step * per_step
-        epochs, rest = divmod(step, self.steps_per_epoch)
-        return epochs * self._epoch_targets + min(rest * per_step, self._epoch_targets)
+        (of_step, of_epoch), (epochs, rest) = self._targets, divmod(step, self.steps_per_epoch)
+        return epochs * of_epoch + min(rest * of_step, of_epoch)
 
     def steps(self, tokens: int) -> int:
         """The fewest steps that predict `tokens`."""
-        per_step = self.rows_per_step * self.targets_per_row
-        if self.n_rows is None:
-            return -(-tokens // per_step)
-        epochs, rest = divmod(tokens, self._epoch_targets)
-        return epochs * self.steps_per_epoch + -(-rest // per_step)
-
-    @property
-    def _epoch_targets(self) -> int:
-        assert self.n_rows is not None
-        return self.n_rows * self.targets_per_row if self.n_targets is None else self.n_targets
+        of_step, of_epoch = self._targets
+        return tokens // of_epoch * self.steps_per_epoch + -(-(tokens % of_epoch) // of_step)
 
 
 @dataclass(frozen=True)

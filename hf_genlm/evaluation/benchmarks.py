@@ -165,13 +165,9 @@ def measure_minimal_pairs(
     texts = list(dict.fromkeys(text for pair in pairs for text in (pair.good, pair.bad)))
     index = {text: i for i, text in enumerate(texts)}
     nats = document_nats(
-        model,
-        encode_texts(tokenizer, texts),
-        start_id=start_id,
-        context=context,
-        batch_size=batch_size,
+        model, encode_texts(tokenizer, texts), start_id=start_id, context=context, batch_size=batch_size,
         on_progress=on_progress,
-    )
+    )  # fmt: skip
     good = nats[[index[pair.good] for pair in pairs]]
     bad = nats[[index[pair.bad] for pair in pairs]]
     by_uid: dict[str, list[int]] = defaultdict(list)

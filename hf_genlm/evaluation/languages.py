@@ -72,14 +72,9 @@ def measure_languages(
             for code, lines in read_parallel(recipe.corpus).items()
         }
         found += measure_parallel(
-            model,
-            sentences,
-            reference_of(sentences),
-            start_id=start_id,
-            context=context,
-            batch_size=recipe.evaluation.batch_size,
-            on_progress=on_progress,
-        )
+            model, sentences, reference_of(sentences), start_id=start_id, context=context,
+            batch_size=recipe.evaluation.batch_size, on_progress=on_progress,
+        )  # fmt: skip
     return found
 
 

@@ -10,13 +10,7 @@ import numpy as np
 
 from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.text.duplicates import (
-    Progress,
-    check_near_duplicates,
-    digests,
-    find_in,
-    find_near_duplicates,
-)
+from hf_genlm.text.duplicates import Progress, check_near_duplicates, digests, find_in, find_near_duplicates
 from hf_genlm.text.formats import check_encoding
 from hf_genlm.text.languages import (
     by_language,

@@ -28,11 +28,7 @@ _EMOJI = (
     rf" ?(?:[^\s\p{{L}}\p{{M}}\p{{N}}]+[{_SELECTOR}]|[0-9][{_SELECTOR}]?{_KEYCAP})"
     rf"(?:[^\s\p{{L}}\p{{M}}\p{{N}}]|[{_SELECTOR}{_KEYCAP}])*",
 )
-_WORDS = (
-    r"'(?i:[sdmt]|ll|ve|re)",
-    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+",
-    r" ?\p{N}{1,3}",
-)
+_WORDS = (r"'(?i:[sdmt]|ll|ve|re)", r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+", r" ?\p{N}{1,3}")
 _REST = (
     rf" ?[^\s\p{{L}}\p{{M}}\p{{N}}]+(?:[\r\n]+{_INDENT})?",
     rf"\s*[\r\n]+{_INDENT}",
@@ -105,10 +101,7 @@ class FastBPE:
 
         self._border_id = max(ranks.values()) + 1
         self._encoding = tiktoken.Encoding(
-            "hf_genlm",
-            pat_str=pattern,
-            mergeable_ranks=ranks,
-            special_tokens={BORDER: self._border_id},
+            "hf_genlm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={BORDER: self._border_id}
         )
         self._engines = [class_engines(pattern) for pattern in CLASSES]
         self._known = np.zeros(_N_CODE_POINTS, dtype=np.uint8)  # _SAME or _DIFFERS of the characters met

@@ -159,21 +159,11 @@ def train_tokenizer(
     key = None
     if cache is not None and sha256 is not None:
         key = key_of(
-            kind="tokenizer",
-            text=sha256,
-            vocab_size=vocab_size,
-            max_characters=recipe.max_characters,
-            rules=[
-                bounded(PATTERNS[recipe.pattern]),
-                END_OF_TEXT,
-                PAD,
-                _SAMPLE_PIECE,
-                _WHOLE_PIECE,
-                _MAX_WORD_BYTES,
-                MAX_TOKEN,
-            ],
+            kind="tokenizer", text=sha256, vocab_size=vocab_size, max_characters=recipe.max_characters,
             library=tokenizers.__version__,
-        )
+            rules=[bounded(PATTERNS[recipe.pattern]), END_OF_TEXT, PAD, _SAMPLE_PIECE, _WHOLE_PIECE,
+                   _MAX_WORD_BYTES, MAX_TOKEN],
+        )  # fmt: skip
         found = cache.load(key)
         with contextlib.suppress(Exception):  # of the library, for an entry that is no tokenizer
             if found is not None:
@@ -304,13 +294,7 @@ def wrap_tokenizer(backend: Tokenizer) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=PAD,
-        unk_token=None,
-        padding_side="left",
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
-    )
+        tokenizer_object=backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=PAD, unk_token=None,
+        padding_side="left", model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip

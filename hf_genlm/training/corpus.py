@@ -128,13 +128,10 @@ class StreamedCorpus:
     def rows(self, training: TrainingSettings) -> PackedStream:
         """Packed rows to train on."""
         return PackedStream(
-            self.stream,
-            self.tokenizer,
-            max_seq_length=training.max_seq_length,
-            shuffle_buffer=self.shuffle_buffer,
-            seed=training.seed,
+            self.stream, self.tokenizer, max_seq_length=training.max_seq_length,
+            shuffle_buffer=self.shuffle_buffer, seed=training.seed,
             note=lambda message: self.run.log("note", message=message),
-        )
+        )  # fmt: skip
 
     def known_ids(self, rows: PackedStream) -> np.ndarray:
         """(n,) token ids of the beginning of the training text."""
@@ -227,14 +224,10 @@ def _tokenize(run: RunFolder, recipe: Recipe, is_resuming: bool) -> TokenizedCor
     validation_bytes = corpus.report["validation"]["bytes"]
     _log_tokenized(run, tokenizer, train.n_tokens, validation.n_tokens, validation_bytes)
     return TokenizedCorpus(
-        tokenizer,
-        train,
-        validation,
-        words,
+        tokenizer, train, validation, words,
         validation_words=None if corpus.report.get("chats") else corpus.validation.count_words(),
-        train_words=corpus.report["train"].get("words"),
-        languages=languages,
-    )
+        train_words=corpus.report["train"].get("words"), languages=languages,
+    )  # fmt: skip
 
 
 def _public_text(note: Callable[[str], None]) -> tuple[Documents, int]:

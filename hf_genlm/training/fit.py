@@ -113,20 +113,14 @@ def fit(
         # the clock depends on the drawn documents: rate and end follow the steps that were accounted for
         budget.seconds, budget.steps = None, job.private.guarantee.steps
     trainer = make_trainer(
-        run=run,
-        budget=budget,
-        recipe=training,
-        carried=job.carried,
-        lr_scale=lr_scale,
+        run=run, budget=budget, recipe=training, carried=job.carried, lr_scale=lr_scale,
         was_stopped=lambda: stop.is_made,
-        is_rate_halved=lr_scale < 1 or (begin is not None and begin.progress.is_rate_halved),
-        model=model,
-        args=job.arguments,
-        train_dataset=rows,
+        is_rate_halved=lr_scale < 1 or (begin is not None and begin.progress.is_rate_halved), model=model,
+        args=job.arguments, train_dataset=rows,
         data_collator=collate if job.private is None else unwrap_batch,
         optimizer_cls_and_kwargs=(OptimizerFactory, {"recipe": training}),
         callbacks=_callbacks(run, job, on_whole_model, lambda: trainer.is_stopped(), is_retry=lr_scale < 1),
-    )
+    )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.saved_step = None if begin is None else begin.progress.step
     with keeping_memory(), stop.deferred(), _resuming(begin, trainer):
@@ -279,19 +273,11 @@ def likelihood_of(
     languages = corpus.languages if max_tokens is None else {}
     evaluation = settings.evaluation
     return measure_likelihood(
-        model,
-        corpus.validation,
-        start_id=corpus.tokenizer.bos_token_id,
-        context=evaluation.context_length,
-        stride=evaluation.stride,
-        batch_size=evaluation.batch_size,
-        carry_state=evaluation.carry_state,
-        n_words=corpus.validation_words,
-        max_tokens=max_tokens,
-        parts=count_documents(languages),
-        on_progress=on_progress,
-        on_scores=on_scores,
-    )
+        model, corpus.validation, start_id=corpus.tokenizer.bos_token_id, context=evaluation.context_length,
+        stride=evaluation.stride, batch_size=evaluation.batch_size, carry_state=evaluation.carry_state,
+        n_words=corpus.validation_words, max_tokens=max_tokens, parts=count_documents(languages),
+        on_progress=on_progress, on_scores=on_scores,
+    )  # fmt: skip
 
 
 def _samples_markdown(title: str, texts: list[str]) -> str:

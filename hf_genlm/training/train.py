@@ -175,10 +175,7 @@ def _read(
 def _with_corpus(facts: Facts, recipe: Recipe, corpus: TokenizedCorpus | StreamedCorpus) -> Facts:
     """`facts` with those of the corpus."""
     facts = replace(
-        facts,
-        vocab_size=len(corpus.tokenizer),
-        train_tokens=corpus.n_tokens,
-        train_targets=corpus.n_targets,
+        facts, vocab_size=len(corpus.tokenizer), train_tokens=corpus.n_tokens, train_targets=corpus.n_targets
     )
     if recipe.privacy.epsilon is None:
         return facts
@@ -213,10 +210,7 @@ def _log_plan(run: RunFolder, settings: Settings, facts: Facts) -> None:
 
 
 def _job_of(
-    run: RunFolder,
-    settings: Settings,
-    corpus: TokenizedCorpus | StreamedCorpus,
-    private: PrivateState | None,
+    run: RunFolder, settings: Settings, corpus: TokenizedCorpus | StreamedCorpus, private: PrivateState | None
 ) -> Job:
     training, length = settings.training, settings.length
     processes.set_threads(training.num_threads)
