@@ -8,6 +8,7 @@ path.
 
 import bz2
 import lzma
+import re
 import struct
 import zipfile
 import zlib
@@ -127,7 +128,9 @@ def unpacked(label: str, stream: IO[bytes], compression: str | None) -> Iterator
         raise Damage(
             Place(label),
             f"is not readable as {compression} ({one_line(error)})",
-            "the file is damaged or misnamed, copy it anew or unpack it",
+            "the file is damaged or misnamed, copy it anew or unpack it"
+            if "emory" not in str(error)  # in the messages of zstd and xz
+            else "its window is larger than 256 MB: unpack it, as by zstd -d --long=31",
         ) from error
 
 
@@ -260,7 +263,13 @@ class _Capped:
 def _members(stream: IO[bytes]) -> list[zipfile.ZipInfo]:
     capped: Any = _Capped(stream)
     with zipfile.ZipFile(capped) as archive:
-        return archive.infolist()
+        return [each for each in archive.infolist() if not each.is_dir() and not _is_hidden(each.filename)]
+
+
+def _is_hidden(name: str) -> bool:
+    """True for .DS_Store, ._a.txt and the folder __MACOSX, which macOS adds, and for other hidden files."""
+    parts = set(re.split(r"[/\\]", name)) - {".", ".."}
+    return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
 def _zip(stream: IO[bytes]) -> Iterator[bytes]:

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.corpora import complaint, parquet_of, read, texts, write
+from support.corpora import complaint, parquet_of, read, texts, write, zipped
 
 from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.text.streaming import open_stream
@@ -100,3 +100,22 @@ def test_a_remedy_names_a_field_of_text(tmp_path):
     message = complaint(write(tmp_path / "a.jsonl", lines_of({"id": "1", "n": 2, "story": "long " * 9})))
     assert "text_column=story" in message
     assert "none of its fields is text" in complaint(write(tmp_path / "b.jsonl", '{"n": 2}'))
+
+
+# archives and windows
+
+
+def test_a_zip_of_one_file_made_by_finder_is_that_file(tmp_path):
+    junk = (("__MACOSX/._a.txt", b"\0\5"), ("._a.txt", b"\0\5"), (".DS_Store", b"\0\0\0\1Bud1"))
+    for name in ("novel.txt.zip", "novel.zip"):
+        path = write(tmp_path / name, zipped(("texts/", b""), ("texts/novel.txt", b"the novel"), *junk))
+        assert texts(read(path)[0]) == ["the novel"]
+    assert "holds 0 members" in complaint(write(tmp_path / "b.txt.zip", zipped(*junk)))
+
+
+def test_a_long_window_of_zstd_is_refused_with_the_command_that_unpacks_it(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    parameters = zstandard.ZstdCompressionParameters(window_log=31)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path = write(tmp_path / "a.jsonl.zst", packer.compress(b'{"text": "a post"}\n') + packer.flush())
+    assert "zstd -d --long=31" in complaint(path)
