@@ -119,6 +119,8 @@ class CorpusFile:
     encoding: str | None = None
     duplicates_removed: Count | None = None
     duplicate_texts: Count | None = None
+    copies_removed: Count | None = None  # before texts were cut
+    held_out_in_training: Number | None = None  # share of its runs of 64 letters; None: not measured
     empty_skipped: Count | None = None
     files_skipped: Count | None = None
     notices: list[str] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,16 @@ import numpy as np
 
 from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.text.duplicates import Progress, check_near_duplicates, digests, find_in, find_near_duplicates
+from hf_genlm.text.duplicates import (
+    RUN,
+    Progress,
+    check_near_duplicates,
+    digests,
+    find_copies,
+    find_in,
+    find_near_duplicates,
+    share_found,
+)
 from hf_genlm.text.formats import check_encoding
 from hf_genlm.text.languages import (
     by_language,
@@ -30,6 +40,8 @@ _FEW_DOCUMENTS = 20  # fewer documents are cut into blocks before they are split
 _DOMINANT_SHARE = 0.5  # a larger document is cut into blocks, or validation would not see its kind
 _HELD_OUT_BLOCKS = 16  # blocks of the validation split of a long text
 _BLOCK_CHARACTERS = 2000  # blocks are not made shorter than this for the sake of their number
+_MAX_NAMED = 20  # copies that a report names
+_LARGE_OVERLAP = 0.05  # share of the held-out text that training has too, from which on it spoils the figures
 
 
 @dataclass
@@ -44,9 +56,10 @@ class Corpus:
 def read_corpus(recipe: CorpusRecipe, on_progress: Progress | None = None) -> Corpus:
     """Read the sources and split them. The same recipe over the same files gives the same corpus.
 
-    Memory does not grow with the text, except for some 50 bytes a document. A training document whose text is
-    in the validation split too is removed, and then, with `corpus.near_duplicates`, a near-duplicate of
-    another document: `on_progress` is called with (documents compared, all documents).
+    Memory does not grow with the text, except for some 50 bytes a document. Copies are removed before texts
+    are cut into blocks, then training documents whose text is in the validation split too, and then, with
+    `corpus.near_duplicates`, near-duplicates: `on_progress` is called with (documents compared, all
+    documents). The share of the held-out text that is still in the training text is measured.
 
     Raises:
         UserError: a source cannot be used, or one of the splits would be empty.
@@ -54,7 +67,7 @@ def read_corpus(recipe: CorpusRecipe, on_progress: Progress | None = None) -> Co
     check_languages(recipe)
     check_near_duplicates(recipe)
     sources: Sources = recipe.languages or recipe.sources
-    by_name = splits_by_name(recipe)
+    by_name, copies = splits_by_name(recipe), list[str]()
     readings = [_read(sources, recipe, "train", by_name)]
     if by_name:
         readings.append(_read(sources, recipe, "validation", by_name))
@@ -67,7 +80,7 @@ def read_corpus(recipe: CorpusRecipe, on_progress: Progress | None = None) -> Co
         n_train, n_validation = (each.languages for each in readings)
         method = "given"
     else:
-        train, validation, method, n_train, n_validation = _split(readings[0], recipe)
+        train, validation, method, n_train, n_validation, copies = _split(readings[0], recipe)
     n_before = len(train)
     is_held = find_in(train, validation)
     n_texts = len(set(digests(train.take(is_held))))
@@ -87,6 +100,9 @@ def read_corpus(recipe: CorpusRecipe, on_progress: Progress | None = None) -> Co
         "split": {"method": method, "seed": recipe.split_seed, "fraction": recipe.validation_fraction},
         "duplicates_removed": n_exact,
         "duplicate_texts": 0 if recipe.keep_held_out else n_texts,
+        "copies_removed": len(copies),
+        "copies": copies[:_MAX_NAMED],
+        "held_out_in_training": share_found(validation, train),
         **_facts_on(readings),
         "notices": _notices(readings, recipe, by_name),
         "train": count_text(train),
@@ -164,14 +180,16 @@ def with_sources(recipe: CorpusRecipe, sources: Sources) -> CorpusRecipe:
 
 
 def split_documents(
-    documents: Sequence[Document], fraction: float, seed: int
-) -> tuple[Documents, Documents, str]:
-    """(training, validation, method): about `fraction` of the bytes in validation, neither side empty.
+    documents: Sequence[Document], fraction: float, seed: int, near: float | None = None, keeps: bool = False
+) -> tuple[Documents, Documents, str, list[str]]:
+    """(training, validation, method, copies): about `fraction` of the bytes is held out, no side is empty.
 
     "document": whole documents are held out, in a seeded order. "block", where documents are few or one of
     them is most of the corpus: all are cut at line ends into blocks of similar length, of which a seeded
-    choice is held out; neighbouring blocks of one side stay one document. Chats are never cut. The result
-    depends on the order of `documents` and on `seed` only.
+    choice is held out; neighbouring blocks of one side stay one document. A long document that others hold
+    most of, or with `near` one that is so similar to another, would have its blocks on both
+    sides: unless it `keeps` copies it is left out, and `copies` are the sources of such documents. Chats are
+    never cut. The result depends on the order of `documents` and on `seed` only.
 
     Raises:
         UserError: the text is a single character, or a single chat.
@@ -188,29 +206,51 @@ def split_documents(
         if has_chats and not is_held.any():
             is_held[sizes.argmin()] = True
         if has_chats or target / 2 <= sizes[is_held].sum() <= target * 2:
-            return documents.take(~is_held), documents.take(is_held), "document"
-    n_characters = documents.n_characters
-    if n_characters < 2:
-        raise UserError("the corpus is a single character, which cannot be split: add text")
-    wanted = fraction * n_characters
-    length = max(1, round(max(wanted / _HELD_OUT_BLOCKS, min(wanted, _BLOCK_CHARACTERS))))
-    length = min(length, n_characters // 2)
+            return documents.take(~is_held), documents.take(is_held), "document", []
+    is_cut = documents.characters > 1.5 * _block_length(documents, fraction)
+    is_copy = np.zeros(len(documents), dtype=bool)
+    if is_cut.sum() > 1 and not keeps:
+        is_copy[is_cut] = find_copies(documents.take(is_cut))
+        if near is not None:
+            left = is_cut & ~is_copy
+            those = documents.take(left)
+            is_copy[left] = ~find_near_duplicates(those, those[:0], near).kept
+    copies = [documents.sources[i] for i in documents.source_ids[is_copy]]
+    documents = documents.take(~is_copy)
+    target = fraction * int(documents.n_bytes.sum())
+    length = _block_length(documents, fraction)
     # cutting at line ends can fail on a short text of long lines: then any character will do
     for reach in (max(length, _BLOCK_CHARACTERS), 0):
         blocks = [block for i in range(len(documents)) for block in cut_blocks(documents, i, length, reach)]
         sizes = np.array([block.stop - block.start for block in blocks])
         is_held = _choose(sizes, target, seed)
         if not is_held.any():
-            is_held[_seeded_order(len(blocks), seed)[0]] = True
+            is_held[seeded_order(len(blocks), seed)[0]] = True
         if not is_held.all() and sizes[is_held].sum() <= max(2 * target, sizes.sum() / 4):
             break
     train, validation = (_join_blocks(documents, blocks, is_held == side) for side in (False, True))
-    return train, validation, "block"
+    return train, validation, "block", copies
 
 
-def split_by_hash(documents: Documents, fraction: float, seed: int) -> tuple[Documents, Documents, str]:
-    """(training, validation, "hash"): each document is held out with probability `fraction`, decided by its
-    own text and the seed. So one document more or less moves no other, and copies are on one side.
+def _block_length(documents: Documents, fraction: float) -> int:
+    """Characters of a block, about.
+
+    Raises:
+        UserError: the text is a single character.
+    """
+    n_characters = documents.n_characters
+    if n_characters < 2:
+        raise UserError("the corpus is a single character, which cannot be split: add text")
+    wanted = fraction * n_characters
+    length = max(1, round(max(wanted / _HELD_OUT_BLOCKS, min(wanted, _BLOCK_CHARACTERS))))
+    return min(length, n_characters // 2)
+
+
+def split_by_hash(
+    documents: Documents, fraction: float, seed: int
+) -> tuple[Documents, Documents, str, list[str]]:
+    """(training, validation, "hash", []): each document is held out with probability `fraction`, decided by
+    its own text and the seed. So one document more or less moves no other, and copies are on one side.
 
     Raises:
         UserError: a side is empty.
@@ -221,7 +261,7 @@ def split_by_hash(documents: Documents, fraction: float, seed: int) -> tuple[Doc
             f"of {len(is_held):,} documents, each held out with a chance of {fraction:g} by its own hash, "
             f"{int(is_held.sum()):,} are: hold out a file of your own by --validation FILE"
         )
-    return documents.take(~is_held), documents.take(is_held), "hash"
+    return documents.take(~is_held), documents.take(is_held), "hash", []
 
 
 def share_of(digest: bytes, seed: int) -> float:
@@ -231,16 +271,18 @@ def share_of(digest: bytes, seed: int) -> float:
 
 def _split(
     reading: Reading, recipe: CorpusRecipe
-) -> tuple[Documents, Documents, str, dict[str, int], dict[str, int]]:
+) -> tuple[Documents, Documents, str, dict[str, int], dict[str, int], list[str]]:
     """Split each language by itself, so that each is held out in proportion and none is missing on a side.
 
-    Returns training, validation, the method, and the documents of each language on both sides, which are
-    empty if no languages are named."""
+    Returns training, validation, the method, the documents of each language on both sides, which are empty if
+    no languages are named, and the sources of copies that were left out."""
     documents = reading.writer.documents()
     counts = reading.languages or {"": len(documents)}
-    split = split_by_hash if recipe.split_by_hash else split_documents
+    how = recipe.validation_fraction, recipe.split_seed
     found = {
-        code: split(documents[span], recipe.validation_fraction, recipe.split_seed)
+        code: split_by_hash(documents[span], *how)
+        if recipe.split_by_hash
+        else split_documents(documents[span], *how, recipe.near_duplicates, recipe.keep_held_out)
         for code, span in spans(counts).items()
     }
     train = Documents.join([each[0] for each in found.values()])
@@ -249,7 +291,14 @@ def _split(
     n_train, n_validation = (
         {code: len(each[side]) for code, each in found.items() if code} for side in (0, 1)
     )
-    return train, validation, method, n_train, n_validation
+    return (
+        train,
+        validation,
+        method,
+        n_train,
+        n_validation,
+        [name for each in found.values() for name in each[3]],
+    )
 
 
 def _choose(sizes: np.ndarray, target: float, seed: int) -> np.ndarray:
@@ -257,7 +306,7 @@ def _choose(sizes: np.ndarray, target: float, seed: int) -> np.ndarray:
     `target`."""
     chosen = np.zeros(len(sizes), dtype=bool)
     total = n_chosen = 0
-    for i in _seeded_order(len(sizes), seed):
+    for i in seeded_order(len(sizes), seed):
         size = int(sizes[i])
         if abs(total + size - target) < abs(total - target) and n_chosen < len(sizes) - 1:
             chosen[i] = True
@@ -266,7 +315,7 @@ def _choose(sizes: np.ndarray, target: float, seed: int) -> np.ndarray:
     return chosen
 
 
-def _seeded_order(n: int, seed: int) -> np.ndarray:
+def seeded_order(n: int, seed: int) -> np.ndarray:
     """A permutation (n,) that does not depend on the version of a random generator."""
     keys = np.empty(n, dtype="S32")
     for i in range(n):
@@ -370,6 +419,12 @@ def notes_on(report: dict[str, Any]) -> list[str]:
         )
     if report.get("links_out"):
         notes.append(f"{report['links_out']:,} of the files are links that lead out of the folder named")
+    if n := report.get("copies_removed"):
+        notes.append(
+            f"{n:,} {'copy' if n == 1 else 'copies'} of other text here left out "
+            f"({', '.join(report['copies'][:3])}), or the text held out would be trained on; to keep "
+            "them, --set corpus.keep_held_out=true"
+        )
     if n := report.get("duplicates_removed"):
         notes.append(
             f"{n:,} training documents left out that stand in the validation split too (copies of "
@@ -388,6 +443,15 @@ def notes_on(report: dict[str, Any]) -> list[str]:
             f"the parallel text of {', '.join(report['parallel_trained_on'])} is trained on too, and what "
             "compares sentences then tells how well it was learned: leave it out of the sources"
         )
+    share = report.get("held_out_in_training")
+    if share is not None:
+        leave = "" if "stream" in report else "leave copies out by --near-duplicates 0.5, or "
+        remedy = f", so its figures are too good: {leave}hold out other text by --validation FILE"
+        searched = ", as far as it was searched," if "stream" in report else ""
+        notes.append(
+            f"{100 * share:.1f} % of the held-out text stands in the training text too{searched} by runs of "
+            f"{RUN} letters and digits{remedy if share >= _LARGE_OVERLAP else ''}"
+        )
     if "scrubbed" in report:
         found = report["scrubbed"]["types"]
         replaced = ", ".join(f"{n:,} {name}" for name, n in found.items() if n)
@@ -398,15 +462,20 @@ def notes_on(report: dict[str, Any]) -> list[str]:
 def changed_text(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, str] | None:
     """Compare two reports: (the text that changed, the files that changed), or None if nothing did.
 
-    Files of a stream are compared by size and samples."""
+    Files are compared by their content, and those of a stream by size and samples, in the order in which they
+    are read: a name is not the same in another folder, and two files may share one."""
 
-    def is_same(old: dict[str, Any] | None, new: dict[str, Any]) -> bool:
-        known = ("bytes", "sha256", "samples_sha256")
-        return old is not None and all(old[k] == new[k] for k in known if k in old and k in new)
+    def identity(file: dict[str, Any]) -> tuple[Any, ...]:
+        found = file["bytes"], file["sha256"], file.get("samples_sha256")
+        return found if any(found[1:]) else (file["name"],)  # a Hub data set has its name alone
 
-    old = {file["name"]: file for file in before["files"]}
-    files = [file["name"] for file in now["files"] if not is_same(old.pop(file["name"], None), file)]
-    names = ", ".join([*files, *old][:3])
+    old, new = ([(identity(file), file["name"]) for file in each["files"]] for each in (before, now))
+    gone = Counter(which for which, _ in old) - Counter(which for which, _ in new)
+    come = Counter(which for which, _ in new) - Counter(which for which, _ in old)
+    changed = [name for which, name in new if come[which]] + [name for which, name in old if gone[which]]
+    names = ", ".join(list(dict.fromkeys(changed))[:3])
+    if not names and [which for which, _ in old] != [which for which, _ in new]:
+        names = "the order of the files"
     for split in ("train", "validation"):
         if before[split]["sha256"] != now[split]["sha256"]:
             return f"the {split} text", names or "the split"
@@ -427,13 +496,10 @@ def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def touched(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A line for people about streamed files that were written to since, with the same size and samples."""
-    old = {file["name"]: file.get("modified") for file in before["files"]}
-    names = [
-        file["name"]
-        for file in now["files"]
-        if old[file["name"]] is not None and old[file["name"]] != file.get("modified")
-    ]
+    """A line for people about streamed files that were written to since, with the same size and samples: the
+    files of both reports are the same, see `check_same`."""
+    pairs = zip(before["files"], now["files"], strict=True)
+    names = [new["name"] for old, new in pairs if old.get("modified") not in (None, new.get("modified"))]
     if not names:
         return []
     return [

@@ -1,4 +1,4 @@
-"""Find documents that are equal, or nearly equal, to another one.
+"""Find documents that are equal, or nearly equal, to another one, and held-out text that training has too.
 
 The similarity of two documents is the Jaccard similarity of their shingles, runs of five words: shared ones
 over all. MinHash signatures in bands (Broder 1997; Leskovec et al., Mining of Massive Datasets, chapter 3)
@@ -33,6 +33,12 @@ MAX_MEMBERS = 256  # latest documents of a group that a document is compared wit
 MAX_COMPARED = 32  # documents of the most similar signatures whose shingles are compared
 _MAX_UNIT = 1 << 13  # characters: a longer word may be cut
 _FACTOR = 0x9E3779B97F4A7C15  # odd: multiplication by it is invertible
+RUN = 64  # bytes of UTF-8 in a row, without case, spaces and punctuation of ASCII
+COPY_SHARE = 0.8  # of the runs of a document that is a copy of others
+_LETTERS_AT_ONCE = 1 << 16  # bytes
+_MAX_RUNS = 1 << 15  # runs that are compared, about: of a longer text, a sample of them
+_LOWER = bytes.maketrans(bytes(range(65, 91)), bytes(range(97, 123)))
+_DROPPED = bytes(code for code in range(128) if not chr(code).isalnum())
 
 # scripts without spaces between words, where a unit is a character: Thai, Lao, Tibetan, Burmese, Khmer, kana,
 # bopomofo and Han
@@ -67,6 +73,66 @@ def find_in(documents: Documents, others: Documents) -> np.ndarray:
         texts = set(digests(others.take(np.isin(others.n_bytes, documents.n_bytes[alike]))))
         found[alike] = [digest in texts for digest in digests(documents.take(alike))]
     return found
+
+
+def share_found(held_out: Documents, train: Documents) -> float | None:
+    """Share of the runs of `held_out` that stand in `train` too; None if it has no text of that length."""
+    n_skipped = _sampling(held_out)
+    none = np.zeros(0, dtype=np.uint64)
+    runs, count = np.unique(np.concatenate([none, *_runs(held_out, n_skipped)]), return_counts=True)
+    if not len(runs):
+        return None
+    is_found = np.zeros(len(runs), dtype=bool)
+    for part in _runs(train, n_skipped):
+        place = np.minimum(np.searchsorted(runs, part), len(runs) - 1)
+        is_found[place[runs[place] == part]] = True
+    return round(float(count[is_found].sum() / count.sum()), 4)
+
+
+def find_copies(documents: Documents) -> np.ndarray:
+    """Mask (n,) of the documents of which longer ones, or earlier ones of equal length, hold most."""
+    order, n_skipped = np.argsort(-documents.n_bytes, kind="stable"), _sampling(documents, 64 * _MAX_RUNS)
+    none = np.zeros(0, dtype=np.uint64)
+    runs = [np.unique(np.concatenate([none, *_runs(documents[i : i + 1], n_skipped)])) for i in order]
+    rank = np.repeat(np.arange(len(runs)), [len(part) for part in runs])
+    _, first, number = np.unique(np.concatenate([none, *runs]), return_index=True, return_inverse=True)
+    n_known = np.bincount(rank[rank[first][number] < rank], minlength=len(runs))
+    is_copy = np.zeros(len(documents), dtype=bool)
+    is_copy[order] = n_known >= np.maximum(1, COPY_SHARE * np.array([len(part) for part in runs]))
+    return is_copy
+
+
+def _sampling(documents: Documents, max_runs: int = _MAX_RUNS) -> int:
+    """Number of runs, a power of two, of which one is compared."""
+    return 1 << max(0, int(documents.n_bytes.sum()) // max_runs).bit_length()
+
+
+def _runs(documents: Documents, n_skipped: int) -> Iterator[np.ndarray]:
+    """Hashes of the runs of each document, in parts (n,) uint64: about one in `n_skipped`, by the hash."""
+
+    def hashed(content: bytes) -> np.ndarray:
+        codes = np.frombuffer(content, dtype=np.uint8)
+        hashes = codes.astype(np.uint64)
+        width = 1
+        while width < RUN:  # of twice as many bytes each time
+            hashes = (hashes[:-width] ^ hashes[:-width] >> np.uint64(29)) * np.uint64(_FACTOR) + hashes[
+                width:
+            ]
+            width *= 2
+        hashes = (hashes ^ hashes >> np.uint64(32)) * np.uint64(_FACTOR)
+        n_ends = np.concatenate([[0], np.cumsum(codes == 0)])  # of documents
+        is_taken = (hashes >> np.uint64(40) & np.uint64(n_skipped - 1)) == 0
+        return hashes[is_taken & (n_ends[RUN:] == n_ends[:-RUN])]
+
+    begun, last = bytearray(), 0
+    for i, content in documents.contents():
+        begun += b"\0" * (i != last) + content.translate(_LOWER, _DROPPED)
+        last = i
+        if len(begun) > _LETTERS_AT_ONCE:
+            yield hashed(bytes(begun))
+            del begun[: len(begun) - RUN + 1]
+    if len(begun) >= RUN:
+        yield hashed(bytes(begun))
 
 
 @dataclass(frozen=True)

@@ -408,3 +408,129 @@ def test_the_command_the_card_and_resuming(tmp_path, capsys):
         assert main(["train", "--resume", "--out", str(out), *option]) == 2
         assert f"corpus.{name}" in capsys.readouterr().err
     assert main(["train", "--resume", "--out", str(out), "--scrub", "--near-duplicates", "0.7"]) == 0
+
+
+# parts that two texts share
+
+
+def novel(seed: int, n_lines: int = 400) -> str:
+    generator = random.Random(seed)
+    words = ["".join(generator.choices("abcdefghijklmnop", k=generator.randint(2, 9))) for _ in range(2000)]
+    return "".join(" ".join(generator.choices(words, k=12)) + ".\n" for _ in range(n_lines))
+
+
+def edited(text: str, every: int) -> str:
+    words = text.split(" ")
+    words[::every] = ["XX"] * len(words[::every])
+    return " ".join(words)
+
+
+def naive_share(held_out: list[str], train: list[str]) -> float | None:
+    """The naive twin: all runs as bytes."""
+
+    def runs(text: str) -> list[bytes]:
+        text = "".join(c.lower() if c.isascii() else c for c in text if not c.isascii() or c.isalnum())
+        letters = text.encode()
+        return [letters[i : i + duplicates.RUN] for i in range(len(letters) - duplicates.RUN + 1)]
+
+    known = {run for text in train for run in runs(text)}
+    wanted = [run for text in held_out for run in runs(text)]
+    return sum(run in known for run in wanted) / len(wanted) if wanted else None
+
+
+@pytest.mark.parametrize(("most", "letters_at_once"), [(10**9, 1 << 16), (10**9, 100), (600, 5000)])
+def test_the_share_is_that_of_all_runs(monkeypatch, most, letters_at_once):
+    monkeypatch.setattr(duplicates, "_LETTERS_AT_ONCE", letters_at_once)
+    monkeypatch.setattr(duplicates._sampling, "__defaults__", (most,))
+    text = novel(1, 120)
+    held = [text[100:1500].upper().replace(" ", "\r\n"), novel(2, 15), "人人生而自由" * 9, "short", ""]
+    train = ["short", text, edited(novel(2, 15), 20), "人人生而自由" * 8, novel(3, 20)]
+    found = duplicates.share_found(documents_of(held), documents_of(train))
+    assert found == pytest.approx(naive_share(held, train), abs=0.06 if most < 10**9 else 1e-4)
+    assert 0.4 < found < 0.95
+    assert duplicates.share_found(documents_of(held), documents_of([novel(4, 50)])) == 0
+    assert duplicates.share_found(documents_of(["short"] * 9), documents_of(train)) is None
+
+
+def test_runs_end_with_the_document():
+    half = novel(1, 1).replace(" ", "")[:40]
+    other = novel(2, 1).replace(" ", "")[:40]
+    held = documents_of([half + other])
+    assert duplicates.share_found(held, documents_of([half + other])) == 1
+    assert duplicates.share_found(held, documents_of([half, other])) == 0
+    assert duplicates.share_found(documents_of([half, other]), held) is None
+
+
+def test_copies_are_found_whatever_their_form():
+    text, other = novel(1), novel(2)
+    forms = [
+        other,
+        text,
+        "\ufeff" + text.upper().replace("\n", "\r\n"),
+        text[: len(text) // 3],
+        edited(text, 200),
+    ]
+    found = duplicates.find_copies(documents_of([*forms, text + novel(3, 40), edited(text, 9), "a", ""]))
+    assert found.tolist() == [False, True, True, True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("form", ["same", "gz", "crlf", "part", "edited"])
+def test_a_copy_of_a_file_is_left_out_before_it_is_cut(tmp_path, form):
+    """Else most lines that are held out of one stand in the other, which is trained on."""
+    import gzip
+
+    from hf_genlm.text.corpus import notes_on
+
+    text, content = novel(1), novel(1).encode()
+    (tmp_path / "novel.txt").write_bytes(content)
+    (tmp_path / "other.txt").write_text(novel(2))
+    alone = read_corpus(CorpusRecipe(sources=[str(tmp_path)]))
+    name, copy = {
+        "same": ("novel (1).txt", content),
+        "gz": ("novel.txt.gz", gzip.compress(content)),
+        "crlf": ("novel2.txt", text.replace("\n", "\r\n").encode()),
+        "part": ("z.txt", content[: len(content) // 2]),
+        "edited": ("z.txt", edited(text, 25).encode()),
+    }[form]
+    (tmp_path / name).write_bytes(copy)
+    recipe = CorpusRecipe(sources=[str(tmp_path)])
+    corpus = read_corpus(recipe)
+    if form == "edited":  # it is kept and told, and the switch that is named leaves it out
+        assert corpus.report["copies_removed"] == 0
+        assert corpus.report["held_out_in_training"] > 0.1
+        assert "--near-duplicates 0.5" in " ".join(notes_on(corpus.report))
+        recipe.near_duplicates = 0.5
+        corpus = read_corpus(recipe)
+    train = "".join(document.text for document in corpus.train).splitlines()
+    held = "".join(document.text for document in corpus.validation).splitlines()
+    assert held
+    assert not set(held) & set(train)
+    assert corpus.report["copies_removed"] == 1
+    assert corpus.report["held_out_in_training"] == 0
+    notes = " ".join(notes_on(corpus.report))
+    assert "1 copy of other text here left out" in notes
+    assert "0.0 % of the held-out text stands in the training text too" in notes
+    if form in ("gz", "part"):  # of equal ones, the first by name stays
+        assert (corpus.report["train"], corpus.report["validation"]) == (
+            alone.report["train"], alone.report["validation"]
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["given", "hash", "document", "block"])
+def test_the_share_is_measured_and_told_for_every_split(tmp_path, method):
+    from hf_genlm.text.corpus import notes_on
+
+    shared, fields = novel(1, 40), {}
+    texts = [novel(seed, 40) + shared for seed in range(2, 62)]
+    if method == "block":
+        texts = ["".join(novel(seed, 4) + shared[:800] for seed in range(200))]
+    lines = (json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    if method == "given":
+        (tmp_path / "held.txt").write_text(novel(99, 40) + shared)
+        fields = {"validation": [str(tmp_path / "held.txt")]}
+    recipe = CorpusRecipe(sources=[str(tmp_path / "a.jsonl")], split_by_hash=method == "hash", **fields)
+    report = read_corpus(recipe).report
+    assert report["split"]["method"] == method
+    assert 0.4 < report["held_out_in_training"] < 0.8
+    assert "of the held-out text stands in the training text too" in " ".join(notes_on(report))
