@@ -8,10 +8,13 @@ Of YAML's reading of plain words only null, true and false are used; the field d
 `no` is Norwegian, `1e-3` a number, and `1:30` not 90.
 """
 
+import contextlib
 import itertools
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,13 @@ __all__ = [
 
 ENDS = ("training.minutes", "training.steps", "training.tokens")
 _MAX_CHARACTERS = 1 << 17  # of a recipe file
+
+
+# fields that name files; what these hold is compared when a run is resumed, or not read again
+PLACES = (
+    "corpus.sources", "corpus.languages", "corpus.validation", "corpus.parallel", "vectors.path",
+    "model.init_from",
+)  # fmt: skip
 
 
 class Recipe(BaseModel):
@@ -114,6 +124,35 @@ def set_field(recipe: Recipe, name: str, value: Any) -> None:
     if found is not None and isinstance(value, str) and found.endswith(("words", "numbers", "mapping")):
         value = [word.strip() for word in value.split(",")]
     _assign(recipe, name, value)
+
+
+@contextlib.contextmanager
+def pointing_to_places(recipe: Recipe) -> Iterator[None]:
+    """Tell, of a place that `recipe` names and that is not found within the block, how to name its new one.
+
+    Raises:
+        UserError: in place of the one that names a missing file or folder.
+    """
+
+    def words_of(value: Any) -> list[str]:
+        if isinstance(value, str):
+            return [value, value.partition("=")[2]]
+        return [
+            w for part in (value.values() if isinstance(value, dict) else value or ()) for w in words_of(part)
+        ]
+
+    try:
+        yield
+    except UserError as error:
+        for name in PLACES:
+            for word in words_of(attrgetter(name)(recipe)):
+                if word and repr(word) in str(error) and not os.path.lexists(os.path.expanduser(word)):
+                    raise UserError(
+                        f"{word!r}, which this run reads, is missing: bring it back, work in the folder that "
+                        f"the run was started in (this is {os.getcwd()!r}), or name its new place by "
+                        f"--set {name}=..."
+                    ) from error
+        raise
 
 
 def field_of(name: str) -> str | None:

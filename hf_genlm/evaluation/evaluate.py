@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from hf_genlm.config.recipe import EvaluationRecipe, Recipe, load_recipe, set_field
+from hf_genlm.config.recipe import EvaluationRecipe, Recipe, load_recipe, pointing_to_places, set_field
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.evaluation.measurement import AT_MILESTONE, Measurement, update_measurements
 from hf_genlm.files import note_write_errors, read
@@ -133,7 +133,8 @@ def evaluate(
 
         material.pairs, material.pairs_split = read_pairs(pairs), Path(pairs).resolve().stem
     if needs & {"documents", "training"}:
-        _read_text(material, sources, texts, run, settings, tell)
+        with pointing_to_places(settings):
+            _read_text(material, sources, texts, run, settings, tell)
     subject = load_subject(path, settings.evaluation.context_length)
     measurements = _run_suites(names, subject, material, settings, tell)
     if run and not has_text and not assignments:

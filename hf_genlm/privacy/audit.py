@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_genlm.config.recipe import Recipe, load_recipe, set_field
+from hf_genlm.config.recipe import Recipe, load_recipe, pointing_to_places, set_field
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.evaluation.measurement import Measurement
 from hf_genlm.files import WriteError, read, refuse_links_out, write_json
@@ -217,7 +217,8 @@ def _read_texts(
             f"{str(run.path)!r} read its text as a stream and kept none: name some of it by --trained-on, "
             "and text that it has not seen by --held-out"
         )
-    corpus = read_corpus(recipe.corpus)
+    with pointing_to_places(recipe):
+        corpus = read_corpus(recipe.corpus)
     note(corpus.report)
     without_canaries = corpus.train
     _check_unchanged(run, recipe, corpus)

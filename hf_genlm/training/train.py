@@ -15,24 +15,25 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast, set_seed
 
-from hf_genlm.config.recipe import Recipe, load_recipe
+from hf_genlm.config.recipe import PLACES, Recipe, load_recipe, pointing_to_places
 from hf_genlm.config.settings import Facts, Settings
 from hf_genlm.config.settle import settle, settle_reading
-from hf_genlm.errors import NoSource, UserError
+from hf_genlm.errors import UserError
 from hf_genlm.evaluation.aggregation import BlockSums
 from hf_genlm.evaluation.languages import measure_languages
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
-from hf_genlm.files import use_private_compiler_caches, write_json, write_text
+from hf_genlm.files import read_json, sha256_of, use_private_compiler_caches, write_json, write_text
 from hf_genlm.loading import hub_id_of
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.privacy.dp.mechanism import choose_delta
 from hf_genlm.run_folder import FollowedRun, Listener, RunFolder, describe_environment
-from hf_genlm.run_schemas import EnvironmentFile
+from hf_genlm.run_schemas import EnvironmentFile, VectorsFile
 from hf_genlm.training import processes
 from hf_genlm.training.budget import Budget
 from hf_genlm.training.build import new_model, start_model
@@ -54,8 +55,10 @@ from hf_genlm.training.private import PrivateState, begin_private, trainer_setti
 from hf_genlm.training.trackers import tracking
 from hf_genlm.training.trainer import training_arguments_of
 
-# fields that may change when a run is resumed: they decide nothing about the model
+# fields that may change when a run is resumed: they decide nothing about the model, or name another place of
+# the same files
 _CHANGEABLE = {
+    *PLACES,
     "corpus.cache",
     "training.save_minutes",
     "training.save_steps",
@@ -235,7 +238,12 @@ def _job_of(
 
 
 def _resume(run: RunFolder, stated: Recipe, stop: StopRequest) -> RunFolder:
-    recipe = _resumed_recipe(load_recipe(run.recipe), stated)
+    begun = load_recipe(run.recipe)
+    recipe = _resumed_recipe(begun, stated)
+    for name in ("sources", "validation"):  # texts that were given in Python, in a folder that was moved
+        words, given = getattr(recipe.corpus, name), run.path / f"{name}.jsonl"
+        if [Path(word).name for word in words] == [given.name] and given.is_file():
+            setattr(recipe.corpus, name, [str(given)])
 
     def look_around() -> tuple[bool, bool, Checkpoint | None]:
         run.end_log_line()
@@ -246,19 +254,19 @@ def _resume(run: RunFolder, stated: Recipe, stop: StopRequest) -> RunFolder:
     if is_done:
         run.tell("note", message="this run is done and left as it is; train --from continues from its model")
         return run
-    facts = check(recipe)
+    with pointing_to_places(recipe):
+        facts = check(recipe)
     if begin is None and not has_model:
         if processes.is_first():
             run.samples.unlink(missing_ok=True)
             shutil.rmtree(run.milestones, ignore_errors=True)
-        job = _prepare(run, recipe, facts)
+        with pointing_to_places(recipe):
+            job = _prepare(run, recipe, facts)
         return _finish(run, job, _build(run, job), None, stop)
-    try:
+    with pointing_to_places(recipe):
         corpus = _read(run, recipe, facts, is_resuming=True)
-    except NoSource as error:
-        raise UserError(
-            f"{error.word!r}, which this run reads, is missing: bring it back, or start a new run"
-        ) from error
+    if any(attrgetter(name)(recipe) != attrgetter(name)(begun) for name in PLACES):
+        processes.from_first(lambda: _write_places(run, recipe))
     settings = settle(recipe, _with_corpus(facts, recipe, corpus))
     private = None
     if settings.privacy.epsilon is not None and begin is not None:
@@ -268,6 +276,19 @@ def _resume(run: RunFolder, stated: Recipe, stop: StopRequest) -> RunFolder:
         with tracking(run, settings.to_recipe(), is_resuming=True):
             return _evaluate(run, job)
     return _finish(run, job, _build(run, job, is_new=False), begin, stop)
+
+
+def _write_places(run: RunFolder, recipe: Recipe) -> None:
+    """Write recipe.yaml with the places that its files have now, for those who read them later.
+
+    Raises:
+        UserError: the word vectors are not those that the run began with.
+    """
+    path = Path(recipe.vectors.path or "").expanduser()
+    is_compared = path.is_file() and run.vectors.is_file()
+    if is_compared and sha256_of(path) != read_json(run.vectors, VectorsFile)["sha256"]:
+        raise UserError(f"{str(path)!r} holds other word vectors than this run began with: name those")
+    write_text(run.recipe, recipe.to_yaml())
 
 
 def _resumed_recipe(begun: Recipe, stated: Recipe) -> Recipe:
