@@ -26,6 +26,22 @@ _MIN_BLOCKS, _MAX_BLOCKS = (
     1 << 14,
 )  # of a language: in a small text blocks are shorter, in a large one longer
 
+# bytes of an English word, as BabyLM's multilingual track counts its 100 million words (Jumelet et al., 2025,
+# BabyBabelLM): a word of another language has as many times its byte premium
+BYTES_PER_WORD = 5.43
+# language -> (its script, which has no spaces between words; byte premium to English: the table of Arnett,
+# Chang and Bergen, 2024). Kana tell Japanese from Chinese.
+_UNSPACED = {
+    "zho": ("\u2e80-\u2fff\u3001-\u303f\u3105-\u312f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uffef"
+            "\U00020000-\U0003ffff", 0.936),
+    "jpn": ("\u3041-\u30ff\u31f0-\u31ff", 1.322),
+    "tha": ("\u0e01-\u0e4e", 2.742), "lao": ("\u0e81-\u0ecd", 2.707), "khm": ("\u1780-\u17d3", 3.903),
+    "mya": ("\u1000-\u104f\ua9e0-\ua9fe\uaa60-\uaa7f", 5.104), "bod": ("\u0f00-\u0fbc", 2.617),
+}  # fmt: skip
+_SCRIPTS = {code: re.compile(f"[{characters}]+") for code, (characters, _) in _UNSPACED.items()}
+_ANY_UNSPACED = re.compile(f"[{''.join(characters for characters, _ in _UNSPACED.values())}]+")
+_MIN_KANA = 0.1  # of the bytes of Japanese
+
 # RFC 5646, section 2.1: language, script, region and variants, each in its usual case so that a language has
 # one name; without extensions and private use
 _CODE = re.compile(
@@ -222,6 +238,34 @@ def trained_parallel(recipe: CorpusRecipe, files: Sequence[Mapping[str, Any]]) -
         return path.is_file() and sha256_of(path) in hashes
 
     return [code for code, name in recipe.parallel.items() if is_trained_on(name)]
+
+
+def milestone_words(
+    documents: Documents, recipe: CorpusRecipe, counts: Mapping[str, int]
+) -> tuple[int, dict[str, float]]:
+    """(words, byte premiums by language): the words between white space, and of scripts without it as many as
+    their bytes are of English: bytes / (BYTES_PER_WORD byte premium).
+
+    Args:
+        counts: documents of each language; a premium that the recipe states or measures for one is used for
+            it, else that of the script. Empty: no languages are named.
+    """
+    stated = premiums_of(recipe) if recipe.byte_premiums or recipe.parallel else {}
+    total, used = 0.0, dict[str, float]()
+    for code, span in spans(counts or {"": len(documents)}).items():
+        part, n_bytes = documents[span], dict.fromkeys(_UNSPACED, 0)
+        total += part.total_words(_ANY_UNSPACED)
+        for _, text in part.texts():
+            if not text.isascii():
+                for script, pattern in _SCRIPTS.items():
+                    n_bytes[script] += len("".join(pattern.findall(text)).encode("utf-8"))
+        if n_bytes["jpn"] > _MIN_KANA * (n_bytes["jpn"] + n_bytes["zho"]):
+            n_bytes["jpn"] += n_bytes.pop("zho")
+        for script, n in n_bytes.items():
+            if n:
+                used[code or script] = premium = stated.get(code, _UNSPACED[script][1])
+                total += n / (BYTES_PER_WORD * premium)
+    return round(total), used
 
 
 def reference_of(codes: Mapping[str, Any]) -> str:
