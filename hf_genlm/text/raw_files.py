@@ -61,6 +61,7 @@ class RawFile:
     label: str
     name: str
     stream: IO[bytes]
+    start: float = 0.0  # share of the row groups of parquet that are left out at the beginning
     max_line: int = 1 << 24  # characters of a .jsonl line, which takes up to 60 bytes of memory for each
     separator: str | None = None  # lines of nothing else part the documents of plain text
 

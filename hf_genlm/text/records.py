@@ -50,6 +50,21 @@ def text_of_record(place: Place, record: dict[str, Any], recipe: CorpusRecipe) -
     return text_value(place, record[field], recipe, field)
 
 
+def text_of_table(place: Place, table: Any, recipe: CorpusRecipe) -> str:
+    """Text of a table of one row.
+
+    Raises:
+        Damage: as `text_of_record`, or the row is too long to be held.
+    """
+    if table.nbytes > _MAX_TEXT:
+        raise _too_long(place)
+    return text_of_record(place, table.to_pylist()[0], recipe)
+
+
+def _too_long(place: Place) -> Damage:
+    return Damage(place, f"has more than {_MAX_TEXT:,} bytes", "cut it into several records")
+
+
 def find_column(
     place: Place, names: Iterable[str], recipe: CorpusRecipe, of_text: Sequence[str] | None = None
 ) -> str:
@@ -136,7 +151,7 @@ def _text_of_scalar(place: Place, scalar: Any, recipe: CorpusRecipe) -> str:
         return text_value(place, scalar.as_py(), recipe)
     content = scalar.as_buffer()
     if content.size > _MAX_TEXT:
-        raise Damage(place, f"has more than {_MAX_TEXT:,} bytes", "cut it into several records")
+        raise _too_long(place)
     try:
         return text_value(place, str(content, "utf-8"), recipe)
     except UnicodeDecodeError:
@@ -164,13 +179,13 @@ def read_parquet(
         )
         name = _text_path(place, table.schema_arrow, recipe)
         leaf = [i for i in range(len(table.schema)) if table.schema.column(i).path == name]
-        for group in range(table.num_row_groups):
+        for group in range(round(file.start * table.num_row_groups), table.num_row_groups):
             page = max(_page_sizes(stream, table.metadata.row_group(group).column(leaf[0])), default=1)
             rows = max(1, min(_PARQUET_ROWS, _MAX_TEXT // max(page, 1)))  # no value is larger than a page
             for batch in table.iter_batches(rows, [group], [name]):
                 yield from texts_of_rows(file.label, _leaf_of(batch, name), recipe, leave_out, n_rows)
                 n_rows += len(batch)
-        if n_rows != table.metadata.num_rows:
+        if n_rows != table.metadata.num_rows and not file.start:
             raise OSError(f"it holds {n_rows:,} rows and says {table.metadata.num_rows:,}")
     except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
@@ -180,6 +195,19 @@ def read_parquet(
             f"is not readable as parquet ({one_line(error)})",
             "the file is damaged or misnamed, copy it anew",
         ) from error
+
+
+def count_row_groups(stream: IO[bytes]) -> int:
+    """Number of parts at which the reading of a parquet file can begin; 1 if it is damaged, which its reader
+    tells."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        _check_footer(stream)
+        return max(1, parquet.read_metadata(stream).num_row_groups)
+    except (pa.ArrowException, OSError, ValueError):
+        return 1
 
 
 def _text_path(place: Place, schema: Any, recipe: CorpusRecipe) -> str:

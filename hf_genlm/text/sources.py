@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -9,7 +10,7 @@ import os
 import re
 import stat
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import IO, Any
@@ -21,7 +22,7 @@ from hf_genlm.text.cache import NoRoom
 from hf_genlm.text.formats import format_of, texts_of
 from hf_genlm.text.locating import FoundFile, Located, check_found, first_names, locate, walk
 from hf_genlm.text.raw_files import Damage, LeaveOut, LeftOut, Place, RawFile, one_line, unpacked
-from hf_genlm.text.records import Parts, find_column, text_of_record, texts_of_rows
+from hf_genlm.text.records import Parts, count_row_groups, find_column, text_of_table, texts_of_rows
 from hf_genlm.text.scrubbing import Scrubber, Tally, scrubber_of
 from hf_genlm.text.store import CHUNK, DocumentWriter
 
@@ -32,6 +33,8 @@ _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", 
 _TOPICS_FILE = "pydoc_data/topics.py"
 _BUILD_FILE = "_sysconfigdata_"  # holds paths of the machine that built this Python
 MAX_DOCUMENTS = 5_000_000  # some 120 bytes of memory each until they are rows
+_BY_LINE = {".txt", ".md", ".py", ".jsonl"}  # can be read from any line on
+_MAX_LINE = 1 << 26  # bytes that are passed over to the end of a line
 _SAMPLES = 16  # blocks of a streamed file that are hashed
 _LINES = 20  # that are looked at
 _PLAIN = (None, ".txt", ".md", ".py")
@@ -400,19 +403,50 @@ class FileShard:
     def told(self) -> list[tuple[str, str]]:
         """Lines for people about how the file is read, each with its name."""
         with opened(self.file) as stream:
-            told = look_at(RawFile(str(self.file.path), self.file.path.name, stream), self.recipe)[2]
-        return [(each, self.name) for each in told]
+            return [(each, self.name) for each in look_at(self._raw(stream), self.recipe)[2]]
 
-    def texts(self, state: int | None) -> Iterator[tuple[Parts, int]]:
+    def beginnings(self, n: int) -> "list[Beginning]":
+        """At most `n` places, evenly over the file, from which its texts can be read: of what is compressed,
+        only the first."""
+        with opened(self.file) as stream:
+            raw, recipe, _ = look_at(self._raw(stream), self.recipe)
+            suffix, compression = format_of(raw.name)
+            is_text = (suffix or ".txt") in _BY_LINE and codecs.lookup(recipe.encoding).name == "utf-8"
+            if suffix == ".parquet" and compression is None:
+                n = min(n, count_row_groups(stream))
+            elif not is_text or compression is not None:
+                n = 1
+        return [functools.partial(self.texts, None, i / n) for i in range(n)]
+
+    def _raw(self, stream: IO[bytes]) -> RawFile:
+        return RawFile(str(self.file.path), self.file.path.name, stream)
+
+    def texts(self, state: int | None, start: float = 0.0) -> Iterator[tuple[Parts, int]]:
+        """Texts behind the record of number `state`, or from the first line, or row group, behind the share
+        `start` of the file on."""
         if not self.n_bytes:
             if self.file.is_named:
                 raise empty_file(self.file)
             return
         with opened(self.file) as stream:
-            raw, recipe, _ = look_at(RawFile(str(self.file.path), self.file.path.name, stream), self.recipe)
+            raw, recipe, _ = look_at(self._raw(stream), self.recipe)
+            suffix = format_of(raw.name)[0] or ".txt"
+            if start and suffix in _BY_LINE:
+                stream.seek(int(start * self.n_bytes))
+                stream.readline(_MAX_LINE if suffix == ".jsonl" else CHUNK)
+                while (byte := stream.read(1)) and byte[0] & 0xC0 == 0x80:  # inside a longer line
+                    pass
+                stream.seek(-len(byte), os.SEEK_CUR)
+                # the first text may be the rest of the one before
+                state = int(suffix == ".jsonl" or raw.separator is not None)
+            if start:
+                raw = replace(raw, label=f"{raw.label} from {start:.1%} of it on", start=start)
             for number, parts in enumerate(texts_of(raw, recipe), start=1):
                 if number > (state or 0):
                     yield parts, number
+                else:
+                    for _ in parts:
+                        pass
 
 
 @dataclass(frozen=True)
@@ -429,8 +463,21 @@ class HubShard:
     def told(self) -> list[tuple[str, str]]:
         return []
 
-    def texts(self, state: dict[str, Any] | None) -> Iterator[tuple[Parts, dict[str, Any]]]:
-        dataset = open_hub(self.name, self.recipe, "train", streaming=True)
+    def beginnings(self, n: int) -> "list[Beginning]":
+        """At most `n` places from which the texts can be read: the first of each of its files."""
+        dataset = self._open()
+        n_files = max(1, getattr(dataset, "num_shards", 1))
+        n = min(n, n_files)
+        parts = [dataset.shard(n_files, i * n_files // n) for i in range(n)] if n > 1 else [dataset]
+        return [functools.partial(self.texts, None, part) for part in parts]
+
+    def _open(self) -> Any:
+        """Tables of one row, whose size is known before they become objects of Python."""
+        return open_hub(self.name, self.recipe, "train", streaming=True).with_format("arrow")
+
+    def texts(self, state: dict[str, Any] | None, dataset: Any = None) -> Iterator[tuple[Parts, dict]]:
+        """Texts behind `state`, of all of the data set or a part of it."""
+        dataset = self._open() if dataset is None else dataset
         if state is not None:
             dataset.load_state_dict(state["dataset"])
         records = iter(dataset)
@@ -444,12 +491,11 @@ class HubShard:
                 ) from error
             if record is None:
                 return
-            yield (
-                (text_of_record(place, record, self.recipe),),
-                {"record": number, "dataset": dataset.state_dict()},
-            )
+            text = text_of_table(place, record, self.recipe)
+            yield (text,), {"record": number, "dataset": dataset.state_dict()}
 
 
 # a part of a source: its name, its bytes on disk (None if it is not there), facts for corpus.json that tell a
-# changed shard, and `texts(state)`: (text, JSON state behind it) from a state on, None for the beginning
+# changed shard, `texts(state)`: (text, JSON state behind it) from a state on, and `beginnings(n)`
 Shard = FileShard | HubShard
+Beginning = Callable[[], Iterator[tuple[Parts, Any]]]

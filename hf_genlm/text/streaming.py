@@ -1,4 +1,4 @@
-"""Documents as a stream: read while they are used; only the validation text is held in memory.
+"""Documents as a stream: read while they are used; only the validation text and a sample are stored.
 
 A walk through a stream can resume at any position of another walk, a few numbers per source. To get there, a
 file is read again from its beginning; a Hub data set resumes as `datasets` does.
@@ -7,48 +7,64 @@ file is read again from its beginning; a Hub data set resumes as `datasets` does
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.text.corpus import count_text, describe_files, read_documents, share_of
+from hf_genlm.text.corpus import count_text, describe_files, read_documents, seeded_order, share_of
 from hf_genlm.text.encoding import pieces_of_parts
 from hf_genlm.text.formats import check_encoding
 from hf_genlm.text.locating import check_found, lines_on, locate, splits_by_name
 from hf_genlm.text.records import Parts
 from hf_genlm.text.scrubbing import Scrubber, scrubber_of
-from hf_genlm.text.sources import FileShard, HubShard, Shard, lines_told
-from hf_genlm.text.store import TURN, Document, Documents, DocumentWriter
+from hf_genlm.text.sources import Beginning, FileShard, HubShard, Shard, lines_told
+from hf_genlm.text.store import TURN, Document, Documents, DocumentWriter, as_documents
 
 _MAX_HELD_SHARE = 0.25  # of `validation_bytes`: a longer document is trained on
+_COMPARED = 1 << 22  # characters of a text that are compared: of a longer one, its beginning
+_PLACES = 64  # from which a sample of a stream is read, evenly over all of it
 _SEARCH_FACTOR = 4  # times the text in which the validation text is expected to be found
 
 
 class HeldOut:
-    """Set of texts that are never trained on."""
+    """Set of texts that are never trained on.
+
+    Of a text of more than `_COMPARED` characters the beginning decides, so that no text is held in memory:
+    texts that begin alike for so long are one text.
+    """
 
     def __init__(self, documents: Iterable[Document] = ()):
-        self._digests: dict[int, set[bytes]] = {}  # length in characters -> digests
-        for document in documents:
-            self.add(document.text)
+        self._digests: dict[int, set[bytes]] = {}  # length in characters, at most _COMPARED -> digests
+        for _, texts in itertools.groupby(as_documents(documents).texts(), key=lambda part: part[0]):
+            self.add("".join(_first((text for _, text in texts), _COMPARED)))
 
     def add(self, text: str) -> None:
+        """Add a text, or the first `_COMPARED` characters of it."""
+        text = text[:_COMPARED]
         self._digests.setdefault(len(text), set()).add(_digest(text))
 
     def __contains__(self, text: str) -> bool:
+        text = text[:_COMPARED]
         return len(text) in self._digests and _digest(text) in self._digests[len(text)]
 
-    def filter(self, parts: Parts) -> Parts | None:
-        """The text that `parts` join to; None if it is held out or empty."""
+    def filter(self, parts: Parts, scrubber: Scrubber | None = None) -> Parts | None:
+        """The text that `parts` join to, scrubbed; None if it is held out or empty."""
+        parts = parts if scrubber is None else scrubber.scrub_parts(parts)
         longest = max(self._digests, default=0)
         parts, begun, size = iter(parts), [], 0
         for part in parts:
             begun.append(part)
             size += len(part)
-            if size > longest:
-                return itertools.chain(begun, parts)
+            if size > longest or size >= _COMPARED:
+                if size < _COMPARED or "".join(begun) not in self:
+                    return itertools.chain(begun, parts)
+                for _ in parts:  # the rest of it
+                    pass
+                return None
         text = "".join(begun)
         return None if not text or text in self else (text,)
 
@@ -95,9 +111,7 @@ class Lane:
                 for parts, behind in self.shards[number].texts(state):
                     if isinstance(parts, tuple) and "".join(parts[:1]).startswith(TURN):
                         raise UserError(f"{self.shards[number].name!r} holds chats: leave --stream out")
-                    if self.scrubber is not None:
-                        parts = self.scrubber.scrub_parts(parts)
-                    text = self.held_out.filter(parts)
+                    text = self.held_out.filter(parts, self.scrubber)
                     if text is not None:
                         self.before, self.behind = self.behind, Position(number, behind, begin.passes)
                         is_empty = False
@@ -121,6 +135,9 @@ class Piece(NamedTuple):
     ends_pass: bool = False
 
 
+Stretch = tuple[float, Iterator[Parts]]  # a part of a stream, and its share in a sample of all of it
+
+
 @dataclass(frozen=True)
 class DocumentStream:
     """Endless stream of the documents of some lanes, mixed by `weights`, their shares of the characters."""
@@ -141,11 +158,46 @@ class DocumentStream:
 
     @property
     def sha256(self) -> str:
-        """Hash of all that decides the texts and their order, except the content of the files."""
-        files = [[(shard.name, shard.n_bytes) for shard in lane] for lane in self.lanes]
+        """Hash of all that decides the texts and their order, except the content of the files and the folder
+        that they are in."""
+        files = [
+            [shard.name if shard.n_bytes is None else shard.n_bytes for shard in lane] for lane in self.lanes
+        ]
         scrubbed = [] if self.scrubber is None else [self.scrubber.to_json(None)]
         content = json.dumps([files, list(self.weights), self.held_out.sha256, *scrubbed])
         return hashlib.sha256(content.encode()).hexdigest()
+
+    def first_epoch(self) -> Iterator[Parts]:
+        """All texts once, in the order of a walk, in which a short lane begins again meanwhile."""
+        walk = self.walk()
+        for parts in walk.texts():
+            if parts is None or walk.passes:
+                return
+            yield parts
+
+    def stretches(self) -> tuple[list[Stretch], list[str]]:
+        """(parts of the stream to take a sample from, names of shards of which only the beginning can be
+        reached). The parts begin evenly over all of it, each lane in its share."""
+        found, partly = [], []
+        for lane, weight in zip(self.lanes, self.weights, strict=True):
+            known = [shard.n_bytes for shard in lane]
+            sizes = np.array([1 if None in known else n_bytes for n_bytes in known])
+            n_places = max(1, round(_PLACES * weight / sum(self.weights)))
+            places = (np.arange(n_places) + 0.5) / n_places * sizes.sum()
+            chosen = np.bincount(np.searchsorted(np.cumsum(sizes), places, side="right"), minlength=len(lane))
+            for shard, n in zip(lane, chosen.tolist(), strict=True):
+                beginnings = shard.beginnings(n) if n else []
+                if n > len(beginnings) == 1:
+                    partly.append(shard.name)
+                share = weight / sum(self.weights) * n / n_places
+                found += [(share / len(beginnings), self._to_train_on(each)) for each in beginnings]
+        return found, partly
+
+    def _to_train_on(self, beginning: Beginning) -> Iterator[Parts]:
+        for parts, _ in beginning():
+            text = self.held_out.filter(parts, self.scrubber)
+            if text is not None:
+                yield text
 
     def walk(self, position: dict[str, Any] | None = None) -> "Walk":
         """Start a walk, at `position` of another walk or at the beginning."""
@@ -283,11 +335,13 @@ def check_stream(recipe: CorpusRecipe) -> None:
 
 @dataclass
 class StreamedText:
-    """A stream without its validation text, that text, and the content of corpus.json."""
+    """A stream without its validation text, that text, and the content of corpus.json; `is_all_searched` if
+    the text was chosen from all of the stream, and not from a sample."""
 
     stream: DocumentStream
     validation: Documents
     report: dict[str, Any]
+    is_all_searched: bool
 
 
 def read_stream(recipe: CorpusRecipe) -> StreamedText:
@@ -303,9 +357,9 @@ def read_stream(recipe: CorpusRecipe) -> StreamedText:
     if recipe.validation or by_name:
         sources = recipe.sources if by_name else recipe.validation
         validation, read = read_documents(sources, recipe, "validation", by_name)
-        files = read["files"]
+        files, is_all_searched = read["files"], True
     else:
-        validation, files = hold_out(stream, recipe), []
+        (validation, is_all_searched), files = hold_out(stream, recipe), []
     told = [each for shard in stream.shards for each in shard.told()]
     shards = [
         {"name": shard.name, "bytes": shard.n_bytes, "sha256": None, "documents": None, **shard.fingerprint()}
@@ -329,73 +383,119 @@ def read_stream(recipe: CorpusRecipe) -> StreamedText:
     }
     if stream.scrubber is not None:
         report["scrubbed"] = stream.scrubber.to_json(None)
-    return StreamedText(replace(stream, held_out=HeldOut(validation)), validation, report)
+    stream = replace(stream, held_out=HeldOut(validation))
+    return StreamedText(stream, validation, report, is_all_searched)
 
 
-def hold_out(stream: DocumentStream, recipe: CorpusRecipe) -> Documents:
-    """Take the validation text from the beginning of a stream: documents whose hash is low, up to
-    `validation_bytes`.
+def hold_out(stream: DocumentStream, recipe: CorpusRecipe) -> tuple[Documents, bool]:
+    """Take the validation text from a stream: documents whose hash is low, up to `validation_bytes`; and tell
+    whether all of the stream was searched for them.
 
-    A text is held out once, however often it occurs, and `HeldOut` keeps all its copies from training.
-    Documents longer than a quarter of `validation_bytes` are left to training. If no hash is low, the
-    document with the lowest is taken.
+    The beginning is searched first. Where that ends before the stream, they are taken from a sample of all of
+    it, as far as it can be reached. A text is held out once, however often it occurs, and `HeldOut` keeps all
+    its copies from training. Documents longer than a quarter of `validation_bytes`, or than `_COMPARED`
+    characters, are left to training. If no hash is low, the document with the lowest is taken.
 
     Raises:
         UserError: there are not two different documents that are short enough.
     """
-    writer, held_out = DocumentWriter(), HeldOut()
-    walk = stream.walk()
-    longest = int(_MAX_HELD_SHARE * recipe.validation_bytes)
+    return _of_all(stream, lambda stretches: _choose_held_out(stretches, recipe))
+
+
+def sample(stream: DocumentStream, n_characters: int) -> tuple[Documents, bool]:
+    """(at most `n_characters` for the training of a tokenizer, True if that is all of the stream).
+
+    Of a longer stream they are taken evenly over all of it, as far as it can be reached.
+    """
+    return _of_all(stream, lambda stretches: _take(stretches, n_characters))
+
+
+def _of_all(
+    stream: DocumentStream, choose: Callable[[Sequence[Stretch]], tuple[Documents, bool]]
+) -> tuple[Documents, bool]:
+    """Choose from the first epoch, or where that is too long, from a sample of it."""
+    found, is_all = choose([(1.0, stream.first_epoch())])
+    if not is_all and len(stretches := stream.stretches()[0]) > 1:
+        # in a seeded order: what is wanted may be found before the last one
+        found, _ = choose([stretches[i] for i in seeded_order(len(stretches), 0)])
+    return found, is_all
+
+
+def _choose_held_out(stretches: Sequence[Stretch], recipe: CorpusRecipe) -> tuple[Documents, bool]:
+    """(documents to hold out of `stretches`, True if all of their text was searched)."""
+    writer, held_out, is_all = DocumentWriter(), HeldOut(), True
+    max_bytes = recipe.validation_bytes
+    longest = min(int(_MAX_HELD_SHARE * max_bytes), _COMPARED)
     lowest: tuple[float, str] | None = None
-    n_bytes = n_walked = n_different = 0
-    max_walked = _SEARCH_FACTOR * recipe.validation_bytes / recipe.validation_fraction
-    for parts in walk.texts():
-        if parts is None or walk.passes or n_walked > max_walked:
-            break
-        text, is_whole = _up_to(parts, longest)
-        n_walked += len(text)
-        is_new = text not in held_out
-        n_different += is_new
-        if not is_whole or len(text.encode()) > longest or not is_new:
-            continue
-        share = share_of(_digest(text), recipe.split_seed)
-        if lowest is None or share < lowest[0]:
-            lowest = share, text
-        if share < recipe.validation_fraction:
-            n_bytes += len(text.encode())
-            if n_bytes > recipe.validation_bytes:
+    n_bytes = n_all_walked = n_different = 0
+    for share_of_all, texts in stretches:
+        wanted, n_walked = n_bytes + share_of_all * max_bytes, 0
+        max_walked = _SEARCH_FACTOR * share_of_all * max_bytes / recipe.validation_fraction
+        for parts in texts:
+            if n_walked > max_walked or n_bytes > min(max_bytes, wanted):
+                is_all = False
                 break
-            held_out.add(text)
-            writer.add((text,), "stream")
+            text, is_whole = _up_to(parts, longest)
+            n_walked += len(text)
+            is_new = text not in held_out
+            n_different += is_new
+            n_text = len(text.encode())
+            if not is_whole or n_text > longest or not is_new:
+                continue
+            share = share_of(_digest(text), recipe.split_seed)
+            if lowest is None or share < lowest[0]:
+                lowest = share, text
+            if share < recipe.validation_fraction:
+                n_bytes += n_text
+                if n_bytes <= max_bytes:
+                    held_out.add(text)
+                    writer.add((text,), "stream")
+        n_all_walked += n_walked
     if not len(writer) and lowest is not None:
         writer.add((lowest[1],), "stream")
     if not len(writer) or n_different < 2:
         raise UserError(
-            f"nothing can be held out of the first {n_walked:,} characters: there are not two documents, one "
-            f"of them of at most {longest:,} bytes; hold out a file of your own by --validation FILE"
+            f"nothing can be held out of the {n_all_walked:,} characters searched: there are not two "
+            f"documents, one of them of at most {longest:,} bytes; hold out a file of your own by "
+            "--validation FILE"
         )
-    return writer.documents()
+    return writer.documents(), is_all
 
 
-def beginning(stream: DocumentStream, n_characters: int) -> Documents:
-    """The first `n_characters` of a stream, at most its first epoch, for the training of a tokenizer."""
-    writer, walk, left = DocumentWriter(), stream.walk(), n_characters
-    for parts in walk.texts():
-        if parts is None or walk.passes or left <= 0:
-            break
-        text, _ = _up_to(parts, left)
-        left -= len(text)
-        writer.add((text,), "stream")
-    return writer.documents()
+def _take(stretches: Sequence[Stretch], n_characters: int) -> tuple[Documents, bool]:
+    """(the beginning of each of `stretches`, True if that is all of them)."""
+    writer, is_all = DocumentWriter(), True
+    for share, texts in stretches:
+        left, n_taken = round(share * n_characters), 0
+
+        def counted(parts: Parts, left: int = left) -> Iterator[str]:
+            nonlocal n_taken, is_all
+            for part in parts:
+                taken = part[: left - n_taken]
+                n_taken += len(taken)
+                yield taken
+                if len(taken) < len(part):
+                    is_all = False
+                    return
+
+        for parts in texts:
+            if n_taken >= left:
+                is_all = False
+                break
+            writer.add(counted(parts), "stream")
+    return writer.documents(), is_all
+
+
+def _first(parts: Parts, n_characters: int) -> Iterator[str]:
+    """At most `n_characters` of a text."""
+    for part in parts:
+        yield part[:n_characters]
+        n_characters -= len(part)
+        if n_characters <= 0:
+            return
 
 
 def _up_to(parts: Parts, n_characters: int) -> tuple[str, bool]:
     """(at most `n_characters` of a text, True if that is all of it)."""
-    taken: list[str] = []
-    left = n_characters
-    for part in parts:
-        taken.append(part[:left])
-        if len(part) > left:
-            return "".join(taken), False
-        left -= len(part)
-    return "".join(taken), True
+    text = "".join(_first(parts, n_characters + 1))
+    return text[:n_characters], len(text) <= n_characters

@@ -22,12 +22,20 @@ from hf_genlm.run_schemas import CorpusFile
 from hf_genlm.text.cache import ArrayWriter, Cache, cache_folder
 from hf_genlm.text.canaries import Canaries, plant
 from hf_genlm.text.corpus import Corpus, check_same, count_text, notes_on, read_corpus, touched
+from hf_genlm.text.duplicates import share_found
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents, tokenized_of
-from hf_genlm.text.languages import BalancedRows, balanced_text, repeats_of, spans
+from hf_genlm.text.languages import (
+    BYTES_PER_WORD,
+    BalancedRows,
+    balanced_text,
+    milestone_words,
+    repeats_of,
+    spans,
+)
 from hf_genlm.text.packed_stream import PackedStream
 from hf_genlm.text.packing import DocumentWindows, PackedRows
 from hf_genlm.text.store import Documents
-from hf_genlm.text.streaming import DocumentStream, HeldOut, beginning, open_stream, read_stream
+from hf_genlm.text.streaming import DocumentStream, HeldOut, open_stream, read_stream, sample
 from hf_genlm.text.tokenizer import CHAT_TEMPLATE, load_tokenizer, train_tokenizer
 from hf_genlm.training import processes
 from hf_genlm.training.bigram_init import MAX_COUNTED_TOKENS
@@ -115,13 +123,13 @@ class StreamedCorpus:
     shuffle_buffer: int
     run: RunFolder
     validation_words: np.ndarray | None = None
-    rate: WordRate | None = None  # of the beginning of the text; counted for milestones alone
+    rate: WordRate | None = None  # of a sample of the text; counted for milestones alone
 
     n_tokens = n_targets = None  # unknown
     languages: typing.ClassVar[dict[str, Any]] = {}  # not distinguished in a stream
 
     def word_rate(self, rows: PackedStream) -> WordRate:
-        """Words per token of the beginning of the text."""
+        """Words per token of a sample of the text."""
         assert self.rate is not None
         return self.rate
 
@@ -215,7 +223,9 @@ def _tokenize(run: RunFolder, recipe: Recipe, is_resuming: bool) -> TokenizedCor
     words = count_words(corpus.train) if recipe.vectors.path is not None else {}
     if recipe.training.milestone_words:
         run.tell("progress", task="counting words", done=0, total=None)
-        corpus.report["train"]["words"] = corpus.train.total_words()
+        counts = count_documents(languages, "train")
+        corpus.report["train"]["words"], premiums = milestone_words(corpus.train, recipe.corpus, counts)
+        _note_premiums(run, premiums)
     train, validation = _encode_splits(run, tokenizer, corpus, cache, note)
     write_json(run.corpus, corpus.report, CorpusFile)
     if languages:
@@ -310,12 +320,12 @@ def _log_tokenized(
 
 
 def prepare_stream(run: RunFolder, recipe: Recipe, is_resuming: bool = False) -> StreamedCorpus:
-    """Open the stream, hold out its validation text, and train the tokenizer on the beginning of the rest;
+    """Open the stream, hold out its validation text, and train the tokenizer on a sample of the rest;
     write corpus.json and tokenizer/.
 
     Of several processes the first one does this, and alone has the validation text; the others open the
-    stream too. The beginning is `tokenizer.max_characters` long. The vocabulary is chosen by the bytes of the
-    files, or of that beginning, where they are fewer. `recipe` and `is_resuming` as for `prepare_corpus`.
+    stream too. The sample is `tokenizer.max_characters` long. The vocabulary is chosen by the bytes of the
+    files, or of that sample, where they are fewer. `recipe` and `is_resuming` as for `prepare_corpus`.
     """
     made: list[StreamedCorpus] = []
 
@@ -335,7 +345,7 @@ def prepare_stream(run: RunFolder, recipe: Recipe, is_resuming: bool = False) ->
 
 
 def _open_stream(run: RunFolder, recipe: Recipe, is_resuming: bool) -> StreamedCorpus:
-    run.tell("progress", task="beginning of the stream", done=0, total=None)
+    run.tell("progress", task="sample of the stream", done=0, total=None)
     found = read_stream(recipe.corpus)
     stream, report = found.stream, found.report
     run.log("corpus", **{name: report[name] for name in ("description", "train", "validation")})
@@ -344,9 +354,12 @@ def _open_stream(run: RunFolder, recipe: Recipe, is_resuming: bool) -> StreamedC
         check_same(before, report)
         for message in touched(before, report):
             run.log("note", message=message)
+    text, is_all = sample(stream, recipe.tokenizer.max_characters)
+    report["held_out_in_training"] = share_found(found.validation, text)
     for message in notes_on(report):
         run.log("note", message=message)
-    text = beginning(stream, recipe.tokenizer.max_characters)
+    if not is_all or not found.is_all_searched:
+        run.log("note", message=_sampling_note(stream))
     n_bytes = max(stream.n_bytes, int(text.n_bytes.sum()))
     tokenizer = _tokenizer_of(run, recipe, text, n_bytes, is_resuming)
     validation = encode_documents(tokenizer, found.validation)
@@ -356,15 +369,40 @@ def _open_stream(run: RunFolder, recipe: Recipe, is_resuming: bool) -> StreamedC
     words = count_words(text) if recipe.vectors.path is not None else {}
     n_words = found.validation.count_words()
     rate = None
-    if (
-        recipe.training.milestone_words
-    ):  # words per token of the first documents, a million characters or more
-        n = int(np.searchsorted(np.cumsum(text.characters), _COUNTED_CHARACTERS)) + 1
-        encoded = encode_documents(tokenizer, text[:n])
-        rate = WordRate(text[:n].total_words(), encoded.n_tokens + len(encoded))
+    if recipe.training.milestone_words:  # words per token of about a million characters, evenly of the sample
+        some = text[:: max(1, text.n_characters // _COUNTED_CHARACTERS)]
+        encoded = encode_documents(tokenizer, some)
+        n_words_of_some, premiums = milestone_words(some, recipe.corpus, {})
+        _note_premiums(run, premiums)
+        rate = WordRate(n_words_of_some, encoded.n_tokens + len(encoded))
     return StreamedCorpus(
         tokenizer, stream, validation, words, recipe.corpus.shuffle_buffer, run, n_words, rate
     )
+
+
+def _note_premiums(run: RunFolder, premiums: dict[str, float]) -> None:
+    if premiums:
+        message = (
+            f"milestones count a script without spaces by bytes, {BYTES_PER_WORD} times its byte premium ("
+            + ", ".join(f"{code} {premium:g}" for code, premium in premiums.items())
+            + ") a word: for others, name languages by --source CODE=SOURCE and set corpus.byte_premiums"
+        )
+        run.log("note", message=message)
+
+
+def _sampling_note(stream: DocumentStream) -> str:
+    """A line for people about the parts of a large stream that its tokenizer and held-out text come from."""
+    stretches, partly = stream.stretches()
+    message = (
+        f"a sample from {len(stretches)} place{'s' if len(stretches) > 1 else ''} of the stream trains the "
+        "tokenizer and is held out, unless it is small or they were named"
+    )
+    if partly:
+        message += (
+            f"; of {', '.join(partly[:3])}{' and others' * (len(partly) > 3)} only the beginning can be "
+            "reached: unpack it, cut it into more files, or shuffle it, unless it is the same throughout"
+        )
+    return message
 
 
 class StreamCallback(TrainerCallback, ExportableState):

@@ -2,8 +2,10 @@
 
 import os
 import re
+import shutil
 import struct
 import sys
+import tempfile
 import unicodedata
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from hf_genlm.text.encoding import MAX_WORD, pieces, pieces_of, pieces_of_parts
 from hf_genlm.text.fast_bpe import PATTERNS, pre_tokenizer
 from hf_genlm.text.locating import as_sources
 from hf_genlm.text.store import Document, as_documents
+from hf_genlm.text.streaming import open_stream
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 MOST_MB = 1000  # with torch and a small model 1,500
@@ -247,6 +250,75 @@ def test_documents_are_bounded(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", '{"text": "a"}\n' * 101)
     assert "--stream" in complaint(path)
     assert len(read(write(tmp_path / "b.jsonl", '{"text": "a"}\n' * 100))[0]) == 100
+
+
+# one long document of a stream, and rows of the library datasets
+
+
+def read_long_stream(n_bytes: int):
+    """A reader of a stream of two documents of `n_bytes`, of which one is held out."""
+
+    def read_it() -> None:
+        from hf_genlm.config.recipe import CorpusRecipe
+        from hf_genlm.text.store import TextStore
+        from hf_genlm.text.streaming import read_stream, sample
+
+        TextStore.max_in_memory = 1 << 20  # more lies in a file
+        folder = Path(tempfile.mkdtemp())
+        for name, line in (
+            ("a", b"The quick brown fox jumps, and then some.\n"),
+            ("v", b"A dog, lazy or not.\n"),
+        ):
+            with (folder / f"{name}.txt").open("wb") as file:
+                for _ in range(n_bytes >> 20):
+                    file.write(line * ((1 << 20) // len(line)))
+        sources = [str(folder / "a.txt"), str(folder / "v.txt")]
+        found = read_stream(CorpusRecipe(sources=sources, validation=sources[1:], stream=True))
+        sample(found.stream, 1_000_000)
+        texts = [sum(map(len, parts)) for parts in found.stream.first_epoch()]
+        assert len(texts) == 1
+        assert texts[0] == (folder / "a.txt").stat().st_size
+        shutil.rmtree(folder)
+
+    return read_it
+
+
+@on_linux
+def test_a_long_document_of_a_stream_is_not_held_in_memory():
+    peaks = [bombs.in_child(read_long_stream(n << 20)) for n in (24, 48)]
+    assert [outcome for _, outcome in peaks] == ["", ""]
+    assert max(peak for peak, _ in peaks) < 100
+    assert peaks[1][0] - peaks[0][0] < 20
+
+
+@pytest.mark.slow
+@on_linux
+def test_a_document_of_a_gigabyte_takes_less_than_one_and_a_half():
+    peak, outcome = bombs.in_child(read_long_stream(1 << 30))
+    assert outcome == ""
+    assert peak < 500
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_long_row_of_a_data_set_is_refused_by_name(tmp_path, monkeypatch, streaming):
+    import datasets
+    import huggingface_hub
+
+    write(tmp_path / "a.parquet", parquet_of({"text": ["first", "x" * 5000, "last"]}))
+    load, files = datasets.load_dataset, {"train": [str(tmp_path / "a.parquet")]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **o: load("parquet", data_files=files, **o))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(records, "_MAX_TEXT", 4000)
+    if streaming:
+        walk = open_stream(CorpusRecipe(sources=["owner/name"])).first_epoch()
+        assert ["".join(next(walk))] == ["first"]
+        with pytest.raises(UserError, match=r"'owner/name, row 2' has more than 4,000 bytes: cut it"):
+            next(walk)
+        return
+    assert "'owner/name, row 2' has more than 4,000 bytes: cut it" in complaint("owner/name")
+    documents, report = read("owner/name", damaged="skip")
+    assert texts(documents) == ["first", "last"]
+    assert report["damaged"]["records"] == 1
 
 
 # globs, and other files

@@ -26,7 +26,7 @@ from hf_genlm.text.scrubbing import (
     luhn_sum,
     secret_patterns,
 )
-from hf_genlm.text.streaming import beginning, read_stream
+from hf_genlm.text.streaming import read_stream, sample
 from hf_genlm.training.check import check
 
 pytest.importorskip("detect_secrets")
@@ -361,7 +361,7 @@ def test_a_stream_is_scrubbed_and_its_place_knows_it(tmp_path):
     recipe = CorpusRecipe(sources=[str(tmp_path)], stream=True, validation_fraction=0.2)
     scrubbed = read_stream(CorpusRecipe(**{**vars(recipe), "scrub": ["all"]}))
     plain = read_stream(recipe)
-    read = [document.text for document in beginning(scrubbed.stream, 100_000)]
+    read = [document.text for document in sample(scrubbed.stream, 100_000)[0]]
     assert len(read) + len(scrubbed.validation) == len(texts) + 1
     assert not any("@" in text for text in [*read, *(d.text for d in scrubbed.validation)])
     assert scrubbed.report["scrubbed"]["types"]["email"] is None

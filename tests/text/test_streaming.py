@@ -1,5 +1,7 @@
 """Promise: a stream gives the rows of a text in memory, and goes on at any row as if nothing had been."""
 
+import dataclasses
+import gzip
 import itertools
 import json
 import subprocess
@@ -9,8 +11,10 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import numpy as np
+import pyarrow as pa
 import pytest
 from accelerate.data_loader import prepare_data_loader
+from pyarrow import parquet
 from support.streams import lanes, text_of, write_files_of_every_kind, write_jsonl
 from torch.utils.data import DataLoader
 
@@ -21,7 +25,7 @@ from hf_genlm.text.encoding import encode_documents
 from hf_genlm.text.packed_stream import PackedStream
 from hf_genlm.text.packing import PackedRows, collate
 from hf_genlm.text.store import Document
-from hf_genlm.text.streaming import HeldOut, beginning, hold_out, open_stream, read_stream
+from hf_genlm.text.streaming import HeldOut, hold_out, open_stream, read_stream, sample
 from hf_genlm.text.tokenizer import train_tokenizer
 
 
@@ -244,10 +248,10 @@ def test_a_share_of_a_small_stream_is_held_out(tmp_path):
     seeds = range(2000, 4000)
     write_jsonl(tmp_path / "a.jsonl", seeds)
     recipe = CorpusRecipe(sources=[str(tmp_path)], validation_fraction=0.1)
-    assert 150 < len(hold_out(open_stream(recipe), recipe)) < 250  # of about 1,900 different texts
+    assert 150 < len(hold_out(open_stream(recipe), recipe)[0]) < 250  # of about 1,900 different texts
     write_jsonl(tmp_path / "a.jsonl", [11, 12])
     recipe.validation_fraction = 1e-9  # at least one
-    assert len(hold_out(open_stream(recipe), recipe)) == 1
+    assert len(hold_out(open_stream(recipe), recipe)[0]) == 1
 
 
 def test_named_validation_files_are_left_out_of_the_stream(tmp_path):
@@ -260,11 +264,11 @@ def test_named_validation_files_are_left_out_of_the_stream(tmp_path):
     assert texts_of_a_pass(found.stream) == [text_of(seed, 1 + seed % 30) for seed in range(15)]
 
 
-def test_the_beginning_is_bounded(folder):
+def test_the_sample_is_bounded(folder):
     stream = open_stream(CorpusRecipe(sources=[str(folder / "a.jsonl"), str(folder / "b.txt")]))
-    assert beginning(stream, 500_000).n_characters == 500_000
+    assert sample(stream, 500_000)[0].n_characters == pytest.approx(500_000, rel=0.01)
     short = open_stream(CorpusRecipe(sources=[str(folder / "a.jsonl")]))
-    assert [document.text for document in beginning(short, 500_000)] == texts_of_a_pass(short)
+    assert [document.text for document in sample(short, 500_000)[0]] == texts_of_a_pass(short)
 
 
 def test_texts_are_compared_whole():
@@ -370,12 +374,12 @@ import re, sys
 sys.argv[0] = "hf-genlm"  # the rooms of text alone, not our model
 from pathlib import Path
 from hf_genlm.config.recipe import CorpusRecipe, TokenizerRecipe
-from hf_genlm.text.streaming import beginning, read_stream
+from hf_genlm.text.streaming import read_stream, sample
 from hf_genlm.text.packed_stream import PackedStream
 from hf_genlm.text.tokenizer import train_tokenizer
 
 found = read_stream(CorpusRecipe(sources=sys.argv[1:]))
-text = beginning(found.stream, 200_000)
+text, _ = sample(found.stream, 200_000)
 tokenizer = train_tokenizer(text, TokenizerRecipe(vocab_size=300), 200_000)
 stream = PackedStream(found.stream, tokenizer, 129, 4096)
 n_rows = 0
@@ -419,3 +423,129 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 @pytest.mark.slow
 def test_memory_does_not_grow_with_a_large_text(tmp_path):
     assert_memory_does_not_grow(tmp_path, 15, 150, at_most_kb=25_000)
+
+
+# a sample of all of a stream
+
+KINDS = ("alpha", "beta", "gamma", "delta", "omega")
+
+
+def write_sorted(folder, form: str) -> None:
+    """Documents sorted by their kind, 1,000 of each, in one file or one of each kind."""
+    from support.corpora import parquet_of
+
+    texts = [f"{kind} {i} " + text_of(i, 6) for kind in KINDS for i in range(1000)]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    if form == "a.jsonl":
+        (folder / form).write_text("".join(lines), encoding="utf-8")
+    elif form == "a.parquet":
+        table = pa.table({"text": texts})
+        parquet.write_table(table, folder / form, row_group_size=500)
+    elif form == "gz":
+        for i in range(len(KINDS)):
+            content = "".join(lines[1000 * i : 1000 * (i + 1)]).encode()
+            (folder / f"{i}.jsonl.gz").write_bytes(gzip.compress(content))
+    elif form == "a.jsonl.gz":
+        (folder / form).write_bytes(gzip.compress("".join(lines).encode()))
+    elif form == "one group":
+        (folder / "a.parquet").write_bytes(parquet_of({"text": texts}))
+    else:
+        (folder / "a.txt").write_text("\n".join(texts), encoding="utf-8")
+
+
+def shares(documents) -> list[float]:
+    text = " ".join(document.text for document in documents)
+    counts = np.array([text.count(kind) for kind in KINDS])
+    return (counts / counts.sum()).tolist()
+
+
+@pytest.mark.parametrize("form", ["a.jsonl", "a.parquet", "gz", "a.txt"])
+def test_a_sample_of_a_stream_is_taken_from_all_of_it(tmp_path, form):
+    """Its beginning is of one kind alone."""
+    write_sorted(tmp_path, form)
+    recipe = CorpusRecipe(sources=[str(tmp_path)], validation_fraction=0.2, validation_bytes=8000)
+    stream = open_stream(recipe)
+    found, is_all = sample(stream, 50_000)
+    assert not is_all
+    assert 45_000 < found.n_characters <= 50_001
+    assert max(shares(found)) < 0.3
+    assert min(shares(found)) > 0.1
+    assert stream.stretches()[1] == (
+        [f"{tmp_path.name}/{i}.jsonl.gz" for i in range(5)] if form == "gz" else []
+    )
+    if form == "a.txt":  # one document
+        return
+    held, is_all = hold_out(stream, recipe)
+    assert not is_all
+    assert 4000 < held.n_bytes.sum() <= 8000
+    assert min(shares(held)) > 0.05
+    read = read_stream(recipe)
+    trained = texts_of_a_pass(read.stream)
+    assert not {document.text for document in read.validation} & set(trained)
+    assert [document.text for document in held] == [document.text for document in read.validation]
+    assert len(trained) + len(held) == 1000 * len(KINDS)
+
+
+@pytest.mark.parametrize("form", ["a.jsonl.gz", "one group"])
+def test_where_the_beginning_alone_is_reached_it_is_told(tmp_path, form):
+    from hf_genlm.training.corpus import _sampling_note
+
+    write_sorted(tmp_path, form)
+    stream = open_stream(CorpusRecipe(sources=[str(tmp_path)]))
+    found, is_all = sample(stream, 20_000)
+    assert not is_all
+    assert shares(found)[0] == 1
+    assert stream.stretches()[1] == [f"{tmp_path.name}/{file.name}" for file in tmp_path.iterdir()]
+    note = _sampling_note(stream)
+    assert "only the beginning can be reached" in note
+    assert "unpack" in note
+
+
+def test_a_sample_keeps_the_weights_and_what_is_held_out(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", range(4000, 7000))
+    write_jsonl(tmp_path / "b.jsonl", range(9000, 9500))
+    for path, mark in ((tmp_path / "a.jsonl", "AAA "), (tmp_path / "b.jsonl", "BBB ")):
+        path.write_text(
+            path.read_text(encoding="utf-8").replace('"text": "', f'"text": "{mark}'), encoding="utf-8"
+        )
+    recipe = CorpusRecipe(sources=[str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], weights=[1.0, 3.0])
+    held = HeldOut(document for document in sample(open_stream(recipe), 10**7)[0] if len(document.text) % 2)
+    stream = dataclasses.replace(open_stream(recipe), held_out=held)
+    found, is_all = sample(stream, 20_000)
+    assert not is_all
+    size = {mark: sum(len(d.text) for d in found if d.text.startswith(mark)) for mark in ("AAA", "BBB")}
+    assert size["BBB"] / size["AAA"] == pytest.approx(3, rel=0.15)
+    cut = 2  # the last text of a stretch may be cut
+    assert sum(document.text in held for document in found) <= cut
+
+
+def test_a_data_set_of_the_hub_is_sampled_by_its_files(hub, tmp_path):
+    recipe = CorpusRecipe(sources=["owner/name"])
+    both = [len(text_of(seed, 1 + seed % 30)) for seed in (*range(40), *range(100, 140))]
+    found, is_all = sample(open_stream(recipe), sum(both) // 3)
+    assert not is_all
+    texts = {document.text for document in found}
+    assert {text_of(3, 4), text_of(103, 14)} <= texts
+    assert open_stream(recipe).stretches()[1] == []
+    assert sample(open_stream(recipe), 10**6)[1]
+
+
+def test_a_place_inside_a_long_line_and_a_continued_record_gives_whole_texts(tmp_path):
+    """Characters are not cut, and no record that continues another stands alone."""
+    from hf_genlm.text.formats import CONTINUES
+
+    (tmp_path / "a.txt").write_text("日本語" * 1_500_000, encoding="utf-8")
+    (shard,) = open_stream(CorpusRecipe(sources=[str(tmp_path / "a.txt")])).shards
+    texts = [begin() for begin in shard.beginnings(7)]
+    parts = [next(iter(next(each)[0])) for each in texts]
+    assert len(parts) == 7
+    assert all(set(part) == set("日本語") for part in parts)
+    lines = [{"text": f"{i} " + "x" * 60, **({CONTINUES: True} if i % 10 else {})} for i in range(1000)]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (shard,) = open_stream(CorpusRecipe(sources=[str(tmp_path / "b.jsonl")])).shards
+    whole = {"".join(parts) for parts, _ in shard.beginnings(1)[0]()}
+    for begin in shard.beginnings(9):
+        assert {"".join(parts) for parts, _ in begin()} <= whole
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n' * 500 + "[1]\n" + '{"text": "a"}\n' * 500)
+    with pytest.raises(UserError, match=r"b\.jsonl from 33\.3% of it on, line \d+' is list, not an object"):
+        list(shard.beginnings(3)[1]())

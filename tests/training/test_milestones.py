@@ -12,12 +12,13 @@ from support.runs import SMALL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_genlm.cli.main import main
-from hf_genlm.config.recipe import Recipe, load_recipe
+from hf_genlm.config.recipe import CorpusRecipe, Recipe, load_recipe
 from hf_genlm.config.settings import Pace
 from hf_genlm.errors import UserError
 from hf_genlm.files import read_json
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.corpus import read_corpus
+from hf_genlm.text.languages import milestone_words
 from hf_genlm.text.store import Document, TextStore, as_documents
 from hf_genlm.training.budget import Budget
 from hf_genlm.training.callbacks import MilestoneCallback, WordRate, milestone_name, read_milestones
@@ -53,6 +54,43 @@ def test_words_are_counted_across_the_parts_of_a_long_document():
     for chunk in (1 << 20, 16, 7):
         documents = as_documents([Document(text, "t") for text in texts], TextStore(chunk_bytes=chunk))
         assert documents.total_words() == expected
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 16, 7])
+def test_words_of_scripts_without_spaces_are_counted_by_byte_premiums(chunk):
+    """By the rule of the track: 5.43 bytes, times the byte premium of the language, for a word."""
+    zho, jpn, tha = (
+        "\u4eba\u751f\u81ea\u7531\u3002" * 1000,
+        "\u4eba\u306f\u81ea\u7531\u3067\u3059\u3002" * 1000,
+        "\u0e20\u0e32\u0e29\u0e32" * 1000,
+    )
+    english = "one two three " * 500
+    found = {}
+    for name, texts in {"zho": [zho], "jpn": [jpn], "tha": [tha], "mixed": [english + zho, english]}.items():
+        documents = as_documents([Document(text, "t") for text in texts], TextStore(chunk_bytes=chunk))
+        found[name] = milestone_words(documents, CorpusRecipe(), {})
+    assert found["zho"] == (round(15_000 / (5.43 * 0.936)), {"zho": 0.936})
+    assert found["jpn"] == (round(21_000 / (5.43 * 1.322)), {"jpn": 1.322})
+    assert found["tha"] == (round(12_000 / (5.43 * 2.742)), {"tha": 2.742})
+    assert found["mixed"] == (3000 + found["zho"][0], {"zho": 0.936})
+    documents = as_documents([Document(zho, "t"), Document(english, "t")])
+    recipe = CorpusRecipe(languages={"zho": ["x"], "eng": ["y"]}, byte_premiums={"zho": 0.5, "eng": 1})
+    counted = milestone_words(documents, recipe, {"zho": 1, "eng": 1})
+    assert counted == (round(15_000 / (5.43 * 0.5) + 1500), {"zho": 0.5})
+    spaced = as_documents([Document("\u0434\u043e\u043c a\u3000b \ud55c\uad6d \uc5b4", "t")])
+    assert milestone_words(spaced, CorpusRecipe(), {}) == (5, {})
+
+
+def test_a_run_over_unspaced_text_tells_how_its_words_are_counted(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(chr(0x4E00 + i * i % 300) for i in range(6000)), encoding="utf-8")
+    run = train(
+        recipe_of(tmp_path / "a.txt", "training.milestone_words=[1000]", "training.steps=20"),
+        tmp_path / "run",
+    )
+    corpus = read_json(run.corpus)["train"]
+    assert corpus["words"] == pytest.approx(corpus["bytes"] / (5.43 * 0.936), abs=1)
+    assert "(zho 0.936)" in " ".join(event.get("message", "") for event in run.read_log())
+    assert (run.milestones / "chck_1K").is_dir()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 
 import pytest
@@ -13,13 +14,14 @@ from support.streams import lanes, text_of, write_jsonl
 from transformers import Trainer, TrainingArguments
 
 from hf_genlm.cli.main import main
-from hf_genlm.config.recipe import TokenizerRecipe, load_recipe
+from hf_genlm.config.recipe import TokenizerRecipe, load_recipe, pointing_to_places
 from hf_genlm.config.settings import Facts
 from hf_genlm.config.settle import settle
 from hf_genlm.errors import Stopped, UserError
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.files import read_json
 from hf_genlm.run_folder import RunFolder
+from hf_genlm.text.corpus import changed_text
 from hf_genlm.text.packed_stream import PackedStream
 from hf_genlm.text.packing import collate
 from hf_genlm.text.sources import FileShard
@@ -255,3 +257,76 @@ def test_of_a_large_file_samples_are_compared_and_a_later_date_is_told(tmp_path,
     run = train(recipe, tmp_path / "run", resume=True)
     notes = [event["message"] for event in run.read_log() if event["event"] == "note"]
     assert [note for note in notes if note.startswith("train.jsonl was written to since this run began")]
+
+
+def test_a_stream_of_two_files_of_one_name_goes_on_and_after_a_move_where_it_is_pointed_to(
+    tmp_path, monkeypatch
+):
+    """From the folder that it was started in; and moved with its text, from another one."""
+    old = tmp_path / "old"
+    for name, seeds in (("a", range(40)), ("b", range(40, 100))):
+        (old / name).mkdir(parents=True)
+        write_jsonl(old / name / "train.jsonl", seeds, 60)
+    monkeypatch.chdir(old)
+    recipe = recipe_of(old, "corpus.stream=true", "training.save_steps=5", "training.steps=12")
+    recipe.corpus.sources, recipe.corpus.validation = [str(old / "a"), str(old / "b" / "train.jsonl")], []
+    recipe.corpus.sources[0] += "/train.jsonl"  # both are shown by their last part
+    with pytest.raises(Stopped):
+        train(recipe, old / "run", ends_at_step_5)
+    assert [file["name"] for file in read_json(old / "run/corpus.json")["files"]] == ["train.jsonl"] * 2
+    shutil.copytree(old / "run", tmp_path / "same")
+    assert train(recipe, tmp_path / "same", resume=True).model.is_dir()
+    moved = old.rename(tmp_path / "new")
+    monkeypatch.chdir(tmp_path)
+    empty = load_recipe(None, [])
+    with pytest.raises(UserError, match=r"a/train\.jsonl', which this run reads, is missing.*started in.*"):
+        train(empty, moved / "run", resume=True)
+    wrong = load_recipe(None, ["corpus.sources=[new/b/train.jsonl, new/a/train.jsonl]"])
+    with pytest.raises(UserError, match="the order of the files"):
+        train(wrong, moved / "run", resume=True)
+    there = load_recipe(None, ["corpus.sources=[new/a/train.jsonl, new/b/train.jsonl]"])
+    run = train(there, moved / "run", resume=True)
+    assert (run.model / "model.safetensors").read_bytes() == (
+        tmp_path / "same/model/model.safetensors"
+    ).read_bytes()
+    assert load_recipe(run.recipe).corpus.sources == there.corpus.sources  # for who reads its text later
+
+
+def test_files_are_compared_by_content_not_by_name():
+    def report(*files):
+        files = [{"name": n, "bytes": size, "sha256": None, "samples_sha256": s} for n, size, s in files]
+        return {"files": files, "train": {"sha256": None}, "validation": {"sha256": "v"}, "stream": {}}
+
+    one, two, hub = ("a.txt", 5, "1"), ("a.txt", 5, "2"), ("me/data", None, None)
+    before = report(one, two, hub)
+    assert changed_text(before, report(one, two, hub)) is None
+    assert changed_text(before, report(("x/b.txt", 5, "1"), two, hub)) is None
+    assert changed_text(before, report(two, one, hub)) == ("the train text", "the order of the files")
+    assert changed_text(before, report(one, one, hub)) == ("the train text", "a.txt")
+    assert changed_text(before, report(one, ("new.txt", 6, "2"), hub)) == ("the train text", "new.txt, a.txt")
+    assert changed_text(before, report(one, two, ("me/other", None, None)))[1] == "me/other, me/data"
+    assert changed_text(before, report(one, two))[1] == "me/data"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("corpus.sources", "['gone', 'also.txt']"),
+        ("corpus.languages", "{eng: [gone]}"),
+        ("corpus.parallel", "{eng: gone}"),
+        ("corpus.validation", "[gone]"),
+        ("vectors.path", "gone"),
+        ("model.init_from", "gone"),
+    ],
+)
+def test_how_to_point_to_what_is_missing_is_told(tmp_path, monkeypatch, name, value):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(None, [f"{name}={value}"])
+    told = rf"'gone', which this run reads.*{tmp_path.name}.*--set {name}="
+    with pytest.raises(UserError, match=told), pointing_to_places(recipe):
+        raise UserError("'gone' is not there")
+    with pytest.raises(UserError, match="'other' is not there"), pointing_to_places(recipe):
+        raise UserError("'other' is not there")
+    (tmp_path / "gone").touch()
+    with pytest.raises(UserError, match="'gone' is no text"), pointing_to_places(recipe):
+        raise UserError("'gone' is no text")
