@@ -7,7 +7,7 @@ file is read again from its beginning; a Hub data set resumes as `datasets` does
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -135,7 +135,8 @@ class Piece(NamedTuple):
     ends_pass: bool = False
 
 
-Stretch = tuple[float, Iterator[Parts]]  # a part of a stream, and its share in a sample of all of it
+# a part of a stream, and its share in a sample of all of it
+Stretch = tuple[float, Generator[Parts, None, None]]
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class DocumentStream:
         content = json.dumps([files, list(self.weights), self.held_out.sha256, *scrubbed])
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def first_epoch(self) -> Iterator[Parts]:
+    def first_epoch(self) -> Generator[Parts, None, None]:
         """All texts once, in the order of a walk, in which a short lane begins again meanwhile."""
         walk = self.walk()
         for parts in walk.texts():
@@ -193,7 +194,7 @@ class DocumentStream:
                 found += [(share / len(beginnings), self._to_train_on(each)) for each in beginnings]
         return found, partly
 
-    def _to_train_on(self, beginning: Beginning) -> Iterator[Parts]:
+    def _to_train_on(self, beginning: Beginning) -> Generator[Parts, None, None]:
         for parts, _ in beginning():
             text = self.held_out.filter(parts, self.scrubber)
             if text is not None:
@@ -450,6 +451,7 @@ def _choose_held_out(stretches: Sequence[Stretch], recipe: CorpusRecipe) -> tupl
                 if n_bytes <= max_bytes:
                     held_out.add(text)
                     writer.add((text,), "stream")
+        texts.close()  # a file and a part of it
         n_all_walked += n_walked
     if not len(writer) and lowest is not None:
         writer.add((lowest[1],), "stream")
@@ -483,6 +485,7 @@ def _take(stretches: Sequence[Stretch], n_characters: int) -> tuple[Documents, b
                 is_all = False
                 break
             writer.add(counted(parts), "stream")
+        texts.close()
     return writer.documents(), is_all
 
 
