@@ -101,7 +101,7 @@ class PackedStream(IterableDataset):
             "shuffle_buffer": shuffle_buffer,
             "seed": seed,
             "tokenizer": hashlib.sha256(self._encoder.state.encode()).hexdigest(),
-            "text": documents.sha256,
+            "text": documents.sha256_without_names,
         }
         self._start = _Place(0, [self.eos_id], None, is_exact=False)
         self._begin = _Mark(0, 0, self._start)
@@ -148,8 +148,9 @@ class PackedStream(IterableDataset):
         Raises:
             UserError: the state is of a stream of other rows.
         """
+        by_name = {"text": self.documents.sha256}  # in older checkpoints
         for name, value in self._decided_by.items():
-            if state["of"][name] != value:
+            if state["of"][name] not in (value, by_name.get(name)):
                 raise UserError(
                     f"the stream of this checkpoint had another {name.replace('_', ' ')} "
                     f"({state['of'][name]!r}, now {value!r}): "

@@ -159,11 +159,16 @@ class DocumentStream:
 
     @property
     def sha256(self) -> str:
-        """Hash of all that decides the texts and their order, except the content of the files and the folder
-        that they are in."""
-        files = [
-            [shard.name if shard.n_bytes is None else shard.n_bytes for shard in lane] for lane in self.lanes
-        ]
+        """Hash of all that decides the texts and their order, except the content of the files."""
+        return self._hash([[(shard.name, shard.n_bytes) for shard in lane] for lane in self.lanes])
+
+    @property
+    def sha256_without_names(self) -> str:
+        """`sha256` without the names of files, which are others in another folder."""
+        known = [[(shard.name, shard.n_bytes) for shard in lane] for lane in self.lanes]
+        return self._hash([[name if size is None else size for name, size in lane] for lane in known])
+
+    def _hash(self, files: list[list[Any]]) -> str:
         scrubbed = [] if self.scrubber is None else [self.scrubber.to_json(None)]
         content = json.dumps([files, list(self.weights), self.held_out.sha256, *scrubbed])
         return hashlib.sha256(content.encode()).hexdigest()

@@ -176,6 +176,8 @@ def test_a_state_of_other_rows_is_refused(tmp_path, tokenizer):
         PackedStream(open_stream(recipe), tokenizer, 10, 4).load_state_dict(state)
     with pytest.raises(UserError, match="another shuffle buffer"):
         PackedStream(open_stream(recipe), tokenizer, 9, 5).load_state_dict(state)
+    old = {**state, "of": {**state["of"], "text": stream.documents.sha256}}
+    PackedStream(open_stream(recipe), tokenizer, 9, 4).load_state_dict(old)  # by names, as once
     write_jsonl(tmp_path / "two.jsonl", range(4))
     with pytest.raises(UserError, match="another text"):
         PackedStream(open_stream(recipe), tokenizer, 9, 4).load_state_dict(state)
