@@ -65,6 +65,9 @@ class CorpusRecipe(Section):
         "Documents of plain text files: files, cut at lines such as <|endoftext|>; whole files; or lines, as "
         "of names.",
         choices=DOCUMENTS, synonyms="line_by_line sample_by")
+    unpack_memory_mb: Whole = setting(256,
+        "Memory for the window of a .zst or .xz file; 2048 reads those of `zstd --long=31`.",
+        at_least=1, at_most=4096, synonyms="long max_window")
     damaged: Word = setting("stop",
         "skip: leave damaged records, and damaged files inside folders, out and count them.", choices=DAMAGED,
         synonyms="on_error errors")

@@ -21,7 +21,7 @@ from hf_genlm.text.duplicates import (
     find_near_duplicates,
     share_found,
 )
-from hf_genlm.text.formats import check_encoding
+from hf_genlm.text.formats import COMMON, check_encoding
 from hf_genlm.text.languages import (
     by_language,
     check_languages,
@@ -414,8 +414,8 @@ def notes_on(report: dict[str, Any]) -> list[str]:
     if report.get("files_skipped"):
         n = report["files_skipped"]
         notes.append(
-            f"{n:,} other file{'' if n == 1 else 's'} of the folders named: read are .txt, .md, .py, .jsonl "
-            "and .parquet, and of another suffix what is named itself"
+            f"{n:,} other file{'' if n == 1 else 's'} of the folders named, or inside archives: read are "
+            f"{', '.join(COMMON)}; others if a folder has none of these, and what is named itself"
         )
     if report.get("links_out"):
         notes.append(f"{report['links_out']:,} of the files are links that lead out of the folder named")

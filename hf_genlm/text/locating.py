@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import NoSource, UserError
 from hf_genlm.files import atomic_file, sha256_of
-from hf_genlm.text.formats import CONTINUES, format_of
+from hf_genlm.text.formats import COMMON, CONTINUES, FORMATS, format_of
 
 Texts = Any  # a path, several paths, strings, a datasets.Dataset, or None
 
@@ -161,12 +161,15 @@ def _in_folder(word: str, folder: Path, is_named: bool) -> Located:
     paths, n_others, left = walk(folder)
     base, inside = _shown(folder), os.path.realpath(folder)
     left = [replace(each, name=f"{base}{each.name}" or "./") for each in left]
-    known = [path for path in paths if format_of(path.name)[0] is not None]
+    is_cache = re.compile(r"cache-\w+\.arrow").fullmatch  # beside a saved data set: results of `datasets`
+    formats = [(format_of(path.name)[0], path) for path in paths if not is_cache(path.name)]
+    known = [path for suffix, path in formats if suffix in COMMON]
+    known = known or [path for suffix, path in formats if suffix is not None]
     n_skipped = len(paths) - len(known) + n_others
     if is_named and not known and not left:  # else other sources may hold text
         raise UserError(
-            f"folder {word!r} holds no readable file ({n_skipped} others): put .txt, .md, .py, .jsonl "
-            "or .parquet there, also compressed, or name a file of another suffix itself"
+            f"folder {word!r} holds no readable file ({n_skipped} others): put "
+            f"{', '.join(FORMATS)} there, also compressed, or name a file of another suffix itself"
         )
 
     def links_out(path: Path) -> bool:

@@ -2,33 +2,41 @@
 
 Memory is bounded whatever a compressed file expands to: at most `CHUNK` bytes are unpacked at once, or `_SIP`
 bytes are fed at once to zstandard, which unpacks all it is given; a dictionary or window of more than
-`_MAX_WINDOW` bytes is refused. Names inside an archive are never used as paths, and nothing is unpacked to a
+`max_window` bytes is refused. Names inside an archive are never used as paths, and nothing is unpacked to a
 path.
 """
 
 import bz2
+import contextlib
+import io
+import itertools
 import lzma
 import re
 import struct
+import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import IO, Any
 
+from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError, install_command, without_secrets
 from hf_genlm.text.store import CHUNK
 
 MAX_PLACES = 20  # damaged records and files that a report names
 _FEED = 1 << 16  # bytes of a compressed file that are read at once
 _SIP = 1 << 11  # the same of zstd: 2 KB hold up to 500 blocks of 128 KB
-_MAX_WINDOW = 1 << 28  # bytes; `xz -9` needs 65 MiB, `zstd --long` 128 MiB
+MAX_WINDOW = 1 << 28  # bytes; `xz -9` needs 65 MiB, `zstd --long` 128 MiB
+_WIDER = "allow it 2 GB of memory with --set corpus.unpack_memory_mb=2048, or unpack it"
 _MAX_EMPTY = 1000  # streams without content in a row
+_MAX_HEADER = 1 << 20  # bytes of the headers of a member of a tar archive
 _MAX_TABLE = 1 << 22  # bytes of the table of a .zip, which zipfile holds in memory
 # zipfile raises the last four: for a password, an unknown method, and damaged tables
 _FAULTS = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
-           RuntimeError, struct.error, LookupError, OverflowError)  # fmt: skip
+           RuntimeError, struct.error, LookupError, OverflowError, tarfile.TarError)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,10 +68,11 @@ class RawFile:
 
     label: str
     name: str
-    stream: IO[bytes]
+    stream: Any  # IO[bytes], or Joined
     start: float = 0.0  # share of the row groups of parquet that are left out at the beginning
     max_line: int = 1 << 24  # characters of a .jsonl line, which takes up to 60 bytes of memory for each
     separator: str | None = None  # lines of nothing else part the documents of plain text
+    skipped: Counter[str] = field(default_factory=Counter)  # "files": of an archive, by their suffix
 
 
 @dataclass
@@ -107,54 +116,140 @@ def left_out_line(report: dict[str, Any]) -> str | None:
     )
 
 
-def unpacked(label: str, stream: IO[bytes], compression: str | None) -> Iterator[bytes]:
+def unpacked(
+    label: str, stream: IO[bytes], compression: str | None, max_window: int = MAX_WINDOW
+) -> Iterator[bytes]:
     """Content of a file in non-empty parts. `label` names the file in messages.
 
     Raises:
-        Damage: the file is cut short, damaged or misnamed, or a .zip of several files; raised where the fault
-            is read.
+        Damage: the file is cut short, damaged or misnamed, a .zip of several files, or takes more memory than
+            `max_window`; raised where the fault is read.
         UserError: a package is missing.
     """
     if compression == "zip":
-        only_member(label, stream)
+        members = list(zip_members(label, stream, max_window))
+        if len(members) != 1:
+            reason = f"holds {len(members)} members, and its name is that of one file"
+            raise Damage(Place(label), reason, "name it .zip, without a suffix before that")
+        yield from members[0][1]
+        return
     if compression == "zstd" and find_spec("zstandard") is None:
         raise UserError(
             f"{label!r} is zstd-compressed, which needs one more package: {install_command('zstd')}"
         )
+    with _faults(label, compression):
+        yield from (
+            _plain(stream) if compression is None else _chunks(_UNPACK[compression](stream, max_window))
+        )
+
+
+def content_of(file: RawFile, compression: str | None, recipe: CorpusRecipe) -> Iterator[bytes]:
+    """`unpacked` in as much memory as the recipe allows."""
+    return unpacked(file.label, file.stream, compression, recipe.unpack_memory_mb << 20)
+
+
+@contextlib.contextmanager
+def _faults(label: str, compression: str | None) -> Iterator[None]:
+    """Raise Damage for the errors of the libraries that unpack."""
     try:
-        yield from _plain(stream) if compression is None else _chunks(_UNPACK[compression](stream))
+        yield
     except _FAULTS as error:
-        if compression is None:
+        if compression is None or isinstance(error, UserError):
             raise
+        needs_memory = "emory" in str(error)  # in the messages of zstd and xz
         raise Damage(
             Place(label),
             f"is not readable as {compression} ({one_line(error)})",
-            "the file is damaged or misnamed, copy it anew or unpack it"
-            if "emory" not in str(error)  # in the messages of zstd and xz
-            else "its window is larger than 256 MB: unpack it, as by zstd -d --long=31",
+            _WIDER if needs_memory else "the file is damaged or misnamed, copy it anew or unpack it",
         ) from error
 
 
-def only_member(label: str, stream: IO[bytes]) -> str:
-    """Name of the only member of a zip archive; it tells the format and is never used as a path.
+def zip_members(
+    label: str, stream: IO[bytes], max_window: int = MAX_WINDOW
+) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """(name, content in parts) of the files in a zip archive, without hidden ones and those that Finder adds.
+
+    A name tells the format and is never used as a path.
 
     Raises:
-        Damage: the archive is damaged, or does not have exactly one member.
+        Damage: the archive is damaged; raised where the fault is read.
     """
-    try:
-        members = [member.filename for member in _members(stream)]
-        stream.seek(0)
-    except _FAULTS as error:
-        raise Damage(
-            Place(label), f"is not readable as zip ({one_line(error)})", "the file is damaged, copy it anew"
-        ) from error
-    if len(members) != 1:
-        raise Damage(
-            Place(label),
-            f"holds {len(members)} members, and only a .zip of one file is read",
-            "unpack it to a folder",
-        )
-    return members[0]
+
+    def content(member: zipfile.ZipInfo) -> Iterator[bytes]:
+        with _faults(label, "zip"):
+            yield from _chunks(_zip_member(stream, member, max_window))
+
+    with _faults(label, "zip"):
+        members = _members(stream)
+        places = sorted((member.header_offset, member.compress_size) for member in members)
+        if any(at + size > after for (at, size), (after, _) in itertools.pairwise(places)):
+            raise ValueError("its members overlap")
+    for member in members:
+        yield member.filename, content(member)
+
+
+def tar_members(label: str, parts: Iterator[bytes]) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """The same of a tar archive that `parts` join to; links, devices and sparse files are left out.
+
+    Raises:
+        Damage: the archive is damaged or cut short; raised where the fault is read.
+    """
+
+    def content(member: tarfile.TarInfo) -> Iterator[bytes]:
+        with _faults(label, "tar"):
+            file: Any = tar.extractfile(member)
+            while found := file.read(_FEED):
+                yield found
+
+    with _faults(label, "tar"):
+        stream = Joined(parts, _MAX_HEADER)
+        tar = tarfile.TarFile(fileobj=stream)  # type: ignore[arg-type]
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]
+            stream.left = None
+            if member.isreg() and not member.issparse() and not _is_hidden(member.name):
+                yield member.name, content(member)
+            stream.left = _MAX_HEADER
+        if not stream.last or stream.last.strip(b"\0"):
+            raise EOFError("it ends without the mark of its end")
+        stream.left = None
+        while rest := stream.read(_FEED):  # the checksum of a compression is at its end
+            if rest.strip(b"\0"):
+                raise ValueError("more stands behind the mark of its end")
+
+
+class Joined:
+    """The bytes that `parts` join to, as a file that is read forwards once.
+
+    Of headers, which tarfile holds in memory whatever size they state, `left` bytes may be read; None: any.
+    """
+
+    def __init__(self, parts: Iterator[bytes], left: int | None = None):
+        self._parts, self._part, self._at = parts, io.BytesIO(), 0
+        self.left, self.last = left, b""
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, at: int) -> None:
+        while self._at < at and self._read(min(_FEED, at - self._at)):
+            pass
+
+    def read(self, n: int) -> bytes:
+        if self.left is not None:
+            self.left -= n
+            if self.left < 0:
+                raise ValueError(f"the header of a member has more than {_MAX_HEADER:,} bytes")
+        self.last = self._read(n)
+        return self.last
+
+    def _read(self, n: int) -> bytes:
+        content = self._part.read(n)
+        while len(content) < n and (part := next(self._parts, b"")):
+            self._part = io.BytesIO(part)
+            content += self._part.read(n - len(content))
+        self._at += len(content)
+        return content
 
 
 def one_line(error: BaseException) -> str:
@@ -211,11 +306,11 @@ class _Zstd(_Decompressor):
 
     needs_input = True
 
-    def __init__(self) -> None:
+    def __init__(self, max_window: int) -> None:
         import zstandard
 
         self._error = zstandard.ZstdError
-        self._object = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()
+        self._object = zstandard.ZstdDecompressor(max_window_size=min(max_window, 1 << 31)).decompressobj()
 
     def decompress(self, content: bytes, max_bytes: int) -> bytes:
         try:
@@ -249,20 +344,23 @@ def _streams(read: Callable[[int], bytes], start: Callable[[], Any], n_fed: int 
         raise EOFError("it ends in the middle of a stream")
 
 
-class _Capped:
-    """A file for zipfile, which reads the whole table at once."""
+class Capped:
+    """A file for a library that reads `part` of it at once, whatever its size."""
 
-    def __init__(self, stream: IO[bytes]):
-        self._stream, self.seek, self.tell = stream, stream.seek, stream.tell
+    closed = False
+
+    def __init__(self, stream: IO[bytes], max_bytes: int, part: str):
+        self._stream, self._max_bytes, self._part = stream, max_bytes, part
+        self.seek, self.tell = stream.seek, stream.tell
 
     def read(self, n: int = -1) -> bytes:
-        if n > _MAX_TABLE:
-            raise ValueError(f"its table of members has more than {_MAX_TABLE:,} bytes")
+        if n > self._max_bytes:
+            raise ValueError(f"{self._part} has more than {self._max_bytes:,} bytes")
         return self._stream.read(n)
 
 
 def _members(stream: IO[bytes]) -> list[zipfile.ZipInfo]:
-    capped: Any = _Capped(stream)
+    capped: Any = Capped(stream, _MAX_TABLE, "its table of members")
     with zipfile.ZipFile(capped) as archive:
         return [each for each in archive.infolist() if not each.is_dir() and not _is_hidden(each.filename)]
 
@@ -273,9 +371,8 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in parts)
 
 
-def _zip(stream: IO[bytes]) -> Iterator[bytes]:
-    """The only member. zipfile itself unpacks bz2 and LZMA without a bound."""
-    (member,) = _members(stream)
+def _zip_member(stream: IO[bytes], member: zipfile.ZipInfo, max_window: int) -> Iterator[bytes]:
+    """zipfile itself unpacks bz2 and LZMA without a bound."""
     if member.flag_bits & 1:
         raise ValueError("it is encrypted")
     if member.compress_type not in _ZIP_METHODS:
@@ -294,39 +391,34 @@ def _zip(stream: IO[bytes]) -> Iterator[bytes]:
         return content
 
     n_bytes, checksum = 0, 0
-    for content in _ZIP_METHODS[member.compress_type](read, member):
+    for content in _ZIP_METHODS[member.compress_type](read, member, max_window):
         n_bytes, checksum = n_bytes + len(content), zlib.crc32(content, checksum)
         yield content
     if (n_bytes, checksum) != (member.file_size, member.CRC):
         raise ValueError(f"it holds {n_bytes:,} bytes and not those {member.file_size:,} of its checksum")
 
 
-def _zip_lzma(read: Callable[[int], bytes], member: zipfile.ZipInfo) -> Iterator[bytes]:
+def _zip_lzma(read: Callable[[int], bytes], member: zipfile.ZipInfo, max_window: int) -> Iterator[bytes]:
     """LZMA as in a .lzma file, whose header differs, and for which a limit of memory can be set."""
     size = -1 if member.flag_bits & 2 else member.file_size  # unknown: the end is marked
     head = read(9)[4:] + struct.pack("<q", size)
     heads = iter([head])
-    unpacker = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_MAX_WINDOW)
+    unpacker = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=max_window)
     return _streams(lambda n: next(heads, None) or read(n), lambda: unpacker)
 
 
-_ZIP_METHODS: dict[int, Callable[[Callable[[int], bytes], zipfile.ZipInfo], Iterator[bytes]]] = {
-    zipfile.ZIP_STORED: lambda read, member: iter(lambda: read(CHUNK), b""),
-    zipfile.ZIP_DEFLATED: lambda read, member: _streams(read, lambda: _Zlib(-15)),
-    zipfile.ZIP_BZIP2: lambda read, member: _streams(read, bz2.BZ2Decompressor),
+_ZIP_METHODS: dict[int, Callable[[Callable[[int], bytes], zipfile.ZipInfo, int], Iterator[bytes]]] = {
+    zipfile.ZIP_STORED: lambda read, *_: iter(lambda: read(CHUNK), b""),
+    zipfile.ZIP_DEFLATED: lambda read, *_: _streams(read, lambda: _Zlib(-15)),
+    zipfile.ZIP_BZIP2: lambda read, *_: _streams(read, bz2.BZ2Decompressor),
     zipfile.ZIP_LZMA: _zip_lzma,
 }
 
 
-def _xz_stream() -> lzma.LZMADecompressor:
-    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MAX_WINDOW)
-
-
-_UNPACK: dict[str, Callable[[IO[bytes]], Iterator[bytes]]] = {
-    "gzip": lambda stream: _streams(stream.read, lambda: _Zlib(31)),
-    "bz2": lambda stream: _streams(stream.read, bz2.BZ2Decompressor),
-    "xz": lambda stream: _streams(stream.read, _xz_stream),
-    "zstd": lambda stream: _streams(stream.read, _Zstd, _SIP),
-    "zip": _zip,
+_UNPACK: dict[str, Callable[[IO[bytes], int], Iterator[bytes]]] = {
+    "gzip": lambda stream, _: _streams(stream.read, lambda: _Zlib(31)),
+    "bz2": lambda stream, _: _streams(stream.read, bz2.BZ2Decompressor),
+    "xz": lambda stream, n: _streams(stream.read, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=n)),
+    "zstd": lambda stream, n: _streams(stream.read, lambda: _Zstd(n), _SIP),
 }
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd", ".zip": "zip"}  # by suffix

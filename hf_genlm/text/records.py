@@ -1,12 +1,22 @@
-"""Texts of records: objects of JSON, rows of parquet, and chats."""
+"""Texts of records: objects of JSON, rows of parquet and arrow, and chats."""
 
+import contextlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
 from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.text.raw_files import Damage, LeaveOut, Place, RawFile, one_line, unpacked
+from hf_genlm.text.raw_files import (
+    Capped,
+    Damage,
+    Joined,
+    LeaveOut,
+    Place,
+    RawFile,
+    content_of,
+    one_line,
+)
 from hf_genlm.text.store import CHUNK, TURN, TextStore, chat_text
 
 Parts = Iterable[str]  # one text, as strings that join to it
@@ -16,6 +26,7 @@ _MAX_PAGE = 1 << 27  # bytes of an unpacked page of parquet; pyarrow holds a dic
 _MAX_PAGE_VALUES = 1 << 24
 _PAGE_HEADER = 1 << 10  # bytes in which the header of a page is looked for first
 _MAX_FOOTER = 1 << 24  # bytes of the table at the end of a parquet file, which takes some 30 times as many
+_MAX_BATCH = 1 << 29  # bytes of a batch of arrow, which is read at once
 _MAX_TEXT = 1 << 26  # bytes of the text of a row
 _MAX_NAMES = 8  # of a record's fields, in a message
 _OTHER_FIELD = "name a field of text with --set corpus.text_column=..."
@@ -147,7 +158,7 @@ def _text_of_scalar(place: Place, scalar: Any, recipe: CorpusRecipe) -> str:
     import pyarrow as pa
 
     scalar = scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar
-    if not isinstance(scalar, (pa.StringScalar, pa.LargeStringScalar)) or not scalar.is_valid:
+    if not isinstance(scalar, pa.StringScalar) or not scalar.is_valid:
         return text_value(place, scalar.as_py(), recipe)
     content = scalar.as_buffer()
     if content.size > _MAX_TEXT:
@@ -161,24 +172,19 @@ def _text_of_scalar(place: Place, scalar: Any, recipe: CorpusRecipe) -> str:
 def read_parquet(
     file: RawFile, compression: str | None, recipe: CorpusRecipe, leave_out: LeaveOut
 ) -> Iterator[Parts]:
-    import pyarrow as pa
     from pyarrow import parquet
 
-    stream, place = file.stream, Place(file.label)
-    if compression is not None:  # parquet is read at its end first
-        store = TextStore()
-        for content in unpacked(file.label, stream, compression):
-            store.append(content)
-        store.file.seek(0)
-        stream = store.file
+    stream, place = seekable(file, compression, recipe), Place(file.label)
     n_rows = 0
-    try:
+    with _reading(place, "parquet"):
         _check_footer(stream)
         table = parquet.ParquetFile(
             stream, buffer_size=CHUNK, pre_buffer=False, page_checksum_verification=True
         )
         name = _text_path(place, table.schema_arrow, recipe)
         leaf = [i for i in range(len(table.schema)) if table.schema.column(i).path == name]
+        if len(leaf) != 1:
+            raise OSError(f"{len(leaf)} of its columns are named {name!r}")
         for group in range(round(file.start * table.num_row_groups), table.num_row_groups):
             page = max(_page_sizes(stream, table.metadata.row_group(group).column(leaf[0])), default=1)
             rows = max(1, min(_PARQUET_ROWS, _MAX_TEXT // max(page, 1)))  # no value is larger than a page
@@ -187,14 +193,97 @@ def read_parquet(
                 n_rows += len(batch)
         if n_rows != table.metadata.num_rows and not file.start:
             raise OSError(f"it holds {n_rows:,} rows and says {table.metadata.num_rows:,}")
+
+
+def read_arrow(
+    file: RawFile, compression: str | None, recipe: CorpusRecipe, leave_out: LeaveOut
+) -> Iterator[Parts]:
+    """Rows of Arrow's IPC stream, as `datasets` saves it, or of its IPC file, a stream in a frame."""
+    import pyarrow as pa
+
+    place, n_rows = Place(file.label), 0
+    with _reading(place, "arrow"):
+        source: Any = Capped(seekable(file, compression, recipe), _MAX_BATCH, "a batch of its rows")
+        start = 8 if source.read(8)[:6] == b"ARROW1" else source.seek(0)
+        _check_batches(source)
+        source.seek(start)
+        reader = pa.ipc.open_stream(pa.PythonFile(source, "r"))
+        name = _text_path(place, reader.schema, recipe)
+        for batch in reader:
+            batch.validate(full=True)  # or an offset could point anywhere in memory
+            yield from texts_of_rows(file.label, _leaf_of(batch, name), recipe, leave_out, n_rows)
+            n_rows += len(batch)
+
+
+def _check_batches(source: Any) -> None:
+    """
+    Raises:
+        ValueError: a batch, or the dictionaries together, take too much memory when they are unpacked.
+    """
+    import pyarrow as pa
+
+    n_dictionaries = 0
+    for message in pa.ipc.MessageReader.open_stream(pa.PythonFile(source, "r")):
+        if message.type == "schema":
+            continue
+        # FlatBuffers: Message.header, which is a RecordBatch or DictionaryBatch.data
+        content = message.metadata.to_pybytes()
+        batch = _flat_table(content, _number(content, 0), 2)
+        if message.type != "record batch":
+            batch = _flat_table(content, batch, 1)
+        n_bytes = message.body.size
+        if _flat_field(content, batch, 3):  # RecordBatch.compression: each buffer begins with its size
+            buffers = _flat_table(content, batch, 2)
+            for i in range(_number(content, buffers)):
+                at = _number(content, buffers + 4 + 16 * i, 8)
+                n_bytes += max(0, _number(message.body[at : at + 8].to_pybytes(), 0, 8))
+        n_dictionaries += n_bytes if message.type != "record batch" else 0
+        if max(n_bytes, n_dictionaries) > _MAX_BATCH:
+            raise ValueError(f"a batch of its rows takes {n_bytes:,} bytes, more than {_MAX_BATCH:,}")
+
+
+def _number(content: bytes, at: int, size: int = 4) -> int:
+    return int.from_bytes(content[at : at + size], "little", signed=size == 8)
+
+
+def _flat_field(content: bytes, table: int, number: int) -> int:
+    """Index of a field of a FlatBuffers table; 0 if it has its default."""
+    fields = table - int.from_bytes(content[table : table + 4], "little", signed=True)
+    is_there = 4 + 2 * number < _number(content, fields, 2)
+    at = _number(content, fields + 4 + 2 * number, 2) if is_there else 0
+    return table + at if at else 0
+
+
+def _flat_table(content: bytes, table: int, number: int) -> int:
+    """Index of the table or vector that a field refers to."""
+    at = _flat_field(content, table, number)
+    return at + _number(content, at)
+
+
+@contextlib.contextmanager
+def _reading(place: Place, kind: str) -> Iterator[None]:
+    """Raise Damage for the errors of pyarrow."""
+    import pyarrow as pa
+
+    try:
+        yield
     except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise Damage(
-            place,
-            f"is not readable as parquet ({one_line(error)})",
-            "the file is damaged or misnamed, copy it anew",
-        ) from error
+        is_large = "batch of its rows" in str(error)
+        remedy = "write smaller batches" if is_large else "the file is damaged or misnamed, copy it anew"
+        raise Damage(place, f"is not readable as {kind} ({one_line(error)})", remedy) from error
+
+
+def seekable(file: RawFile, compression: str | None, recipe: CorpusRecipe) -> IO[bytes]:
+    """The open file, or what is unpacked of it, for a format that is not read forwards only."""
+    if compression is None and not isinstance(file.stream, Joined):
+        return file.stream
+    store = TextStore()
+    for content in content_of(file, compression, recipe):
+        store.append(content)
+    store.file.seek(0)
+    return store.file
 
 
 def count_row_groups(stream: IO[bytes]) -> int:
@@ -253,7 +342,7 @@ def _is_text(kind: Any) -> bool:
     import pyarrow as pa
 
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+    return str(kind) in ("string", "large_string", "string_view", "null")
 
 
 def _check_footer(stream: IO[bytes]) -> None:

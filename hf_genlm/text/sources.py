@@ -21,7 +21,7 @@ from hf_genlm.files import open_file
 from hf_genlm.text.cache import NoRoom
 from hf_genlm.text.formats import format_of, texts_of
 from hf_genlm.text.locating import FoundFile, Located, check_found, first_names, locate, walk
-from hf_genlm.text.raw_files import Damage, LeaveOut, LeftOut, Place, RawFile, one_line, unpacked
+from hf_genlm.text.raw_files import Damage, LeaveOut, LeftOut, Place, RawFile, content_of, one_line
 from hf_genlm.text.records import Parts, count_row_groups, find_column, text_of_table, texts_of_rows
 from hf_genlm.text.scrubbing import Scrubber, Tally, scrubber_of
 from hf_genlm.text.store import CHUNK, DocumentWriter
@@ -41,7 +41,7 @@ _PLAIN = (None, ".txt", ".md", ".py")
 _POINTERS = {b"version https://git-lfs.github.com/spec/": "git lfs pull", b"/annex/objects/": "git annex get"}
 _BYTE_ORDER_MARK = re.compile(rb"(\xff\xfe\0\0|\0\0\xfe\xff)|\xff\xfe|\xfe\xff")  # UTF-32, or UTF-16
 _SEPARATOR = re.compile(r"<\|(?:endoftext|end_of_text|eos|endofdoc)\|>|</s>|<eos>|\[EOS\]", re.IGNORECASE)
-_MARKUP = {".csv", ".tsv", ".json", ".html", ".htm", ".xml", ".tex", ".ipynb"}
+_MARKUP = {".json", ".html", ".htm", ".xml", ".tex", ".ipynb"}
 _MARKUP_BEGINS = ("<!doctype html", "<html", "<?xml", "\\documentclass")
 
 
@@ -194,6 +194,7 @@ def _read_file(file: FoundFile, recipe: CorpusRecipe, reading: Reading) -> None:
         return
     reading.left_out.update(left_out)
     reading.told += [(each, file.name) for each in told]
+    reading.files_skipped += raw.skipped["files"]
     if file.is_named and not n_added:
         if not left_out.records:
             raise empty_file(file)
@@ -228,7 +229,7 @@ def look_at(file: RawFile, recipe: CorpusRecipe) -> tuple[RawFile, CorpusRecipe,
     suffix, compression = format_of(file.name)
     beginning = b""
     with contextlib.suppress(Damage):  # the reader meets it again
-        beginning = next(unpacked(file.label, file.stream, compression), b"")
+        beginning = next(content_of(file, compression, recipe), b"")
     for start, command in _POINTERS.items():
         if beginning.startswith(start):
             raise Damage(
@@ -288,7 +289,7 @@ def _encoding_of(beginning: bytes, file: RawFile, compression: str | None, recip
     decode, is_ascii = codecs.getincrementaldecoder("utf-8")().decode, True
     file.stream.seek(0)
     try:
-        for content in itertools.chain(unpacked(file.label, file.stream, compression), [b""]):
+        for content in itertools.chain(content_of(file, compression, recipe), [b""]):
             decode(content, not content)
             is_ascii = is_ascii and content.isascii()
             if b"\0" in content:

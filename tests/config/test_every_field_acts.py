@@ -9,6 +9,7 @@ import functools
 import hashlib
 import itertools
 import json
+import lzma
 import tempfile
 from pathlib import Path
 
@@ -80,6 +81,8 @@ def texts() -> dict[str, str]:
         paths[name] = str(folder / file)
     (folder / "latin.txt").write_bytes("café au lait\n".encode("latin-1") * 50)
     paths["latin"] = str(folder / "latin.txt")
+    (folder / "wide.txt.xz").write_bytes(lzma.compress(b"wide words\n" * 50, preset=9))
+    paths["wide"] = str(folder / "wide.txt.xz")
     run = train(recipe_of(TINY, paths), folder / "base")
     return {**paths, "base": str(run.path), "tokenizer": str(run.tokenizer)}
 
@@ -276,6 +279,7 @@ ACTS = {
     "corpus.byte_premiums": ((*LANGUAGES, "corpus.temperature=4"), "eng=1,deu=3", documents),
     "corpus.parallel": (LANGUAGES, "eng={parallel},deu={longer}", parallel_figures),
     "corpus.text_column": ((), "body", documents),
+    "corpus.unpack_memory_mb": (("corpus.sources={wide}",), "64", documents),
     "corpus.documents": (("corpus.sources={vectors}",), "lines", documents),
     "corpus.damaged": (("corpus.sources={damaged}",), "skip", documents),
     "corpus.keep_held_out": (("corpus.validation={held}", "corpus.sources={held},{text}"), "true", documents),

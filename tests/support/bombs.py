@@ -19,6 +19,7 @@ import sys
 import tempfile
 import traceback
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,6 +190,115 @@ def lying_footer(folder: Path) -> Path:
     return written(folder / "a.parquet", b"PAR1" + b"\0" * (20 << 20) + struct.pack("<I", 18 << 20) + b"PAR1")
 
 
+def arrow(make: Callable[[], object], compression: str | None = None) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        import pyarrow as pa
+
+        table = make()
+        options = pa.ipc.IpcWriteOptions(compression=compression)
+        with pa.ipc.new_stream(folder / "a.arrow", table.schema, options=options) as writer:
+            writer.write_table(table)
+        return folder / "a.arrow"
+
+    return write
+
+
+def one_long_value(n_bytes: int = 700 << 20):
+    import pyarrow as pa
+
+    return pa.table({"text": pa.array(["x" * n_bytes], pa.large_string())})
+
+
+def wild_offsets(folder: Path) -> Path:
+    """Arrow whose strings lie outside of the file."""
+    import pyarrow as pa
+
+    offsets = pa.py_buffer(struct.pack("<3i", 0, 1 << 30, 5))
+    column = pa.StringArray.from_buffers(2, offsets, pa.py_buffer(b"short"))
+    return arrow(lambda: pa.table({"text": column}))(folder)
+
+
+def long_row(name: str, head: str, unit: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        with gzip.open(folder / name, "wt", 1, encoding="utf-8") as file:
+            file.write(head)
+            for _ in range((1 << 25) >> 16):
+                file.write(unit * ((1 << 16) // len(unit)))
+        return folder / name
+
+    return write
+
+
+def tar_header(name: bytes, size: int, kind: bytes) -> bytes:
+    import tarfile
+
+    about = tarfile.TarInfo(name.decode())
+    about.size, about.type = size, kind
+    return about.tobuf(tarfile.GNU_FORMAT)
+
+
+def tar_of(*parts: tuple[bytes, int]) -> Callable[[Path], Path]:
+    """A compressed tar archive of `parts`, each so many times."""
+
+    def write(folder: Path) -> Path:
+        with gzip.open(folder / "a.tar.gz", "wb", 1) as file:
+            for part, n_times in parts:
+                at_once = max(1, (1 << 20) // len(part))
+                for i in range(0, n_times, at_once):
+                    file.write(part * min(at_once, n_times - i))
+        return folder / "a.tar.gz"
+
+    return write
+
+
+def overlapping(folder: Path) -> Path:
+    """A zip archive whose members are all the same bytes."""
+    content = bytearray(zipped(b"a" * (1 << 20), zipfile.ZIP_DEFLATED))
+    at = content.index(b"PK\x01\x02")
+    end = content.index(b"PK\x05\x06")
+    row = bytes(content[at:end])
+    size = struct.pack("<2H2L", 1000, 1000, len(row) * 1000, at)
+    return written(
+        folder / "a.zip", bytes(content[:at]) + row * 1000 + content[end : end + 8] + size + b"\0\0"
+    )
+
+
+def pdf_stream(content: bytes, repeats: int) -> Callable[[Path], Path]:
+    """A PDF whose only page is drawn by `content`, many times."""
+
+    def write(folder: Path) -> Path:
+        packer = zlib.compressobj(1)
+        drawn = b"".join(packer.compress(content * 1000) for _ in range(repeats // 1000)) + packer.flush()
+        head = b"%PDF-1.4\n1 0 obj\n<</Type/Catalog/Pages 2 0 R>>\nendobj\n"
+        head += b"2 0 obj\n<</Type/Pages/Kids[3 0 R]/Count 1>>\nendobj\n3 0 obj\n<</Type/Page/Parent 2 0 R"
+        head += b"/MediaBox[0 0 9 9]/Contents 4 0 R/Resources<</Font<</F<</Type/Font"
+        head += b"/Subtype/Type1/BaseFont/Helvetica>>>>>>>>\nendobj\n4 0 obj\n<</Filter/FlateDecode"
+        head += b"/Length %d>>stream\n%s\nendstream\nendobj\n" % (len(drawn), drawn)
+        return written(folder / "a.pdf", head + b"trailer<</Root 1 0 R>>\nstartxref\n0\n%%EOF")
+
+    return write
+
+
+def word_file(folder: Path) -> Path:
+    """A .docx of 16 million elements."""
+    import docx
+
+    docx.Document().save(folder / "empty.docx")
+    with (
+        zipfile.ZipFile(folder / "empty.docx") as empty,
+        zipfile.ZipFile(folder / "a.docx", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+    ):
+        for name in empty.namelist():
+            with archive.open(name, "w", force_zip64=True) as file:
+                head, mark, tail = empty.read(name).partition(b"<w:body>")
+                file.write(head + mark)
+                for _ in range(80 if mark else 0):
+                    file.write(b"<w:p><w:r/></w:p>" * 100_000)
+                file.write(tail)
+    (folder / "empty.docx").unlink()
+    return folder / "a.docx"
+
+
 def written(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
@@ -232,7 +342,34 @@ BOMBS: dict[str, tuple[Callable[[Path], Path], str | None]] = {
     "parquet, a long list": (parquet(long_lists), "not text"),
     "parquet, a deep schema": (parquet(deep_schema), "parquet"),
     "parquet, a large footer": (lying_footer, "table of its row groups"),
+    "arrow, a long value": (arrow(one_long_value), "batch of its rows"),
+    "arrow, a long value compressed": (arrow(one_long_value, "zstd"), "batch of its rows"),
+    "arrow, one value many times": (arrow(one_value_many_times), None),
+    "arrow, a long list": (arrow(long_lists), "not text"),
+    "arrow, offsets out of bounds": (wild_offsets, "readable as arrow"),
+    "csv, a quote that is not closed": (long_row("a.csv.gz", "id,text\n1,\"", "text\n"), "close its quotes"),
+    "csv, a row of fields over lines": (long_row("a.csv.gz", "id,text\n\"a", "\n\",\"b"), "close its quotes"),
+    "csv, a line of fields": (long_row("a.csv.gz", "id,text\n", "ab,"), "close its quotes"),
+    "lines, one that is long": (long_row("a.txt.gz", "", "text "), None),
+    "tar, long names": (tar_of((tar_header(b"a", 1 << 33, b"L"), 1), (bytes(512), 1 << 19)), "tar"),
+    "tar, attributes": (tar_of((tar_header(b"a", 1 << 33, b"x"), 1), (b"9 abc=d\n" * 64, 1 << 19)), "tar"),
+    "tar, headers of headers": (tar_of((tar_header(b"a", 512, b"L") + bytes(512), 1 << 17)), "tar"),
+    "tar, many members": (
+        tar_of((tar_header(b"a", 0, b"0"), 1 << 16), (bytes(1024), 1)),
+        "no readable file",
+    ),
+    "zip, members that overlap": (overlapping, "overlap"),
+    "pdf, a page of operators": (pdf_stream(b"BT (x) Tj ET q Q\n", 4_000_000), "pdf"),
+    "pdf, a page that unpacks to 200 MB": (pdf_stream(b"q" * 1000, 200_000), "pdf"),
+    "docx, many elements": (word_file, "docx"),
 }  # fmt: skip
+
+
+HEAVY = {
+    name
+    for name in BOMBS
+    if name.startswith(("arrow, a long v", "arrow, one", "docx", "csv, a row", "tar, m", "pdf, a page of"))
+}
 
 
 def read_source(path: Path) -> None:

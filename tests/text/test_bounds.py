@@ -34,7 +34,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @on_linux
-@pytest.mark.parametrize("name", bombs.BOMBS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in bombs.HEAVY)) for name in bombs.BOMBS]
+)
 def test_a_small_file_takes_no_more_memory_than_is_stated(tmp_path, name):
     write_bomb, refusal = bombs.BOMBS[name]
     peak, outcome = bombs.measure(write_bomb, tmp_path)

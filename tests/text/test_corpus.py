@@ -104,10 +104,10 @@ def test_globs_other_suffixes_and_repeats(tmp_path, monkeypatch):
 
 
 def test_a_file_of_marks_is_read_as_it_stands_and_that_is_told(tmp_path):
-    documents, report = read(write(tmp_path / "marks.csv", "id,text\n1,a\n"), write(tmp_path / "a.log", "b"))
-    assert texts(documents) == ["id,text\n1,a\n", "b"]
+    documents, report = read(write(tmp_path / "marks.xml", "<a>text</a>"), write(tmp_path / "a.log", "b"))
+    assert texts(documents) == ["<a>text</a>", "b"]
     (note,) = notes_on(report)
-    assert note.startswith("marks.csv: read as it stands, with the marks of its format")
+    assert note.startswith("marks.xml: read as it stands, with the marks of its format")
 
 
 def test_records_without_text_are_skipped_and_counted(tmp_path):
