@@ -94,7 +94,7 @@ MISTAKES = {
     "missing path": (lambda p: ["nowhere.txt"], "owner/name"),
     "empty file": (lambda p: [write(p / "empty.txt", b"")], "empty"),
     "binary file": (lambda p: [write(p / "a.txt", b"GIF89a\0\0\1" * 9)], "NUL"),
-    "invalid UTF-8": (lambda p: [write(p / "a.txt", b"caf\xe9 " * 9)], "corpus.encoding=latin-1"),
+    "invalid UTF-8": (lambda p: [write(p / "a.txt", b"caf\xe9 " * 9)], "corpus.encoding=cp1252"),
     "text shorter than a row": (
         lambda p: [write(p / "a.txt", b"A short text.\nIn two lines.\n")],
         "training.max_seq_length",

@@ -434,7 +434,7 @@ def test_an_append_changes_no_other_file(tmp_path, make, alarm):
 MODEL_VERBS = {
     "generate": lambda model, text, out: ["generate", model],
     "evaluate": lambda model, text, out: ["evaluate", model, text],
-    "audit": lambda model, text, out: ["audit", model, "--train", text, "--held-out", text],
+    "audit": lambda model, text, out: ["audit", model, "--trained-on", text, "--held-out", text],
     "export": lambda model, text, out: ["export", model, "--to", "llama", "--out", out],
     "extend": lambda model, text, out: ["extend", model, text, "--vocab-size", "+5", "--out", out],
     "space": lambda model, text, out: ["space", model, "--out", out],
