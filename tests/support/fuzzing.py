@@ -334,9 +334,9 @@ def recipe_text(draw: random.Random) -> str:
 
 
 RECIPE_COMMANDS = commands("""
-5 * doctor --parameters --recipe given.yaml
+5 * doctor --cost --recipe given.yaml
 4 * train text --out new --steps 2 --recipe given.yaml
-doctor --parameters --json --recipe given.yaml
+doctor --cost --json --recipe given.yaml
 tokenizer text --out new --recipe given.yaml
 evaluate run text/x.txt --recipe given.yaml
 compare text --recipes given.yaml,recipe.yaml --steps 1 --seeds 1 --out new
@@ -502,7 +502,7 @@ evaluate run
 evaluate run text/x.txt
 evaluate run --suite samples
 doctor run
-doctor run --parameters
+doctor run --cost
 generate run a --max-new-tokens 3
 audit run --limit 3
 space run --out new
@@ -851,7 +851,7 @@ class Fuzzer:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             write_folder(root / "base" / "work")
-            for command in ("doctor run --parameters", "push run owner/name --dry-run", "runs ."):
+            for command in ("doctor run --cost", "push run owner/name --dry-run", "runs ."):
                 ready(command)  # imports and caches what calls need
         os.chdir(root)
         if with_program:
