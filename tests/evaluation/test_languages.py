@@ -281,9 +281,9 @@ def test_a_balanced_run_that_was_stopped_comes_to_the_same_weights(folder, tmp_p
     assert main(["evaluate", str(whole.path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == measured
     card = write_card(whole)
-    assert ModelCard.load(card).data.language == list(LINES)
+    assert ModelCard.load(card).data.language == ["en", "ru", "hi"]  # ISO 639-1
     values = {m.name: m.value for m in read_measurements(whole.languages)}
-    row = next(line for line in card.read_text().splitlines() if line.startswith("| hin |"))
+    row = next(line for line in card.read_text().splitlines() if line.startswith("| Hindi (hin) |"))
     assert row.split(" | ")[2] == f"{report['hin']['repeats']:.2f} times"
     assert f"{values['bytes_per_token/hin']:.2f}" in row
 
@@ -438,4 +438,5 @@ def test_the_tokenizer_verb_writes_what_it_measured(folder, tmp_path, capsys):
     assert main(arguments) == 0
     names = {m.name for m in read_measurements(tmp_path / "t" / "languages.json")}
     assert names >= {"bytes_per_token/hin", "tokenization_premium/rus", "whole_characters/Devanagari"}
-    assert "tokenization_premium/rus" in capsys.readouterr().out
+    (head,) = [line for line in capsys.readouterr().out.splitlines() if "tokenization" in line]
+    assert "premium" in head
