@@ -188,9 +188,7 @@ class Display:
             "note": lambda message: f"note          {message}",
             "vectors": _vectors_line,
             "planned": _planned_line,
-            "threads": lambda step, threads: (
-                f"threads       {threads} from step {step} on: another program uses a core"
-            ),
+            "threads": _threads_line,
             "model": _model_line,
             "validation": lambda step, bits_per_byte, perplexity, tokens, **_: (
                 f"validation    step {step}: {bits_per_byte:.4f} bits per byte, perplexity {perplexity:.2f} "
@@ -250,7 +248,8 @@ class Display:
                 times = "" if sizes["repeats"] == 1 else f", read {sizes['repeats']:.2f} times in an epoch"
                 self._print(f"  {code:<12}{train:,} bytes, {held_out:,} held out{times}")
         elif event in self._lines:
-            self._print(self._lines[event](**fields))
+            if line := self._lines[event](**fields):
+                self._print(line)
             if event == "run":
                 self.show(f"{fields['run']}: starting")
 
@@ -283,6 +282,15 @@ def _tokenized_line(
     return (
         f"tokenizer     {vocab_size:,} tokens, {bytes_per_token} bytes per token; "
         f"{train}{validation_tokens:,} held out"
+    )
+
+
+def _threads_line(step: int, threads: int, most: int) -> str:
+    if threads == most:
+        return f"threads       {threads} from step {step:,} on: the cores are free again" if step else ""
+    return (
+        f"threads       {threads} of {most} from step {step:,} on, which is faster now: another program uses "
+        f"the cores, or the model is small; the number rounds sums, and training.num_threads={most} fixes it"
     )
 
 

@@ -237,7 +237,8 @@ class TrainingRecipe(Section):
         "Share of the run, at its end, in which the learning rate falls linearly to 0.", at_least=0,
         at_most=1, synonyms="cooldown lr_decay schedule")
     num_threads: Whole | None = setting(None,
-        "Threads of torch in each process on a CPU. null: measured with `minutes`, else torch's own number.",
+        "Threads of torch in each process on a CPU; sums are rounded by it. null: torch's own number, or one "
+        "while other programs use the cores, measured before the run and during it.",
         at_least=1, at_most=2**16, synonyms="threads cpus cores")
     torch_compile_backend: Word | None = setting(None,
         "Backend of torch.compile for the steps, such as inductor. null: not compiled.",

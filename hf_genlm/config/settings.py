@@ -185,7 +185,7 @@ class Length:
     epochs: float | None  # that are expected; None: the length of the text is not known
     step_s: float | None  # that a step is expected to take; None: not measured
     pace: Pace
-    may_lower_threads: bool  # if steps take much longer than that: their number was not stated
+    num_threads: int | None  # with which it was measured; None: not measured, or not on a CPU
 
 
 @dataclass(frozen=True)

@@ -291,7 +291,6 @@ def _settle_training(
         "learning_rate": learning_rate,
         "embedding_lr_ratio": _or(stated.embedding_lr_ratio, 1.0 if init == "bigrams" else 2.0),
         "weight_decay": weight_decay,
-        "num_threads": _or(stated.num_threads, facts.num_threads),
         "num_validations": _or(stated.num_validations, 0 if is_short else _NUM_VALIDATIONS),
     }
     return TrainingSettings(**{**stated.model_dump(), **decided}), length
@@ -328,8 +327,7 @@ def _settle_length(
         if recipe.privacy.epsilon is not None:  # the noise is chosen for the number of steps
             max_steps = expected = max(1, expected)
     epochs = None if epoch_steps is None else expected / epoch_steps
-    may_lower_threads = recipe.training.num_threads is None
-    return Length(max_steps, seconds, expected, epochs, facts.step_s, pace, may_lower_threads)
+    return Length(max_steps, seconds, expected, epochs, facts.step_s, pace, facts.num_threads)
 
 
 def _settle_evaluation(recipe: Recipe, model: ModelSettings, max_seq_length: int) -> EvaluationSettings:

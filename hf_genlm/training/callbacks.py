@@ -4,7 +4,9 @@ import copy
 import math
 import re
 import shutil
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from hf_genlm.config.settings import Pace
@@ -27,7 +29,10 @@ _EVENT_S = 0.5  # between two `step` events
 _MAX_LINES = 2000  # of `step` events in the log of a run, however long
 _MAX_VALIDATION_SHARE = 0.1  # of the time that is left
 _SAVING_INTERVAL = 50  # times the duration of a save lie between two
-_SLOW_FACTOR, _SLOW_STEPS = 3.0, 5  # so many steps in a row took so many times the planned step
+_SLOW_FACTOR, _SLOW_STEPS = 3.0, 5  # so many steps in a row took so many times the usual step
+_USUAL_STEPS = 50  # whose median is the usual step
+_TRIAL_STEPS, _TRIAL_GAIN = 3, 1.2  # of another number of threads: steps, and times as fast that it must be
+_TRIAL_EVERY_S, _TRIAL_INTERVAL = 10.0, 50  # seconds, and times its own duration, to the next trial
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 # words after which BabyLM evaluates: every million to 10 M, every ten to 100 M, every hundred to 1,000 M
 SCHEDULES = {"babylm": tuple(n * unit * 10**6 for unit in (1, 10, 100) for n in range(1, 11))}
@@ -61,26 +66,65 @@ class BudgetCallback(TrainerCallback):
 
 
 class ThreadsCallback(TrainerCallback):
-    """Continues with one thread when steps take many times the planned `step_s`.
+    """Measures the number of threads again while the run trains: `most`, or one while other programs use cores.
 
-    Another program has taken a core then, and every operation of several threads waits for it. Time between
-    the steps is not counted.
+    Then every operation of several threads waits for the last of them. One thread is tried after steps that
+    took several times as long as those before, and `most` from time to time while one is used; the number
+    that makes faster steps is kept. An idle machine tries nothing, since the number of threads changes how
+    sums are rounded. Time between the steps is not counted. A stated number is kept; every number is logged.
     """
 
-    def __init__(self, run: RunFolder, step_s: float):
-        self.run, self.step_s = run, step_s
-        self._began = 0.0
+    def __init__(self, run: RunFolder, most: int, is_stated: bool = False):
+        self.run, self.most, self.is_stated = run, most, is_stated
+        self._began = self._next_s = 0.0
         self._n_slow = 0
+        self._usual: deque[float] = deque(maxlen=_USUAL_STEPS)  # seconds of the last steps
+        self._trial: list[float] | None = None  # seconds of steps by the other number of threads
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._next_s = time.monotonic() + _TRIAL_EVERY_S
+        self._log(state)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._began = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
-        is_slow = time.monotonic() - self._began > _SLOW_FACTOR * self.step_s
-        self._n_slow = self._n_slow + 1 if is_slow else 0
-        if self._n_slow >= _SLOW_STEPS and torch.get_num_threads() > 1:
-            torch.set_num_threads(1)
-            self.run.log("threads", step=state.global_step, threads=1)
+        if self.is_stated:
+            return
+        now = time.monotonic()
+        step_s = now - self._began
+        if self._trial is not None:
+            self._judge(step_s, now, state)
+            return
+        usual_s = statistics.median(self._usual) if len(self._usual) >= _SLOW_STEPS else math.inf
+        self._n_slow = self._n_slow + 1 if step_s > _SLOW_FACTOR * usual_s else 0
+        self._usual.append(step_s)
+        is_slow = self._n_slow >= _SLOW_STEPS and torch.get_num_threads() > 1
+        if is_slow or (torch.get_num_threads() < self.most and now >= self._next_s):
+            self._usual = deque(list(self._usual)[-_SLOW_STEPS:], maxlen=_USUAL_STEPS)
+            self._trial, self._n_slow = [], 0
+            self._exchange()
+
+    def _judge(self, step_s: float, now: float, state: TrainerState) -> None:
+        """Go on with the threads of the trial, or go back to the others."""
+        assert self._trial is not None
+        self._trial.append(step_s)
+        before_s = statistics.median(self._usual)
+        if len(self._trial) < _TRIAL_STEPS and step_s < _SLOW_FACTOR * before_s:
+            return
+        self._next_s = now + max(_TRIAL_EVERY_S, _TRIAL_INTERVAL * sum(self._trial))
+        if before_s > _TRIAL_GAIN * min(self._trial):
+            self._usual = deque(self._trial, maxlen=_USUAL_STEPS)
+            self._log(state)
+        else:
+            self._exchange()
+        self._trial = None
+
+    def _exchange(self) -> None:
+        torch.set_num_threads(1 if torch.get_num_threads() > 1 else self.most)
+
+    def _log(self, state: TrainerState) -> None:
+        self.run.log("threads", step=state.global_step, threads=torch.get_num_threads(), most=self.most)
 
 
 @dataclass

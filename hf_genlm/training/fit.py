@@ -62,6 +62,7 @@ class Job:
     words: WordRate | None = None  # of training.milestone_words
     frozen_rows: torch.Tensor | None = None  # (V,) rows of the embedding that keep their vectors
     private: PrivateState | None = None  # of a run with a guarantee for each document
+    threads: ThreadsCallback | None = None  # of a run on a CPU
 
     @property
     def pace(self) -> Pace:
@@ -186,7 +187,7 @@ def _callbacks(
     """Callbacks in the order in which Trainer calls them. `on_whole_model` calls its argument with the model
     in the first process; all processes call it."""
     settings, budget = job.settings, job.budget
-    training, length = settings.training, settings.length
+    training = settings.training
     validate = functools.partial(_validate_and_sample, run, job)
     save = functools.partial(_save_milestone, run, job)
     found: list[TrainerCallback] = [
@@ -196,8 +197,8 @@ def _callbacks(
             budget, training.num_validations, lambda _, step: on_whole_model(lambda m: validate(m, step))
         ),
     ]
-    if length.step_s is not None and length.may_lower_threads:
-        found.append(ThreadsCallback(run, length.step_s))
+    if job.threads is not None:
+        found.append(job.threads)
     if job.frozen_rows is not None:
         found.append(FrozenRowsCallback(job.frozen_rows, settings.vectors.unfreeze_step))
     if isinstance(job.rows, PackedStream):

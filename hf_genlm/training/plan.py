@@ -41,6 +41,8 @@ LADDER = (
     Shape(hidden_size=768, num_hidden_layers=12, max_seq_length=512, batch_size=32),
 )
 TOKENS_PER_WEIGHT = 3.0
+_MAX_NOISE = 10.0  # times as long as by one thread: more is not the warm-up, another program uses the cores
+_GAIN = 2.0  # of one thread over torch's number, on a machine that is not idle
 
 Build = Callable[[Settings], GenLMForCausalLM]  # a new model on the device that trains it
 Measure = Callable[[Settings], tuple[float, int]]  # (seconds of an optimizer step, threads of torch)
@@ -59,8 +61,8 @@ class Plan:
 
 def plan_run(recipe: Recipe, facts: Facts, build: Build, device: torch.device) -> Facts:
     """Add `shape` (if the recipe leaves it open), `step_s`, `num_threads` and `planning_s` to the facts of a
-    run with a time limit. On a CPU, torch computes with that number of threads from then on."""
-    began = time.monotonic()
+    run with a time limit."""
+    began, available = time.monotonic(), torch.get_num_threads()
 
     def measure(settings: Settings) -> tuple[float, int]:
         return measure_step(build(settings), settings.training)
@@ -78,6 +80,7 @@ def plan_run(recipe: Recipe, facts: Facts, build: Build, device: torch.device) -
     if recipe.privacy.epsilon is not None:
         settings = settle(recipe, facts)
         step_s = measure_private_step(build(settings), settings)
+    torch.set_num_threads(available)
     num_threads, planning_s = threads if is_on_cpu else None, time.monotonic() - began
     return replace(facts, step_s=step_s, num_threads=num_threads, planning_s=planning_s)
 
@@ -117,8 +120,24 @@ def plan_size(recipe: Recipe, facts: Facts, seconds: float, measure: Measure) ->
     return measured[max(enough, default=0)]
 
 
-def measure_step(model: GenLMForCausalLM, training: TrainingSettings) -> tuple[float, int]:
-    """(seconds of an optimizer step, threads): with one thread or with all of torch's, whichever is faster.
+def choose_threads(build: Callable[[], GenLMForCausalLM], settings: Settings) -> int:
+    """The threads of a run on a CPU: stated, planned, or torch's own number, or one if that is twice as fast.
+
+    The number of threads changes how sums are rounded, so an idle machine keeps torch's number, and with it
+    the same weights. The random state is left as it was.
+    """
+    decided = settings.training.num_threads or settings.length.num_threads
+    if decided is not None or torch.get_num_threads() == 1:
+        return decided or 1
+    with torch.random.fork_rng(devices=()):
+        return measure_step(build(), settings.training, gain=_GAIN)[1]
+
+
+def measure_step(
+    model: GenLMForCausalLM, training: TrainingSettings, gain: float = 1.0
+) -> tuple[float, int]:
+    """(seconds of an optimizer step, threads): by all of torch's threads, or by one if that is more than
+    `gain` times as fast.
 
     On a core that another program keeps busy, every operation of several threads waits for the last of them,
     many times as long as one thread takes for a small decoder. A step is forward, backward, clipping and
@@ -149,8 +168,8 @@ def measure_step(model: GenLMForCausalLM, training: TrainingSettings) -> tuple[f
         alone = min(step(), step())
         torch.set_num_threads(available)
         together = step()
-        if together < 2 * alone:  # it was the first of its kind
+        if together < _MAX_NOISE * alone:  # it was the first of its kind
             together = min(step(), step())
     finally:
         torch.set_num_threads(available)
-    return (together, available) if together < alone else (alone, 1)
+    return (together, available) if together <= gain * alone else (alone, 1)

@@ -37,7 +37,7 @@ from hf_genlm.run_schemas import EnvironmentFile, VectorsFile
 from hf_genlm.training import processes
 from hf_genlm.training.budget import Budget
 from hf_genlm.training.build import new_model, start_model
-from hf_genlm.training.callbacks import Diverged
+from hf_genlm.training.callbacks import Diverged, ThreadsCallback
 from hf_genlm.training.carried_state import StateCallback
 from hf_genlm.training.check import check
 from hf_genlm.training.checkpoints import Checkpoint, StopRequest, newest_checkpoint, write_model
@@ -50,7 +50,7 @@ from hf_genlm.training.corpus import (
     save_tokenizer,
 )
 from hf_genlm.training.fit import Job, fit, likelihood_of
-from hf_genlm.training.plan import plan_run
+from hf_genlm.training.plan import choose_threads, plan_run
 from hf_genlm.training.private import PrivateState, begin_private, trainer_settings, write_guarantee
 from hf_genlm.training.trackers import tracking
 from hf_genlm.training.trainer import training_arguments_of
@@ -318,6 +318,11 @@ def _resumed_recipe(begun: Recipe, stated: Recipe) -> Recipe:
 def _build(run: RunFolder, job: Job, is_new: bool = True) -> GenLMForCausalLM:
     """The model before the first step; not `is_new`: before a checkpoint is loaded into it."""
     settings = job.settings
+    if job.threads is None and job.arguments.device.type == "cpu":
+        is_stated = settings.training.num_threads is not None
+        job.threads = ThreadsCallback(run, torch.get_num_threads(), is_stated)
+        run.tell("progress", task="measuring threads", done=0, total=None)
+        torch.set_num_threads(choose_threads(lambda: new_model(settings, job.corpus.tokenizer), settings))
     set_seed(settings.training.seed)
     model = new_model(settings, job.corpus.tokenizer)
     job.frozen_rows = processes.from_first(
