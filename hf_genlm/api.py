@@ -23,7 +23,7 @@ from hf_genlm.errors import Stopped, UserError, did_you_mean, escape_controls, q
 from hf_genlm.files import note_write_errors
 from hf_genlm.loading import load
 from hf_genlm.run import Run
-from hf_genlm.run_folder import Listener, RunFolder, describe_step
+from hf_genlm.run_folder import Listener, RunFolder, describe_step, launched_as
 from hf_genlm.text.locating import Texts, as_sources, source_words, write_texts
 
 if TYPE_CHECKING:
@@ -291,7 +291,7 @@ def run_training(
             words = [os.fspath(folder / f"{name}.jsonl")]
         if words:
             set_field(recipe, f"corpus.{name}", words)
-    is_first = int(os.environ.get("RANK", "0")) == 0  # the processes of a group have not met yet
+    is_first = launched_as()[0] == 0  # the processes of a group have not met yet
     is_new = bool(files) and is_first and not resume
     if is_new:
         RunFolder.create(folder)

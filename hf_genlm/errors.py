@@ -57,6 +57,20 @@ class NoSource(UserError):
         self.word = word
 
 
+def utf8_name(path: str | os.PathLike[str]) -> str:
+    """Return the name of a file or folder to write.
+
+    Raises:
+        UserError: it is not UTF-8, which the libraries that write tokenizers and weights need.
+    """
+    name = os.fspath(path)
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name!r} is not a name in UTF-8: name another folder") from error
+    return name
+
+
 def is_control(character: str) -> bool:
     """True for what moves a terminal's cursor, reorders or hides text: control and format characters,
     surrogates, line and paragraph separators. Letters need the joiners and soft hyphens, which are not."""

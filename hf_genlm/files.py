@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, TypeVar
 
-from hf_genlm.errors import UserError
+from hf_genlm.errors import UserError, utf8_name
 from hf_genlm.memory import MAX_BYTES, check_size, check_values
 
 Schema = TypeVar("Schema")
@@ -39,7 +39,6 @@ _REMEDIES = {
     errno.ELOOP: "put a file or folder in the place of the link",
     errno.EMLINK: "put a copy of the file there",
 }
-_REMEDY = "name a place that can be written"
 
 
 class WriteError(UserError):
@@ -47,7 +46,7 @@ class WriteError(UserError):
 
     def __init__(self, path: str | Path, error: OSError):
         self.errno, self.reason = error.errno, error.strerror or str(error)
-        remedy = _REMEDIES.get(error.errno or 0, _REMEDY)
+        remedy = _REMEDIES.get(error.errno or 0, "name a place that can be written")
         super().__init__(f"{str(path)!r} cannot be written ({self.reason}): {remedy}")
 
     @property
@@ -147,7 +146,7 @@ def atomic_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
     Raises:
         WriteError: something is at `path`, or the block or the system raised an OSError; `path` is as it was.
     """
-    path = Path(path)
+    path = Path(utf8_name(path))
     with _write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = private_name(path)
@@ -375,11 +374,12 @@ def refuse_links_out(folder: str | Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Path of the cache folder, which may not exist yet."""
-    if os.environ.get("HF_GENLM_CACHE"):
-        return Path(os.environ["HF_GENLM_CACHE"]).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hf_genlm"
+    """Path of the cache folder, which may not exist yet. Raises UserError where this user has no home."""
+    base, stated = os.environ.get("XDG_CACHE_HOME"), os.environ.get("HF_GENLM_CACHE")
+    try:
+        return Path(stated or f"{base or '~/.cache'}/hf_genlm").expanduser()
+    except RuntimeError as error:
+        raise UserError("there is no home folder for the cache: name a folder by HF_GENLM_CACHE") from error
 
 
 def program_folder() -> Path:
@@ -441,7 +441,7 @@ def use_private_compiler_caches() -> None:
         return
     try:
         folder = program_folder()
-    except (UserError, RuntimeError):  # RuntimeError: this user has no home
+    except UserError:
         folder = Path(tempfile.mkdtemp(prefix="hf-genlm-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for name in stated:
@@ -453,9 +453,9 @@ def require_new_folder(path: str | Path) -> None:
     """Refuse an --out folder that holds something.
 
     Raises:
-        UserError: `path` is a file, or a folder with something in it.
+        UserError: `path` is a file, or a folder with something in it, or its name is not UTF-8.
     """
-    path = Path(path)
+    path = Path(utf8_name(path))
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise UserError(f"--out {str(path)!r} already holds files: name a new folder, or remove it")
 

@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
 
-from hf_genlm.errors import UserError
+from hf_genlm.errors import UserError, utf8_name
 from hf_genlm.files import (
     WriteError,
     append_file,
@@ -38,6 +38,9 @@ from hf_genlm.memory import check_values
 from hf_genlm.run_schemas import EVENTS, Event
 
 Listener = Callable[[str, dict[str, Any]], None]
+STORE = "HF_GENLM_STORE"  # file through which the processes of our launcher find each other
+SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+_OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _MILESTONE = re.compile(r"chck_([0-9]{1,15})([KM]?)")  # as training.callbacks.milestone_name writes it
 # all that a run killed at its start leaves; sources and validation hold texts that were given in Python
 _BEGINNING = {".lock", "log.jsonl", "sources.jsonl", "validation.jsonl"}
@@ -82,7 +85,7 @@ class RunFolder:
         Raises:
             UserError: the folder holds files already, a link leads out of it, or it cannot be written.
         """
-        run = cls(path, listener)
+        run = cls(utf8_name(path), listener)
         try:
             if run.path.is_dir() and not all(
                 path.name in _BEGINNING or is_private_name(path) for path in run.path.iterdir()
@@ -240,6 +243,28 @@ class FollowedRun(RunFolder):
 
     def tell(self, event: str, **fields: Any) -> None:
         """Do nothing: the first process does it."""
+
+
+def launched_as() -> tuple[int, int]:
+    """Rank of this process, and the number of processes that a launcher has started: (0, 1) without one.
+
+    Variables that an ended launcher left in the environment are removed, unless they are complete: torch,
+    Accelerate and transformers read them too.
+    """
+    rank, world, port = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    has_meeting_place = STORE in os.environ or (port.isdecimal() and "MASTER_ADDR" in os.environ)
+    if rank.isdecimal() and world.isdecimal() and int(rank) < int(world) and has_meeting_place:
+        is_sharded = any(os.environ.get(name, "").lower() == "true" for name in SHARDING)
+        if int(world) > 1 or is_sharded:
+            return int(rank), int(world)
+    for name in _OF_LAUNCHERS:
+        os.environ.pop(name, None)
+    return 0, 1
+
+
+def is_watched() -> bool:
+    """Return True if a launcher of torch started this process, which ends all processes if one is lost."""
+    return STORE in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def describe_environment() -> dict[str, Any]:

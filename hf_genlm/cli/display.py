@@ -4,14 +4,18 @@ Nothing else of the package prints. Names, listings, messages and generated text
 characters in them are escaped here, so that they cannot steer the terminal or look like another line.
 """
 
+import codecs
+import contextlib
+import io
 import json
+import os
 import sys
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from hf_genlm.errors import escape_controls
 from hf_genlm.run_folder import describe_step
@@ -21,9 +25,54 @@ if TYPE_CHECKING:
     from hf_genlm.evaluation.measurement import Measurement
 
 
+_PLAIN = {"±": "+-", "…": "..", "·": "*"}  # where the encoding has no such character
+
+
+def prepare_streams() -> None:
+    """Let stdout and stderr print every text: what their encoding lacks is escaped, and a closed one is
+    replaced by a file that keeps nothing."""
+    codecs.register_error("escaped", _escape_unencodable)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="escaped")
+
+
+def _escape_unencodable(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    wrong = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(c) or c.encode("unicode_escape").decode() for c in wrong), error.end
+
+
+class _Lasting(io.TextIOBase):
+    """stderr, without errors: a training goes on when its terminal or the reader of its progress has gone."""
+
+    def __init__(self) -> None:
+        self.stream = sys.stderr
+
+    encoding = property(lambda self: self.stream.encoding)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+
 def say(*lines: object, is_error: bool = False) -> None:
     """Print each argument as one line, an empty one if there are none, on stdout or as an error on stderr."""
-    file = sys.stderr if is_error else sys.stdout
+    file = _Lasting() if is_error else sys.stdout
     print("\n".join(escape_controls(str(line)) for line in lines), file=file, flush=True)
 
 
@@ -40,7 +89,7 @@ def print_generated(text: str) -> None:
 def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print the traceback of a fault of this package; a sys.excepthook."""
     lines = "".join(traceback.format_exception(kind, error, trace))
-    print(escape_controls(lines, keep="\n\t"), end="", file=sys.stderr)
+    print(escape_controls(lines, keep="\n\t"), end="", file=_Lasting())
 
 
 def print_rows(
@@ -172,7 +221,7 @@ class Display:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(file=cast(TextIO, _Lasting()), highlight=False)
         self.bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),

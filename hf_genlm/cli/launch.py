@@ -9,26 +9,30 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from hf_genlm.cli.display import say
 from hf_genlm.errors import UserError
+from hf_genlm.run_folder import STORE, launched_as
 
 _USER_ERROR = 2  # exit code
-_SHUTDOWN_S = 50  # between a signal and SIGKILL: time for a last checkpoint
-_FORWARDED_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT" if os.name == "posix" else "SIGTERM,SIGINT"
+_FORWARDED_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+_LAUNCHER = "HF_GENLM_LAUNCHER"  # process id
 _LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # network interface, by sys.platform
 
 
 def is_launched() -> bool:
     """Return True if a launcher started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return launched_as()[1] > 1
 
 
 def is_first() -> bool:
     """Return True in the main process, the only one that prints."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return launched_as()[0] == 0
 
 
 def complain(message: str) -> None:
@@ -42,10 +46,11 @@ def check_processes(processes: int | None) -> None:
     Raises:
         UserError: a launcher has started another number of processes.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if is_launched() and processes not in (None, world):
+    world = launched_as()[1]
+    if world > 1 and processes not in (None, world):
         raise UserError(
-            f"--processes {processes}: a launcher has already started {world} processes; leave it out"
+            f"--processes {processes}: a launcher has already started {world} processes; leave it out, or "
+            f"unset WORLD_SIZE if that launcher has ended"
         )
 
 
@@ -53,6 +58,20 @@ def use_one_gpu() -> None:
     """Hide all GPUs but the first from this process, which must not have initialized CUDA yet."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
+
+
+def end_with_launcher() -> None:
+    """End this process once its launcher has ended, as by kill -9: with a checkpoint, as after SIGTERM."""
+    from hf_genlm.training.processes import end_after
+
+    launcher = int(os.environ.get(_LAUNCHER, os.getppid()))
+
+    def wait() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+
+    if os.name == "posix":  # elsewhere the id of a parent stays after its end
+        end_after(wait)
 
 
 def package_command() -> list[str]:
@@ -84,6 +103,15 @@ def launch(command: Sequence[str], processes: int) -> tuple[int, str | None]:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from hf_genlm.training.processes import END_S
+
+    before: dict[int, Any] = {}
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for each in before:  # a second signal would leave processes behind
+            signal.signal(each, signal.SIG_IGN)
+        raise SignalException(f"received signal {number}", sigval=signal.Signals(number))
+
     uses_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     n_gpus = 0 if uses_cpu else torch.cuda.device_count()
     if 0 < n_gpus < processes:
@@ -93,9 +121,14 @@ def launch(command: Sequence[str], processes: int) -> tuple[int, str | None]:
         )
     logging.disable(logging.ERROR)  # torch logs a dozen lines for what the message below says
     try:
+        for number in (getattr(signal, name, None) for name in _FORWARDED_SIGNALS):
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                before[number] = signal.signal(number, forward)
         with tempfile.TemporaryDirectory(prefix="hf-genlm-") as folder:
             environment = {
-                "HF_GENLM_STORE": Path(folder, "processes").as_uri(),  # read by training.processes
+                STORE: Path(folder, "processes").as_uri(),
+                _LAUNCHER: str(os.getpid()),
+                "PYTHONSAFEPATH": "1",  # a random.py of the current folder is no module of Python
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # or the launcher serves one on all addresses
             }
             if sys.platform in _LOOPBACK:  # whatever the user states for several machines
@@ -112,8 +145,8 @@ def launch(command: Sequence[str], processes: int) -> tuple[int, str | None]:
                 logs_specs=DefaultLogsSpecs(log_dir=str(Path(folder, "logs"))),
                 local_addr="localhost",
                 max_restarts=0,
-                shutdown_timeout=_SHUTDOWN_S,
-                signals_to_handle=_FORWARDED_SIGNALS,
+                shutdown_timeout=END_S,
+                signals_to_handle="none",  # `forward` does
             )
             with patch_environment(**environment):
                 elastic_launch(config, sys.executable)(*command)
@@ -125,6 +158,8 @@ def launch(command: Sequence[str], processes: int) -> tuple[int, str | None]:
         return 128 + error.sigval, f"stopped by {signal.Signals(error.sigval).name}"
     finally:
         logging.disable(logging.NOTSET)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0, None
 
 

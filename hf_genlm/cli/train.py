@@ -1,5 +1,6 @@
 """The verbs that train: `hf-genlm train` (in one process or several), `tokenizer` and `extend`."""
 
+import os
 import shlex
 import time
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from hf_genlm.cli.display import Display, print_json, print_measurements, say
 from hf_genlm.cli.launch import (
     check_processes,
     complain,
+    end_with_launcher,
     is_first,
     is_launched,
     launch,
@@ -19,6 +21,7 @@ from hf_genlm.cli.launch import (
     use_one_gpu,
 )
 from hf_genlm.errors import UserError
+from hf_genlm.run_folder import is_watched
 
 if TYPE_CHECKING:
     from hf_genlm.config.recipe import Recipe
@@ -115,6 +118,10 @@ def _train_as_one_of_several(recipe: "Recipe", output_dir: str, resume: bool, as
     from hf_genlm.api import run_training
     from hf_genlm.training.processes import LostProcess, detect_lost_process, leave
 
+    end_with_launcher()
+    if not is_watched():
+        n = int(os.environ["WORLD_SIZE"])
+        say(f"waiting for {n - 1} more processes: WORLD_SIZE={n}; for one process, unset it", is_error=True)
     try:
         with detect_lost_process():
             if is_first():

@@ -95,9 +95,9 @@ def run_all(folder: ComparisonFolder, plan: Plan) -> dict[str, str]:
 
     Raises:
         UserError: the plan cannot be carried out, or a finished run was changed since.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the same call continues.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; the same call continues.
     """
-    with folder.locked(), _sigterm_as_interrupt():
+    with folder.locked(), _signals_as_interrupt():
         if not folder.plan.is_file():
             write_text(folder.plan, plan.to_yaml())
         prepared = _load_or_prepare(folder, plan)
@@ -215,18 +215,29 @@ def _finished_hashes(folder: ComparisonFolder) -> dict[str, dict[str, str]]:
 
 
 @contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
+def _signals_as_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt at the first SIGINT, SIGTERM or SIGHUP, and ignore more of them.
+
+    The run that is interrupted writes its checkpoint meanwhile. A signal that is ignored, as under nohup,
+    stays ignored.
+    """
+    before: dict[int, Any] = {}
+
     def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class ProcessCrash(RuntimeError):
@@ -273,6 +284,8 @@ def run_in_process(function: Callable[..., Any], *arguments: Any, listener: List
         kind = "died"
     except BaseException:
         child.terminate()
+        child.join(_LOCK_TIMEOUT_S)
+        child.kill()
         raise
     finally:
         receiver.close()
@@ -317,10 +330,14 @@ def _serve(sender: Connection, messages: str, function: Callable[..., Any], argu
         os.setsid()  # Ctrl-C of the terminal is for the parent only
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]  # a run trains on one GPU
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
     with append_file(messages) as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)
+    from hf_genlm.training.processes import end_after
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    end_after(parent.join)
 
     def send(kind: str, content: Any) -> None:
         with contextlib.suppress(OSError):  # the parent has closed its end
@@ -334,10 +351,3 @@ def _serve(sender: Connection, messages: str, function: Callable[..., Any], argu
         send("interrupted", None)
     except Exception:
         send("crashed", traceback.format_exc())
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

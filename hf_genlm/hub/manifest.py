@@ -11,6 +11,7 @@ import fnmatch
 import hashlib
 import itertools
 import json
+import os
 import pickletools
 import re
 import struct
@@ -344,7 +345,7 @@ def _scan_lines(path: Path, name: str, canaries: Sequence[str]) -> Iterator[Find
     spellings = [
         spelling for text in canaries for spelling in (text, json.dumps(text, ensure_ascii=False)[1:-1])
     ]
-    home = str(Path.home())
+    home = os.path.expanduser("~")
     for count, line in enumerate(_read_text(path).split("\n"), 1):
         number = None if path.suffix == ".png" else count
         unescaped = _ESCAPED_SPACE.sub(" ", line)

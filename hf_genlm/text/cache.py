@@ -106,6 +106,15 @@ class ArrayWriter:
         self._n_bytes += len(content)
 
 
+def usable_cache(is_wanted: bool, note: Callable[[str], None]) -> "Cache":
+    """The cache of this user, which keeps nothing if there is no place for it; `note` receives why."""
+    try:
+        return Cache(cache_folder() if is_wanted else None, note)
+    except UserError as error:
+        note(f"the text is tokenized again by each run: {error}")
+        return Cache(None, note)
+
+
 class Cache:
     """Array files by key in `folder`, at most `max_bytes` of them; a folder of None stores nothing.
 
@@ -191,7 +200,7 @@ def scratch_file() -> IO[bytes]:
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryFile(dir=cache_folder())
-    except (OSError, RuntimeError):  # RuntimeError: this user has no home
+    except (OSError, UserError):
         return tempfile.TemporaryFile()
 
 

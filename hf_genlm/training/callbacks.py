@@ -66,9 +66,9 @@ class BudgetCallback(TrainerCallback):
 
 
 class ThreadsCallback(TrainerCallback):
-    """Measures the number of threads again while the run trains: `most`, or one while other programs use cores.
+    """Measures the number of threads again while the run trains: `most`, or one on a busy machine.
 
-    Then every operation of several threads waits for the last of them. One thread is tried after steps that
+    There every operation of several threads waits for the last of them. One thread is tried after steps that
     took several times as long as those before, and `most` from time to time while one is used; the number
     that makes faster steps is kept. An idle machine tries nothing, since the number of threads changes how
     sums are rounded. Time between the steps is not counted. A stated number is kept; every number is logged.

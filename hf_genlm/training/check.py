@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 
 import torch
+from transformers.utils import is_torch_bf16_gpu_available
 
 from hf_genlm.config.recipe import Recipe
 from hf_genlm.config.settings import Facts, Settings
@@ -60,6 +61,12 @@ def check(recipe: Recipe) -> Facts:
     corpus, training = settings.corpus, settings.training
     if settings.privacy.epsilon is not None:
         _check_private(settings)
+    has_accelerator = torch.accelerator.is_available()
+    if training.dtype == "bfloat16" and has_accelerator and not is_torch_bf16_gpu_available():
+        raise UserError(
+            "training.dtype=bfloat16: the accelerator of this machine does not compute it: give "
+            "training.dtype=auto or float32"
+        )
     backend = training.torch_compile_backend
     if backend is not None and backend not in torch.compiler.list_backends(exclude_tags=()):
         known = torch.compiler.list_backends()

@@ -29,7 +29,7 @@ _DEEPSPEED_CLASSES = {
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 }
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,11 +163,11 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
 
 class StopRequest:
-    """SIGINT and SIGTERM as a request to stop.
+    """SIGINT, SIGTERM and SIGHUP as a request to stop; one that is ignored, as under nohup, stays ignored.
 
-    Within `handled`, a signal raises Stopped for the run in `folder`. Within `deferred`, the first signal
-    only sets `is_made`, and a second one raises. Python delivers signals to the main thread: in another
-    thread, signals are not handled.
+    Within `handled`, the first signal raises Stopped for the run in `folder`; within `deferred` it only sets
+    `is_made`. Further signals change nothing, so that a second Ctrl-C costs no checkpoint. Python delivers
+    signals to the main thread: in another thread, signals are not handled.
     """
 
     def __init__(self, folder: str):
@@ -181,26 +181,33 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = [signal.signal(number, self._receive) for number in _SIGNALS]
+        numbers = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = [signal.signal(number, self._receive) for number in numbers]
         try:
             yield
         finally:
-            for number, handler in zip(_SIGNALS, before, strict=True):
+            for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let the caller end by itself soon after `is_made`."""
+        """Let the caller end by itself soon after `is_made`, else raise Stopped at the end.
+
+        Raises:
+            Stopped: the request was made, and the block has ended as without it.
+        """
         self._is_deferred = True
         try:
             yield
         finally:
             self._is_deferred = False
+        if self.is_made:
+            raise Stopped(self.folder, None)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.is_made or not self._is_deferred:
+        is_new, self.is_made = not self.is_made, True
+        if is_new and not self._is_deferred:
             raise Stopped(self.folder, None)
-        self.is_made = True
 
 
 def _list_checkpoints(folder: Path) -> list[Path]:

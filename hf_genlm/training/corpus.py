@@ -19,7 +19,7 @@ from hf_genlm.evaluation.measurement import write_measurements
 from hf_genlm.files import atomic_folder, read_json, write_json
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.run_schemas import CorpusFile
-from hf_genlm.text.cache import ArrayWriter, Cache, cache_folder
+from hf_genlm.text.cache import ArrayWriter, Cache, usable_cache
 from hf_genlm.text.canaries import Canaries, plant
 from hf_genlm.text.corpus import Corpus, check_same, count_text, notes_on, read_corpus, touched
 from hf_genlm.text.duplicates import share_found
@@ -199,7 +199,7 @@ def _tokenize(run: RunFolder, recipe: Recipe, is_resuming: bool) -> TokenizedCor
     def note(message: str) -> None:
         run.log("note", message=message)
 
-    cache = Cache(cache_folder() if recipe.corpus.cache else None, note)
+    cache = usable_cache(recipe.corpus.cache, note)
     corpus = read_corpus(
         recipe.corpus,
         lambda done, total: run.tell("progress", task="comparing documents", done=done, total=total),

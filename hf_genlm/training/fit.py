@@ -124,7 +124,7 @@ def fit(
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.saved_step = None if begin is None else begin.progress.step
-    with keeping_memory(), stop.deferred(), _resuming(begin, trainer):
+    with keeping_memory(), _resuming(begin, trainer):
         trainer.train(resume_from_checkpoint=None if begin is None else str(begin.path))
     step, seconds = trainer.state.global_step, budget.elapsed_s
     if not budget.is_spent(step):  # only a stop request ends a run early

@@ -133,9 +133,7 @@ def choose_threads(build: Callable[[], GenLMForCausalLM], settings: Settings) ->
         return measure_step(build(), settings.training, gain=_GAIN)[1]
 
 
-def measure_step(
-    model: GenLMForCausalLM, training: TrainingSettings, gain: float = 1.0
-) -> tuple[float, int]:
+def measure_step(model: GenLMForCausalLM, training: TrainingSettings, gain: float = 1.0) -> tuple[float, int]:
     """(seconds of an optimizer step, threads): by all of torch's threads, or by one if that is more than
     `gain` times as fast.
 

@@ -6,6 +6,9 @@ what they need. Every function here also works in a run of one process. All coll
 
 import contextlib
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,12 +19,14 @@ import torch.distributed as dist
 from torch.utils.data import Dataset, Sampler
 
 from hf_genlm.errors import UserError
-from hf_genlm.run_folder import n_cores
+from hf_genlm.run_folder import SHARDING, STORE, is_watched, launched_as, n_cores
 from hf_genlm.text.packing import IGNORED
 
 T = TypeVar("T")
 # of collectives: the others wait while the first process reads a large corpus; a dead one is noticed at once
 _TIMEOUT = timedelta(hours=24)
+_MEETING_TIMEOUT = timedelta(minutes=5)  # in which processes that no launcher of torch watches must start
+END_S = 50  # between a signal and the end of a process: time for a last checkpoint
 # in gloo's errors, where another process has ended; an error of NCCL may be the process's own, and is shown
 _LOST_CONNECTION = ("closed by peer", "reset by peer", "Broken pipe")
 
@@ -39,7 +44,8 @@ def join() -> None:
     Raises:
         UserError: the processes cannot reach each other.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    rank, world = launched_as()
+    if world == 1 or dist.is_initialized():
         return
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
@@ -49,9 +55,10 @@ def join() -> None:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     os.environ.setdefault("OMP_NUM_THREADS", str(_cores_per_process()))
     options: dict[str, Any] = {"timeout": _TIMEOUT}
-    if "HF_GENLM_STORE" in os.environ:
-        options["init_method"] = os.environ["HF_GENLM_STORE"]
-        options |= {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    if STORE in os.environ:
+        options |= {"init_method": os.environ[STORE], "rank": rank, "world_size": world}
+    elif not is_watched():
+        store = meet(rank, world)  # noqa: F841  the process group meets in it again
     try:
         PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **options)
     except RuntimeError as error:
@@ -61,6 +68,45 @@ def join() -> None:
             "the processes of this run do not reach each other at the addresses of their machines' names: "
             "name the network interface on each machine, as in GLOO_SOCKET_IFNAME=eth0"
         ) from error
+
+
+def meet(rank: int, world: int, timeout: timedelta = _MEETING_TIMEOUT) -> dist.Store:
+    """Wait for the other processes at MASTER_ADDR and MASTER_PORT; returns the store that they share.
+
+    Raises:
+        UserError: they have not come; a launcher that has ended may have left its variables.
+    """
+    found: list[Any] = []
+
+    def wait() -> None:
+        try:
+            found.append(next(dist.rendezvous("env://", rank, world, timeout=timeout))[0])
+        except (dist.DistError, ValueError) as error:
+            found.append(error)
+
+    waiting = threading.Thread(target=wait, daemon=True)  # torch would not see Ctrl-C meanwhile
+    waiting.start()
+    waiting.join()
+    if isinstance(found[0], Exception):
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"WORLD_SIZE={world}, but the other processes have not come to {place} within "
+            f"{timeout.total_seconds():.0f} s: start them, or unset WORLD_SIZE, which an ended launcher may "
+            "have left"
+        ) from found[0]
+    return found[0]
+
+
+def end_after(parent_ends: Callable[[], Any]) -> None:
+    """End this process by SIGTERM, as a person would, once `parent_ends` returns; by force `END_S` later."""
+
+    def watch() -> None:
+        parent_ends()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(END_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def leave() -> None:
@@ -86,8 +132,7 @@ def is_first() -> bool:
 
 def is_sharded() -> bool:
     """Return True under FSDP and DeepSpeed: a process holds a part of the model or of the optimizer state."""
-    launched_with = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    return any(os.environ.get(name, "false").lower() == "true" for name in launched_with)
+    return any(os.environ.get(name, "false").lower() == "true" for name in SHARDING)
 
 
 def from_first(make: Callable[[], T]) -> T:

@@ -53,7 +53,7 @@ from hf_genlm.training.fit import Job, fit, likelihood_of
 from hf_genlm.training.plan import choose_threads, plan_run
 from hf_genlm.training.private import PrivateState, begin_private, trainer_settings, write_guarantee
 from hf_genlm.training.trackers import tracking
-from hf_genlm.training.trainer import training_arguments_of
+from hf_genlm.training.trainer import computes_bfloat16, training_arguments_of
 
 # fields that may change when a run is resumed: they decide nothing about the model, or name another place of
 # the same files
@@ -140,6 +140,9 @@ def _prepare(run: RunFolder, recipe: Recipe, facts: Facts) -> Job:
     first = settle(recipe, facts)  # sizes that the time decides are assumed here
     base = None if recipe.model.init_from is None else hub_id_of(recipe.model.init_from)
     run.log("started", decoder=first.model.decoder, mixers=first.model.mixers, base_model=base)
+    if recipe.training.dtype == "bfloat16" and not computes_bfloat16():
+        message = "training.dtype=bfloat16 can be 100 times slower here than float32, which auto would choose"
+        run.log("note", message=message)
     processes.set_threads(recipe.training.num_threads)
     corpus = _read(run, recipe, facts)
     facts = _with_corpus(facts, recipe, corpus)
@@ -341,11 +344,12 @@ def _finish(
     with tracking(run, job.settings.to_recipe(), is_resuming=begin is not None):
         if begin is not None:
             run.log("resumed", step=begin.progress.step)
-        trained = _fit(run, job, model, begin, stop)
-        if trained is not None and job.private is not None:
-            write_guarantee(run, job.private, job.settings, job.arguments.device.type)
-        if trained is not None:
-            save(run, trained, job.corpus.tokenizer)
+        with stop.deferred():  # until the weights are saved
+            trained = _fit(run, job, model, begin, stop)
+            if trained is not None and job.private is not None:
+                write_guarantee(run, job.private, job.settings, job.arguments.device.type)
+            if trained is not None:
+                save(run, trained, job.corpus.tokenizer)
         return _evaluate(run, job)
 
 

@@ -127,14 +127,16 @@ def test_a_measured_step_is_a_step_of_training():
 
 
 class Cores:
-    """Torch's threads and the seconds of a step by each number of them; a callback sees one step after another."""
+    """Torch's threads, and steps whose seconds depend on them."""
 
     def __init__(self, monkeypatch, threads: int, **keywords):
         self.now, self.threads, self.heard = 0.0, threads, []
         monkeypatch.setattr("time.monotonic", lambda: self.now)
         monkeypatch.setattr(torch, "get_num_threads", lambda: self.threads)
         monkeypatch.setattr(torch, "set_num_threads", lambda n: setattr(self, "threads", n))
-        run = SimpleNamespace(log=lambda event, **fields: self.heard.append((fields["step"], fields["threads"])))
+        run = SimpleNamespace(
+            log=lambda event, **fields: self.heard.append((fields["step"], fields["threads"]))
+        )
         self.callback, self.step = ThreadsCallback(run, most=2, **keywords), 0
         self.callback.on_train_begin(None, SimpleNamespace(global_step=0), None)
 
