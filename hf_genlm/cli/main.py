@@ -23,8 +23,10 @@ from hf_genlm.cli.display import prepare_streams, print_traceback, say
 from hf_genlm.cli.launch import complain, is_first, is_launched
 from hf_genlm.cli.options import WORDS, app, explain_usage_error
 from hf_genlm.errors import Stopped, UserError, quiet_libraries
+from hf_genlm.files import WriteError
 from hf_genlm.run_folder import n_cores
 
+_OF_THE_DISK = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _ENDED_BY_SIGPIPE = 128 + 13  # the exit code that a shell reports for it
 _COMPLETION = "_HF_GENLM_COMPLETE"  # set by the shell's completion script
 
@@ -64,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             complain(str(UserError(f"{str(error.filename)[:60]!r}... is too long for the name of a file")))
+            return 2
+        if error.errno in _OF_THE_DISK or "usable temporary directory" in str(error):
+            complain(str(WriteError(error.filename or "the folder of temporary files, TMPDIR", error)))
             return 2
         if error.errno not in (errno.EPIPE, errno.EIO) or not _has_lost_reader():
             raise

@@ -1,5 +1,6 @@
 """Generation with a decoding step of static shapes, and with the model's own `generate` otherwise."""
 
+import contextlib
 from functools import partial
 from typing import Any
 
@@ -151,7 +152,9 @@ class FastGenerator:
         as_compiled = DecodeStep(self.model, row_sums=row_sums, int8=self.int8)
         program = self.program
         if program is None:
-            program = "compiled" if has_program(program_file(as_compiled, inputs)) else "traced"
+            program = "traced"
+            with contextlib.suppress(UserError):  # this user has no cache folder
+                program = "compiled" if has_program(program_file(as_compiled, inputs)) else "traced"
         step = as_compiled if program == "compiled" else DecodeStep(self.model, int8=self.int8)
         return PROGRAMS[program](step, inputs)
 
