@@ -106,7 +106,7 @@ class ThreadsCallback(TrainerCallback):
             self._exchange()
 
     def _judge(self, step_s: float, now: float, state: TrainerState) -> None:
-        """Go on with the threads of the trial, or go back to the others."""
+        """Keep the threads of the trial, or return to the others."""
         assert self._trial is not None
         self._trial.append(step_s)
         before_s = statistics.median(self._usual)
