@@ -15,7 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from hf_genlm.errors import escape_controls
 from hf_genlm.run_folder import describe_step
@@ -46,33 +46,24 @@ def _escape_unencodable(error: UnicodeError) -> tuple[str, int]:
     return "".join(_PLAIN.get(c) or c.encode("unicode_escape").decode() for c in wrong), error.end
 
 
-class _Lasting(io.TextIOBase):
+class _Lasting:
     """stderr, without errors: a training goes on when its terminal or the reader of its progress has gone."""
 
-    def __init__(self) -> None:
-        self.stream = sys.stderr
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
-    encoding = property(lambda self: self.stream.encoding)
-
-    def write(self, text: str) -> int:
+    def write(self, text: str) -> None:
         with contextlib.suppress(OSError):
-            self.stream.write(text)
-        return len(text)
+            sys.stderr.write(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError):
-            self.stream.flush()
-
-    def isatty(self) -> bool:
-        return self.stream.isatty()
-
-    def fileno(self) -> int:
-        return self.stream.fileno()
+            sys.stderr.flush()
 
 
 def say(*lines: object, is_error: bool = False) -> None:
     """Print each argument as one line, an empty one if there are none, on stdout or as an error on stderr."""
-    file = _Lasting() if is_error else sys.stdout
+    file: Any = _Lasting() if is_error else sys.stdout
     print("\n".join(escape_controls(str(line)) for line in lines), file=file, flush=True)
 
 
@@ -221,7 +212,7 @@ class Display:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-        self.console = Console(file=cast(TextIO, _Lasting()), highlight=False)
+        self.console = Console(file=cast(Any, _Lasting()), highlight=False)
         self.bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),

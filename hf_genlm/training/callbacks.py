@@ -82,16 +82,16 @@ class ThreadsCallback(TrainerCallback):
         self._trial: list[float] | None = None  # seconds of steps by the other number of threads
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._next_s = time.monotonic() + _TRIAL_EVERY_S
+        self._next_s = time.perf_counter() + _TRIAL_EVERY_S
         self._log(state)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self._began = time.monotonic()
+        self._began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.is_stated:
             return
-        now = time.monotonic()
+        now = time.perf_counter()
         step_s = now - self._began
         if self._trial is not None:
             self._judge(step_s, now, state)

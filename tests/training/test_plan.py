@@ -131,7 +131,7 @@ class Cores:
 
     def __init__(self, monkeypatch, threads: int, **keywords):
         self.now, self.threads, self.heard = 0.0, threads, []
-        monkeypatch.setattr("time.monotonic", lambda: self.now)
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
         monkeypatch.setattr(torch, "get_num_threads", lambda: self.threads)
         monkeypatch.setattr(torch, "set_num_threads", lambda n: setattr(self, "threads", n))
         run = SimpleNamespace(
