@@ -96,7 +96,8 @@ def test_the_message_names_the_process_that_failed_first():
 
 
 def test_processes_of_another_launcher_do_not_launch_more(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     check_processes(None)
     check_processes(4)
     with pytest.raises(UserError, match="--processes 2: a launcher has already started 4"):
@@ -107,7 +108,8 @@ def test_unreachable_machines_give_the_remedy(monkeypatch):
     def fail(**kwargs):
         raise RuntimeError("Gloo connectFullMesh failed with timed out connecting: Connection refused")
 
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "HF_GENLM_STORE": "file:///nowhere"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr("accelerate.PartialState", fail)
     with pytest.raises(UserError, match="GLOO_SOCKET_IFNAME=eth0"):
         processes.join()
@@ -308,7 +310,7 @@ def test_a_killed_process_ends_the_run_within_a_minute(text_folder, tmp_path, vi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_reach_every_process(text_folder, tmp_path, number):
     run, workers = training_for_long(text_folder, tmp_path / "run")
     run.send_signal(number)
@@ -317,6 +319,17 @@ def test_signals_reach_every_process(text_folder, tmp_path, number):
     assert messages(err) == []
     assert err.splitlines()[-1] == f"hf-genlm train --resume --out {tmp_path / 'run'}"
     assert not any(worker.is_running() for worker in workers)
+
+
+@pytest.mark.slow
+def test_processes_whose_launcher_is_killed_write_a_checkpoint_and_end(text_folder, tmp_path):
+    run, workers = training_for_long(text_folder, tmp_path / "run")
+    run.kill()
+    _, err = run.communicate(timeout=60)
+    _, left = psutil.wait_procs(workers, timeout=60)
+    assert left == []
+    assert messages(err) == []
+    assert list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
 
 
 @pytest.mark.slow
