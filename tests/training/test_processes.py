@@ -323,6 +323,7 @@ def test_signals_reach_every_process(text_folder, tmp_path, number):
 
 @pytest.mark.slow
 def test_processes_whose_launcher_is_killed_write_a_checkpoint_and_end(text_folder, tmp_path):
+    psutil = pytest.importorskip("psutil")
     run, workers = training_for_long(text_folder, tmp_path / "run")
     run.kill()
     _, err = run.communicate(timeout=60)
