@@ -470,15 +470,20 @@ def reads(words: list[str], folder: str) -> bool:
     return folder == "cache" or folder.split("/")[0] in {word.split("/")[0] for word in words}
 
 
+MAX_HASHED = 1 << 28  # bytes of a file of a checkpoint; a changed one may be of any size
+
+
 def rehash_manifests(folder: Path) -> None:
     """Let the manifests of checkpoints name their files as they are now."""
     for manifest in folder.rglob("manifest.json"):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+            if manifest.stat().st_size >= MAX_HASHED:
+                continue
             stated = json.loads(manifest.read_bytes())
             files = sorted(
                 p
                 for p in manifest.parent.rglob("*")
-                if p.is_file() and p != manifest and p.stat().st_size < 1 << 28
+                if p.is_file() and p != manifest and p.stat().st_size < MAX_HASHED
             )
             stated["files"] = {
                 p.relative_to(manifest.parent).as_posix(): [
