@@ -137,8 +137,9 @@ def _train_as_one_of_several(recipe: "Recipe", output_dir: str, resume: bool, as
 def _train_and_print(recipe: "Recipe", output_dir: str, resume: bool, as_json: bool) -> None:
     from hf_genlm.api import run_training
     from hf_genlm.evaluation.measurement import read_measurements
-    from hf_genlm.files import read_json
+    from hf_genlm.files import read, read_json
     from hf_genlm.report.curves import CURVES_FILE
+    from hf_genlm.run_schemas import CorpusFile
 
     with Display() as display:
         display.show("loading torch and transformers")
@@ -165,8 +166,9 @@ def _train_and_print(recipe: "Recipe", output_dir: str, resume: bool, as_json: b
             f"for {guarantee['unit']}"
         )
     quoted = shlex.quote(str(run.path))
+    verb = "chat" if read(folder.corpus, CorpusFile).chats else "generate"
     say(
-        "", f"hf-genlm generate {quoted}", f"hf-genlm evaluate {quoted} FILE",
+        "", f"hf-genlm {verb} {quoted}", f"hf-genlm evaluate {quoted} FILE",
         f"hf-genlm push {quoted} OWNER/NAME --dry-run", "", "from transformers import AutoModelForCausalLM",
         "import hf_genlm", f'model = AutoModelForCausalLM.from_pretrained("{folder.model.as_posix()}")',
     )  # fmt: skip

@@ -53,7 +53,7 @@ _MAX_MEMORY = 1 << 30  # bytes, of the process that reads a PDF or Word file
 _MAX_SECONDS = 600  # of a processor, likewise
 _MAX_REASON = 500  # bytes of its message
 # of a folder that holds any of these, the other formats are not read: a table may be about the texts
-COMMON = (".txt", ".md", ".py", ".jsonl", ".parquet", ".arrow")
+COMMON = (".txt", ".md", ".py", ".jsonl", ".ndjson", ".parquet", ".arrow")
 CONTINUES = "hf_genlm.continues"  # field of a .jsonl record whose text goes on in the next record
 _BINARY = (  # reason and remedy
     "is binary (it holds NUL bytes), not text",

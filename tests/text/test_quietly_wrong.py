@@ -48,8 +48,9 @@ def test_json_lines_of_any_name_are_records(tmp_path, name, start):
 def test_json_lines_by_suffix(tmp_path):
     for name in ("a.ndjson", "b.ndjson.gz", "c.jsonl"):
         write(tmp_path / "data" / name, gzip.compress(RECORDS.encode()) if name.endswith("gz") else RECORDS)
+    write(tmp_path / "data" / "d.txt", "plain")
     documents, report = read(tmp_path / "data")
-    assert texts(documents) == FROM_RECORDS * 3
+    assert texts(documents) == [*FROM_RECORDS * 3, "plain"], "beside text too"
     assert notes_on(report) == []
     found, (note,) = both(write(tmp_path / "a.txt", RECORDS))
     assert found == [RECORDS]

@@ -10,6 +10,7 @@ from support.http_clients import call
 from support.resuming import at_step, weights_of
 from support.runs import SMALL
 
+from hf_genlm import api
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import load_recipe
 from hf_genlm.errors import Stopped, UserError
@@ -61,6 +62,12 @@ def test_the_model_answers_and_ends_its_turn(taught):
     sent = asyncio.run(call(server, "/v1/chat/completions", asked))
     choice = json.loads(b"".join(each.get("body", b"") for each in sent))["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == (ANSWER, "stop")
+
+
+def test_the_end_of_a_run_on_chats_names_the_verb_that_talks(taught, monkeypatch, capsys):
+    monkeypatch.setattr(api, "run_training", lambda *args, **more: api.Run(taught.path))
+    assert main(["train", "x.jsonl", "--out", str(taught.path)]) == 0
+    assert f"hf-genlm chat {taught.path}" in capsys.readouterr().out
 
 
 def test_figures_samples_and_card_are_of_the_answers(taught, chats, trained):
