@@ -477,7 +477,7 @@ def rehash_manifests(folder: Path) -> None:
     """Let the manifests of checkpoints name their files as they are now."""
     for manifest in folder.rglob("manifest.json"):
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-            if manifest.stat().st_size >= MAX_HASHED:
+            if not manifest.is_file() or manifest.stat().st_size >= MAX_HASHED:
                 continue
             stated = json.loads(manifest.read_bytes())
             files = sorted(
