@@ -386,17 +386,17 @@ def program_folder() -> Path:
     """The folder of compiled programs, which are executed: made with mode 0700 in the cache folder.
 
     Raises:
-        UserError: another user could have put a program there.
+        UserError: another user could have put a program there, or it is a link.
         WriteError: it cannot be made.
     """
     path = cache_folder() / "programs"
+    if path.is_symlink():
+        raise UserError(f"{str(path)!r} is a link: remove it, or name another cache by HF_GENLM_CACHE")
     with _write_errors(path):
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if (other := find_open_path(path)) is not None:
-            raise UserError(
-                f"{str(other)!r} can be written by other users, whose programs would run in {str(path)!r}: "
-                "let only your user write there, or name another folder by HF_GENLM_CACHE"
-            )
+            why = "can be written by other users, whose programs would run"
+            raise UserError(f"{str(other)!r} {why}: change its mode, or name another HF_GENLM_CACHE")
         path.chmod(0o700)
     return path
 
@@ -434,7 +434,7 @@ def use_private_compiler_caches() -> None:
     """Let the compilers of torch keep their programs where no other user can put one.
 
     By default that is the temporary folder of the machine, under a name that anybody can take first. If the
-    cache folder is not private either, this process gets a folder of its own.
+    cache is not private either, this process gets a folder of its own.
     """
     stated = {name: os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     if all(path and os.path.isdir(path) and find_open_path(Path(path)) is None for path in stated.values()):

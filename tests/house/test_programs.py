@@ -131,6 +131,15 @@ def test_the_folder_of_programs_is_for_this_user_alone(cache, monkeypatch):
             (cache / "programs").chmod(found)
         assert program_folder() == cache / "programs"
         assert mode_of(cache / "programs") == 0o700
+    (cache / "programs").rmdir()
+    other = cache.parent / "other"
+    other.mkdir(mode=0o755)
+    (cache / "programs").symlink_to(other)
+    with pytest.raises(UserError, match="is a link"):
+        program_folder()
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    use_private_compiler_caches()
+    assert (mode_of(other), list(other.iterdir())) == (0o755, [])
     write(cache.parent / "file", "x")
     monkeypatch.setenv("HF_GENLM_CACHE", str(cache.parent / "file"))
     with pytest.raises(WriteError):

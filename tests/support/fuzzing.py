@@ -830,7 +830,9 @@ def is_named(case: Case, message: str) -> bool:
     is_of_whole = {"model", "tokenizer", "lstm", "llama", "adapted", "dense", "checkpoints"}
     if not case.how.startswith("content") or not is_of_whole.isdisjoint(path.parts):
         names += [*path.parts[:-1], re.split("[._]", path.name)[0]]
-    is_field = path.suffix == ".yaml" and re.match(r"hf-genlm: \w+\.?\w* (=|and|needs?|is) ", message)
+    is_field = path.suffix == ".yaml" and re.match(
+        r"hf-genlm: (unknown )?\w+\.?\w* ('|=|and|needs?|is)", message
+    )
     return bool(is_field) or any(name in message for name in names)
 
 
