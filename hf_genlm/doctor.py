@@ -32,6 +32,7 @@ _LAST_TOKEN_BYTES = 4  # float32, as the other states
 # optional extra of the package -> what it is for; the package's metadata states its distributions
 PURPOSES = {
     "zstd": "sources compressed as .zst",
+    "documents": "PDF and Word files",
     "vectors": "fastText's .bin files of word vectors",
     "gpu": "faster kernels on CUDA",
     "eval": "hf-genlm evaluate --tasks",

@@ -2,11 +2,16 @@
 
 import gc
 import os
+import signal
 
 # before torch is imported: no test may reach for a network, and a worker among others has one core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# a session that was started in the background ignores Ctrl-C, and its programs would do so too
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch

@@ -34,7 +34,7 @@ _LICENSE_FILES = ("LICENSE", "LICENSE.md")
 _LICENSE_NAME = re.compile(r"[a-z0-9.-]+")
 _ADDRESS = re.compile(r"https?://[^\s{}<>\"\\^`|]+")
 _SUBTAGS = re.compile(r"(-[A-Za-z0-9]{1,8})*")
-_SCOPE = re.compile(r" \((?:macrolanguage|[^()]*\d[^()]*)\)$")  # as in Modern Greek (1453-)
+_SCOPE = re.compile(r" \((?:macrolanguage|[^()\d]*\d[^()]*)\)$")  # as in Modern Greek (1453-)
 _NO_NATURAL_LANGUAGES = {"code": "source code", "multilingual": "many languages"}
 _DECODER_TAGS = {"full_attention": "transformer", "sliding_attention": "sliding"}
 

@@ -282,6 +282,8 @@ class Display:
             self._print(f"corpus        {fields['description']}")
             for split in ("train", "validation"):
                 self._print(f"  {split:<12}{_size_of_split(fields[split])}")
+            if (share := fields.get("held_out_in_training")) is not None:
+                self._print(f"  {'':<12}{100 * share:.1f} % of it stands in the training text too")
         elif event == "languages":
             for code, sizes in fields["languages"].items():
                 train, held_out = (sizes[split]["bytes"] for split in ("train", "validation"))

@@ -225,9 +225,11 @@ def _targets(values, labels, shift_labels, ignore_index):
 
 def _per_item(total, targets, num_items_in_batch, ignore_index):
     if num_items_in_batch is None:
-        return total / (targets != ignore_index).sum().clamp(min=1)  # rows of a chat may have no label
+        return total / (targets != ignore_index).sum()
     if torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(total.device).clamp(min=1)
+        num_items_in_batch = num_items_in_batch.to(total.device).clamp(
+            min=1
+        )  # rows of a chat may have no label
     return total / num_items_in_batch
 
 

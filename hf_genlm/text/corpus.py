@@ -444,13 +444,13 @@ def notes_on(report: dict[str, Any]) -> list[str]:
             "compares sentences then tells how well it was learned: leave it out of the sources"
         )
     share = report.get("held_out_in_training")
-    if share is not None:
+    if share is not None and share >= _LARGE_OVERLAP:
         leave = "" if "stream" in report else "leave copies out by --near-duplicates 0.5, or "
         remedy = f", so its figures are too good: {leave}hold out other text by --validation FILE"
         searched = ", as far as it was searched," if "stream" in report else ""
         notes.append(
             f"{100 * share:.1f} % of the held-out text stands in the training text too{searched} by runs of "
-            f"{RUN} letters and digits{remedy if share >= _LARGE_OVERLAP else ''}"
+            f"{RUN} letters and digits{remedy}"
         )
     if "scrubbed" in report:
         found = report["scrubbed"]["types"]

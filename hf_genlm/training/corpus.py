@@ -43,6 +43,7 @@ from hf_genlm.training.callbacks import WordRate
 from hf_genlm.training.word_vectors import count_words
 
 Rows = PackedRows | BalancedRows | PackedStream | DocumentWindows
+_SHOWN = ("description", "train", "validation", "held_out_in_training")  # of the report, in the log
 _IDS_AT_ONCE = 1 << 22
 _SHARED = "train"
 _COUNTED_CHARACTERS = 1_000_000
@@ -205,7 +206,7 @@ def _tokenize(run: RunFolder, recipe: Recipe, is_resuming: bool) -> TokenizedCor
         lambda done, total: run.tell("progress", task="comparing documents", done=done, total=total),
     )
     canaries = plant(corpus, recipe.privacy)
-    run.log("corpus", **{name: corpus.report[name] for name in ("description", "train", "validation")})
+    run.log("corpus", **{name: corpus.report.get(name) for name in _SHOWN})
     if recipe.corpus.languages:
         run.log("languages", languages=corpus.report["languages"])
     for message in notes_on(corpus.report):
@@ -348,7 +349,7 @@ def _open_stream(run: RunFolder, recipe: Recipe, is_resuming: bool) -> StreamedC
     run.tell("progress", task="sample of the stream", done=0, total=None)
     found = read_stream(recipe.corpus)
     stream, report = found.stream, found.report
-    run.log("corpus", **{name: report[name] for name in ("description", "train", "validation")})
+    run.log("corpus", **{name: report.get(name) for name in _SHOWN})
     if is_resuming:
         before = read_json(run.corpus, CorpusFile)
         check_same(before, report)

@@ -39,6 +39,7 @@ MODULES = {module.__name__.removeprefix("hf_genlm."): module for module in modul
 SOURCES = [inspect.getsource(module) for module in MODULES.values()]
 # functions that compose a pattern: module and line's function -> patterns that it may compose
 COMPOSED = {
+    ("text.formats", "compile"): [r"(?m)^[ \t\r]*<\|endoftext\|>[ \t\r]*(?:\n|\Z)"],
     ("evaluation.languages", "findall"): [r"\p{Script=Latin}"],
     ("text.scrubbing", "compile"): [scrubbing._iban_tail(length).pattern for length in (11, 29)],
 }

@@ -20,6 +20,11 @@ print(json.dumps([results, n_tokens, n_bytes, n["nats_per_token"], n["bits_per_b
 """
 
 
+@pytest.fixture(autouse=True)
+def no_backend(monkeypatch):
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the command line, if called in this process, states one
+
+
 def run(name: str, folder: Path, minutes: str) -> nbformat.NotebookNode:
     """Run a notebook in `folder`, with a last cell that prints its figures."""
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)

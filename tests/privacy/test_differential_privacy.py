@@ -463,7 +463,7 @@ def test_a_run_by_the_clock_counts_its_steps_out_beforehand(text, tokenizer, tmp
     assert said["steps"] == promised["steps"]
     assert said["epsilon"] - 1e-4 < promised["epsilon"] <= said["epsilon"] <= 8
     assert (said["clip_norm"], said["noise"]) == (0.3, "SHAKE-256")
-    line = f"privacy: epsilon {said['epsilon']:g}, delta {said['delta']:g}, for one document"
+    line = f"privacy:  epsilon {said['epsilon']:g}, delta {said['delta']:g}, for one document"
     printed = capsys.readouterr()
     assert line in printed.out
     assert f"the run makes {promised['steps']:,} steps, however long they take" in printed.err

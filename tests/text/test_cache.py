@@ -52,6 +52,7 @@ def prepare(tmp_path, source: Path, *assignments: str):
     recipe.corpus.sources = [str(source)]
     corpus = prepare_corpus(run, recipe)
     notes = [event["message"] for event in run.read_log() if event["event"] == "note"]
+    notes = [note for note in notes if "stands in the training text too" not in note]
     ids = [[ids.tolist() for ids, _ in split] for split in (corpus.train, corpus.validation)]
     return ids, notes, run.corpus.read_text(), (run.tokenizer / "tokenizer.json").read_bytes()
 

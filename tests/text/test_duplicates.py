@@ -509,7 +509,7 @@ def test_a_copy_of_a_file_is_left_out_before_it_is_cut(tmp_path, form):
     assert corpus.report["held_out_in_training"] == 0
     notes = " ".join(notes_on(corpus.report))
     assert "1 copy of other text here left out" in notes
-    assert "0.0 % of the held-out text stands in the training text too" in notes
+    assert "stands in the training text too" not in notes
     if form in ("gz", "part"):  # of equal ones, the first by name stays
         assert (corpus.report["train"], corpus.report["validation"]) == (
             alone.report["train"], alone.report["validation"]

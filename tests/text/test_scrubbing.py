@@ -407,7 +407,7 @@ def test_what_cannot_be_is_said_before_anything_is_read(fields, words):
 
 def test_a_missing_library_names_its_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"\.\[privacy\]"):
+    with pytest.raises(UserError, match=r"the extra \[privacy\]"):
         Scrubber(CorpusRecipe(scrub=["all"]))
     assert Scrubber(CorpusRecipe(scrub=["email"])).scrub("a@b.org") == "<EMAIL>", "which needs none"
 
