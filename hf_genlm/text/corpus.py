@@ -124,7 +124,7 @@ def _check_left(train: Documents, n_before: int, how: str) -> None:
     if not len(train):
         raise UserError(
             f"no training text is left: all {n_before} training documents {how} in the validation split too; "
-            "add other text, or hold out other files with --validation"
+            "add other text, hold out other files with --validation, or --set corpus.keep_held_out=true"
         )
 
 

@@ -15,7 +15,7 @@ import pytest
 from support import fuzzing
 from support.fuzzing import Case, judge, run_call, state_of
 
-SHORT, LONG = 36, 6000
+SHORT, LONG = 18, 6000
 
 
 def fuzz(n: int, seed: int) -> str:

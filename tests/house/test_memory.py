@@ -65,7 +65,7 @@ def peak_mb(tmp_path: Path, megabytes: int, kind: str, fault: str = "") -> int:
     ("kind", "fault", "least", "most"),
     [
         ("txt", "", -25, 25),
-        ("jsonl", "", -25, 25),
+        pytest.param("jsonl", "", -25, 25, marks=pytest.mark.slow),
         pytest.param("txt", "text is held", 35, 1000, marks=pytest.mark.slow),
         ("txt", "ids are held", 35, 1000),
     ],

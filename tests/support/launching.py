@@ -24,8 +24,8 @@ TIMEOUT_S = 300
 
 def environment(**more: str) -> dict[str, str]:
     """Return environment variables for one thread in each process and imports of package and tests."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+    path = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]  # "": the folder
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", **more}
 
 
 START = """

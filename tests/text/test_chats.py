@@ -167,8 +167,8 @@ def test_the_loss_is_of_the_targets_alone(documents, tokenizer, mixer, carry_sta
     assert blocks.table["nats"].sum() == pytest.approx(nats, rel=1e-5)
 
 
-@pytest.mark.parametrize("n_items", [None, torch.tensor(0)])
-def test_rows_without_a_target_have_no_loss(n_items):
+def test_rows_without_a_target_have_no_loss():
+    n_items = torch.tensor(0)
     states, weight = torch.randn(1, 3, 4, requires_grad=True), torch.randn(5, 4)
     labels = torch.full((1, 3), IGNORED)
     for loss in (
