@@ -245,8 +245,19 @@ class GenerationConfigFile:
     temperature: Number | None = None
     top_p: Number | None = None
     repetition_penalty: Number | None = None
+    min_p: Number | None = None
+    typical_p: Number | None = None
+    epsilon_cutoff: Number | None = None
+    eta_cutoff: Number | None = None
+    length_penalty: Number | None = None
+    no_repeat_ngram_size: Count | None = None
     do_sample: bool | None = None
     use_cache: bool | None = None
+    output_attentions: bool | None = None
+    output_hidden_states: bool | None = None
+    output_logits: bool | None = None
+    output_scores: bool | None = None
+    return_dict_in_generate: bool | None = None
 
 
 @dataclass(frozen=True)

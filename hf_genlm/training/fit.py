@@ -163,6 +163,10 @@ def _resuming(begin: Checkpoint | None, trainer: BudgetTrainer) -> Iterator[None
             state = TrainerState.load_from_json(str(begin.path / "trainer_state.json"))
             if state.global_step != begin.progress.step:
                 raise ValueError("trainer_state.json is of another step")
+            for name, value in vars(TrainerState()).items():
+                kind = (int, float) if type(value) in (int, float) else type(value)
+                if value is not None and not isinstance(getattr(state, name), kind):
+                    raise ValueError(f"{name} in trainer_state.json is not of its type")
         with detect_lost_process():
             yield
     except (UserError, Diverged, LostProcess, torch.OutOfMemoryError):

@@ -21,6 +21,7 @@ import hf_genlm
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import CorpusRecipe, Recipe, TokenizerRecipe
 from hf_genlm.errors import UserError
+from hf_genlm.loading import check_files
 from hf_genlm.text import cache as cache_module
 from hf_genlm.text.store import Document, TextStore
 from hf_genlm.text.tokenizer import load_tokenizer, train_tokenizer
@@ -424,3 +425,14 @@ def test_a_source_that_holds_a_login_is_refused(source, tmp_path, capsys):
     assert "word-of-mine" not in shown.err
     assert source not in shown.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("output_hidden_states", float("nan")), ("output_scores", "x"), ("min_p", "x"), ("use_cache", 1)],
+)
+def test_generation_settings_of_other_types_are_refused(field, value, tmp_path):
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({field: value}))
+    with pytest.raises(UserError, match=field):
+        check_files(tmp_path)

@@ -13,10 +13,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support import killing
 from support.resuming import at_step, weights_of
+from transformers import TrainerState
 
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import load_recipe
@@ -29,6 +31,7 @@ from hf_genlm.training.checkpoints import (
     newest_checkpoint,
     pending_folder,
 )
+from hf_genlm.training.fit import _resuming
 from hf_genlm.training.train import train
 from hf_genlm.training.trainer import BudgetTrainer
 
@@ -410,3 +413,17 @@ def test_several_processes_stop_together_and_go_on_to_the_same_weights(text, tmp
     resumed = run("stopped", *command, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert weights_of(RunFolder(stopped)) == weights_of(RunFolder(tmp_path / "undisturbed"))
+
+
+@pytest.mark.parametrize(("field", "value"), [("log_history", "x"), ("max_steps", "9"), ("epoch", [])])
+def test_a_state_of_trainer_of_other_types_is_refused_before_a_step(field, value, tmp_path):
+    state = TrainerState(global_step=3)
+    state.save_to_json(str(tmp_path / "trainer_state.json"))
+    begin = SimpleNamespace(path=tmp_path, progress=SimpleNamespace(step=3))
+    trainer = SimpleNamespace(state=state)
+    with _resuming(begin, trainer):
+        pass
+    stated = json.loads((tmp_path / "trainer_state.json").read_text())
+    (tmp_path / "trainer_state.json").write_text(json.dumps({**stated, field: value}))
+    with pytest.raises(UserError, match=field), _resuming(begin, trainer):
+        raise AssertionError("a step")
