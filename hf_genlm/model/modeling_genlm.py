@@ -437,9 +437,8 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         if CACHE in inputs:
             inputs["past_key_values"] = inputs.pop(CACHE)
-        outer = getattr(
-            vars(self).get("prepare_inputs_for_generation"), "__self__", None
-        )  # PEFT puts its own here
+        replaced = vars(self).get("prepare_inputs_for_generation")  # PEFT puts its own method here
+        outer = getattr(replaced, "__self__", None)
         if not getattr(getattr(outer, "active_peft_config", None), "is_prompt_learning", False):
             return inputs
         cache, input_ids = inputs.get("past_key_values"), inputs.get("input_ids")

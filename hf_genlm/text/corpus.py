@@ -186,10 +186,10 @@ def split_documents(
 
     "document": whole documents are held out, in a seeded order. "block", where documents are few or one of
     them is most of the corpus: all are cut at line ends into blocks of similar length, of which a seeded
-    choice is held out; neighbouring blocks of one side stay one document. A long document that others hold
-    most of, or with `near` one that is so similar to another, would have its blocks on both
-    sides: unless it `keeps` copies it is left out, and `copies` are the sources of such documents. Chats are
-    never cut. The result depends on the order of `documents` and on `seed` only.
+    choice is held out; neighbouring blocks of one side stay one document. Before that, copies are left out
+    unless `keeps`: documents most of whose text stands in others, and with `near` those that are so similar
+    to another. `copies` are their sources. Chats are never cut. The result depends on the order of
+    `documents` and on `seed` only.
 
     Raises:
         UserError: the text is a single character, or a single chat.

@@ -160,6 +160,18 @@ def test_a_file_holds_lines_and_no_frames_of_a_bar(variable, monkeypatch):
     assert not re.search("[\r\u2501\x1b]", file.getvalue())
 
 
+def test_the_share_of_held_out_text_in_training_stands_below_its_split(capfd):
+    split = {"documents": 2, "bytes": 90}
+    event = {"description": "a file", "train": split, "validation": split, "held_out_in_training": 0.112}
+    with Display() as display:
+        display.hear("corpus", event)
+        display.hear("corpus", {**event, "held_out_in_training": None})
+    lines = [line.strip() for line in capfd.readouterr().err.splitlines()]
+    below = lines.index("11.2 % of it stands in the training text too")
+    assert lines[below - 1].startswith("validation")
+    assert "stands in" not in " ".join(lines[below + 1 :])
+
+
 def test_a_script_writes_lines_into_a_file(monkeypatch, capfd):
     with api._progress_bar(True, None) as hear:
         for done in range(3):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from hf_genlm.cli.main import main
 from hf_genlm.comparison import compare
 from hf_genlm.comparison.plan import Plan, make_plan
 from hf_genlm.comparison.prepare import prepare
-from hf_genlm.comparison.report import write_comparison
+from hf_genlm.comparison.report import _describe_equality, write_comparison
 from hf_genlm.comparison.results import (
     Estimate,
     difference_in_bits,
@@ -634,3 +635,23 @@ def test_a_comparison_that_starts_from_word_vectors(tmp_path):
     for name in ("gru-seed0", "transformer-seed0"):
         assert json.loads((out / "runs" / name / "vectors.json").read_text())
         assert json.loads((out / "runs" / name / "model" / "config.json").read_text())["embedding_size"] == 3
+
+
+def test_contexts_that_differ_are_not_called_equal():
+    class Candidate(SimpleNamespace):
+        def average(self, name):
+            return 100.0
+
+    plan = SimpleNamespace(
+        until="steps", amount=4, parameters=None, one_tokenizer=True, has_time_budget=False
+    )
+    said = {}
+    for name, contexts in {"one": (64, 64), "two": (64, 128), "all": (64, None)}.items():
+        candidates = [Candidate(parameters=9, training_flops=1e9, context=context) for context in contexts]
+        said[name] = _describe_equality(SimpleNamespace(candidates=candidates, vocab_size=300), plan)
+    assert (
+        "Equal within 1 %: parameters, tokens seen, epochs, tokens/s, training FLOPs, minutes, context."
+        in said["one"]
+    )
+    assert "Not equal: context (64 to 128)." in said["two"]
+    assert "Not equal: context (64 to all before)." in said["all"]
