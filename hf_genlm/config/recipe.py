@@ -93,7 +93,8 @@ def load_recipe(path: str | Path | None = None, assignments: Iterable[str] = ())
     recipe = Recipe()
     if path is not None:
         is_run = Path(path).name == "recipe.yaml" and Path(path).with_name("log.jsonl").is_file()
-        for section, values in _read_sections(Path(path)).items():
+        sections = _read_sections(Path(path))
+        for section, values in sections.items():
             for key, value in values.items():
                 if is_run and field_of(f"{section}.{key}") is None:
                     raise UserError(
@@ -105,6 +106,11 @@ def load_recipe(path: str | Path | None = None, assignments: Iterable[str] = ())
                     _assign(recipe, f"{section}.{key}", value)
                 except UserError as error:
                     raise UserError(f"{str(path)!r}: {error}") from error
+        if is_run and (lost := [name for name in Recipe.model_fields if name not in sections]):
+            raise UserError(
+                f"{str(path)!r} has lost its section {lost[0]!r}, and a run's recipe has all of them: bring "
+                "back the file from a copy of the run, or train again"
+            )
     stated = [_split(assignment) for assignment in assignments]
     if any(name in ENDS for name, _ in stated):  # an end that is stated here replaces that of the file
         for name in ENDS:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hf_genlm.config import sections
 from hf_genlm.config.recipe import (
@@ -121,6 +122,18 @@ def test_an_assignment_with_another_name_is_answered_with_the_right_one(assignme
 def test_a_missing_file_is_named():
     with pytest.raises(UserError, match=r"cannot read the recipe 'nowhere\.yaml'"):
         load_recipe("nowhere.yaml")
+
+
+@pytest.mark.parametrize("lost", [*Recipe.model_fields, None])
+def test_a_recipe_of_a_run_that_lost_a_section_is_refused_by_name(lost, tmp_path):
+    (tmp_path / "log.jsonl").touch()
+    path = tmp_path / "recipe.yaml"
+    left = {key: value for key, value in Recipe().model_dump().items() if lost not in (key, None)}
+    path.write_text(yaml.safe_dump(left) if left else "")
+    with pytest.raises(UserError, match=f"recipe.yaml' has lost its section '{lost or 'corpus'}'"):
+        load_recipe(path)
+    path.write_text(Recipe().to_yaml())
+    assert load_recipe(path) == Recipe()
 
 
 def test_a_run_folder_of_an_older_version_is_refused_by_name(tmp_path):
