@@ -20,7 +20,7 @@ BENCHMARK = Path(__file__).parents[2] / "recipes/benchmarks/data_path.py"
 SCRIPT = """
 import re, sys, types
 source, fault = sys.argv[1:]
-sys.argv[0] = "hf-genlm"  # the rooms of text alone, not our model
+import hf_genlm.cli  # the rooms of text alone, not our model
 import numpy as np
 from tokenizers import Tokenizer, models
 from hf_genlm.config.recipe import CorpusRecipe
@@ -80,7 +80,7 @@ import ctypes
 import resource
 import sys
 import torch
-sys.argv[0] = "hf-genlm"  # torch alone, not our model
+import hf_genlm.cli  # torch alone, not our model
 from hf_genlm.memory import keeping_memory
 
 class MallInfo(ctypes.Structure):

@@ -30,7 +30,7 @@ def environment(**more: str) -> dict[str, str]:
 
 START = """
 import sys
-sys.argv[0] = "hf-genlm"  # torch's launcher alone, not our model
+import hf_genlm.cli  # torch's launcher alone, not our model
 from hf_genlm.cli.launch import launch
 print(launch(sys.argv[2:], int(sys.argv[1])), flush=True)
 """

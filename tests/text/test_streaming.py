@@ -373,7 +373,7 @@ def test_weights_are_numbers_of_the_recipe():
 
 READER = r"""
 import re, sys
-sys.argv[0] = "hf-genlm"  # the rooms of text alone, not our model
+import hf_genlm.cli  # the rooms of text alone, not our model
 from pathlib import Path
 from hf_genlm.config.recipe import CorpusRecipe, TokenizerRecipe
 from hf_genlm.text.streaming import read_stream, sample

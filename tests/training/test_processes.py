@@ -33,7 +33,7 @@ from hf_genlm.training.train import train
 
 QUICK = """
 import sys
-sys.argv[0] = "hf-genlm"  # torch's launcher alone, not our model
+import hf_genlm.cli  # torch's launcher alone, not our model
 from hf_genlm.cli.launch import launch
 AS = "import os, signal, sys, time; rank = int(os.environ['RANK']); "
 for body in sys.stdin.read().splitlines():
