@@ -20,7 +20,7 @@ from support.models import STACKS, VOCAB, build_model
 
 from hf_genlm.model import GenLMForCausalLM
 
-pytest_plugins = ["support.runs", "support.command_line"]
+pytest_plugins = ["support.runs", "support.command_line", "support.pictures"]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,6 +15,8 @@ import hf_genlm
 from hf_genlm import api
 from hf_genlm.evaluation.measurement import figures, read_measurements
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 DOCUMENTS = [text for _, text in sorted(topics.items())[:40]]
 
 

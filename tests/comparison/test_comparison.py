@@ -32,7 +32,7 @@ from hf_genlm.comparison.results import (
     verdict,
 )
 from hf_genlm.comparison.runs import ComparisonFolder, ProcessCrash, run_in_process, train_run
-from hf_genlm.config.recipe import load_recipe
+from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.doctor import describe_model
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.aggregation import BLOCK_BYTES, BlockSums
@@ -42,6 +42,8 @@ from hf_genlm.files import read_json, write_json
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.run_schemas import CorpusFile
 from hf_genlm.training.train import train
+
+pytestmark = pytest.mark.usefixtures("drawn")
 
 SMALL = (
     "training.save_steps=1",
@@ -460,7 +462,7 @@ def three_candidates(tmp_path) -> tuple[Path, Plan, dict[str, np.ndarray]]:
         sums = BlockSums.from_documents([(np.zeros(200), 1000)] * 25)
         sums.table["nats"] = bits[run.candidate][run.seed] * 1000 * BITS
         sums.save(path.blocks)
-        path.recipe.write_text("{}")
+        path.recipe.write_text(Recipe().to_yaml())
         write_json(path.model / "config.json", {"vocab_size": 300})
         text = {"documents": 25, "bytes": 25_000, "sha256": "ab" * 32}
         split = {"method": "documents", "seed": 0, "fraction": 0.5}

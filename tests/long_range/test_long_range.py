@@ -27,6 +27,8 @@ from hf_genlm.long_range.tasks import (
 )
 from hf_genlm.long_range.training import TaskRun, draw_size, train_on_task
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 
 def solve_recall(row):
     """{position: (answer, distance)} by reading the row as a person would."""

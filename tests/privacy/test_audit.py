@@ -37,6 +37,8 @@ from hf_genlm.text.encoding import TokenizedDocuments
 from hf_genlm.training.check import check
 from hf_genlm.training.corpus import prepare_corpus
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 START = 1
 
 

@@ -35,6 +35,8 @@ from hf_genlm.training.callbacks import LogCallback
 from hf_genlm.training.trackers import tracking
 from hf_genlm.training.train import train
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 ARGUMENTS = [part for assignment in SMALL for part in ("--set", assignment)]
 
 

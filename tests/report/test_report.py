@@ -4,8 +4,12 @@ import base64
 import re
 from html.parser import HTMLParser
 
+import pytest
+
 from hf_genlm.report.document import Code, Heading, Lead, Picture, Table, Text, write_report
 from hf_genlm.report.figures import line_style, new_figure, save_png
+
+pytestmark = pytest.mark.usefixtures("drawn")
 
 
 class Reader(HTMLParser):

@@ -39,7 +39,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 from unittest import mock
 
 # before the libraries are imported: no network, and no threads in the process that is forked
@@ -51,7 +50,7 @@ import tqdm
 import typer
 import yaml
 from matplotlib.figure import Figure
-from PIL import Image
+from support.pictures import write_pixel
 from support.resuming import at_step
 from support.runs import write_documents
 
@@ -663,10 +662,6 @@ def call_main(words: list[str], is_drawn: bool = True) -> int:
     """The entry of the command line; without `is_drawn`, every picture is one pixel, which saves a second."""
     with contextlib.nullcontext() if is_drawn else mock.patch.object(Figure, "savefig", write_pixel):
         return main(words)
-
-
-def write_pixel(figure: Figure, file: BinaryIO, **_: object) -> None:
-    Image.new("L", (1, 1)).save(file, "PNG")
 
 
 @dataclass
