@@ -66,6 +66,7 @@ def test_a_failed_process_ends_the_others_and_decides_the_exit_code():
 
 LISTENING = r"""
 import os, psutil
+import hf_genlm.cli  # the processes alone, not our model
 from hf_genlm.training import processes
 processes.join()
 assert processes.from_first(lambda: processes.count()) == 2
