@@ -8,13 +8,16 @@ import random
 import re
 import shlex
 import shutil
+import sysconfig
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 
 import pytest
 from support.runs import SMALL
 
 from hf_genlm.cli.main import main, parse
+from hf_genlm.text import sources
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -92,6 +95,12 @@ def material(tmp_path, monkeypatch):
         '{"sentence_good": "the names are", "sentence_bad": "the names is", "UID": "agreement"}\n'
     )
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("guides"))
+    # without a source, a command reads the library of this Python: here, some of it (tests/text has all)
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in (*library.glob("json/*.py"), library / "pydoc_data" / "topics.py"):
+        (tmp_path / "library" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "library" / path.parent.name)
+    monkeypatch.setattr(sources, "sysconfig", SimpleNamespace(get_path=lambda name: tmp_path / "library"))
     return tmp_path
 
 
