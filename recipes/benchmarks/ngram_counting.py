@@ -1,7 +1,7 @@
 """Counting of n-grams: MB of text a second, bits per byte of every order, and the peak memory.
 
     python recipes/benchmarks/ngram_counting.py [TEXT ...] [--validation TEXT]
-    python recipes/benchmarks/ngram_counting.py --memory-tokens 16777216 [--order 6] [--max-entries 4000000]
+    python recipes/benchmarks/ngram_counting.py --memory-tokens 8388608 [--order 6] [--max-entries 4000000]
 
 TEXT is what `hf-genlm train` takes; without one, what CPython brings. The seconds are of a processor, so that
 other work on the machine counts less. Bits per byte are of the validation text, that of the split if none is
