@@ -51,11 +51,6 @@ def front_matter(recipe: Recipe, facts: Mapping[str, Any]) -> "ModelCardData":
 
     card, measurements = recipe.card, facts["measurements"]
     results = [_result(facts, m) for m in measurements if math.isfinite(m.value)]
-    bcp47 = [tag for tag in stated_languages(recipe) if "-" in tag]
-    more: dict[str, Any] = {
-        "language_bcp47": bcp47 or None,
-        "base_model_relation": "finetune" if facts["base_model"] else None,
-    }
     return ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", license=card.license,
         license_name=card.license_name, license_link=card.license_link, language=languages_of(recipe) or None,
@@ -63,7 +58,8 @@ def front_matter(recipe: Recipe, facts: Mapping[str, Any]) -> "ModelCardData":
         datasets=datasets_of(card, facts["corpus"]) or None, base_model=facts["base_model"],
         metrics=list(dict.fromkeys(m.name.partition("/")[0] for m in measurements)) or None,
         model_name=facts["name"], eval_results=results or None,
-        **{key: value for key, value in more.items() if value},
+        language_bcp47=[tag for tag in stated_languages(recipe) if "-" in tag] or None,
+        base_model_relation="finetune" if facts["base_model"] else None,
     )  # fmt: skip
 
 

@@ -94,11 +94,8 @@ def _describe_guarantee(guarantee: GuaranteeFile) -> list[str]:
         f"Trained with differential privacy: epsilon = {guarantee.epsilon:.4g} at delta = "
         f"{guarantee.delta:.3g} for each {guarantee.unit}."
     )
-    known = {title: getattr(guarantee, name) for name, title in _GUARANTEE.items()}
-    shown = {
-        title: f"{known[title]:.2g}" if title in _ROUNDED and known[title] else known[title]
-        for title in known
-    }
+    shown = {title: getattr(guarantee, name) for name, title in _GUARANTEE.items()}
+    shown |= {title: f"{shown[title]:.2g}" for title in _ROUNDED if shown[title]}
     rows = [f"| {title} | {cell(value)} |" for title, value in shown.items() if value is not None]
     lists = (("The guarantee covers", guarantee.covered), ("It does not cover", guarantee.not_covered))
     sentences = [f"{title}: {prose('; '.join(items))}." for title, items in lists if items]
