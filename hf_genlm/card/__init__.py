@@ -4,7 +4,7 @@
 refuses what the Hub would refuse.
 """
 
-from hf_genlm.card.card import render_card, write_card
+from hf_genlm.card.card import is_edited, render_card, write_card
 from hf_genlm.card.front_matter import check_card
 
-__all__ = ["check_card", "render_card", "write_card"]
+__all__ = ["check_card", "is_edited", "render_card", "write_card"]

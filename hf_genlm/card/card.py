@@ -45,6 +45,7 @@ def write_card(
     run: RunFolder | str | Path,
     repo_id: str | None = None,
     *,
+    revision: str | None = None,
     assignments: Sequence[str] = (),
     if_edited: Literal["keep", "refuse", "overwrite"] = "keep",
     redraw: bool = False,
@@ -54,6 +55,7 @@ def write_card(
     Args:
         run: a run or its folder.
         repo_id: Hub id for the loading example; None: the example loads the folder that holds the card.
+        revision: commit of `repo_id` that the example loads; None: the newest.
         assignments: words `card.KEY=VALUE`, which are also written into the run's recipe.
         if_edited: what happens to a card that a person wrote or edited.
         redraw: first draw the training curves again, which the card shows.
@@ -87,7 +89,7 @@ def write_card(
     if hides_figures(run, recipe):
         for picture in (CURVES_FILE, AUDIT_FILE):  # of an earlier version, or of a card that showed them
             (run.model / picture).unlink(missing_ok=True)
-    write_text(path, render_card(run, repo_id))
+    write_text(path, render_card(run, repo_id, revision=revision))
     return path
 
 
@@ -103,12 +105,13 @@ def is_edited(path: Path) -> bool:
 
 
 def render_card(
-    run: RunFolder, repo_id: str | None = None, picture: str = CURVES_FILE, recipe_file: str | None = None
-) -> str:
+    run: RunFolder, repo_id: str | None = None, picture: str = CURVES_FILE, recipe_file: str | None = None,
+    revision: str | None = None,
+) -> str:  # fmt: skip
     """Render the card of a finished run.
 
     Args:
-        repo_id: as of `write_card`.
+        repo_id: as of `write_card`, and `revision` too.
         picture: path of the figure of the curves, relative to the card.
         recipe_file: the recipe that the run was started with, for the command that reproduces it.
 
@@ -117,10 +120,8 @@ def render_card(
     """
     recipe = load_recipe(run.recipe)
     check_card(recipe.card)
-    facts = _read_facts(run, recipe)
-    facts |= {"repo": "." if repo_id is None else repo_id, "recipe_file": recipe_file}
-    if facts["picture"] is not None:
-        facts["picture"] = picture
+    facts = _read_facts(run, recipe, picture)
+    facts |= {"repo": repo_id or ".", "revision": revision, "recipe_file": recipe_file}
     filters: dict[str, Callable] = {
         "count": document.count,
         "figures": lambda number, m: figures(number, m.stderr),
@@ -145,7 +146,7 @@ def _shorten(text: str, n_characters: int) -> str:
     return text if len(text) <= n_characters else text[:n_characters] + "…"
 
 
-def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
+def _read_facts(run: RunFolder, recipe: Recipe, picture: str) -> dict[str, Any]:
     """Read all that the template shows, without directories of this machine."""
     for path in (run.model / "config.json", run.corpus, run.environment, run.evaluation):
         if not path.is_file():
@@ -165,6 +166,7 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
     if is_hiding:
         recipe, corpus = without_figures(recipe, corpus)
         measured, of_tokenizer, trained = [m for m in measured if is_of_public_text(m)], [], None
+    has_picture = bool(curves.steps) and (run.model / CURVES_FILE).is_file()
     shown = [m for m in measured if m.name.partition("/")[2] not in corpus.languages]
     year, version = wording.year_of(events), environment.packages.get("hf_genlm")
     cited = card.citation or wording.cite_model(
@@ -202,9 +204,7 @@ def _read_facts(run: RunFolder, recipe: Recipe) -> dict[str, Any]:
         "base_model": card.base_model or last.get("started", {}).get("base_model"),
         "recipe": recipe,
         "recipe_yaml": yaml.safe_dump(_portable(recipe.model_dump()), sort_keys=False, allow_unicode=True),
-        "picture": CURVES_FILE
-        if curves.steps and (run.model / CURVES_FILE).is_file() and not is_hiding
-        else None,
+        "picture": picture if has_picture and not is_hiding else None,
         "picture_text": describe_curves(curves) if curves.steps else None,
         "first_samples": first_samples(curves),
         "samples": document.fenced_blocks(samples)[-NUM_SAMPLES:],

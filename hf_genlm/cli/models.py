@@ -233,6 +233,7 @@ def push(
         f"commit: {result.commit}",
         f"tag:    {result.tag}",
         *(f"branch: {name}" for name in result.branches),
+        *([f"card:   its example loads {result.revision}"] if result.revision else []),
         "read back: every file as it was sent; it generates in a process without hf_genlm",
         "",
         "from transformers import AutoModelForCausalLM",

@@ -1,11 +1,13 @@
 """Publish a model folder on the Hub: one commit, read back, loaded in a clean process, tagged.
 
+The card of a run names that commit; no commit can hold its own hash, so a second one writes it there.
 A push that failed leaves the repository either unchanged or complete, and the same push resumes it:
 `create_commit` of huggingface_hub skips unchanged files and large files that were uploaded before.
 """
 
 import contextlib
 import fnmatch
+import functools
 import inspect
 import logging
 import os
@@ -20,16 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from hf_genlm.errors import UserError, without_secrets
-from hf_genlm.files import sha256_of, write_text
+from hf_genlm.files import read_bytes, sha256_of, write_text
 from hf_genlm.hub.manifest import CODE, Manifest, ModelSource, build_manifest, check_findings
 from hf_genlm.run_folder import Listener
 
 MAIN = "main"
+CARD = "README.md"
 _MAX_TRIES = 5
 _MAX_WAIT_S = 600  # a longer wait that the Hub asks for ends the push
 _DEFAULT_WAIT_S = 10  # when the Hub asks to wait without saying how long
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VERSION = re.compile(r"v([0-9]+)")
+_PIN = re.compile(rb'^REVISION = "([0-9a-f]{40})"', re.M)  # of a card's loading example
 _URL = re.compile(r"(?<!\S)\S+?://\S+")
 # files of an older push that would be loaded together with those of a newer one
 _STALE = ("*_genlm.py", "model*.safetensors", "model.safetensors.index.json", "vocab.json", "merges.txt")
@@ -70,6 +74,7 @@ class PushResult:
     commit: str | None = None
     tag: str | None = None
     branches: dict[str, str] = field(default_factory=dict)  # commit by branch
+    revision: str | None = None  # commit that the card loads; None: it was left as it is
 
 
 def push(
@@ -94,7 +99,7 @@ def push(
         private: create the repository as private; refuse a public one.
         tag: version name; default: the next of v1, v2, ...
         branches: also push the run's milestones, one branch each.
-        keep_card: push README.md as it is; default: write the run's model card for `repo_id`.
+        keep_card: push README.md as it is; default: write the run's model card, which names the commit.
         allow: findings that may be published, as `README.md:home-path`.
         dry_run: only write the card and list the files.
         listener: receives `manifest` (with `manifest`) before anything is sent, then `progress` and `note`.
@@ -106,14 +111,16 @@ def push(
         UserError: there is no model, it holds something that must not be published, or `tag` is taken.
         PushFailed: network, Hub or access token failed, or the Hub returned other files than were sent.
     """
-    from hf_genlm.card import write_card
+    from hf_genlm.card import is_edited, write_card
 
     tell = listener or (lambda event, fields: None)
     _check_names(repo_id, tag)
     source = ModelSource.find(model)
     sources = [source, *(source.milestones() if branches else [])]
-    if source.run is not None and not keep_card:
-        write_card(source.run, repo_id)
+    card = source.folder / CARD
+    run = None if keep_card or (source.run and is_edited(card)) else source.run
+    if run is not None:
+        write_card(run, repo_id)
     manifests = [build_manifest(each) for each in sources]
     for manifest in manifests:
         tell("manifest", {"manifest": manifest})
@@ -130,17 +137,32 @@ def push(
     ) as home:  # fmt: skip
         repository = HubRepository(repo_id, tell, sleep)
         repository.open(private)
-        main, *milestones = manifests
-        show(f"uploading {len(main.sizes)} files, {main.num_bytes:,} bytes")
-        commit = repository.commit(main.paths, "Model pushed by hf_genlm", tag=tag)
+        files = manifests[0].paths
+        others = {name: path for name, path in files.items() if name != CARD}
+        head, pin = repository.read_head(Path(home)) if run else (None, None)
+        sent = others if pin else files  # a card that names a commit is true of it, and stays for now
+        show(f"uploading {len(files)} files, {manifests[0].num_bytes:,} bytes")
+        revision = commit = repository.commit(sent, "Model pushed by hf_genlm", tag=tag)
         show("reading it back")
-        repository.verify(commit, main.paths, Path(home), tag)
+        if pin and commit == head and not repository.compare(pin, others, Path(home)):
+            revision = pin
+        repository.verify(revision, sent, Path(home), tag)
         show("loading it from the Hub in a clean process")
         check = check_load or load_in_clean_process
-        check(repo_id, commit, Path(home), repository.api.endpoint, repository.is_public)
+        check(repo_id, revision, Path(home), repository.api.endpoint, repository.is_public)
+        if run is not None:
+            write_card(run, repo_id, revision=revision)
+            manifests[0] = build_manifest(source)
+            check_findings(manifests, allow)
+            message = "Model card names the commit of the weights"
+            commit = repository.commit(files, message, tag=tag, parent=commit)
+            repository.verify(commit, files, Path(home), tag)
+        elif (old := _pin_of(card)) and repository.compare(old, others, Path(home)):
+            text = f"{CARD} is left as it is, and its example loads commit {old[:8]}, not these files"
+            tell("note", {"message": f"{text}: write their commit there, {revision}"})
         version = repository.tag(commit, tag)
         commits = {}
-        for milestone in milestones:
+        for milestone in manifests[1:]:
             name = milestone.folder.name
             show(f"uploading {name}")
             card = Path(home) / "card.md"
@@ -149,11 +171,11 @@ def push(
                 f"# {repo_id} after {name.removeprefix('chck_')} words\n\n"
                 f"An intermediate model. The card of the final model is on `{MAIN}`.\n",
             )
-            files = {"README.md": card, **milestone.paths}
+            files = {CARD: card, **milestone.paths}
             repository.create_branch(name, commit)
             commits[name] = repository.commit(files, f"Model {name} pushed by hf_genlm", branch=name)
             repository.verify(commits[name], files, Path(home))
-    return PushResult(repo_id, manifests, repository.url, commit, version, commits)
+    return PushResult(repo_id, manifests, repository.url, commit, version, commits, revision if run else None)
 
 
 def _check_names(repo_id: str, tag: str | None) -> None:
@@ -162,6 +184,12 @@ def _check_names(repo_id: str, tag: str | None) -> None:
         raise UserError(f"{repo_id!r} is not a repository id: write OWNER/NAME, in letters, digits, . - _")
     if tag is not None and (not _NAME.fullmatch(tag) or tag == MAIN):
         raise UserError(f"--tag {tag!r}: name a version in letters, digits, . - _, such as v1")
+
+
+def _pin_of(card: Path) -> str | None:
+    """Commit in the loading example of a card; None if it names none, or there is no card."""
+    found = _PIN.search(read_bytes(card)) if card.is_file() else None
+    return found[1].decode() if found else None
 
 
 class HubRepository:
@@ -205,13 +233,22 @@ class HubRepository:
             )
         self.is_public = not (info.private or info.gated)
 
+    def read_head(self, home: Path) -> tuple[str, str | None]:
+        """Return the newest commit, and the one that the card there names, if it names one."""
+        head = self._ask(self.api.model_info, self.repo_id, revision=MAIN)
+        if all(sibling.rfilename != CARD for sibling in head.siblings):
+            return head.sha, None
+        where = {"revision": head.sha, "cache_dir": home / "hub"}
+        return head.sha, _pin_of(Path(self._ask(self.api.hf_hub_download, self.repo_id, CARD, **where)))
+
     def commit(
-        self, files: Mapping[str, Path], message: str, branch: str = MAIN, tag: str | None = None
-    ) -> str:
+        self, files: Mapping[str, Path], message: str, branch: str = MAIN, tag: str | None = None,
+        parent: str | None = None,
+    ) -> str:  # fmt: skip
         """Commit `files` on top of a branch and return the commit; unchanged files make no commit.
 
         Other files in the repository stay, except stale code and weights. If `tag` exists nothing is sent:
-        `verify` then decides whether it names the same files.
+        `verify` then decides whether it names the same files. If `parent` is given, the branch must be there.
 
         Raises:
             PushFailed: the request failed, or somebody else pushed at the same time.
@@ -240,25 +277,32 @@ class HubRepository:
             operations,
             commit_message=message,
             revision=branch,
-            parent_commit=head.sha,
+            parent_commit=parent or head.sha,
         )
         self.state = f"complete at commit {made.oid[:8]}"
         return made.oid
 
+    def compare(self, commit: str, files: Mapping[str, Path], home: Path) -> list[str]:
+        """Download a commit into the cache below `home` and return those of `files` that differ there."""
+        from huggingface_hub.errors import RevisionNotFoundError
+
+        where: dict[str, Any] = {"revision": commit, "cache_dir": home / "hub"}
+        try:
+            got = self._ask(self.api.snapshot_download, self.repo_id, expected=RevisionNotFoundError, **where)
+        except RevisionNotFoundError:
+            return list(files)
+        found = [name for name in files if (Path(got) / name).is_file()]
+        same = {name for name in found if sha256_of(Path(got) / name) == sha256_of(files[name])}
+        return [name for name in files if name not in same]
+
     def verify(self, commit: str, files: Mapping[str, Path], home: Path, tag: str | None = None) -> None:
-        """Download a commit into the cache below `home` and compare every file by its sha256.
+        """Download a commit and compare every file.
 
         Raises:
             PushFailed: the Hub returned other files.
             UserError: `tag` exists and names other files.
         """
-        folder = self._ask(self.api.snapshot_download, self.repo_id, revision=commit, cache_dir=home / "hub")
-        received = {name: Path(folder) / name for name in files}
-        different = [
-            name
-            for name, path in received.items()
-            if not path.is_file() or sha256_of(path) != sha256_of(files[name])
-        ]
+        different = self.compare(commit, files, home)
         if different and tag is not None and tag in self._tags():
             raise self._tag_taken(tag)
         if different:
@@ -353,6 +397,7 @@ def _hub_messages_to(note: Callable[[str], None]) -> Iterator[None]:
 
     logger = logging.getLogger("huggingface_hub")
     handler = logging.Handler(logging.WARNING)
+    note = functools.cache(note)  # each message once
     handler.emit = lambda record: note(_URL.sub("the Hub", record.getMessage()))  # type: ignore[method-assign]
     had_bars = not are_progress_bars_disabled()
     before = logger.handlers, logger.propagate

@@ -341,5 +341,8 @@ def test_the_loading_example_runs(tmp_path, monkeypatch, capsys):
     (example,) = re.findall(
         r"```python\n(.*?)```", write_card(run, "me/tale").read_text(encoding="utf-8"), flags=re.S
     )
-    assert 'REPO = "me/tale"\nREVISION = "main"  # a version' in example
+    assert 'REPO = "me/tale"\nREVISION = "main"  # the newest' in example
     assert example.count("revision=REVISION") == 2
+    named = write_card(run, "me/tale", revision="0a" * 20).read_text(encoding="utf-8")
+    assert f'REPO = "me/tale"\nREVISION = "{"0a" * 20}"  # ' in named
+    assert "newest" not in named

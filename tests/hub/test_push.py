@@ -106,9 +106,10 @@ def test_the_command_publishes_a_model_that_loads_in_a_clean_process(hub, run, c
     output = capsys.readouterr()
     assert TOKEN not in output.out + output.err
     commit = hub.repos[REPO].branches["main"]
-    assert f"commit: {commit}\ntag:    v1\n" in output.out
+    revision = hub.repos[REPO].commits[commit].parent
+    assert f"commit: {commit}\ntag:    v1\ncard:   its example loads {revision}\n" in output.out
     assert f'from_pretrained("{REPO}", revision="v1", trust_remote_code=True)' in output.out
-    assert hub.count(f"(GET|HEAD) /{REPO}/resolve/{commit}/generation_config.json")  # the process asked
+    assert hub.count(f"(GET|HEAD) /{REPO}/resolve/{revision}/generation_config.json")  # the process asked
 
 
 def test_the_command_lists_the_files_and_a_dry_run_sends_nothing(hub, run, capsys):
@@ -121,18 +122,32 @@ def test_the_command_lists_the_files_and_a_dry_run_sends_nothing(hub, run, capsy
     assert f"{total:,}  bytes in {len(files_of(run.model))} files" in output
 
 
-def test_the_repository_holds_the_folder_in_one_commit(any_hub, run, capsys):
+PUSHED = ["Model pushed by hf_genlm", "Model card names the commit of the weights"]
+
+
+def pin_of(card: bytes) -> str:
+    """What the card's example loads."""
+    (revision,) = re.findall(r'^REVISION = "(.*?)"', card.decode(), flags=re.M)
+    return revision
+
+
+def test_the_repository_holds_the_folder_and_its_card_names_the_commit(any_hub, run, capsys):
     heard = []
     result = publish(run, listener=lambda event, fields: heard.append(event))
     repo = any_hub.repos[REPO]
     assert repo.files("v1") == files_of(run.model)
-    assert repo.messages() == ["initial commit", "Model pushed by hf_genlm"]
+    assert repo.messages() == ["initial commit", *PUSHED]
+    first = repo.commits[repo.branches["main"]].parent
+    assert pin_of(repo.files("main")["README.md"]) == first
+    assert pin_of(repo.files(first).pop("README.md")) == "main"
+    same = [{n: c for n, c in repo.files(oid).items() if n != "README.md"} for oid in (first, "main")]
+    assert same[0] == same[1]
     assert f'REPO = "{REPO}"' in repo.files("main")["README.md"].decode()
     assert bool(any_hub.objects) is any_hub.lfs
     (manifest,) = result.manifests
     assert manifest.sizes == {name: len(content) for name, content in files_of(run.model).items()}
     commit = repo.branches["main"]
-    assert result == PushResult(REPO, [manifest], f"{any_hub.url}/{REPO}", commit, "v1")
+    assert result == PushResult(REPO, [manifest], f"{any_hub.url}/{REPO}", commit, "v1", revision=first)
     assert heard[:2] == ["manifest", "progress"]
     assert capsys.readouterr() == ("", "")  # a service prints nothing
 
@@ -227,7 +242,7 @@ def test_a_fault_leaves_the_repository_complete_or_unchanged(fault, hub, run, wa
     repo = hub.repos[REPO]
     assert repo.files("v1") == files_of(run.model)
     assert repo.tags == {"v1": repo.branches["main"]}
-    assert repo.messages() == ["initial commit", "Model pushed by hf_genlm"]
+    assert repo.messages() == ["initial commit", *PUSHED]
     n_uploads = hub.count("PUT /lfs/")
     assert n_uploads == 1 or fault in ("500 during the upload", "cut within a body")
 
@@ -263,7 +278,7 @@ def test_a_second_push_sends_the_changes_as_a_second_version(hub, run):
     blobs |= dict.fromkeys(("theirs.txt", "old_genlm.py"), blobs["README.md"])
     repo.commit("main", "by hand", blobs)
     assert publish(run).tag == "v2"
-    assert repo.messages()[2:] == ["by hand", "Model pushed by hf_genlm"]
+    assert repo.messages()[3:] == ["by hand", *PUSHED]
     assert set(repo.files("v2")) == {*files_of(run.model), "theirs.txt"}
     n_commits = len(repo.commits)
     for name in ("custom_generate/generate.py", "evil.py"):  # `from_pretrained` would run it
@@ -301,10 +316,11 @@ def test_a_tag_of_another_version_is_refused_before_anything_is_sent(hub, run):
     assert not isinstance(refusal.value, PushFailed)
     assert len(repo.commits) == n_commits
     assert publish(run).tag == "v2"
+    n_commits = len(repo.commits)
     (run.model / "generation_config.json").write_bytes(repo.files("v1")["generation_config.json"])
     with pytest.raises(UserError, match="--tag 'v1'"):  # the same files, but main has others since
         publish(run, tag="v1")
-    assert len(repo.commits) == n_commits + 1
+    assert len(repo.commits) == n_commits
 
 
 def test_a_full_disk_while_reading_back_is_explained(hub, run, monkeypatch):
@@ -314,6 +330,97 @@ def test_a_full_disk_while_reading_back_is_explained(hub, run, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.snapshot_download", fill_disk)
     with pytest.raises(PushFailed, match=r"No space left on device; the repository is complete at commit"):
         publish(run)
+
+
+# fault between the commit of the weights and the one of the card, or at it -> what the card then says
+BETWEEN = {
+    "the load fails": (None, "main"),
+    "the commit fails": ({"pattern": "POST .*/commit/", "status": 500}, "main"),
+    "its answer is lost": ({"pattern": "POST .*/commit/", "is_done_first": True}, "the commit"),
+    "somebody else pushes": ("theirs", "main"),
+}
+
+
+@pytest.mark.parametrize("fault", BETWEEN)
+def test_a_push_interrupted_before_its_card_is_true_and_resumed(fault, hub, run):
+    how, said = BETWEEN[fault]
+    asked = []
+
+    def interrupt(repo_id, commit, *rest):
+        asked.append(commit)
+        repo = hub.repos[REPO]
+        if how is None:
+            raise PushFailed("it does not load")
+        if how == "theirs":
+            blobs = repo.commits[commit].blobs
+            repo.commit("main", "theirs", {**blobs, "config.json": blobs["README.md"]})
+        else:
+            hub.plant(**how)
+
+    with pytest.raises(PushFailed, match=r"complete at commit|does not load"):
+        push(run.path, REPO, sleep=[].append, check_load=interrupt)
+    repo = hub.repos[REPO]
+    pin = pin_of(repo.files("main")["README.md"])
+    assert pin == (asked[0] if said == "the commit" else "main")
+    assert repo.tags == {}
+    if how == "theirs":
+        assert repo.messages()[-1] == "theirs"  # not overwritten
+        repo.branches["main"] = asked[0]
+    result = push(
+        run.path, REPO, sleep=[].append, check_load=lambda repo_id, commit, *rest: asked.append(commit)
+    )
+    assert asked == [asked[0]] * 2  # the proof loads what the card names
+    assert result.revision == pin_of(repo.files("v1")["README.md"]) == asked[0]
+    assert repo.messages() == ["initial commit", *PUSHED]
+
+
+def test_a_card_names_new_weights_once_and_is_repaired(hub, run):
+    """New weights: a new commit is named. Another card alone: the same. A lost commit: the newest."""
+    first = publish(run).revision
+    (run.model / "config.json").write_text((run.model / "config.json").read_text() + "\n", encoding="utf-8")
+    repo = hub.repos[REPO]
+
+    def fail(*given):
+        raise PushFailed("it does not load")
+
+    with pytest.raises(PushFailed, match="it does not load"):
+        push(run.path, REPO, sleep=[].append, check_load=fail)
+    assert pin_of(repo.files("main")["README.md"]) == first  # of which it is true
+    second = publish(run).revision
+    assert second != first
+    assert repo.files(second)["config.json"] != repo.files(first)["config.json"]
+    assert repo.messages() == ["initial commit", *PUSHED * 2]
+    hf_genlm.write_card(run, assignments=["card.license=mit"])
+    assert publish(run).revision == second
+    assert repo.messages()[5:] == PUSHED[1:]
+    blobs = repo.commits[repo.branches["main"]].blobs
+    repo.commit("main", "by hand", {**blobs, "config.json": repo.commits[first].blobs["config.json"]})
+    (run.model / "config.json").write_bytes(repo.files(first)["config.json"])
+    third = publish(run).revision  # the Hub's card names other weights than those beside it
+    assert third not in (first, second)
+    assert repo.files(third)["config.json"] == repo.files(first)["config.json"]
+    del repo.commits[third]
+    assert repo.files(publish(run).revision)["config.json"] == repo.files(first)["config.json"]
+
+
+def test_a_card_that_is_left_as_it_is_and_names_other_weights_is_told(hub, run):
+    publish(run)
+    card = run.model / "README.md"
+    card.write_text(card.read_text(encoding="utf-8") + "\nMine.\n", encoding="utf-8")
+
+    def notes(**options) -> list[str]:
+        heard: list[str] = []
+        result = publish(
+            run, listener=lambda e, f: heard.append(f["message"]) if e == "note" else None, **options
+        )
+        assert result.revision is None
+        return [note for note in heard if "README.md" in note]
+
+    assert notes() == []
+    assert hub.repos[REPO].files("main")["README.md"] == card.read_bytes()
+    (run.model / "config.json").write_text((run.model / "config.json").read_text() + "\n", encoding="utf-8")
+    (note,) = notes(keep_card=True)
+    assert hub.repos[REPO].branches["main"] in note
 
 
 def test_private_is_private_or_refused(hub, run):
