@@ -7,13 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from support.cards import tables
+from support.cards import MEASURED, make_run, tables
 from support.hub_metadata import faults_of, front_matter_of
 from support.runs import SMALL
 
+from hf_genlm.card import render_card
+from hf_genlm.card.card import is_edited
 from hf_genlm.card.wording import DEFINITIONS
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import Recipe, load_recipe
+from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.report.document import prose
 from hf_genlm.run_folder import RunFolder
 
@@ -80,6 +83,38 @@ def _is_small_file(path: Path) -> bool:
 @pytest.mark.parametrize("card", CARDS, ids=lambda path: path.stem)
 def test_a_committed_card_is_that_of_its_recipe(card):
     assert faults_of_card(card, make_cards.RECIPES / f"{card.stem}.yaml") == []
+
+
+def sentences_of(card: str) -> set[str]:
+    """Sentences and lines of Python of a card, with # for numbers, names in code and kinds of layers."""
+    body = re.sub(r"\A---\n.*?^---\n", "", card, flags=re.S | re.M)
+    body = re.sub(
+        r"^```(\w*)\n(.*?)^```$", lambda m: m[2] if m[1] == "python" else "", body, flags=re.S | re.M
+    )
+    body = re.sub(r"`[^`\n]*`|\d[\d,.]*\d|\d|layers? of [^.]*", "#", body)
+    lines = [line for line in body.splitlines() if re.match(r"[A-Za-z-]|<summary", line)]
+    return {sentence for line in lines for sentence in re.split(r"(?<=[.;:])\s+", line)}
+
+
+def test_committed_cards_say_what_a_card_says_today(tmp_path):
+    """Figures are of the commit that made them; sentences and the loading example are of the template."""
+    missing = DEFINITIONS.keys() - {m.name for m in MEASURED}
+    measured = [*MEASURED, *(Measurement(name, 0.1, "1", 9, 0.01, "validation", False) for name in missing)]
+    for card in CARDS:
+        text = card.read_text(encoding="utf-8")
+        (result,) = front_matter_of(text)["model-index"][0]["results"]
+        stated = load_recipe(make_cards.RECIPES / f"{card.stem}.yaml")
+        stated.model.decoder = "transformer"
+        corpus = {"description": result["dataset"]["name"]}
+        samples = "```text\na\n```\n" * 2
+        run = make_run(tmp_path, name=card.stem, recipe=stated, corpus=corpus, samples=samples)
+        write_measurements(run.evaluation, measured)
+        for step in (1, 2):
+            run.log("sample", step=step, text="a", elapsed_s=0.5, tokens=64)
+        today = render_card(run, f"{card.stem}/model", recipe_file=f"recipes/{card.stem}.yaml")
+        assert sentences_of(text) - sentences_of(today) == set()
+        assert not is_edited(card)
+    assert sentences_of(text.replace("it continues a text", "it writes")) - sentences_of(today)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
