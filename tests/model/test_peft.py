@@ -1,11 +1,13 @@
 """Promise: every method of PEFT works on every decoder that it suits, and is refused by name on the others;
 the fused kernels do not read past an adapter."""
 
+import warnings
+
 import pytest
 import torch
 from support import contracts
-from support.models import STACKS, build_model
-from transformers import AutoModelForCausalLM
+from support.models import EOS, PAD, STACKS, VOCAB, build_model
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_genlm.model import RECURRENT_MIXERS
 
@@ -167,6 +169,44 @@ def test_lora_finds_its_targets_by_itself(stack, tokens):
     adapted = peft.get_peft_model(build_model(stack), peft.LoraConfig(init_lora_weights=False))
     mixers = {name.split(".mixer.")[0] for name, _ in adapted.named_parameters() if "lora_A" in name}
     assert len(mixers) == len(adapted.get_base_model().model.layers)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("embedding_size", [8, 32])
+def test_tied_weights_move_at_a_merge_as_those_of_a_llama(embedding_size, target, tokens, tmp_path):
+    """One matrix serves as embedding and head: a merged adapter of either changes both, and PEFT warns."""
+
+    def merge(model) -> tuple[list[str], bool, bool]:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=[target], r=2)).eval()
+            for name, parameter in adapted.named_parameters():
+                if "lora_" in name:
+                    torch.nn.init.ones_(parameter)
+            logits = adapted(input_ids=tokens).logits
+            (layer,) = (m for m in adapted.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
+            expected = layer.base_layer.weight + layer.get_delta_weight("default")
+            merged = adapted.merge_and_unload()
+        assert torch.equal(merged.get_input_embeddings().weight, expected)
+        assert torch.equal(merged.get_output_embeddings().weight, expected)
+        merged.save_pretrained(tmp_path)
+        loaded = type(merged).from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(loaded(input_ids=tokens).logits, merged(input_ids=tokens).logits)
+        said = [str(w.message) for w in warned if "tie_word_embeddings" in str(w.message)]
+        changed = not torch.allclose(merged(input_ids=tokens).logits, logits, atol=0.1)
+        return said, changed, merged.config.tie_word_embeddings
+
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, tie_word_embeddings=True, pad_token_id=PAD, bos_token_id=EOS,
+        )
+    ).eval()  # fmt: skip
+    ours = merge(build_model(["gru", "full_attention"], embedding_size=embedding_size))
+    assert ours == merge(llama)
+    said, changed, is_tied = ours
+    assert (len(said), changed, is_tied) == (2, True, True)  # at creation and at the merge
 
 
 @pytest.mark.parametrize("embedding_size", [8, 32])
