@@ -187,9 +187,10 @@ def test_a_changed_corpus_is_noticed(trained, text_folder, capsys, monkeypatch, 
     assert "have changed" in last_line(capsys)
 
 
+@pytest.mark.parametrize("words", [[], ["lr"]], ids=["more than a buffer", "less than a buffer"])
 @pytest.mark.parametrize("unbuffered", [False, True])
-def test_a_reader_that_ends_early_is_no_fault(unbuffered):
-    command = [sys.executable, *(["-u"] if unbuffered else []), "-m", "hf_genlm", "doctor", "--cost"]
+def test_a_reader_that_ends_early_is_no_fault(unbuffered, words):
+    command = [sys.executable, *(["-u"] if unbuffered else []), "-m", "hf_genlm", "settings", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         error = process.stderr.read().decode()

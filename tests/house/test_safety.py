@@ -313,7 +313,7 @@ def test_unpacking_takes_bounded_memory(tmp_path, suffix):
 
     from hf_genlm.text.raw_files import COMPRESSIONS, unpacked
 
-    zeros = bytes(200_000_000)
+    zeros = bytes(120_000_000)
     packed = io.BytesIO()
     if suffix.endswith(".zip"):
         method = zipfile.ZIP_BZIP2 if suffix.startswith("bz2") else zipfile.ZIP_DEFLATED

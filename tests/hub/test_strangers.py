@@ -145,17 +145,24 @@ def in_new_process(code: str, folder: Path, *arguments: str) -> subprocess.Compl
 
 
 # without this package, as on the Hub
-OPEN_DEMO = """
-import sys; sys.modules['hf_genlm'] = None; sys.path.insert(0, '.')
+OPEN_DEMOS = """
+import os, sys; sys.modules['hf_genlm'] = None
 from pathlib import Path
-from demo.models import load_models
-(model,) = load_models(Path('.'))
-print(type(model.module).__module__, model.module.generate(model.tensor([2, 3]), max_new_tokens=3).shape)
+import transformers.generation, transformers.masking_utils, transformers.modeling_utils  # once for all
+for folder in sys.argv[1:]:
+    if os.fork():
+        assert os.wait()[1] == 0
+        continue
+    os.chdir(folder); sys.path.insert(0, '.')
+    from demo.models import load_models
+    (model,) = load_models(Path('.'))
+    written = model.module.generate(model.tensor([2, 3]), max_new_tokens=3)
+    print(type(model.module).__module__, written.shape)
+    break
 """
 
 
-@pytest.mark.parametrize("where", ["hub", "folder"])
-def test_a_demo_runs_no_code_of_the_hub(where, hub, place, saved, marker):
+def test_a_demo_runs_no_code_of_the_hub(hub, place, saved, marker):
     """A stranger's config says genlm, and after the demo was built, the repository changes."""
     files = armed(saved, marker)
     publish(hub, "evil/tale", files)
@@ -163,14 +170,18 @@ def test_a_demo_runs_no_code_of_the_hub(where, hub, place, saved, marker):
         path = place / "local" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    assert main(["space", "evil/tale" if where == "hub" else "local", "--out", "demo"]) == 0
+    demos = {"evil/tale": "demo-of-hub", "local": "demo-of-folder"}
+    for model, out in demos.items():
+        assert main(["space", model, "--out", out]) == 0
     hub.repos["evil/tale"].add({**files, "config.json": b'{"model_type": "other"}'})
-    done = in_new_process(OPEN_DEMO, place / "demo")
-    assert done.stdout.startswith("genlm.modeling_genlm "), done.stderr[-2000:]
+    done = in_new_process(OPEN_DEMOS, place, *demos.values())
+    assert done.returncode == 0, done.stderr[-2000:]
+    opened = [line.split()[0] for line in done.stdout.splitlines()]
+    assert opened == ["genlm.modeling_genlm"] * 2, done.stderr[-2000:]
     assert not marker.exists()
-    assert {path.name for path in (place / "demo").rglob("*.py")}.isdisjoint(
-        {"evil.py", "generate.py", "handler.py"}
-    )
+    for out in demos.values():
+        code = {path.name for path in (place / out).rglob("*.py")}
+        assert code.isdisjoint({"evil.py", "generate.py", "handler.py"})
 
 
 def test_a_push_of_code_of_others_is_refused_before_it_runs(hub, place, saved, marker, capsys):

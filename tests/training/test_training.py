@@ -531,6 +531,7 @@ def test_a_run_of_many_passes_decays_more_unless_it_is_stated(stated, text_folde
 
 def test_a_recipe_trains_compiled(text_folder, tmp_path):
     """The same steps as without, and nothing of the compiler in what is saved."""
+    torch._dynamo.reset()  # after compilations of other shapes, these would be dynamic: three times the cost
     torch._dynamo.utils.counters.clear()
     short = ("training.steps=3", "model.num_hidden_layers=1")
     runs = [
