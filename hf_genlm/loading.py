@@ -5,12 +5,12 @@ import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_genlm.errors import UserError, quiet_libraries, without_secrets
-from hf_genlm.files import read, refuse_links_out, use_private_compiler_caches
+from hf_genlm.files import read, read_text, refuse_links_out, use_private_compiler_caches
 from hf_genlm.memory import check_sizes
-from hf_genlm.run_schemas import GenerationConfigFile, TokenizerConfigFile
+from hf_genlm.run_schemas import GenerationConfigFile, TokenizerConfigFile, TokenizerFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,7 +63,11 @@ def check_files(folder: Path) -> None:
     Raises:
         UserError: a folder has the name of a file, or a field has another type.
     """
-    schemas = {"generation_config.json": GenerationConfigFile, "tokenizer_config.json": TokenizerConfigFile}
+    schemas = {
+        "generation_config.json": GenerationConfigFile,
+        "tokenizer_config.json": TokenizerConfigFile,
+        "tokenizer.json": TokenizerFile,
+    }
     for path in sorted(folder.iterdir()):
         if path.is_dir() and path.suffix in (".json", ".jinja", ".safetensors", ".md"):
             raise UserError(f"{str(path)!r} is a folder: a file belongs there")
@@ -135,14 +139,20 @@ def hub_id_of(name: "str | os.PathLike[str]") -> str | None:
     """Return the Hub id of a model; for a local model, the `base_model` of its card, or None without one."""
     if not Path(name).exists():
         return os.fspath(name)
-    from huggingface_hub import metadata_load
-    from yaml import YAMLError
-
-    card = Path(source_of(name)) / "README.md"
-    try:
-        stated = (metadata_load(card) or {}).get("base_model") if card.is_file() else None
-    except (YAMLError, ValueError, AttributeError):  # a card may hold any text
-        return None
+    stated = card_fields(Path(source_of(name)) / "README.md").get("base_model")
     if isinstance(stated, list):
         stated = stated[0] if stated else None
     return stated if isinstance(stated, str) else None
+
+
+def card_fields(card: Path) -> dict[str, Any]:
+    """Front matter of a model card; empty for a card without any, or whose text is not that of a card."""
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+    from yaml import YAMLError, safe_load
+
+    try:
+        found = REGEX_YAML_BLOCK.search(read_text(card).lstrip("\ufeff")) if card.is_file() else None
+        fields = safe_load(found.group(2)) if found else None
+    except (UserError, YAMLError, ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}

@@ -135,7 +135,7 @@ class RunFolder:
         """Hold the lock of the folder while a process trains in it; the lock ends with the process.
 
         Raises:
-            UserError: another process holds the lock.
+            UserError: another process holds the lock, or it is no file that can be opened.
         """
         from filelock import FileLock, Timeout
 
@@ -145,6 +145,11 @@ class RunFolder:
         except Timeout as error:
             raise UserError(
                 f"another process is training in {str(self.path)!r}: wait for it, or name another --out"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"{str(self.lock_file)!r} cannot be locked ({error.strerror}): remove it, or make its folder "
+                "writable"
             ) from error
         try:
             for folder in (self.path, self.model, self.milestones):

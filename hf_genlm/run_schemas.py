@@ -270,6 +270,27 @@ class TokenizerConfigFile:
     model_input_names: list[str] | None = None
 
 
+TokenId = Annotated[int, Field(ge=0, lt=2**24)]  # the library allocates memory for as many tokens
+
+
+@dataclass(frozen=True)
+class _AddedToken:
+    id: TokenId
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    vocab: dict[str, TokenId] | list[JsonValue] | None = None
+
+
+@dataclass(frozen=True)
+class TokenizerFile:
+    """tokenizer.json of any tokenizer: the ids of its tokens."""
+
+    model: _Vocabulary | None = None
+    added_tokens: list[_AddedToken] | None = None
+
+
 @dataclass(frozen=True)
 class PreparedCandidate:
     """Settings and size of a candidate of a comparison; `text` is the folder of its corpus.json."""

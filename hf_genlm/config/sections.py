@@ -99,7 +99,7 @@ class TokenizerRecipe(Section):
         synonyms="tokenizer_name")
     vocab_size: Whole | None = setting(None,
         "Tokens in the vocabulary: 256 bytes, two special tokens, and merges. null: by the size of the text.",
-        at_least=258, synonyms="vocabulary vocab merges")
+        at_least=258, at_most=2**24, synonyms="vocabulary vocab merges")
     pattern: Word = setting("own",
         "Rule for where words end. gpt2 and qwen35 are those of these models, for llama.cpp.",
         choices=PATTERNS, synonyms="pre_tokenizer regex")

@@ -103,7 +103,9 @@ def settle(recipe: Recipe, facts: Facts | None = None) -> Settings:
         model=model,
         vectors=VectorsSettings(**vectors.model_dump()),
         training=training,
-        evaluation=_settle_evaluation(recipe, model, shape.max_seq_length),
+        evaluation=_settle_evaluation(
+            recipe, model, shape.max_seq_length, architecture.max_position_embeddings
+        ),
         privacy=PrivacySettings(
             **{**recipe.privacy.model_dump(), "delta": _or(recipe.privacy.delta, facts.delta)}
         ),
@@ -330,7 +332,9 @@ def _settle_length(
     return Length(max_steps, seconds, expected, epochs, facts.step_s, pace, facts.num_threads)
 
 
-def _settle_evaluation(recipe: Recipe, model: ModelSettings, max_seq_length: int) -> EvaluationSettings:
+def _settle_evaluation(
+    recipe: Recipe, model: ModelSettings, max_seq_length: int, n_positions: int
+) -> EvaluationSettings:
     training, evaluation = recipe.training, recipe.evaluation
     attending = [mixer for mixer in model.mixers if mixer not in RECURRENT_MIXERS]
     if training.carry_state and len(attending) == len(model.mixers):
@@ -346,8 +350,13 @@ def _settle_evaluation(recipe: Recipe, model: ModelSettings, max_seq_length: int
             f"evaluation.carry_state = true: {bounded} do not reach back to the start of a document of any "
             "length; choose a decoder of recurrent layers alone, or set it to false"
         )
-    least = 0 if attending else _MIN_RECURRENT_CONTEXT
+    least = 0 if bounded else _MIN_RECURRENT_CONTEXT
     context = evaluation.context_length or max(max_seq_length, least)
+    if model.position_type == "learned" and context > n_positions:
+        raise UserError(
+            f"evaluation.context_length = {context}: the model learns {n_positions} positions "
+            "(training.max_seq_length): give at most so many"
+        )
     stride = evaluation.stride or max(1, context // 2)
     if stride > context:
         raise UserError(

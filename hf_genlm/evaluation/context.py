@@ -125,7 +125,7 @@ def measure_extrapolation(
     length = trained_length or getattr(model.config, "max_position_embeddings", None)
     if length is None:
         raise UserError("the model's config has no max_position_embeddings: give trained_length")
-    if _has_learned_positions(model):
+    if has_learned_positions(model):
         raise UserError("the model's positions are learned: there are none beyond the trained length")
     chosen = scalings if _rotary_embeddings(model) else ["none"]
     measurements: list[Measurement] = []
@@ -269,7 +269,7 @@ def _rotary_embeddings(model: Any) -> list[tuple[Any, str, Any]]:
     ]
 
 
-def _has_learned_positions(model: Any) -> bool:
+def has_learned_positions(model: Any) -> bool:
     """True if our config says so, or if another model has a table of about as many vectors as positions."""
     if hasattr(model.config, "position_type"):
         return bool(model.config.position_type == "learned")

@@ -214,12 +214,16 @@ def load_subject(name: str, context: int | None = None) -> Subject:
         context: maximum number of input tokens. Default: the `max_position_embeddings` of the model.
 
     Raises:
-        UserError: the model cannot be loaded, or its tokenizer has no start token.
+        UserError: the model cannot be loaded or has learned fewer positions, or its tokenizer has no start
+            token.
     """
     model, tokenizer = load(name)
+    from hf_genlm.evaluation.context import has_learned_positions
     from hf_genlm.evaluation.likelihood import start_token_id
 
     limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    if context is not None and context > limit and has_learned_positions(model):
+        raise UserError(f"the model has learned {limit} positions: give at most {limit} tokens of context")
     return Subject(model, tokenizer, start_token_id(tokenizer), context or limit)
 
 

@@ -18,7 +18,8 @@ import hf_genlm.exporting.onnx_step as onnx_step
 from hf_genlm.errors import UserError, did_you_mean, install_command
 from hf_genlm.exporting.layouts import LAYOUTS, convert, find_misfits
 from hf_genlm.exporting.onnx_runner import OnnxRunner
-from hf_genlm.files import atomic_folder, copy_file, read_text, require_new_folder, write_text
+from hf_genlm.files import atomic_folder, copy_file, require_new_folder, write_text
+from hf_genlm.loading import card_fields
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.report import document
 from hf_genlm.run_folder import describe_environment
@@ -100,7 +101,7 @@ def export_model(
         fields: dict[str, Any] = {}
         if card is not None and card.is_file():
             copy_file(card, folder / CARD_OF_MODEL)
-            fields = _card_fields(card)
+            fields = {name: value for name, value in card_fields(card).items() if name in _CARD_FIELDS}
         _write_page(folder, to, model, tokenizer, dtype, found, fields)
     return found
 
@@ -172,14 +173,6 @@ def _write_page(
         version=describe_environment()["packages"]["hf_genlm"] or "",
     )
     write_text(folder / "README.md", page)
-
-
-def _card_fields(card: Path) -> dict[str, Any]:
-    """Front matter of a model card that holds for every format of the model."""
-    from huggingface_hub import ModelCard
-
-    data = ModelCard(read_text(card), ignore_metadata_errors=True).data.to_dict()
-    return {name: data[name] for name in _CARD_FIELDS if name in data}
 
 
 def _layout_target(word: str) -> Target:

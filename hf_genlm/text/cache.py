@@ -140,7 +140,9 @@ class Cache:
                     raise PermissionError(errno.EPERM, "another user wrote it")
                 entry = None
                 # a table that this package did not write
-                with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                with contextlib.suppress(
+                    ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError
+                ):
                     table = _verified_table(file)
                     entry = None if table is None else ArrayFile(file, table)
                 if entry is not None:

@@ -18,9 +18,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from hf_genlm.config.recipe import CorpusRecipe, TokenizerRecipe
 from hf_genlm.errors import UserError
-from hf_genlm.files import atomic_folder, refuse_links_out, require_new_folder
+from hf_genlm.files import atomic_folder, read, refuse_links_out, require_new_folder
 from hf_genlm.memory import check_sizes, give_back_memory
 from hf_genlm.run_folder import Listener
+from hf_genlm.run_schemas import TokenizerFile
 from hf_genlm.text.cache import ArrayWriter, Cache, key_of
 from hf_genlm.text.corpus import notes_on, read_documents, with_sources
 from hf_genlm.text.encoding import encode_documents, pieces
@@ -264,6 +265,8 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     refuse_links_out(path)
     check_sizes(path)
     try:
+        if (file := Path(path) / "tokenizer.json").is_file():
+            read(file, TokenizerFile)
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a broken folder raises anything, from KeyError to the Rust library's own
         reason = " ".join(str(error).split())[:300] or type(error).__name__

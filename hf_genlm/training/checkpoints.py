@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_genlm.errors import Stopped, UserError
 from hf_genlm.files import atomic_folder, note_no_space, read, read_text, sha256_of, sync_folder, write_json
+from hf_genlm.run_schemas import Count, Time
 
 _PREFIX = "checkpoint-"  # as Trainer names them
 _PENDING = ".part"  # the folder in which a checkpoint is written
@@ -36,10 +37,10 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 class Progress:
     """The progress of a run that neither Trainer's files nor the recipe hold."""
 
-    step: int
-    elapsed_s: float  # of training
-    seconds: float | None  # of the budget, without the planning
-    steps: int  # of the budget
+    step: Count
+    elapsed_s: Time  # of training
+    seconds: Time | None  # of the budget, without the planning
+    steps: Count  # of the budget
     is_rate_halved: bool = False  # after the loss became NaN or infinite
 
 
@@ -47,7 +48,7 @@ class Progress:
 class Manifest(Progress):
     """manifest.json of a checkpoint: size in bytes and SHA-256 of each file."""
 
-    files: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+    files: dict[str, tuple[Count, str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

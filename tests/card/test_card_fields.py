@@ -18,7 +18,7 @@ from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import write_measurements
 from hf_genlm.extension import extension_card
-from hf_genlm.loading import hub_id_of
+from hf_genlm.loading import card_fields, hub_id_of
 
 CARD_FIELDS = [
     "card.license=other", "card.license_name=psf-2.0", "card.license_link=https://docs.python.org/3/license.html",
@@ -63,6 +63,25 @@ def test_hub_data_sets_are_named_by_their_ids(tmp_path):
     data = front_matter_of(render_card(make_run(tmp_path, files=[*files, *local], name="both")))
     assert data["datasets"] == ["owner/tales"]
     assert data["model-index"][0]["results"][0]["dataset"]["type"] == "text", "it is of both"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"", b"# A card", b"---\n- a list\n---\n", b"---\na: b: c\n---\n", b"---\n2000-99-99\n---\n",
+        b"---\n" + b"[" * 5000 + b"\n---\n", b"---\n\xff\n---\n",
+    ],
+)  # fmt: skip
+def test_a_card_of_a_stranger_may_hold_anything(text, tmp_path):
+    card = tmp_path / "README.md"
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
+    card.write_bytes(text)
+    assert card_fields(card) == {}
+    assert hub_id_of(tmp_path) is None
+    card.write_text("\ufeff---\nbase_model: [owner/base]\nlicense: mit\n---\n", encoding="utf-8")
+    assert card_fields(card) == {"base_model": ["owner/base"], "license": "mit"}
+    assert hub_id_of(tmp_path) == "owner/base"
 
 
 @pytest.mark.parametrize("base", ["owner/model", None])

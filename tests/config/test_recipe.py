@@ -119,6 +119,11 @@ def test_an_assignment_with_another_name_is_answered_with_the_right_one(assignme
     assert words in str(caught.value)
 
 
+def test_a_vocabulary_that_no_tokenizer_can_hold_is_refused():
+    with pytest.raises(UserError, match=r"tokenizer\.vocab_size"):
+        load_recipe(None, ["tokenizer.vocab_size=1000000000"])
+
+
 def test_a_missing_file_is_named():
     with pytest.raises(UserError, match=r"cannot read the recipe 'nowhere\.yaml'"):
         load_recipe("nowhere.yaml")

@@ -395,6 +395,20 @@ def test_a_checkpoint_may_name_no_device(tmp_path, alarm):
     assert "checkpoint-2 is damaged" in notes[0]
 
 
+@pytest.mark.parametrize("field", ["step", "elapsed_s", "seconds", "steps"])
+@pytest.mark.parametrize("value", ["1e400", "Infinity", "NaN", "-1", "1" + "0" * 400, '"7"', "true"])
+def test_numbers_of_a_checkpoint_are_bounded(tmp_path, field, value):
+    kept = {"a": [1, files.sha256_of(write(tmp_path / "checkpoint-2" / "a", "x"))]}
+    progress = {"step": 2, "elapsed_s": 1.0, "seconds": 9.5, "steps": 4, "files": kept}
+    write(tmp_path / "checkpoint-2" / "manifest.json", json.dumps(progress))
+    assert newest_checkpoint(tmp_path) is not None
+    content = json.dumps({**progress, field: "here"}).replace('"here"', value)
+    write(tmp_path / "checkpoint-2" / "manifest.json", content)
+    notes: list[str] = []
+    assert newest_checkpoint(tmp_path, notes.append) is None
+    assert "checkpoint-2 is damaged" in notes[0]
+
+
 @pytest.mark.parametrize("name", [".metadata", "optimizer_0/.metadata", "optimizer_0/__0_0.distcp"])
 def test_shards_of_a_checkpoint_are_refused_where_it_is_found(tmp_path, name):
     """The reader of torch.distributed.checkpoint unpickles them."""
@@ -663,3 +677,12 @@ def test_that_check_of_readers_can_fail():
         assert readers_in(fault)
     assert not readers_in("open_file(path); read_text(path); RunFolder.open(path)")
     assert all((PACKAGE / name).is_file() for name in READS_ITSELF)
+
+
+def test_a_folder_in_the_place_of_the_lock_is_named(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with (
+        pytest.raises(UserError, match=r"\.lock' cannot be locked \(Is a directory\)"),
+        RunFolder(tmp_path).locked(),
+    ):
+        pass

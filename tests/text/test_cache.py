@@ -268,8 +268,9 @@ def test_an_entry_of_another_user_is_made_anew(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "table",
     [b"[]", b"[" * 100_000, b'{"a": 1}', b'{"a": {"dtype": "O", "length": 1, "offset": 0}}',
-     b'{"a": {"dtype": "<i8", "length": 1000, "offset": 0}}', b'{"a": {"dtype": "evil", "length": 1}}'],
-    ids=range(6),
+     b'{"a": {"dtype": "<i8", "length": 1000, "offset": 0}}', b'{"a": {"dtype": "evil", "length": 1}}',
+     b'{"a": {"dtype": "<i8", "length": 1, "offset": 1%s}}' % (b"0" * 400)],
+    ids=range(7),
 )  # fmt: skip
 def test_a_whole_entry_with_a_wrong_table_is_damaged(tmp_path, table):
     import hashlib

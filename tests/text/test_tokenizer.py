@@ -17,6 +17,7 @@ from hf_genlm import api
 from hf_genlm.config.recipe import CorpusRecipe, TokenizerRecipe
 from hf_genlm.decoding import FastGenerator
 from hf_genlm.errors import UserError
+from hf_genlm.loading import check_files
 from hf_genlm.serving import Server
 from hf_genlm.space.files.demo.models import LanguageModel
 from hf_genlm.text.corpus import Document, read_documents
@@ -378,3 +379,21 @@ def test_tokenizers_that_cannot_be_used(tokenizer, tmp_path):
         with pytest.raises(UserError, match=word) as caught:
             load_tokenizer(path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [2**24, 2**31, 10**400, -1])
+@pytest.mark.parametrize("place", ["vocab", "added_tokens"])
+def test_an_id_that_would_fill_the_memory_is_refused(number, place, tokenizer, tmp_path):
+    """The library writes a tokenizer by a list that is as long as its largest id."""
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    if place == "vocab":
+        content["model"]["vocab"]["a"] = number
+    else:
+        content["added_tokens"][0]["id"] = number
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"tokenizer\.json' is damaged: .*{place}"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match=rf"tokenizer\.json' is damaged: .*{place}"):
+        check_files(tmp_path)

@@ -11,7 +11,9 @@ from support.runs import SMALL
 from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.config.settings import Facts, Settings
 from hf_genlm.config.settle import SIZES, is_size_open, settle
-from hf_genlm.model import DECODERS
+from hf_genlm.errors import UserError
+from hf_genlm.evaluation import evaluate
+from hf_genlm.model import DECODERS, GenLMForCausalLM
 from hf_genlm.training import plan
 from hf_genlm.training.callbacks import ThreadsCallback
 from hf_genlm.training.plan import LADDER, choose_threads, measure_step, plan_size
@@ -253,3 +255,21 @@ def test_threads_are_as_stated_and_given_back(text_folder, tmp_path, stated, mon
     taken = [event["threads"] for event in run.read_log() if event["event"] == "threads"]
     assert taken
     assert set(taken) <= ({1, 2} if stated is None else {stated})
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_learned_positions_bound_the_context_of_evaluation(decoder, monkeypatch):
+    recipe = Recipe()
+    recipe.model.decoder, recipe.model.position_type, recipe.training.max_seq_length = decoder, "learned", 16
+    settings = settle(recipe)
+    assert settings.evaluation.context_length == 16
+    recipe.evaluation.context_length = 17
+    with pytest.raises(UserError, match=r"context_length = 17: the model learns 16 positions"):
+        settle(recipe)
+    model = GenLMForCausalLM(settings.architecture)
+    monkeypatch.setattr(
+        evaluate, "load", lambda name: (model, SimpleNamespace(bos_token_id=0, eos_token_id=0))
+    )
+    assert evaluate.load_subject("x", 16).context == 16
+    with pytest.raises(UserError, match="has learned 16 positions"):
+        evaluate.load_subject("x", 17)
