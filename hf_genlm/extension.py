@@ -34,8 +34,6 @@ from hf_genlm.text.store import TURN
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ExtendedModel", "extend", "extend_bpe", "extend_model", "extension_card"]
-
 
 @dataclass(frozen=True)
 class ExtendedModel:

@@ -49,11 +49,6 @@ class WriteError(UserError):
         remedy = _REMEDIES.get(error.errno or 0, "name a place that can be written")
         super().__init__(f"{str(path)!r} cannot be written ({self.reason}): {remedy}")
 
-    @property
-    def is_no_space(self) -> bool:
-        """True if the disk or the quota is full."""
-        return self.errno in _NO_SPACE
-
 
 def private_name(path: Path) -> Path:
     """An unpredictable name in the folder of `path`, for what will take its place."""

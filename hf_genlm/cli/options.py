@@ -122,7 +122,6 @@ training_option = functools.partial(option, panel="Training")
 candidates_option = functools.partial(option, panel="Candidates")
 privacy_option = functools.partial(option, panel="Privacy")
 run_option = functools.partial(option, panel="Run")
-recipe_option = functools.partial(option, panel="Recipe")
 
 JSON = option("--json", "Print the result as JSON.")
 MODEL = argument("MODEL", "A run folder, a model folder or a Hub id.", ...)

@@ -35,24 +35,6 @@ from hf_genlm.config.sections import (
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.files import open_text
 
-__all__ = [
-    "ENDS",
-    "CardRecipe",
-    "CorpusRecipe",
-    "EvaluationRecipe",
-    "ModelRecipe",
-    "PrivacyRecipe",
-    "Recipe",
-    "TokenizerRecipe",
-    "TrainingRecipe",
-    "VectorsRecipe",
-    "field_of",
-    "load_recipe",
-    "load_yaml",
-    "set_field",
-    "stated_fields",
-]
-
 ENDS = ("training.minutes", "training.steps", "training.tokens")
 _MAX_CHARACTERS = 1 << 17  # of a recipe file
 
@@ -287,24 +269,6 @@ def load_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-# descriptions of all fields, for `hf-genlm settings` and the page recipes/guides/settings.md
-
-_HEAD = """# Settings
-
-Every field of a recipe. State one on the command line by `--set section.field=value`, in a recipe file as
-
-```yaml
-section:
-  field: value
-```
-
-or in Python by `recipe.section.field = value`. The value `null` leaves a field open: the run settles it, and
-writes its decision to its `recipe.yaml`. `hf-genlm settings WORD` searches this list, by other names too.
-
-Written by `hf_genlm.config.recipe.settings_page()`; a test fails where this page and the code differ.
-"""
-
-
 @dataclass(frozen=True)
 class FieldRow:
     """One field in words."""
@@ -343,23 +307,6 @@ def describe_fields(word: str | None = None) -> list[FieldRow]:
     word = word.lower().replace("-", "_")
     named = [row for row in rows if word in row.name or any(word in name for name in row.synonyms)]
     return named + [row for row in rows if row not in named and word in row.help.lower()]
-
-
-def settings_page() -> str:
-    """The page of all fields as Markdown, a table per section."""
-    parts = [_HEAD]
-    for name, info in Recipe.model_fields.items():
-        parts.append(f"## {name}\n\n{(info.annotation.__doc__ or '').splitlines()[0]}\n")
-        parts.append(
-            "| field | type | default | allowed | meaning | also called |\n|---|---|---|---|---|---|"
-        )
-        for row in describe_fields():
-            if row.name.startswith(f"{name}."):
-                cells = [f"`{row.name}`", row.kind, f"`{row.default}`", row.allowed, row.help]
-                cells.append(", ".join(row.synonyms))
-                parts.append(f"| {' | '.join(cells)} |")
-        parts.append("")
-    return "\n".join(parts)
 
 
 def _yaml(value: Any) -> str:

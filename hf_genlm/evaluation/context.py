@@ -34,6 +34,7 @@ Progress = Callable[[int, int], None]  # (windows read, windows to read)
 
 FIRST_BUCKET = 64  # positions in the first bucket; each next one ends at twice the position
 MIN_CONTEXT = 8  # is cut into quarters
+_MAX_LONG_WINDOWS = 8  # beyond the trained length, in one forward pass
 
 # scaling -> what it adds to `rope_parameters` for texts of `factor` times the trained length
 ROPE_SCALINGS: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -99,9 +100,7 @@ def measure_extrapolation(
     trained_length: int | None = None,
     factors: Sequence[int] = (2, 4),
     scalings: Sequence[str] = tuple(ROPE_SCALINGS),
-    batch_size: int = 8,
     split: str = "validation",
-    max_tokens: int | None = None,
     on_progress: Progress | None = None,
 ) -> list[Measurement]:
     """Measure the loss by position in windows of `factors` times the trained length, with each of `scalings`.
@@ -111,7 +110,6 @@ def measure_extrapolation(
     Args:
         trained_length: default: the config's `max_position_embeddings`.
         scalings: names in ROPE_SCALINGS.
-        max_tokens: as in `measure_loss_by_position`, for each factor and scaling.
 
     Returns:
         nats_per_token/2x_linear/1-64 and so on (nats/token): factor, scaling, positions.
@@ -130,7 +128,7 @@ def measure_extrapolation(
     chosen = scalings if _rotary_embeddings(model) else ["none"]
     measurements: list[Measurement] = []
     for factor_index, factor in enumerate(factors):
-        rows, document_W = _cut_windows(documents, start_id, factor * length, max_tokens)
+        rows, document_W = _cut_windows(documents, start_id, factor * length)
         n = len(rows)
         for scaling_index, name in enumerate(chosen):
             n_before = (factor_index * len(chosen) + scaling_index) * n
@@ -140,7 +138,7 @@ def measure_extrapolation(
                     on_progress(n_before + read, len(factors) * len(chosen) * n)
 
             with scaled_rope(model, name, factor, length), evaluation_mode(model), torch.inference_mode():
-                nats_WC = _score(model, rows, batch_size, report)
+                nats_WC = _score(model, rows, _MAX_LONG_WINDOWS, report)
             title = f"nats_per_token/{factor}x_{name}"
             measurements += _mean_by_bucket(nats_WC, _clusters(document_W), title, split)
     return measurements
@@ -179,7 +177,7 @@ def position_buckets(context: int) -> list[tuple[int, int]]:
 
 
 def _cut_windows(
-    documents: Sequence[Document], start_id: int, context: int, max_tokens: int | None
+    documents: Sequence[Document], start_id: int, context: int, max_tokens: int | None = None
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Inputs and last target of each window, C + 1 tokens; and the index (W,) of its document."""
     if context < MIN_CONTEXT:

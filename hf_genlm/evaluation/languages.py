@@ -78,15 +78,12 @@ def measure_languages(
     return found
 
 
-def summarize_languages(
-    measured: Sequence[Measurement], languages: Languages, split: str = "validation"
-) -> list[Measurement]:
+def summarize_languages(measured: Sequence[Measurement], languages: Languages) -> list[Measurement]:
     """Derive bits per character, and the mean and the worst language, from bits per byte by language.
 
     Args:
         measured: measurements of `measure_likelihood` with the languages as its `parts`, among others.
-        languages: their sizes by split, as in corpus.json.
-        split: the split that was measured.
+        languages: their sizes by split, as in corpus.json; the validation split was measured.
 
     Returns:
         - bits_per_character/CODE (bits/character): its bits_per_byte times its bytes per character.
@@ -98,7 +95,7 @@ def summarize_languages(
     bits = {code: by_name[f"bits_per_byte/{code}"] for code in languages}
     found = []
     for code, m in bits.items():
-        sizes = languages[code][split]
+        sizes = languages[code]["validation"]
         factor = sizes["bytes"] / sizes["characters"]
         found.append(
             replace(
@@ -128,7 +125,6 @@ def measure_parallel(
     start_id: int,
     context: int,
     batch_size: int = 32,
-    split: str = "parallel",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Measurement]:
     """Measure the bits for the same content in each language. Every sentence is scored as a document.
@@ -155,11 +151,11 @@ def measure_parallel(
     for code, of in bits.items():
         mean, stderr = float(of.mean()), ratio_stderr(of, np.ones(n))
         name = f"bits_per_sentence/{code}"
-        found.append(Measurement(name, mean, "bits/sentence", n, stderr, split, False))
+        found.append(Measurement(name, mean, "bits/sentence", n, stderr, "parallel", False))
     for code, of in bits.items():
         if code != reference:
             value, stderr = float(bits[reference].sum() / of.sum()), ratio_stderr(bits[reference], of)
-            found.append(Measurement(f"information_parity/{code}", value, "1", n, stderr, split, True))
+            found.append(Measurement(f"information_parity/{code}", value, "1", n, stderr, "parallel", True))
     return found
 
 
@@ -191,7 +187,6 @@ def measure_tokenization(
     reference: str | None = None,
     *,
     split: str = "validation",
-    on_progress: Callable[[int, int | None], None] | None = None,
 ) -> list[Measurement]:
     """Measure `tokenizer` on texts by language, and on n sentences that are translations of each other.
 
@@ -199,7 +194,6 @@ def measure_tokenization(
         texts: documents by language.
         parallel: sentences by language; those with the same index are translations.
         reference: language of `parallel` that the others are compared with.
-        on_progress: called with (documents encoded so far, None).
 
     Returns:
         - bytes_per_token/CODE (bytes/token): of the texts of a language.
@@ -214,7 +208,6 @@ def measure_tokenization(
     found: list[Measurement] = []
     whole: Counter[str] = Counter()
     every: Counter[str] = Counter()
-    n_documents = 0
     for code, documents in texts.items():
         sizes = []
         for text in documents:
@@ -223,9 +216,6 @@ def measure_tokenization(
             if lengths is not None:
                 every.update(text)
                 whole.update(_whole_characters(text, lengths[ids]))
-            n_documents += 1
-            if on_progress is not None:
-                on_progress(n_documents, None)
         n_bytes, n_tokens = np.array(sizes).T
         found.append(_ratio(f"bytes_per_token/{code}", "bytes/token", n_bytes, n_tokens, split, True))
     by_script = scripts_of(every)

@@ -27,6 +27,7 @@ IGNORED = -100  # target of positions without a question, ignored by torch's cro
 N_KEYS = N_VALUES = 128
 N_SYMBOLS, N_COPIED = 16, 16
 N_DIGITS, N_FILLERS, PASSKEY_DIGITS = 10, 32, 5
+_BATCH_SIZE = 32  # rows that are measured at once
 
 
 class Batch(NamedTuple):
@@ -88,7 +89,6 @@ def _distinct(generator: np.random.Generator, n_rows: int, n_of: int, n_drawn: i
 
 def make_recall(generator: np.random.Generator, n_rows: int, n_pairs: int) -> Batch:
     """Make rows of K pairs of a key (0 .. N_KEYS - 1) and a value (the ids after them), and K questions.
-    3 K.
 
     No key and no value repeats within a row, so that a guess among its values is right once in K. The
     distance is that between the key and its question.
@@ -122,7 +122,6 @@ def make_copy(generator: np.random.Generator, n_rows: int, n_tokens: int) -> Bat
 
 def make_passkey(generator: np.random.Generator, n_rows: int, n_tokens: int) -> Batch:
     """Make rows of fillers with a mark and digits hidden in them, and a question for the digits at the end.
-    last.
 
     The question is the mark and all digits but the last, so that each digit is asked given those before it.
     """
@@ -178,15 +177,13 @@ TASKS = {
 }
 
 
-def measure_task(
-    model: Any, task: Task, sizes: Sequence[int], *, n_rows: int = 64, seed: int = 0, batch_size: int = 32
-) -> list[Measurement]:
+def measure_task(model: Any, task: Task, sizes: Sequence[int], *, n_rows: int = 64) -> list[Measurement]:
     """Measure the accuracy of a causal model on a task, by size and by distance.
 
     Args:
         model: in evaluation mode, called as `model(input_ids=(B, T) int64, use_cache=False)`; its `.logits`
             are (B, T, V), V at least `task.vocab_size`.
-        n_rows: rows of each size, drawn with `seed`: the same for every model.
+        n_rows: rows of each size, the same for every model.
 
     Returns:
         NAME_accuracy/64_pairs, and NAME_accuracy/64_pairs/distance_33-64 for distances of doubling width
@@ -194,13 +191,9 @@ def measure_task(
     """
     measurements = []
     for size in sizes:
-        batch = task.batch(np.random.default_rng([seed, size]), n_rows, size)
-        hits_BT = np.concatenate(
-            [
-                _hits(model, *(part[i : i + batch_size] for part in batch[:2]))
-                for i in range(0, n_rows, batch_size)
-            ]
-        )
+        batch = task.batch(np.random.default_rng([0, size]), n_rows, size)
+        parts = [slice(i, i + _BATCH_SIZE) for i in range(0, n_rows, _BATCH_SIZE)]
+        hits_BT = np.concatenate([_hits(model, batch.inputs[part], batch.targets[part]) for part in parts])
         is_asked_BT = batch.targets != IGNORED
         name = f"{task.name}_accuracy/{size}_{task.size_name}"
         measurements.append(_accuracy(name, hits_BT, is_asked_BT))

@@ -3,10 +3,10 @@
 import copy
 import pickle
 import re
-from pathlib import Path
 
 import pytest
 import yaml
+from support.settings_page import PAGE, settings_page
 
 from hf_genlm.config import sections
 from hf_genlm.config.recipe import (
@@ -16,12 +16,9 @@ from hf_genlm.config.recipe import (
     describe_fields,
     load_recipe,
     set_field,
-    settings_page,
     stated_fields,
 )
 from hf_genlm.errors import UserError
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_yaml_overlays_defaults_and_assignments_overlay_yaml(tmp_path):
@@ -216,8 +213,8 @@ def test_no_synonym_is_the_name_of_another_field_of_its_section():
 
 
 def test_the_page_of_settings_is_current():
-    """`python -c "from hf_genlm.config.recipe import settings_page; print(settings_page(), end='')"`"""
-    assert (ROOT / "recipes/guides/settings.md").read_text(encoding="utf-8") == settings_page()
+    """`python tests/support/settings_page.py` writes it."""
+    assert PAGE.read_text(encoding="utf-8") == settings_page()
 
 
 def test_choices_are_the_tables_that_act_on_them():

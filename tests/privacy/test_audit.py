@@ -25,7 +25,7 @@ from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import Measurement, read_measurements
 from hf_genlm.files import read, read_json, write_json
 from hf_genlm.privacy.attacks import exposure, statistics
-from hf_genlm.privacy.attacks.exposure import CanaryLosses, null_mean, null_p_value, skew_normal_exposure
+from hf_genlm.privacy.attacks.exposure import CanaryLosses, null_p_value, skew_normal_exposure
 from hf_genlm.privacy.attacks.extraction import count_copies, count_matched_tokens
 from hf_genlm.privacy.attacks.membership import SCORES, Passages
 from hf_genlm.privacy.attacks.target import Passage, Span, TargetModel, draw_spans, passage_of
@@ -40,6 +40,12 @@ from hf_genlm.training.corpus import prepare_corpus
 pytestmark = pytest.mark.usefixtures("drawn")
 
 START = 1
+
+
+def null_mean(num_references: int = exposure.N_REFERENCES) -> float:
+    """Mean exposure in bits of a rank that is uniform over 1 .. n + 1: log2 e for large n."""
+    n = num_references + 1
+    return math.log2(n) - math.lgamma(n + 1) / math.log(2) / n
 
 
 def made_text(folder, n_documents: int, seed: int = 0):

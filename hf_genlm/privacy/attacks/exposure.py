@@ -7,7 +7,7 @@ secrets, so it is at most log2(N_REFERENCES + 1); extrapolated from a skew-norma
 losses, it is at most log2 |R|.
 
 Null hypothesis: for a model that has not seen the canary the rank is uniform, and exposure is exponential
-with mean log2 e = 1.44 bits (a little less by rank: `null_mean`), not 0. The p-value is that of the sum over
+with mean log2 e = 1.44 bits (a little less by rank), not 0. The p-value is that of the sum over
 canaries.
 
 Shapes: C canaries, M reference secrets.
@@ -62,18 +62,12 @@ class CanaryLosses:
 
 
 def score_canaries(
-    target: TargetModel,
-    canaries: Canaries,
-    num_references: int | None = None,
-    on_progress: Progress | None = None,
+    target: TargetModel, canaries: Canaries, on_progress: Progress | None = None
 ) -> CanaryLosses:
-    """Score every candidate, planted or not, and the same text with `num_references` other secrets.
-
-    `num_references` None means `N_REFERENCES`, or fewer if there are many candidates.
-    """
-    if num_references is None:
-        per_candidate = _MAX_TEXTS // max(1, len(canaries.candidates)) - 1
-        num_references = min(N_REFERENCES, max(_MIN_REFERENCES, per_candidate))
+    """Score every candidate, planted or not, and the same text with `N_REFERENCES` other secrets, or fewer if
+    there are many candidates."""
+    per_candidate = _MAX_TEXTS // max(1, len(canaries.candidates)) - 1
+    num_references = min(N_REFERENCES, max(_MIN_REFERENCES, per_candidate))
     texts = []
     for number, canary in enumerate(canaries.candidates):
         others = (draw_secret(canaries.seed, "reference", number, i) for i in range(num_references))
@@ -119,12 +113,6 @@ def measure_epsilon(losses: CanaryLosses, delta: float) -> list[Measurement]:
         name = f"epsilon_lower_bound/{count}"
         found.append(Measurement(name, bound, "epsilon", len(group), None, SPLIT, False))
     return found
-
-
-def null_mean(num_references: int = N_REFERENCES) -> float:
-    """Mean exposure in bits of a rank that is uniform over 1 .. n + 1: log2 e for large n."""
-    n = num_references + 1
-    return math.log2(n) - math.lgamma(n + 1) / math.log(2) / n
 
 
 def null_p_value(exposures: Sequence[float] | np.ndarray) -> float:

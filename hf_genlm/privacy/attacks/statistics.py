@@ -116,9 +116,8 @@ def one_run_bound(
     is_in: Sequence[bool] | np.ndarray,
     delta: float,
     repetitions: int = 1,
-    confidence: float = COVERAGE,
 ) -> float:
-    """The largest epsilon that is refuted at `confidence`; 0 if none is.
+    """The largest epsilon that is refuted at a confidence of 95 %; 0 if none is.
 
     One guess per canary: it was put in if its score lies above `otsu_threshold`. With at least 100 canaries,
     also guesses about the outer shares of the scores alone, each family at its part of the error
@@ -138,7 +137,7 @@ def one_run_bound(
         num_each = int(share * n / 2)
         outer = np.concatenate([order[:num_each], order[len(order) - num_each :]])
         guesses.append((outer, np.arange(2 * num_each) >= num_each))
-    error = (1 - confidence) / len(guesses)
+    error = (1 - COVERAGE) / len(guesses)
     return max(
         _largest_refuted(n, len(which), int((coins_C[which] == guess).sum()), delta, repetitions, error)
         for which, guess in guesses
