@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from hf_genlm.loading import load
     from hf_genlm.long_range import measure_range
     from hf_genlm.model import GenLMConfig, GenLMForCausalLM, GenLMModel
-    from hf_genlm.report import plot
-    from hf_genlm.report.runs import list_runs
+    from hf_genlm.report.curves import plot
+    from hf_genlm.run import list_runs
     from hf_genlm.space.build import build_space as write_space
     from hf_genlm.training.callbacks import PushWithCode
 
@@ -62,13 +62,9 @@ _HOMES = {
     "hf_genlm.training.callbacks": ("PushWithCode",),
     "hf_genlm.loading": ("load",),
     "hf_genlm.model": ("GenLMConfig", "GenLMForCausalLM", "GenLMModel"),
-    "hf_genlm.report.runs": ("list_runs",),
+    "hf_genlm.run": ("list_runs",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-_SERVICES = (
-    "audit", "compare", "evaluate", "export", "extend", "measure_range", "plot", "push", "write_card",
-    "write_space",
-)  # fmt: skip
 __all__ = [
     "GenLMConfig", "GenLMForCausalLM", "GenLMModel", "Measurement", "PushWithCode", "Recipe", "Run",
     "Stopped", "UserError", "audit", "compare", "evaluate", "export", "extend", "generate", "list_runs",
@@ -78,10 +74,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _SERVICES:
-        value = import_module("hf_genlm.api").service(name)
-    elif name in _HOME_OF:
+    if name in _HOME_OF:
         value = getattr(import_module(_HOME_OF[name]), name)
+    elif name in __all__:
+        value = import_module("hf_genlm.api").service(name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

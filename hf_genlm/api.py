@@ -63,7 +63,7 @@ SERVICES = {
     "export": "hf_genlm.exporting.export",
     "extend": "hf_genlm.extension.extend",
     "measure_range": "hf_genlm.long_range.measure_range",
-    "plot": "hf_genlm.report.plot",
+    "plot": "hf_genlm.report.curves.plot",
     "push": "hf_genlm.hub.push.push",
     "write_card": "hf_genlm.card.write_card",
     "write_space": "hf_genlm.space.build.build_space",

@@ -13,7 +13,7 @@ from hf_genlm.errors import UserError, did_you_mean
 @o.verb("runs", "Look", "hf-genlm runs runs/")
 def runs(folder: str = o.argument("DIR", "The folder to search.", "."), as_json: bool = o.JSON) -> None:
     """List the runs, models and comparisons below a folder."""
-    from hf_genlm.report.runs import list_runs
+    from hf_genlm.run import list_runs
 
     found = list_runs(folder)
     if as_json:
@@ -42,7 +42,7 @@ def plot(
     ),
 ) -> None:
     """Draw the curves of a run, or of several in one picture."""
-    from hf_genlm.report import plot as plot_runs
+    from hf_genlm.report.curves import plot as plot_runs
 
     say(plot_runs(run_paths, output))
 

@@ -7,21 +7,19 @@ is trained in a process of its own.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hf_genlm.comparison.plan import make_plan
+from hf_genlm.comparison.report import write_comparison
+from hf_genlm.comparison.results import Results, read_results, verdict
 from hf_genlm.comparison.runs import ComparisonFolder, run_all
 from hf_genlm.run_folder import Listener
-
-if TYPE_CHECKING:
-    from hf_genlm.comparison.results import Results
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Results of a comparison and the files that report them."""
 
-    results: "Results"
+    results: Results
     folder: Path
     html: Path
     markdown: Path
@@ -29,8 +27,6 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """The answer in one sentence."""
-        from hf_genlm.comparison.results import verdict
-
         return verdict(self.results)
 
 
@@ -82,9 +78,6 @@ def compare(
     folder.tell("progress", task="loading torch and transformers", done=0, total=None)
     failed = run_all(folder, plan)
     folder.tell("progress", task="writing the report", done=0, total=None)
-    from hf_genlm.comparison.report import write_comparison
-    from hf_genlm.comparison.results import read_results
-
     results = read_results(folder, plan, failed)
     html, markdown = write_comparison(folder, plan, results)
     return Comparison(results, folder.path, html, markdown)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.files import read_json, refuse_links_out, write_json
-from hf_genlm.long_range.tasks import TASKS
+from hf_genlm.long_range.report import SOLVED, Outcome, sentence, write_range_report
+from hf_genlm.long_range.tasks import TASKS, measure_task
 from hf_genlm.run_folder import Listener
 
 if TYPE_CHECKING:
-    from hf_genlm.long_range.report import Outcome
     from hf_genlm.long_range.training import TaskRun
 
 DEFAULT_DECODERS = ("elman", "gru", "lstm", "gated_linear", "transformer", "sliding", "hybrid")
@@ -26,23 +26,19 @@ OnProgress = Callable[[float, str], None]  # (share of the run that is done, fac
 class RangeResults:
     """Outcomes of all trained models and the files that report them."""
 
-    outcomes: "list[Outcome]"
+    outcomes: list[Outcome]
     html: Path
     markdown: Path
 
     @property
     def sentences(self) -> list[str]:
         """One sentence per task: which decoders solve its largest size."""
-        from hf_genlm.long_range.report import sentence
-
         largest = {outcome.task: outcome.sizes[-1] for outcome in self.outcomes}
         return [sentence(self.outcomes, task, size) for task, size in largest.items()]
 
 
-def train_and_measure(run: "TaskRun", on_progress: OnProgress) -> "Outcome":
+def train_and_measure(run: "TaskRun", on_progress: OnProgress) -> Outcome:
     """Train one model on its task and measure its accuracy at every size."""
-    from hf_genlm.long_range.report import Outcome
-    from hf_genlm.long_range.tasks import measure_task
     from hf_genlm.long_range.training import train_on_task
 
     trained = train_on_task(run, on_progress)
@@ -70,7 +66,7 @@ def measure_range(
     hidden_size: int = 64,
     num_hidden_layers: int = 2,
     listener: Listener | None = None,
-    train: Callable[["TaskRun", OnProgress], "Outcome"] = train_and_measure,
+    train: Callable[["TaskRun", OnProgress], Outcome] = train_and_measure,
 ) -> RangeResults:
     """Train a small model for each decoder, task and seed, and report how far each decoder remembers.
 
@@ -94,7 +90,6 @@ def measure_range(
     Raises:
         UserError: an unknown decoder or task, a value out of range, or outcomes of other settings in `out`.
     """
-    from hf_genlm.long_range.report import write_range_report
     from hf_genlm.long_range.training import TaskRun
     from hf_genlm.model.configuration_genlm import DECODERS
 
@@ -134,11 +129,9 @@ def _run_all(
     learning_rates: Sequence[float],
     folder: Path,
     tell: Listener,
-    train: Callable[["TaskRun", OnProgress], "Outcome"],
-) -> "list[Outcome]":
+    train: Callable[["TaskRun", OnProgress], Outcome],
+) -> list[Outcome]:
     """The outcome of each run: of the best learning rate for the first seed of a task and decoder."""
-    from hf_genlm.long_range.report import SOLVED
-
     first_seed: dict[tuple[str, str], Outcome] = {}
     outcomes = []
     for number, run in enumerate(runs, 1):
@@ -160,11 +153,9 @@ def _load_or_train(
     folder: Path,
     place: str,
     tell: Listener,
-    train: Callable[["TaskRun", OnProgress], "Outcome"],
-) -> "Outcome":
+    train: Callable[["TaskRun", OnProgress], Outcome],
+) -> Outcome:
     """Read the outcome of `run` from the folder if it is there; otherwise train, and write it."""
-    from hf_genlm.long_range.report import Outcome
-
     file = folder / "runs" / f"{run.name}.json"
     if file.is_file():
         content = read_json(file)
@@ -179,16 +170,9 @@ def _load_or_train(
 
     outcome = train(run, on_progress)
     write_json(file, {"run": run.to_json(), "outcome": outcome.to_json()})
-    tell(
-        "measured",
-        {
-            "place": place,
-            "run": run.name,
-            "accuracy": outcome.accuracies[-1],
-            "size": f"{run.sizes[-1]} {outcome.size_name}",
-            "seconds": outcome.seconds,
-        },
-    )
+    size = f"{run.sizes[-1]} {outcome.size_name}"
+    measured = {"accuracy": outcome.accuracies[-1], "size": size, "seconds": outcome.seconds}
+    tell("measured", {"place": place, "run": run.name, **measured})
     return outcome
 
 

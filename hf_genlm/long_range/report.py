@@ -5,7 +5,7 @@ All sentences of the report are derived from the measurements.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +78,8 @@ def over_seeds(outcomes: Sequence[Outcome]) -> list[Measurement]:
                 break
             remembered = size
         found += means
-        found.append(
-            Measurement(
-                name=f"{task}_remembered/{decoder}",
-                value=float(remembered),
-                unit=first.size_name,
-                n=len(group),
-                stderr=None,
-                split="made",
-                higher_is_better=True,
-            )
-        )
+        name, n = f"{task}_remembered/{decoder}", len(group)
+        found.append(Measurement(name, float(remembered), first.size_name, n, None, "made", True))
     return found
 
 
@@ -132,14 +123,10 @@ def _task_blocks(outcomes: Sequence[Outcome]) -> list[Block]:
     remembered = {
         decoder: int(measured[f"{first.task}_remembered/{decoder}"].value) for _, decoder, _ in groups
     }
-    rows = [
-        [
-            decoder,
-            *(_shown(measured[_name_of(group[0], size)]) for size in first.sizes),
-            str(remembered[decoder]),
-        ]
-        for _, decoder, group in groups
-    ]
+    rows = []
+    for _, decoder, group in groups:
+        accuracies = [_shown(measured[_name_of(group[0], size)]) for size in first.sizes]
+        rows.append([decoder, *accuracies, str(remembered[decoder])])
     best = frozenset(i for i, d in enumerate(remembered) if remembered[d] == first.sizes[-1])
     rows.append(["chance", *(f"{chance:.2f}" for chance in first.chance), ""])
     head = ["decoder", *(f"{size} {first.size_name}" for size in first.sizes), f"solved at {SOLVED}"]
@@ -231,16 +218,7 @@ def _mean_over_seeds(name: str, same: Sequence[Measurement]) -> Measurement:
     if len(values) > 1:
         variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
         stderr = math.sqrt(variance / len(values))
-    first = same[0]
-    return Measurement(
-        name=name,
-        value=mean,
-        unit=first.unit,
-        n=sum(m.n for m in same),
-        stderr=stderr,
-        split=first.split,
-        higher_is_better=first.higher_is_better,
-    )
+    return replace(same[0], name=name, value=mean, n=sum(m.n for m in same), stderr=stderr, interval=None)
 
 
 def _shown(measured: Measurement) -> str:

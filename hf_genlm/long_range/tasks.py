@@ -223,13 +223,5 @@ def _hits(model: Any, inputs_BT: np.ndarray, targets_BT: np.ndarray) -> np.ndarr
 
 def _accuracy(name: str, hits_BT: np.ndarray, asked_BT: np.ndarray) -> Measurement:
     hits_B, asked_B = (hits_BT & asked_BT).sum(axis=1), asked_BT.sum(axis=1)
-    n = int(asked_B.sum())
-    return Measurement(
-        name=name,
-        value=float(hits_B.sum() / n),
-        unit="fraction",
-        n=n,
-        stderr=ratio_stderr(hits_B, asked_B),
-        split="made",
-        higher_is_better=True,
-    )
+    n, stderr = int(asked_B.sum()), ratio_stderr(hits_B, asked_B)
+    return Measurement(name, float(hits_B.sum() / n), "fraction", n, stderr, "made", True)

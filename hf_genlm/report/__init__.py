@@ -1,8 +1,1 @@
-"""Training curves, plots, and reports in HTML and Markdown.
-
-`plot(runs)` draws the curves of one or several runs; `write_curves(run)` writes them into the run folder.
-"""
-
-from hf_genlm.report.curves import plot, read_curves, write_curves
-
-__all__ = ["plot", "read_curves", "write_curves"]
+"""Figures of runs and audits, and reports in HTML and Markdown."""

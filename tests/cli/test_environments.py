@@ -18,7 +18,7 @@ from support.runs import SMALL
 from hf_genlm.cli import display
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import load_recipe
-from hf_genlm.decoding.generator import FastGenerator
+from hf_genlm.decoding import FastGenerator
 from hf_genlm.errors import Stopped, UserError
 from hf_genlm.files import atomic_folder, cache_folder
 from hf_genlm.run_folder import RunFolder, launched_as

@@ -21,7 +21,7 @@ from hf_genlm.errors import UserError, escape_controls, is_control
 from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.files import write_json
 from hf_genlm.report.document import Code, Heading, Lead, Table, Text, write_report
-from hf_genlm.report.runs import list_runs
+from hf_genlm.run import list_runs
 from hf_genlm.run_schemas import (
     CorpusFile,
     EnvironmentFile,

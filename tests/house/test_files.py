@@ -41,7 +41,7 @@ from hf_genlm.files import (
     write_text,
 )
 from hf_genlm.loading import load
-from hf_genlm.report.runs import list_runs
+from hf_genlm.run import list_runs
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.run_schemas import EnvironmentFile
 from hf_genlm.text.cache import Cache

@@ -83,7 +83,7 @@ def plant_program(model, monkeypatch) -> Path:
         return places[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr("hf_genlm.decoding.generator.program_file", record)
+        patch.setattr("hf_genlm.decoding.program_file", record)
         generate(model)
     places[0].parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(places[0], "w") as archive:

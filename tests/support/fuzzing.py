@@ -69,7 +69,7 @@ STOP_S = 10.0  # from Ctrl-C to the end
 DOCUMENTED = (0, 2, 130)  # exit codes
 # functions that run as long as a person asks, as a stack shows them
 ENDLESS = re.compile(
-    r"_inner_training_loop|_run_epoch|measure_step|long_range/training|generation/utils|decoding/generator|"
+    r"_inner_training_loop|_run_epoch|measure_step|long_range/training|generation/utils|decoding/__init__|"
     r"uvicorn|run_until_complete|block_thread|background_server|elastic/agent|_launch_several|gradio/|run_space|_compile_to"
 )
 
