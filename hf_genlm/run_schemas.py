@@ -6,7 +6,7 @@ Counts are bounded by 64 bits and numbers are finite, so that no damaged file ov
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, JsonValue
+from pydantic import ConfigDict, Field, JsonValue, create_model
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -308,75 +308,6 @@ FinishedFile = dict[str, dict[str, str]]  # finished.json of a comparison: run -
 
 
 @dataclass(frozen=True)
-class _Model:
-    parameters: Count
-
-
-@dataclass(frozen=True)
-class _AtStep:
-    step: Count
-    elapsed_s: Number | None = None
-
-
-@dataclass(frozen=True)
-class _Step:
-    step: Count
-    tokens: Count
-    elapsed_s: Number
-    loss: Number | None
-    learning_rate: Number | None = None
-    grad_norm: Number | None = None
-    tokens_per_s: Number | None = None
-
-
-@dataclass(frozen=True)
-class _Validation:
-    step: Count
-    elapsed_s: Number | None = None
-    seen_tokens: Count | None = None
-    nats_per_token: Number | None = None
-    bits_per_byte: Number | None = None
-
-
-@dataclass(frozen=True)
-class _Sample:
-    step: Count
-    text: str
-    elapsed_s: Number
-
-
-@dataclass(frozen=True)
-class _Started:
-    base_model: str | None = None
-
-
-@dataclass(frozen=True)
-class _Diverged:
-    step: Count
-    back_to: Count
-
-
-@dataclass(frozen=True)
-class _Trained:
-    steps: Count
-    tokens: Count
-    seconds: Number
-    tokens_per_s: Number
-    epochs: Number | None = None
-
-
-@dataclass(frozen=True)
-class _Value:
-    name: str
-    value: Number | None
-
-
-@dataclass(frozen=True)
-class _Evaluated:
-    measurements: list[_Value]
-
-
-@dataclass(frozen=True)
 class Event:
     """A line of log.jsonl that no verb reads further."""
 
@@ -384,16 +315,28 @@ class Event:
     time: Time | None = None
 
 
+_Optional: Any = (Number | None, None)  # the type and the default of a field that may be missing
+_AT_STEP = {"step": Count, "elapsed_s": _Optional}
+_VALUE = create_model("value", name=str, value=Number | None)
 # event of log.jsonl -> its fields, as far as they are read
-EVENTS: dict[str, Any] = {
-    "step": _Step,
-    "validation": _Validation,
-    "sample": _Sample,
-    "started": _Started,
-    "model": _Model,
-    "resumed": _AtStep,
-    "stopped": _AtStep,
-    "diverged": _Diverged,
-    "trained": _Trained,
-    "evaluated": _Evaluated,
-}
+_FIELDS: dict[str, dict[str, Any]] = {
+    "step": {
+        "step": Count, "tokens": Count, "elapsed_s": Number, "loss": Number | None,
+        "learning_rate": _Optional, "grad_norm": _Optional, "tokens_per_s": _Optional,
+    },
+    "validation": {
+        **_AT_STEP, "seen_tokens": (Count | None, None), "nats_per_token": _Optional,
+        "bits_per_byte": _Optional,
+    },
+    "sample": {"step": Count, "text": str, "elapsed_s": Number},
+    "started": {"base_model": (str | None, None)},
+    "model": {"parameters": Count},
+    "resumed": _AT_STEP,
+    "stopped": _AT_STEP,
+    "diverged": {"step": Count, "back_to": Count},
+    "trained": {
+        "steps": Count, "tokens": Count, "seconds": Number, "tokens_per_s": Number, "epochs": _Optional,
+    },
+    "evaluated": {"measurements": list[_VALUE]},  # type: ignore[valid-type]
+}  # fmt: skip
+EVENTS = {event: create_model(event, **fields) for event, fields in _FIELDS.items()}
