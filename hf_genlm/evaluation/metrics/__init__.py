@@ -13,12 +13,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_genlm.errors import UserError, did_you_mean
+from hf_genlm.evaluation.aggregation import bits_per_byte, calibration_error
+from hf_genlm.evaluation.measurement import Statistic, to_results
+from hf_genlm.evaluation.text_statistics import (
+    distinct_n,
+    measure_overlap,
+    repetition,
+    self_bleu,
+    split_words,
+)
+from hf_genlm.files import read_text
 
 _FOLDER = Path(__file__).parent
 
 
 class _Metric(NamedTuple):
-    """Function of inputs and settings, possible types of the inputs, BibTeX, and address of the source."""
+    """Function of inputs and settings, possible types of the inputs, key in citations.bib, and address of the
+    source."""
 
     compute: Callable[..., dict[str, Any]]
     inputs: tuple[dict[str, str], ...]
@@ -66,7 +77,7 @@ def metric_class(name: str) -> type:
             ]
             return evaluate.MetricInfo(
                 description=description,
-                citation=metric.citation,
+                citation=_read_citations()[metric.citation],
                 inputs_description=f"Args:{usage}",
                 features=options if len(options) > 1 else options[0],
                 reference_urls=[metric.url],
@@ -77,6 +88,12 @@ def metric_class(name: str) -> type:
 
     Metric.__name__ = Metric.__qualname__ = "".join(word.title() for word in name.split("_"))
     return Metric
+
+
+def _read_citations() -> dict[str, str]:
+    """BibTeX entries by key."""
+    entries = read_text(_FOLDER / "citations.bib").strip().split("\n\n")
+    return {entry[entry.index("{") + 1 : entry.index(",")]: entry for entry in entries}
 
 
 def _bits_per_byte(
@@ -112,16 +129,12 @@ def _bits_per_byte(
     if model_id is None:
         raise ValueError("name the model to score the texts with by model_id")
     from hf_genlm.evaluation.evaluate import score_texts
-    from hf_genlm.evaluation.measurement import Statistic, to_results
 
     measurements = score_texts(predictions, model_id, context=context, batch_size=batch_size)
     return to_results({m.name: Statistic(m.value, m.n, m.stderr) for m in measurements})
 
 
 def _bits_per_byte_of_log_probabilities(predictions: Any, references: Any) -> dict[str, Any]:
-    from hf_genlm.evaluation.aggregation import bits_per_byte
-    from hf_genlm.evaluation.measurement import to_results
-
     n_bytes = [len(text.encode("utf-8")) for text in references]
     return to_results({"bits_per_byte": bits_per_byte([-sum(text) for text in predictions], n_bytes)})
 
@@ -144,9 +157,6 @@ def _calibration_error(confidence: Any, correct: Any, bins: int = 15) -> dict[st
         >>> metric.compute(confidence=[0.75, 0.75], correct=[True, False])["calibration_error"]
         0.25
     """
-    from hf_genlm.evaluation.aggregation import calibration_error
-    from hf_genlm.evaluation.measurement import to_results
-
     return to_results({"calibration_error": calibration_error(confidence, correct, bins)})
 
 
@@ -168,7 +178,6 @@ def _minimal_pairs(good: Any, bad: Any) -> dict[str, Any]:
         0.5
     """
     from hf_genlm.evaluation.benchmarks import pair_accuracy
-    from hf_genlm.evaluation.measurement import to_results
 
     return to_results({"minimal_pairs_accuracy": pair_accuracy(good, bad)})
 
@@ -176,9 +185,6 @@ def _minimal_pairs(good: Any, bad: Any) -> dict[str, Any]:
 def _text_statistic(
     function: Callable[..., Any], prefix: str, predictions: Any, n: tuple[int, ...]
 ) -> dict[str, Any]:
-    from hf_genlm.evaluation.measurement import to_results
-    from hf_genlm.evaluation.text_statistics import split_words
-
     tokens = [split_words(text) if isinstance(text, str) else text for text in predictions]
     return to_results({f"{prefix}_{length}": function(tokens, length) for length in n})
 
@@ -200,8 +206,6 @@ def _distinct_n(predictions: Any, n: Any = (1, 2, 3, 4)) -> dict[str, Any]:
         >>> metric.compute(predictions=["the cat", "the dog"], n=[1])
         {'distinct_1': 0.75, 'distinct_1_stderr': 0.0}
     """
-    from hf_genlm.evaluation.text_statistics import distinct_n
-
     return _text_statistic(distinct_n, "distinct", predictions, n)
 
 
@@ -221,8 +225,6 @@ def _repetition(predictions: Any, n: Any = (4,)) -> dict[str, Any]:
         >>> metric.compute(predictions=["la la la", "oh no"], n=[1])["seq_rep_1"]
         0.3333333333333333
     """
-    from hf_genlm.evaluation.text_statistics import repetition
-
     return _text_statistic(repetition, "seq_rep", predictions, n)
 
 
@@ -243,8 +245,6 @@ def _self_bleu(predictions: Any, n: Any = (4,)) -> dict[str, Any]:
         >>> metric.compute(predictions=["a cat sat here"] * 2)["self_bleu_4"]
         1.0
     """
-    from hf_genlm.evaluation.text_statistics import self_bleu
-
     return _text_statistic(self_bleu, "self_bleu", predictions, n)
 
 
@@ -271,9 +271,6 @@ def _training_overlap(
         >>> metric.compute(**given)["longest_copied_span"]
         'to be or'
     """
-    from hf_genlm.evaluation.measurement import to_results
-    from hf_genlm.evaluation.text_statistics import measure_overlap
-
     shares, longest = measure_overlap(predictions, training_texts, lengths)
     results = to_results({f"training_overlap_{length}": share for length, share in shares.items()})
     return {**results, "longest_copied_span": " ".join(longest), "longest_copied_words": len(longest)}
@@ -281,74 +278,38 @@ def _training_overlap(
 
 _TEXTS = ({"predictions": "string"},)
 _TEXTS_OR_IDS = (*_TEXTS, {"predictions": "[int64]"})
-_PILE = """@article{gao-etal-2020-pile,
-    title = "The Pile: An 800GB Dataset of Diverse Text for Language Modeling",
-    author = "Gao, Leo and Biderman, Stella and Black, Sid and others",
-    journal = "arXiv preprint arXiv:2101.00027", year = "2020"}"""
 _METRICS = {
-    ("bits_per_byte", "default"): _Metric(_bits_per_byte, _TEXTS, _PILE, "https://arxiv.org/abs/2101.00027"),
+    ("bits_per_byte", "default"): _Metric(
+        _bits_per_byte, _TEXTS, "gao-etal-2020-pile", "https://arxiv.org/abs/2101.00027"
+    ),
     ("bits_per_byte", "log_probabilities"): _Metric(
         _bits_per_byte_of_log_probabilities,
         ({"predictions": "[float64]", "references": "string"},),
-        _PILE,
+        "gao-etal-2020-pile",
         "https://arxiv.org/abs/2101.00027",
     ),
     ("calibration_error", "default"): _Metric(
         _calibration_error,
         ({"confidence": "float64", "correct": "bool"},),
-        """@inproceedings{guo-etal-2017-calibration,
-    title = "On Calibration of Modern Neural Networks",
-    author = "Guo, Chuan and Pleiss, Geoff and Sun, Yu and Weinberger, Kilian Q.",
-    booktitle = "International Conference on Machine Learning", year = "2017"}""",
+        "guo-etal-2017-calibration",
         "https://proceedings.mlr.press/v70/guo17a.html",
     ),
     ("distinct_n", "default"): _Metric(
-        _distinct_n,
-        _TEXTS_OR_IDS,
-        """@inproceedings{li-etal-2016-diversity,
-    title = "A Diversity-Promoting Objective Function for Neural Conversation Models",
-    author = "Li, Jiwei and Galley, Michel and Brockett, Chris and Gao, Jianfeng and Dolan, Bill",
-    booktitle = "Proceedings of NAACL-HLT", year = "2016"}""",
-        "https://aclanthology.org/N16-1014",
+        _distinct_n, _TEXTS_OR_IDS, "li-etal-2016-diversity", "https://aclanthology.org/N16-1014"
     ),
     ("minimal_pairs", "default"): _Metric(
         _minimal_pairs,
         ({"good": "float64", "bad": "float64"},),
-        """@article{warstadt-etal-2020-blimp,
-    title = "BLiMP: The Benchmark of Linguistic Minimal Pairs for English",
-    author = "Warstadt, Alex and Parrish, Alicia and Liu, Haokun and Mohananey, Anhad and Peng, Wei and
-        Wang, Sheng-Fu and Bowman, Samuel R.",
-    journal = "Transactions of the Association for Computational Linguistics", year = "2020"}""",
+        "warstadt-etal-2020-blimp",
         "https://aclanthology.org/2020.tacl-1.25",
     ),
     ("repetition", "default"): _Metric(
-        _repetition,
-        _TEXTS_OR_IDS,
-        """@inproceedings{welleck-etal-2020-neural,
-    title = "Neural Text Generation With Unlikelihood Training",
-    author = "Welleck, Sean and Kulikov, Ilia and Roller, Stephen and Dinan, Emily and Cho, Kyunghyun and
-        Weston, Jason",
-    booktitle = "International Conference on Learning Representations", year = "2020"}""",
-        "https://openreview.net/forum?id=SJeYe0NtvH",
+        _repetition, _TEXTS_OR_IDS, "welleck-etal-2020-neural", "https://openreview.net/forum?id=SJeYe0NtvH"
     ),
     ("self_bleu", "default"): _Metric(
-        _self_bleu,
-        _TEXTS_OR_IDS,
-        """@inproceedings{zhu-etal-2018-texygen,
-    title = "Texygen: A Benchmarking Platform for Text Generation Models",
-    author = "Zhu, Yaoming and Lu, Sidi and Zheng, Lei and Guo, Jiaxian and Zhang, Weinan and Wang, Jun and
-        Yu, Yong",
-    booktitle = "Proceedings of SIGIR", year = "2018"}""",
-        "https://arxiv.org/abs/1802.01886",
+        _self_bleu, _TEXTS_OR_IDS, "zhu-etal-2018-texygen", "https://arxiv.org/abs/1802.01886"
     ),
     ("training_overlap", "default"): _Metric(
-        _training_overlap,
-        _TEXTS,
-        """@article{mccoy-etal-2023-much,
-    title = "How Much Do Language Models Copy From Their Training Data? Evaluating Linguistic Novelty in
-        Text Generation Using RAVEN",
-    author = "McCoy, R. Thomas and Smolensky, Paul and Linzen, Tal and Gao, Jianfeng and Celikyilmaz, Asli",
-    journal = "Transactions of the Association for Computational Linguistics", year = "2023"}""",
-        "https://aclanthology.org/2023.tacl-1.38",
+        _training_overlap, _TEXTS, "mccoy-etal-2023-much", "https://aclanthology.org/2023.tacl-1.38"
     ),
 }
