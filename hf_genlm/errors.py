@@ -9,10 +9,13 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn
 
 # regular expressions of access tokens and keys: hidden in messages, scrubbed from text, refused in a push
 HUB = r"(?<!\w)hf_[A-Za-z0-9]{20,}"
@@ -106,6 +109,30 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, folder: str, step: int | None):
         super().__init__(folder, step)
         self.folder, self.step = folder, step
+
+
+@contextlib.contextmanager
+def handled_signals(names: Iterable[str], act: Callable[[int], NoReturn]) -> Iterator[None]:
+    """Call `act`, which raises, at the first signal of those named; ignore more of them until the end.
+
+    A signal that is ignored, as under nohup, stays ignored. Signals are handled in the main thread only.
+    """
+    before: dict[int, Any] = {}
+
+    def handle(number: int, frame: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        act(number)
+
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (getattr(signal, name, None) for name in names):
+                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                    before[number] = signal.signal(number, handle)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hf_genlm.evaluation.measurement import Measurement
 
 
+LOADING = "loading torch and transformers"
 _PLAIN = {"±": "+-", "…": "..", "·": "*"}  # where the encoding has no such character
 
 
@@ -206,9 +207,12 @@ def _bytes(n_bytes: float) -> str:
 
 
 class Display:
-    """Show the events of a run on stderr: a live bar on a terminal, plain lines elsewhere."""
+    """Show the events of a run on stderr: a live bar on a terminal, plain lines elsewhere.
 
-    def __init__(self) -> None:
+    `stage` is the one that begins, such as `LOADING`.
+    """
+
+    def __init__(self, stage: str = "") -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
@@ -222,7 +226,7 @@ class Display:
             transient=True,
             disable=not sys.stderr.isatty(),  # rich takes FORCE_COLOR for a terminal
         )
-        self.task = self.bar.add_task("", total=None, facts="")
+        self.task = self.bar.add_task(stage, total=None, facts="")
         self._line_s = 0.0
         self._lines: dict[str, Callable[..., str]] = {
             "note": lambda message: f"note          {message}",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_genlm.cli import options as o
-from hf_genlm.cli.display import Display, print_json, print_measurements, say
+from hf_genlm.cli.display import LOADING, Display, print_json, print_measurements, say
 
 if TYPE_CHECKING:
     from hf_genlm.evaluation.measurement import Measurement
@@ -42,8 +42,7 @@ def evaluate(
     """Measure any causal language model, exactly."""
     from hf_genlm.evaluation.evaluate import evaluate as evaluate_model
 
-    with Display() as display:
-        display.show("loading torch and transformers")
+    with Display(LOADING) as display:
         measured = evaluate_model(
             model, sources, suites=None if suite is None else o.parse_words(suite) or [""], pairs=pairs,
             tasks=None if tasks is None else o.parse_words(tasks), include_path=include_path,
@@ -76,8 +75,7 @@ def audit(
     assignments: list[str] | None = o.ASSIGNMENTS,
 ) -> None:
     """Attack a model: what does it reveal of its training text?"""
-    with Display() as display:
-        display.show("loading torch and transformers")
+    with Display(LOADING) as display:
         from hf_genlm.api import audit_and_draw
         from hf_genlm.card.privacy import LIMITS, describe_audit
 
@@ -181,8 +179,7 @@ def measure_range(
     """Train small decoders on tasks that show how far they remember."""
     from hf_genlm.long_range import measure_range as measure
 
-    with Display() as display:
-        display.show("loading torch and transformers")
+    with Display(LOADING) as display:
         found = measure(
             output_dir, decoders=o.parse_words(decoders), tasks=o.parse_words(tasks),
             recall_pairs=o.parse_counts(recall_pairs) if recall_pairs else None,

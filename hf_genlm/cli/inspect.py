@@ -6,7 +6,15 @@ from typing import Literal
 import typer
 
 from hf_genlm.cli import options as o
-from hf_genlm.cli.display import Display, print_installation, print_json, print_model_cost, print_rows, say
+from hf_genlm.cli.display import (
+    LOADING,
+    Display,
+    print_installation,
+    print_json,
+    print_model_cost,
+    print_rows,
+    say,
+)
 from hf_genlm.errors import UserError, did_you_mean
 
 
@@ -121,8 +129,7 @@ def doctor(
         ctx.params["recipe"] = str(RunFolder.open(run_path).recipe)
     if cost or run_path is not None or given or assignments:
         examined = o.stated_recipe(ctx.params)
-    with Display() as display:
-        display.show("loading torch and transformers")
+    with Display(LOADING):
         from hf_genlm.doctor import describe_installation, describe_model
 
         installation = describe_installation()

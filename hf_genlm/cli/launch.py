@@ -12,11 +12,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import NoReturn
 
 from hf_genlm.cli.display import say
-from hf_genlm.errors import UserError
+from hf_genlm.errors import UserError, handled_signals
 from hf_genlm.run_folder import STORE, launched_as
 
 _USER_ERROR = 2  # exit code
@@ -105,11 +104,7 @@ def launch(command: Sequence[str], processes: int) -> tuple[int, str | None]:
 
     from hf_genlm.training.processes import END_S
 
-    before: dict[int, Any] = {}
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        for each in before:  # a second signal would leave processes behind
-            signal.signal(each, signal.SIG_IGN)
+    def forward(number: int) -> NoReturn:
         raise SignalException(f"received signal {number}", sigval=signal.Signals(number))
 
     uses_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
@@ -121,10 +116,10 @@ def launch(command: Sequence[str], processes: int) -> tuple[int, str | None]:
         )
     logging.disable(logging.ERROR)  # torch logs a dozen lines for what the message below says
     try:
-        for number in (getattr(signal, name, None) for name in _FORWARDED_SIGNALS):
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                before[number] = signal.signal(number, forward)
-        with tempfile.TemporaryDirectory(prefix="hf-genlm-") as folder:
+        with (
+            handled_signals(_FORWARDED_SIGNALS, forward),  # a second one would leave processes behind
+            tempfile.TemporaryDirectory(prefix="hf-genlm-") as folder,
+        ):
             environment = {
                 STORE: Path(folder, "processes").as_uri(),
                 _LAUNCHER: str(os.getpid()),
@@ -158,8 +153,6 @@ def launch(command: Sequence[str], processes: int) -> tuple[int, str | None]:
         return 128 + error.sigval, f"stopped by {signal.Signals(error.sigval).name}"
     finally:
         logging.disable(logging.NOTSET)
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return 0, None
 
 

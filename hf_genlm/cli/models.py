@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from hf_genlm.cli import options as o
-from hf_genlm.cli.display import Display, print_generated, print_json, say
+from hf_genlm.cli.display import LOADING, Display, print_generated, print_json, say
 from hf_genlm.errors import UserError, escape_controls
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ def generate(
     from hf_genlm.loading import load, source_of
 
     source_of(model)  # before the wait for torch
-    with Display() as display:
-        display.show("loading torch and transformers")
+    with Display(LOADING):
         from hf_genlm.api import generate as continue_prompt
 
         loaded = load(model)
@@ -163,8 +162,7 @@ def export(
     as_json: bool = o.JSON,
 ) -> None:
     """Write a model for transformers alone, llama.cpp or onnxruntime."""
-    with Display() as display:
-        display.show("loading torch and transformers")
+    with Display(LOADING) as display:
         from hf_genlm.exporting import export as export_model
 
         found = export_model(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from hf_genlm.cli import options as o
-from hf_genlm.cli.display import Display, print_json, print_measurements, say
+from hf_genlm.cli.display import LOADING, Display, print_json, print_measurements, say
 from hf_genlm.cli.launch import (
     check_processes,
     complain,
@@ -141,8 +141,7 @@ def _train_and_print(recipe: "Recipe", output_dir: str, resume: bool, as_json: b
     from hf_genlm.report.curves import CURVES_FILE
     from hf_genlm.run_schemas import CorpusFile
 
-    with Display() as display:
-        display.show("loading torch and transformers")
+    with Display(LOADING) as display:
         run = run_training(recipe, output_dir, resume, display.hear)
     folder = run.folder
     measured = read_measurements(folder.evaluation)
@@ -233,8 +232,7 @@ def extend(
     from hf_genlm.text.languages import check_languages
 
     check_languages(corpus)
-    with Display() as display:
-        display.show("loading torch and transformers")
+    with Display(LOADING) as display:
         from hf_genlm.extension import extend as extend_model
 
         found = extend_model(

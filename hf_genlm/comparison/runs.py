@@ -15,19 +15,17 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from filelock import FileLock
 
 from hf_genlm.comparison.plan import Plan, Run
 from hf_genlm.config.recipe import Recipe
-from hf_genlm.errors import UserError
+from hf_genlm.errors import UserError, handled_signals
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.files import append_file, read, read_json, refuse_links_out, sha256_of, write_json, write_text
 from hf_genlm.run_folder import Listener, RunFolder
@@ -97,7 +95,7 @@ def run_all(folder: ComparisonFolder, plan: Plan) -> dict[str, str]:
         UserError: the plan cannot be carried out, or a finished run was changed since.
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; the same call continues.
     """
-    with folder.locked(), _signals_as_interrupt():
+    with folder.locked(), handled_signals(("SIGINT", "SIGTERM", "SIGHUP"), _interrupt):
         if not folder.plan.is_file():
             write_text(folder.plan, plan.to_yaml())
         prepared = _load_or_prepare(folder, plan)
@@ -214,30 +212,8 @@ def _finished_hashes(folder: ComparisonFolder) -> dict[str, dict[str, str]]:
     return read_json(folder.finished, FinishedFile) if folder.finished.is_file() else {}
 
 
-@contextlib.contextmanager
-def _signals_as_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt at the first SIGINT, SIGTERM or SIGHUP, and ignore more of them.
-
-    The run that is interrupted writes its checkpoint meanwhile. A signal that is ignored, as under nohup,
-    stays ignored.
-    """
-    before: dict[int, Any] = {}
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-                before[number] = signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _interrupt(number: int) -> NoReturn:
+    raise KeyboardInterrupt  # the run that is interrupted writes its checkpoint meanwhile
 
 
 class ProcessCrash(RuntimeError):

@@ -289,19 +289,10 @@ def describe_fields(word: str | None = None) -> list[FieldRow]:
     rows = []
     for section in Recipe.model_fields:
         for key, info in type(getattr(Recipe(), section)).model_fields.items():
-            rule = rule_of(info)
+            rule, name, default = rule_of(info), f"{section}.{key}", _yaml(info.default)
             allowed = ", ".join(rule.choices) or rule.range_text
             kind = kind_of(info.annotation).removesuffix(", or a mapping")
-            rows.append(
-                FieldRow(
-                    f"{section}.{key}",
-                    kind,
-                    _yaml(info.default),
-                    allowed,
-                    info.description or "",
-                    rule.synonyms,
-                )
-            )
+            rows.append(FieldRow(name, kind, default, allowed, info.description or "", rule.synonyms))
     if word is None:
         return rows
     word = word.lower().replace("-", "_")

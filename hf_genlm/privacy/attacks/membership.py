@@ -68,37 +68,6 @@ class Passages:
         return np.array([len(zlib.compress(text.encode("utf-8"), 9)) for text in self.texts])
 
 
-def _loss(passages: Passages) -> np.ndarray:
-    """Mean log P (Yeom et al. 2018)."""
-    return np.array([scores.log_p.mean() for scores in passages.scores])
-
-
-def _zlib(passages: Passages) -> np.ndarray:
-    """Log P over the size after zlib (Carlini et al., Extracting Training Data, 2021)."""
-    return -passages.nats / passages.compressed_bytes
-
-
-def _min_k(passages: Passages) -> np.ndarray:
-    """Mean log P of the least likely tokens (Shi et al. 2024)."""
-    return np.array([_mean_of_lowest(scores.log_p) for scores in passages.scores])
-
-
-def _min_k_plus_plus(passages: Passages) -> np.ndarray:
-    """Min-k of log P standardised by the model's distribution at each place (Zhang et al. 2024)."""
-    return np.array([_mean_of_lowest((s.log_p - s.mean) / np.maximum(s.std, 1e-6)) for s in passages.scores])
-
-
-def _reference(passages: Passages) -> np.ndarray:
-    """Loss of the reference less that of the target, per byte so that tokenizers may differ."""
-    assert passages.reference_nats is not None
-    return (passages.reference_nats - passages.nats) / np.maximum(1, passages.num_bytes)
-
-
-def _blind_zlib(passages: Passages) -> np.ndarray:
-    """Compression of the text by zlib."""
-    return -passages.compressed_bytes / np.maximum(1, passages.num_bytes)
-
-
 def _blind_tokens(passages: Passages) -> np.ndarray:
     """Naive Bayes over tokens by two-fold cross-validation: each half is scored by counts of the other."""
     vocab_size = max(int(ids.max(initial=0)) for ids in passages.ids) + 1
@@ -115,13 +84,22 @@ def _blind_tokens(passages: Passages) -> np.ndarray:
     return scores
 
 
+# name -> scores (P,), high for a member
 SCORES: dict[str, Callable[[Passages], np.ndarray]] = {
-    "loss": _loss,
-    "zlib": _zlib,
-    "min_k": _min_k,
-    "min_k_plus_plus": _min_k_plus_plus,
-    "reference": _reference,
-    "blind_zlib": _blind_zlib,
+    # mean log P (Yeom et al. 2018)
+    "loss": lambda p: np.array([scores.log_p.mean() for scores in p.scores]),
+    # log P over the size after zlib (Carlini et al., Extracting Training Data, 2021)
+    "zlib": lambda p: -p.nats / p.compressed_bytes,
+    # mean log P of the least likely tokens (Shi et al. 2024)
+    "min_k": lambda p: np.array([_mean_of_lowest(scores.log_p) for scores in p.scores]),
+    # the same of log P standardised by the model's distribution at each place (Zhang et al. 2024)
+    "min_k_plus_plus": lambda p: np.array(
+        [_mean_of_lowest((s.log_p - s.mean) / np.maximum(s.std, 1e-6)) for s in p.scores]
+    ),
+    # loss of the reference less that of the target, per byte so that tokenizers may differ
+    "reference": lambda p: (p.reference_nats - p.nats) / np.maximum(1, p.num_bytes),
+    # compression of the text by zlib
+    "blind_zlib": lambda p: -p.compressed_bytes / np.maximum(1, p.num_bytes),
     "blind_tokens": _blind_tokens,
 }
 

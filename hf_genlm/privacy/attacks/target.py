@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from hf_genlm.errors import UserError
-from hf_genlm.evaluation.likelihood import MAX_LOGITS, evaluation_mode
+from hf_genlm.evaluation.likelihood import MAX_LOGITS, evaluation_mode, start_token_id
 from hf_genlm.evaluation.measurement import Measurement
 from hf_genlm.text.canaries import Canaries
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents
@@ -54,16 +54,8 @@ class TargetModel:
 
     @property
     def start_id(self) -> int:
-        """Id of the token before a text: bos, or eos if the tokenizer has no bos.
-
-        Raises:
-            UserError: the tokenizer has neither.
-        """
-        ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-        found = next((token for token in ids if token is not None), None)
-        if found is None:
-            raise UserError("this tokenizer has neither a bos nor an eos token: no first token can be scored")
-        return found
+        """As by `start_token_id`."""
+        return start_token_id(self.tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, without special tokens."""
