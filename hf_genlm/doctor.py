@@ -158,9 +158,7 @@ class ModelCost:
 
 def describe_installation() -> Installation:
     """Describe versions, devices and extras, and what `train` would use."""
-    arguments = TrainingArguments(
-        output_dir="unused", report_to="none"
-    )  # it chooses the device, writes nothing
+    arguments = TrainingArguments(output_dir="unused", report_to="none")  # chooses the device, writes nothing
     return Installation(
         environment=describe_environment(),
         devices=_devices(),

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from hf_genlm.config.fields import read_count
 from hf_genlm.config.recipe import Recipe, load_recipe, set_field, stated_fields
 from hf_genlm.errors import UserError
 from hf_genlm.files import parse, read_text
@@ -32,7 +33,6 @@ _OWN_FIELDS = {
     "training.seed": "--seeds",
 }
 _DEFAULTS = ("training.num_samples=0",)  # no time is spent on samples unless a recipe asks for them
-_PARAMETERS = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([KMB])", flags=re.IGNORECASE | re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,80}")
 
 Fields = dict[str, Any]  # "section.key" -> value that differs from the default recipe
@@ -272,7 +272,7 @@ def _check_equal(stated: dict[str, Fields], section: str, rule: str) -> None:
 
 
 def _parse_count(parameters: str) -> float:
-    found = _PARAMETERS.fullmatch(parameters)
-    if found is None:
+    count = read_count(parameters)
+    if count is None:
         raise UserError(f"--parameters {parameters}: write a count such as 300K, 3M or 1B")
-    return float(found[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[found[2].upper()]
+    return count

@@ -63,6 +63,12 @@ class Rule(NamedTuple):
         return f"from {'more than ' * is_open_below}{low:,} to {'less than ' * is_open_above}{high:,}"
 
 
+def read_count(word: str) -> float | None:
+    """The number that a word such as 300K, 2.5M or 1B stands for; None for any other word."""
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([KMB])", word, flags=re.IGNORECASE | re.ASCII)
+    return float(found[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[found[2].upper()] if found else None
+
+
 def setting(
     default: Any, help: str, *, synonyms: str = "", choices: tuple[str, ...] = (), **bounds: float
 ) -> Any:

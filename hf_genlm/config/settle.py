@@ -9,11 +9,11 @@ recipes/LOG.md.
 
 import copy
 import math
-import re
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
+from hf_genlm.config.fields import read_count
 from hf_genlm.config.recipe import ModelRecipe, Recipe, TrainingRecipe
 from hf_genlm.config.settings import (
     CardSettings,
@@ -39,9 +39,7 @@ ASSUMED_VOCAB_SIZE = 4096
 MAX_STEPS = 10**9
 MAX_PARAMETERS = 1e12
 _BIGRAM_SIZE = 16_384  # rows; a gated linear recurrence gains by the pairs, a cell does not
-_MIN_RECURRENT_CONTEXT = (
-    256  # tokens; a state continues beyond the rows it was trained on, attention does not
-)
+_MIN_RECURRENT_CONTEXT = 256  # tokens; a state reaches beyond the rows of its training, attention does not
 _LEARNING_RATE_AT_256 = 3e-3  # AdamW's best peak for a width of 256; it falls with the root of the width
 _MIN_DECAY, _MAX_DECAY = 0.1, 6.0
 _MEMORY_EPOCHS = 0.63  # that AdamW remembers a weight for, at full decay
@@ -142,12 +140,11 @@ def shape_of_size(size: str) -> Shape:
     """
     if size in SIZES:
         return SIZES[size]
-    number = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([KMB])", size, flags=re.IGNORECASE | re.ASCII)
-    if number is None:
+    target = read_count(size)
+    if target is None:
         raise UserError(
             f"unknown --size {size!r}{did_you_mean(size, SIZES)}, or a parameter count such as 30M"
         )
-    target = float(number[1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[number[2].upper()]
     if not 1 <= target <= MAX_PARAMETERS:
         raise UserError(f"--size {size!r}: from 1 to {MAX_PARAMETERS:,.0f} parameters, such as 30M")
     # a layer holds about 12 d^2 parameters; depth grows with width as in the named sizes (d = 64 per layer)

@@ -200,9 +200,8 @@ class _ClippedMatches:
 
     def __init__(self, ngrams: _NGrams, n_texts: int):
         text, ngram, counts = _count_by_text(ngrams)
-        order = np.lexsort(
-            (-counts, ngram)
-        )  # each n-gram's run begins with the texts that have it most often
+        # each n-gram's run begins with the texts that have it most often
+        order = np.lexsort((-counts, ngram))
         first = np.searchsorted(ngram[order], ngram)
         holders, highest = [], []
         for rank in range(3):

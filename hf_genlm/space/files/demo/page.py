@@ -93,9 +93,8 @@ def gain_color(bits: float) -> str:
 def token_span(text: str, color: str, details: Any) -> str:
     """A span whose details appear on touch."""
     data = escape(json.dumps(details, ensure_ascii=False), quote=True)
-    shown = escape(text, quote=False).replace(
-        "\n", "<b></b>\n"
-    )  # drawn by the style sheet, not part of the text
+    # the style sheet draws line ends, which are no part of the text
+    shown = escape(text, quote=False).replace("\n", "<b></b>\n")
     return f'<span class="token {color}" tabindex="0" data-tokens="{data}">{shown}</span>'
 
 
