@@ -17,10 +17,10 @@ from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.evaluation.measurement import Measurement
 from hf_genlm.files import WriteError, read, refuse_links_out, write_json
 from hf_genlm.loading import load
-from hf_genlm.privacy.attacks.exposure import measure_canaries
-from hf_genlm.privacy.attacks.extraction import measure_extraction
-from hf_genlm.privacy.attacks.membership import measure_membership
-from hf_genlm.privacy.attacks.target import Evidence, Findings, Progress, TargetModel
+from hf_genlm.privacy.exposure import measure_canaries
+from hf_genlm.privacy.extraction import measure_extraction
+from hf_genlm.privacy.membership import measure_membership
+from hf_genlm.privacy.target import Evidence, Findings, Progress, TargetModel
 from hf_genlm.run_folder import Listener, RunFolder
 from hf_genlm.run_schemas import CorpusFile, GuaranteeFile
 from hf_genlm.text.canaries import Canaries, plant

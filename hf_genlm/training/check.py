@@ -12,7 +12,7 @@ from hf_genlm.config.settle import settle
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.loading import loading_errors, source_of
 from hf_genlm.model import GenLMConfig
-from hf_genlm.privacy.dp.mechanism import check_installed
+from hf_genlm.privacy.mechanism import check_installed
 from hf_genlm.text.canaries import check_canaries
 from hf_genlm.text.duplicates import check_near_duplicates
 from hf_genlm.text.languages import check_languages

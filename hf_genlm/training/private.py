@@ -25,7 +25,7 @@ from hf_genlm.config.settings import Settings, TrainingSettings
 from hf_genlm.errors import UserError
 from hf_genlm.files import read_json, write_bytes, write_json
 from hf_genlm.model import GenLMForCausalLM
-from hf_genlm.privacy.dp.mechanism import (
+from hf_genlm.privacy.mechanism import (
     KEY_BYTES,
     NOISES,
     Guarantee,
@@ -33,7 +33,7 @@ from hf_genlm.privacy.dp.mechanism import (
     draw_offsets,
     plan_guarantee,
 )
-from hf_genlm.privacy.dp.per_example import PerExampleGradients
+from hf_genlm.privacy.per_example import PerExampleGradients
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.run_schemas import GuaranteeFile
 from hf_genlm.text.packing import IGNORED, DocumentWindows, collate

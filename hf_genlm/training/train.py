@@ -31,7 +31,7 @@ from hf_genlm.evaluation.measurement import Measurement, write_measurements
 from hf_genlm.files import read_json, sha256_of, use_private_compiler_caches, write_json, write_text
 from hf_genlm.loading import hub_id_of
 from hf_genlm.model import GenLMForCausalLM
-from hf_genlm.privacy.dp.mechanism import choose_delta
+from hf_genlm.privacy.mechanism import choose_delta
 from hf_genlm.run_folder import FollowedRun, Listener, RunFolder, describe_environment
 from hf_genlm.run_schemas import EnvironmentFile, VectorsFile
 from hf_genlm.training import processes

@@ -18,7 +18,7 @@ import torch
 
 from hf_genlm.config.recipe import TrainingRecipe
 from hf_genlm.model import GenLMConfig, GenLMForCausalLM, mixers_of
-from hf_genlm.privacy.dp.mechanism import Guarantee
+from hf_genlm.privacy.mechanism import Guarantee
 from hf_genlm.training.private import PrivateState, private_gradient
 
 ROWS, LENGTH, VOCABULARY, LAYERS = 16, 128, 2048, 3

@@ -309,7 +309,7 @@ def test_evaluate_measures_each_milestone(trained, text_folder, tmp_path, monkey
 def test_few_cases_have_no_interval_and_others_stay_on_their_scale():
     from hf_genlm.comparison.results import Estimate
     from hf_genlm.evaluation.aggregation import WindowSums, aggregate
-    from hf_genlm.privacy.attacks.statistics import auc, mean_interval
+    from hf_genlm.privacy.statistics import auc, mean_interval
 
     assert mean_interval(np.array([3.0, 50.2]), 33.2)[2] is None
     low, high = mean_interval(np.array([0.0, 0.0, 0.0, 9.0, 9.0]), 9.0)[2]
@@ -326,7 +326,7 @@ def test_few_cases_have_no_interval_and_others_stay_on_their_scale():
 
 
 def test_intervals_of_exposure_end_where_exposure_ends():
-    from hf_genlm.privacy.attacks.exposure import CanaryLosses, measure_exposure
+    from hf_genlm.privacy.exposure import CanaryLosses, measure_exposure
     from hf_genlm.text.canaries import BITS
 
     draw = np.random.default_rng(0)

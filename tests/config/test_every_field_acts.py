@@ -23,7 +23,7 @@ from hf_genlm.config.settings import Facts
 from hf_genlm.config.settle import settle, settle_reading
 from hf_genlm.errors import UserError
 from hf_genlm.model import GenLMConfig, GenLMForCausalLM
-from hf_genlm.privacy.dp.mechanism import KEY_BYTES
+from hf_genlm.privacy.mechanism import KEY_BYTES
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.corpus import read_corpus
 from hf_genlm.text.languages import balanced_text

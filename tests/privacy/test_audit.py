@@ -24,11 +24,11 @@ from hf_genlm.config.recipe import CorpusRecipe, PrivacyRecipe, Recipe, load_rec
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import Measurement, read_measurements
 from hf_genlm.files import read, read_json, write_json
-from hf_genlm.privacy.attacks import exposure, statistics
-from hf_genlm.privacy.attacks.exposure import CanaryLosses, null_p_value, skew_normal_exposure
-from hf_genlm.privacy.attacks.extraction import count_copies, count_matched_tokens
-from hf_genlm.privacy.attacks.membership import SCORES, Passages
-from hf_genlm.privacy.attacks.target import Passage, Span, TargetModel, draw_spans, passage_of
+from hf_genlm.privacy import exposure, statistics
+from hf_genlm.privacy.exposure import CanaryLosses, null_p_value, skew_normal_exposure
+from hf_genlm.privacy.extraction import count_copies, count_matched_tokens
+from hf_genlm.privacy.membership import SCORES, Passages
+from hf_genlm.privacy.target import Passage, Span, TargetModel, draw_spans, passage_of
 from hf_genlm.report.curves import CURVES_FILE, write_curves
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.canaries import BITS, Canaries, check_canaries, draw_canaries, plant

@@ -18,7 +18,7 @@ from hf_genlm.config.settings import Facts
 from hf_genlm.config.settle import settle, settle_reading
 from hf_genlm.errors import Stopped, UserError
 from hf_genlm.files import read_json
-from hf_genlm.privacy.dp.mechanism import (
+from hf_genlm.privacy.mechanism import (
     NOISES,
     Guarantee,
     choose_delta,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from support.independence import dependent_pairs
 
-from hf_genlm.privacy.dp import mechanism
-from hf_genlm.privacy.dp.mechanism import (
+from hf_genlm.privacy import mechanism
+from hf_genlm.privacy.mechanism import (
     Guarantee,
     chacha20_stream,
     chacha20_words,

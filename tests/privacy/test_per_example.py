@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from support.models import STACKS, build_model
 
-from hf_genlm.privacy.dp.per_example import PerExampleGradients
+from hf_genlm.privacy.per_example import PerExampleGradients
 
 VARIANTS = {
     **{name: (name, {}) for name in STACKS},

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.dp_audit import audit_step, gaussian_epsilon, mu_lower_bound
 
-from hf_genlm.privacy.dp.mechanism import NOISES, compute_epsilon
+from hf_genlm.privacy.mechanism import NOISES, compute_epsilon
 from hf_genlm.training import private
 
 pytest.importorskip("opacus")

@@ -13,7 +13,7 @@ from hf_genlm.config.recipe import load_recipe
 from hf_genlm.evaluation.measurement import Measurement, read_measurements, write_measurements
 from hf_genlm.files import read_json, write_json
 from hf_genlm.hub.manifest import ModelSource, build_manifest
-from hf_genlm.privacy.dp.mechanism import NOT_COVERED
+from hf_genlm.privacy.mechanism import NOT_COVERED
 from hf_genlm.report.audit_plot import AUDIT_FILE
 from hf_genlm.report.curves import CURVES_FILE
 from hf_genlm.run_folder import RunFolder

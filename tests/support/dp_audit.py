@@ -17,8 +17,8 @@ from scipy.stats import norm
 from support.models import build_model
 
 from hf_genlm.config.recipe import TrainingRecipe
-from hf_genlm.privacy.attacks.statistics import clopper_pearson
-from hf_genlm.privacy.dp.mechanism import Guarantee, compute_epsilon
+from hf_genlm.privacy.mechanism import Guarantee, compute_epsilon
+from hf_genlm.privacy.statistics import clopper_pearson
 from hf_genlm.training.private import PrivateState, document_losses, private_gradient
 
 CONFIDENCE = 0.95

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from hf_genlm.evaluation.measurement import Measurement
-from hf_genlm.privacy.attacks.statistics import clopper_pearson
-from hf_genlm.privacy.attacks.target import (
+from hf_genlm.privacy.statistics import clopper_pearson
+from hf_genlm.privacy.target import (
     Evidence,
     Findings,
     Passage,

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hf_genlm.evaluation.measurement import Measurement
-from hf_genlm.privacy.attacks.statistics import mean_interval, one_run_bound
-from hf_genlm.privacy.attacks.target import Evidence, Findings, Progress, TargetModel
+from hf_genlm.privacy.statistics import mean_interval, one_run_bound
+from hf_genlm.privacy.target import Evidence, Findings, Progress, TargetModel
 from hf_genlm.text.canaries import BITS, Canaries, Canary, draw_secret
 
 N_REFERENCES = 511  # at most 9 bits by rank

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hf_genlm.evaluation.measurement import Measurement
-from hf_genlm.privacy.attacks.statistics import auc, clopper_pearson, count_hits_at, roc
-from hf_genlm.privacy.attacks.target import (
+from hf_genlm.privacy.statistics import auc, clopper_pearson, count_hits_at, roc
+from hf_genlm.privacy.target import (
     Evidence,
     Findings,
     Progress,

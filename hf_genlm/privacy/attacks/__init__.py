@@ -1,1 +1,0 @@
-"""Attacks that measure what a model reveals of its training text."""

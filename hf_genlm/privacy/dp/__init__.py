@@ -1,1 +1,0 @@
-"""Differential privacy: the guarantee, per-example gradients, and the noise."""
