@@ -266,13 +266,13 @@ class SpanMatcher:
         self._owner = np.repeat(np.arange(len(sizes)), np.array(sizes, dtype=np.int64) + 1)
         self._max_length = max(sizes, default=0)
         # _levels[k]: number of the span of 2^k that begins at each place; _doublings[k] makes level k + 1
-        self._doublings: list[_Numbering] = []
+        self._doublings: list[np.ndarray] = []
         self._levels = [np.array(own, dtype=np.int64)]
         while 2 << len(self._doublings) <= self._max_length:
             pairs = _pair_keys(self._levels[-1], 1 << len(self._doublings))
-            self._doublings.append(_Numbering(pairs))
-            self._levels.append(self._doublings[-1].numbers_of(pairs))
-        self._other_lengths: dict[int, _Numbering] = {}  # not a power of two
+            self._doublings.append(_known(pairs))
+            self._levels.append(_numbers_of(pairs, self._doublings[-1]))
+        self._other_lengths: dict[int, np.ndarray] = {}  # not a power of two
         self._is_seen = {  # by number; the last place is for _NONE
             n: np.zeros(int(self._span_numbers(self._levels, n).max()) + 2, dtype=bool)
             for n in lengths
@@ -330,7 +330,7 @@ class SpanMatcher:
         for k, doubling in enumerate(self._doublings):
             if not (levels_T[-1] != _NONE).any():
                 break
-            levels_T.append(doubling.numbers_of(_pair_keys(levels_T[-1], 1 << k)))
+            levels_T.append(_numbers_of(_pair_keys(levels_T[-1], 1 << k), doubling))
         for length, is_seen in self._is_seen.items():
             is_seen[self._span_numbers(levels_T, length)] = True
         # bisect for a span longer than the longest so far: where there is one, its prefixes are found too
@@ -357,26 +357,24 @@ class SpanMatcher:
         if not offset:
             return levels[k]
         if length not in self._other_lengths:
-            self._other_lengths[length] = _Numbering(_pair_keys(self._levels[k], offset))
-        return self._other_lengths[length].numbers_of(_pair_keys(levels[k], offset))
+            self._other_lengths[length] = _known(_pair_keys(self._levels[k], offset))
+        return _numbers_of(_pair_keys(levels[k], offset), self._other_lengths[length])
 
 
-class _Numbering:
-    """Consecutive numbers for the keys that occur, in ascending order."""
+def _known(keys: np.ndarray) -> np.ndarray:
+    """The keys that occur, in ascending order: the place of a key is its number."""
+    return np.unique(keys[keys != _NONE])
 
-    def __init__(self, keys: np.ndarray):
-        self._keys = np.unique(keys[keys != _NONE])
 
-    def numbers_of(self, keys: np.ndarray) -> np.ndarray:
-        """The number of each key (T,), `_NONE` for an unknown one."""
-        numbers = np.full(len(keys), _NONE, dtype=np.int64)
-        if not len(self._keys):
-            return numbers
+def _numbers_of(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """The number of each key (T,) among those of `_known`, `_NONE` for an unknown one."""
+    numbers = np.full(len(keys), _NONE, dtype=np.int64)
+    if len(known):
         places = np.flatnonzero(keys != _NONE)
-        at = np.minimum(np.searchsorted(self._keys, keys[places]), len(self._keys) - 1)
-        is_known = self._keys[at] == keys[places]
+        at = np.minimum(np.searchsorted(known, keys[places]), len(known) - 1)
+        is_known = known[at] == keys[places]
         numbers[places[is_known]] = at[is_known]
-        return numbers
+    return numbers
 
 
 def _pair_keys(numbers: np.ndarray, offset: int) -> np.ndarray:
