@@ -4,7 +4,8 @@
     evaluate.load(hf_genlm.metric_path("distinct_n")).compute(predictions=["a b a", "b a"])
 
 Each other file here is the script of one metric: evaluate copies it to its cache, imports it there, and takes
-the class that `metric_class` makes. Users of a metric see the docstring of its compute function.
+the class that `metric_class` makes. Users of a metric see the docstring of its compute function. Scripts have
+the names of statistics, which therefore are called by their modules here.
 """
 
 import inspect
@@ -13,15 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_genlm.errors import UserError, did_you_mean
-from hf_genlm.evaluation.aggregation import bits_per_byte, calibration_error
+from hf_genlm.evaluation import aggregation, text_statistics
 from hf_genlm.evaluation.measurement import Statistic, to_results
-from hf_genlm.evaluation.text_statistics import (
-    distinct_n,
-    measure_overlap,
-    repetition,
-    self_bleu,
-    split_words,
-)
 from hf_genlm.files import read_text
 
 _FOLDER = Path(__file__).parent
@@ -136,7 +130,9 @@ def _bits_per_byte(
 
 def _bits_per_byte_of_log_probabilities(predictions: Any, references: Any) -> dict[str, Any]:
     n_bytes = [len(text.encode("utf-8")) for text in references]
-    return to_results({"bits_per_byte": bits_per_byte([-sum(text) for text in predictions], n_bytes)})
+    return to_results(
+        {"bits_per_byte": aggregation.bits_per_byte([-sum(text) for text in predictions], n_bytes)}
+    )
 
 
 def _calibration_error(confidence: Any, correct: Any, bins: int = 15) -> dict[str, Any]:
@@ -157,7 +153,7 @@ def _calibration_error(confidence: Any, correct: Any, bins: int = 15) -> dict[st
         >>> metric.compute(confidence=[0.75, 0.75], correct=[True, False])["calibration_error"]
         0.25
     """
-    return to_results({"calibration_error": calibration_error(confidence, correct, bins)})
+    return to_results({"calibration_error": aggregation.calibration_error(confidence, correct, bins)})
 
 
 def _minimal_pairs(good: Any, bad: Any) -> dict[str, Any]:
@@ -185,7 +181,7 @@ def _minimal_pairs(good: Any, bad: Any) -> dict[str, Any]:
 def _text_statistic(
     function: Callable[..., Any], prefix: str, predictions: Any, n: tuple[int, ...]
 ) -> dict[str, Any]:
-    tokens = [split_words(text) if isinstance(text, str) else text for text in predictions]
+    tokens = [text_statistics.split_words(text) if isinstance(text, str) else text for text in predictions]
     return to_results({f"{prefix}_{length}": function(tokens, length) for length in n})
 
 
@@ -206,7 +202,7 @@ def _distinct_n(predictions: Any, n: Any = (1, 2, 3, 4)) -> dict[str, Any]:
         >>> metric.compute(predictions=["the cat", "the dog"], n=[1])
         {'distinct_1': 0.75, 'distinct_1_stderr': 0.0}
     """
-    return _text_statistic(distinct_n, "distinct", predictions, n)
+    return _text_statistic(text_statistics.distinct_n, "distinct", predictions, n)
 
 
 def _repetition(predictions: Any, n: Any = (4,)) -> dict[str, Any]:
@@ -225,7 +221,7 @@ def _repetition(predictions: Any, n: Any = (4,)) -> dict[str, Any]:
         >>> metric.compute(predictions=["la la la", "oh no"], n=[1])["seq_rep_1"]
         0.3333333333333333
     """
-    return _text_statistic(repetition, "seq_rep", predictions, n)
+    return _text_statistic(text_statistics.repetition, "seq_rep", predictions, n)
 
 
 def _self_bleu(predictions: Any, n: Any = (4,)) -> dict[str, Any]:
@@ -245,7 +241,7 @@ def _self_bleu(predictions: Any, n: Any = (4,)) -> dict[str, Any]:
         >>> metric.compute(predictions=["a cat sat here"] * 2)["self_bleu_4"]
         1.0
     """
-    return _text_statistic(self_bleu, "self_bleu", predictions, n)
+    return _text_statistic(text_statistics.self_bleu, "self_bleu", predictions, n)
 
 
 def _training_overlap(
@@ -271,7 +267,7 @@ def _training_overlap(
         >>> metric.compute(**given)["longest_copied_span"]
         'to be or'
     """
-    shares, longest = measure_overlap(predictions, training_texts, lengths)
+    shares, longest = text_statistics.measure_overlap(predictions, training_texts, lengths)
     results = to_results({f"training_overlap_{length}": share for length, share in shares.items()})
     return {**results, "longest_copied_span": " ".join(longest), "longest_copied_words": len(longest)}
 
