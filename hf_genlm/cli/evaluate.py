@@ -182,10 +182,10 @@ def measure_range(
     with Display(LOADING) as display:
         found = measure(
             output_dir, decoders=o.parse_words(decoders), tasks=o.parse_words(tasks),
-            recall_pairs=o.parse_counts(recall_pairs) if recall_pairs else None,
-            lengths=o.parse_counts(lengths) if lengths else None, steps=steps, minutes=minutes, seeds=seeds,
-            learning_rates=o.parse_amounts(rates), hidden_size=width, num_hidden_layers=layers,
-            listener=display.hear,
+            recall_pairs=o.parse_each(recall_pairs, o.parse_count) if recall_pairs else None,
+            lengths=o.parse_each(lengths, o.parse_count) if lengths else None, steps=steps, minutes=minutes,
+            seeds=seeds, learning_rates=o.parse_each(rates, o.parse_amount), hidden_size=width,
+            num_hidden_layers=layers, listener=display.hear,
         )  # fmt: skip
     if as_json:
         print_json({"outcomes": [outcome.to_json() for outcome in found.outcomes], "report": str(found.html)})

@@ -74,14 +74,9 @@ def parse_amount(text: str | float) -> float:
     return value
 
 
-def parse_counts(text: str) -> list[int]:
-    """Parse `N,N,..`, whole numbers above 0."""
-    return [parse_count(word) for word in parse_words(text)]
-
-
-def parse_amounts(text: str) -> list[float]:
-    """Parse `F,F,..`, numbers of 0 or more."""
-    return [parse_amount(word) for word in parse_words(text)]
+def parse_each(text: str, parse: Callable[[str], Any]) -> list[Any]:
+    """Parse `N,N,..` word by word."""
+    return [parse(word) for word in parse_words(text)]
 
 
 def option(
