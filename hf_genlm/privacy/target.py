@@ -54,7 +54,7 @@ class TargetModel:
 
     @property
     def start_id(self) -> int:
-        """As by `start_token_id`."""
+        """Id of the token before a text, by `start_token_id`."""
         return start_token_id(self.tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
