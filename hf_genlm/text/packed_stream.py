@@ -7,7 +7,7 @@ any number of processes, and each process pays for the reading.
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from hf_genlm.errors import UserError
 from hf_genlm.run_folder import n_cores
-from hf_genlm.text.encoding import DifferentIds, Encoder
+from hf_genlm.text.encoding import DifferentIds, Encoder, pieces_of_parts
 from hf_genlm.text.packing import IGNORED, position_ids_of
+from hf_genlm.text.records import Parts
 from hf_genlm.text.streaming import DocumentStream, Piece
 
 if TYPE_CHECKING:
@@ -162,15 +163,39 @@ class PackedStream(IterableDataset):
         self._marks = deque([self._begin])
 
     def first_tokens(self, count: int) -> np.ndarray:
-        """The first tokens of the stream (n,) int32, at most `count`, of its first epoch."""
-        parts: list[np.ndarray] = []
-        n_targets = 0
+        """At most `count` tokens (n,) int32: all of the first epoch, or of a longer one an even sample, from
+        the places that `DocumentStream.stretches` can reach."""
+        fast, parts, n_targets = self._encoder.fast, list[np.ndarray](), 0
         for found in self._built(self._start):
             parts.append(found.rows[:, :-1].ravel())
             n_targets += int((found.rows[:, 1:] != _PADDING).sum())
             if found.n_passes or n_targets >= count:
                 break
+        stretches = self.documents.stretches()[0] if n_targets > count else []
+        if len(stretches) > 1:
+            with ThreadPoolExecutor(n_cores()) as pool:
+                parts = [self._sampled(texts, round(share * count), pool) for share, texts in stretches]
+            n_targets = sum(map(len, parts))
+        self._encoder.fast = fast  # rows are encoded as those of a resumed run
         return np.concatenate(parts)[: min(count, n_targets)]
+
+    def _sampled(
+        self, texts: Generator[Parts, None, None], count: int, pool: ThreadPoolExecutor
+    ) -> np.ndarray:
+        """At most `count` tokens (n,) int32 of the stream of `texts`."""
+
+        def pieces() -> Iterator[Piece]:
+            for parts in texts:
+                for text in pieces_of_parts(parts, self._encoder.can_cut):
+                    yield Piece(text, ends_document=False)
+                yield Piece("", ends_document=True)
+
+        found, size, given = [np.array([self.eos_id], np.int32)], 1, pieces()
+        while size < count and (taken := self._next_batch(given, min(self.batch, 4 * (count - size)))[0]):
+            found += self._encode(taken, pool)
+            size = sum(map(len, found))
+        texts.close()  # a file and a part of it
+        return np.concatenate(found)[:count].astype(np.int32)
 
     def _blocks(self, begin: _Mark) -> Iterator[tuple[_Mark, np.ndarray]]:
         """Blocks of rows (n, T) to shuffle, from the block at `begin` on."""
@@ -201,7 +226,7 @@ class PackedStream(IterableDataset):
         pieces = walk.pieces(self._encoder.can_cut)
         with ThreadPoolExecutor(n_cores()) as pool:
             while True:
-                taken, ends_pass = self._next_batch(pieces)
+                taken, ends_pass = self._next_batch(pieces, self.batch)
                 rows, tail = self._cut(np.array(place.tail, np.int32), self._encode(taken, pool), ends_pass)
                 if ends_pass and place.row == 0 and (rows[0] == _PADDING).any():
                     raise UserError(
@@ -212,7 +237,7 @@ class PackedStream(IterableDataset):
                 is_exact = self._encoder.fast is None
                 place = _Place(place.row + len(rows), tail.tolist(), walk.position, is_exact)
 
-    def _next_batch(self, pieces: Iterator[Piece]) -> tuple[list[Piece], bool]:
+    def _next_batch(self, pieces: Iterator[Piece], batch: int) -> tuple[list[Piece], bool]:
         """(the next pieces, about `batch` characters, True if an epoch ends behind them)."""
         taken: list[Piece] = []
         size = 0
@@ -221,7 +246,7 @@ class PackedStream(IterableDataset):
                 return taken, True
             taken.append(piece)
             size += len(piece.text)
-            if size >= self.batch:
+            if size >= batch:
                 break
         return taken, False
 

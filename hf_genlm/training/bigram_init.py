@@ -18,7 +18,7 @@ import torch
 if TYPE_CHECKING:
     from hf_genlm.model import GenLMForCausalLM
 
-MAX_COUNTED_TOKENS = 5_000_000  # counted, from the start of the text: bounds time and memory
+MAX_COUNTED_TOKENS = 5_000_000  # counted, a stream's over all of it: bounds time and memory
 PRIOR = 60.0  # pseudo-counts of each token's successors, distributed as single tokens are
 _UNSEEN_COUNT = 0.5  # of a token that does not occur
 _EXTRA_DIRECTIONS = 8  # of the random sketch beyond the wanted rank (Halko et al., 2011, arXiv:0909.4061)

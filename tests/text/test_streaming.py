@@ -75,7 +75,28 @@ def test_rows_are_those_of_a_text_in_memory(max_seq_length, folder, tokenizer):
     expected = [rows[i] for i in range(len(rows))]
     assert_same_rows(taken(stream, 2 * len(rows)), expected * 2)
     assert stream.first_tokens(10**9).tolist() == rows.first_tokens(10**9).tolist()
-    assert stream.first_tokens(100).tolist() == rows.first_tokens(100).tolist()
+    assert stream.first_tokens(rows.n_targets).tolist() == rows.first_tokens(rows.n_targets).tolist()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz"])
+def test_the_tokens_to_count_are_of_all_of_a_stream(tmp_path, tokenizer, name):
+    """Of two sources in one file, one behind the other, unless its middle cannot be reached."""
+    words = ["river " * 9 + "\n"] * 3000 + ["tower " * 9 + "\n"] * 3000
+    content = "".join(
+        json.dumps({"text": word}) + "\n" if "json" in name else word for word in words
+    ).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    recipe = CorpusRecipe(sources=[str(path)])
+    stream, untouched = (PackedStream(open_stream(recipe), tokenizer, 33, 5, batch=4000) for _ in range(2))
+    before = taken(stream, 3)
+    found = stream.first_tokens(20_000)
+    assert len(found) <= 20_000
+    first, second = (tokenizer.decode(half.tolist()) for half in (found[:9_600], found[10_400:]))
+    assert ("river" in first, "tower" in first) == (True, False)
+    assert ("river" in second, "tower" in second) == (name.endswith("gz"), not name.endswith("gz"))
+    assert len(found) > 15_000
+    assert_same_rows([*before, *taken(stream, 10)], [*taken(untouched, 3), *taken(untouched, 10)])
 
 
 def test_rows_in_small_batches(folder, tokenizer):
