@@ -4,7 +4,6 @@ Every text of people is encoded here: `encode_documents` for a corpus, `encode_t
 `encode_messages` for a conversation. The words of special tokens that stand in a text are plain text.
 """
 
-import functools
 import hashlib
 import itertools
 import json
@@ -187,33 +186,27 @@ def encode_texts(tokenizer: Any, texts: Iterable[str], add_special_tokens: bool 
 def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]], **template: Any) -> list[int]:
     """Token ids of a conversation in the chat template; `template` are options of `apply_chat_template`.
 
-    Special tokens of the template are special, those that are typed in a message are plain text: where there
-    are some, the template gets a private character in the place of each.
+    Special tokens of the template are special, those that are typed in a message are plain text. To tell them
+    apart, a private character stands for each typed one while the template is applied.
     """
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    any_special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
     written = "".join(value for message in messages for value in message.values())
-    special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    typed = sorted((word for word in set(special.values()) if word in written), key=len, reverse=True)
+    typed = sorted(set(any_special.findall(written)))
     if not typed:
         with _LOCK:
             return tokenizer.apply_chat_template(messages, return_dict=True, **template)["input_ids"]
     free = (chr(code) for code in range(0xF0000, 0x10FFFE) if chr(code) not in written)
-    marks = dict(zip(typed, free, strict=False))
-
-    def hide(text: str) -> str:
-        return functools.reduce(lambda rest, word: rest.replace(word, marks[word]), typed, text)
-
-    hidden = [{key: hide(value) for key, value in message.items()} for message in messages]
+    character_of = dict(zip(typed, free, strict=False))
+    word_of = {ord(character): word for word, character in character_of.items()}
+    hidden = [
+        {key: any_special.sub(lambda found: character_of[found[0]], value) for key, value in message.items()}
+        for message in messages
+    ]
     text = tokenizer.apply_chat_template(hidden, tokenize=False, **template)
-    with _LOCK:
-        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
-    borders = [([i], *span) for i, span in pairs if i in special]
-    unhide = {ord(mark): word for word, mark in marks.items()}
     ids: list[int] = []
-    start = 0
-    for of_template, begin, end in [*borders, ([], len(text), len(text))]:
-        ids += encode_texts(tokenizer, [text[start:begin].translate(unhide)])[0] + of_template
-        start = end
+    for part in re.split(f"({any_special.pattern})", text):  # texts, and special tokens of the template
+        ids += [special[part]] if part in special else encode_texts(tokenizer, [part.translate(word_of)])[0]
     return ids
 
 
