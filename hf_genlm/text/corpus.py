@@ -4,7 +4,7 @@ import hashlib
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from hf_genlm.text.duplicates import (
     find_near_duplicates,
     share_found,
 )
-from hf_genlm.text.formats import COMMON, check_encoding
+from hf_genlm.text.formats import COMMON
 from hf_genlm.text.languages import (
     by_language,
     check_languages,
@@ -33,7 +33,14 @@ from hf_genlm.text.languages import (
 from hf_genlm.text.locating import lines_on, splits_by_name
 from hf_genlm.text.raw_files import LeftOut, left_out_line
 from hf_genlm.text.scrubbing import Tally
-from hf_genlm.text.sources import Reading, Sources, lines_told, read_sources, read_standard_library
+from hf_genlm.text.sources import (
+    Reading,
+    Sources,
+    check_encoding,
+    lines_told,
+    read_sources,
+    read_standard_library,
+)
 from hf_genlm.text.store import Block, Document, Documents, as_documents, cut_blocks
 
 _FEW_DOCUMENTS = 20  # fewer documents are cut into blocks before they are split
@@ -41,7 +48,8 @@ _DOMINANT_SHARE = 0.5  # a larger document is cut into blocks, or validation wou
 _HELD_OUT_BLOCKS = 16  # blocks of the validation split of a long text
 _BLOCK_CHARACTERS = 2000  # blocks are not made shorter than this for the sake of their number
 _MAX_NAMED = 20  # copies that a report names
-_LARGE_OVERLAP = 0.05  # share of the held-out text that training has too, from which on it spoils the figures
+TO_KEEP = "them, as on frequent short messages, --set corpus.keep_held_out=true"
+LARGE_OVERLAP = 0.05  # share of the held-out text that training has too, from which on it spoils the figures
 
 
 @dataclass
@@ -51,6 +59,23 @@ class Corpus:
     train: Documents
     validation: Documents
     report: dict[str, Any]
+
+
+@dataclass
+class Split:
+    """Documents that are trained on and held out, and how they were parted.
+
+    `copies` are the sources of copies that were left out. `n_train` and `n_validation` are the documents of
+    each language, empty if no languages are named.
+    """
+
+    train: Documents
+    validation: Documents
+    method: str
+    copies: list[str] = field(default_factory=list)
+    n_held_copies: int = 0  # documents that are held out as their text is
+    n_train: dict[str, int] = field(default_factory=dict)
+    n_validation: dict[str, int] = field(default_factory=dict)
 
 
 def read_corpus(recipe: CorpusRecipe, on_progress: Progress | None = None) -> Corpus:
@@ -67,20 +92,19 @@ def read_corpus(recipe: CorpusRecipe, on_progress: Progress | None = None) -> Co
     check_languages(recipe)
     check_near_duplicates(recipe)
     sources: Sources = recipe.languages or recipe.sources
-    by_name, copies = splits_by_name(recipe), list[str]()
+    by_name = splits_by_name(recipe)
     readings = [_read(sources, recipe, "train", by_name)]
     if by_name:
         readings.append(_read(sources, recipe, "validation", by_name))
-        train, validation = (each.writer.documents() for each in readings)
-        n_train, n_validation, method = {}, {}, "names"
+        split = Split(readings[0].writer.documents(), readings[1].writer.documents(), "names")
     elif recipe.validation:
         given = by_language(recipe.validation, recipe.languages) if recipe.languages else recipe.validation
         readings.append(_read(given, recipe, "validation"))
-        train, validation = (each.writer.documents() for each in readings)
-        n_train, n_validation = (each.languages for each in readings)
-        method = "given"
+        split = Split(readings[0].writer.documents(), readings[1].writer.documents(), "given")
+        split.n_train, split.n_validation = (each.languages for each in readings)
     else:
-        train, validation, method, n_train, n_validation, copies = _split(readings[0], recipe)
+        split = _split(readings[0], recipe)
+    train, validation, n_train = split.train, split.validation, split.n_train
     n_before = len(train)
     is_held = find_in(train, validation)
     n_texts = len(set(digests(train.take(is_held))))
@@ -97,14 +121,14 @@ def read_corpus(recipe: CorpusRecipe, on_progress: Progress | None = None) -> Co
         "description": _describe(sources, readings[0]),
         "python": None if sources else platform.python_version(),
         "encoding": recipe.encoding if sources else "utf-8",
-        "split": {"method": method, "seed": recipe.split_seed, "fraction": recipe.validation_fraction},
+        "split": {"method": split.method, "seed": recipe.split_seed, "fraction": recipe.validation_fraction},
         "duplicates_removed": n_exact,
         "duplicate_texts": 0 if recipe.keep_held_out else n_texts,
-        "copies_removed": len(copies),
-        "copies": copies[:_MAX_NAMED],
+        "copies_removed": len(split.copies),
+        "copies": split.copies[:_MAX_NAMED],
         "held_out_in_training": share_found(validation, train),
         **_facts_on(readings),
-        "notices": _notices(readings, recipe, by_name),
+        "notices": _notices(readings, recipe, by_name, split.n_held_copies),
         "train": count_text(train),
         "validation": count_text(validation),
         "files": [file for part in readings for file in part.files],
@@ -114,7 +138,7 @@ def read_corpus(recipe: CorpusRecipe, on_progress: Progress | None = None) -> Co
     if near is not None:
         report["near_duplicates"] = near.to_json()
     if recipe.languages:
-        splits = {"train": (train, n_train), "validation": (validation, n_validation)}
+        splits = {"train": (train, n_train), "validation": (validation, split.n_validation)}
         report["languages"] = report_on(recipe, splits)
         report["parallel_trained_on"] = trained_parallel(recipe, readings[0].files)
     return Corpus(train, validation, report)
@@ -181,15 +205,14 @@ def with_sources(recipe: CorpusRecipe, sources: Sources) -> CorpusRecipe:
 
 def split_documents(
     documents: Sequence[Document], fraction: float, seed: int, near: float | None = None, keeps: bool = False
-) -> tuple[Documents, Documents, str, list[str]]:
-    """(training, validation, method, copies): about `fraction` of the bytes is held out, no side is empty.
+) -> Split:
+    """Hold out about `fraction` of the bytes; no side is empty.
 
-    "document": whole documents are held out, in a seeded order. "block", where documents are few or one of
-    them is most of the corpus: all are cut at line ends into blocks of similar length, of which a seeded
-    choice is held out; neighbouring blocks of one side stay one document. Before that, copies are left out
-    unless `keeps`: documents most of whose text stands in others, and with `near` those that are so similar
-    to another. `copies` are their sources. Chats are never cut. The result depends on the order of
-    `documents` and on `seed` only.
+    Method "document": whole documents are held out, in a seeded order. "block", where documents are few or
+    one of them is most of the corpus: all are cut at line ends into blocks of similar length, of which a
+    seeded choice is held out; neighbouring blocks of one side stay one document. Before that, copies are left
+    out unless `keeps`: documents most of whose text stands in others, and with `near` those that are so
+    similar to another. Chats are never cut. The result depends on `seed` and the order of `documents` only.
 
     Raises:
         UserError: the text is a single character, or a single chat.
@@ -206,7 +229,7 @@ def split_documents(
         if has_chats and not is_held.any():
             is_held[sizes.argmin()] = True
         if has_chats or target / 2 <= sizes[is_held].sum() <= target * 2:
-            return documents.take(~is_held), documents.take(is_held), "document", []
+            return Split(documents.take(~is_held), documents.take(is_held), "document")
     is_cut = documents.characters > 1.5 * _block_length(documents, fraction)
     is_copy = np.zeros(len(documents), dtype=bool)
     if is_cut.sum() > 1 and not keeps:
@@ -229,7 +252,7 @@ def split_documents(
         if not is_held.all() and sizes[is_held].sum() <= max(2 * target, sizes.sum() / 4):
             break
     train, validation = (_join_blocks(documents, blocks, is_held == side) for side in (False, True))
-    return train, validation, "block", copies
+    return Split(train, validation, "block", copies)
 
 
 def _block_length(documents: Documents, fraction: float) -> int:
@@ -246,22 +269,27 @@ def _block_length(documents: Documents, fraction: float) -> int:
     return min(length, n_characters // 2)
 
 
-def split_by_hash(
-    documents: Documents, fraction: float, seed: int
-) -> tuple[Documents, Documents, str, list[str]]:
-    """(training, validation, "hash", []): each document is held out with probability `fraction`, decided by
-    its own text and the seed. So one document more or less moves no other, and copies are on one side.
+def split_by_hash(documents: Documents, fraction: float, seed: int, keeps: bool = False) -> Split:
+    """Hold out each document with probability `fraction`, decided by its own text and the seed.
+
+    So one document more or less moves no other, and copies are on one side. With `keeps`, the first of them
+    is held out and the others are trained on.
 
     Raises:
         UserError: a side is empty.
     """
     is_held = np.array([share_of(digest, seed) for digest in digests(documents)]) < fraction
+    held = np.array(list(digests(documents.take(is_held))), dtype="S32")
+    is_first = np.isin(np.arange(len(held)), np.unique(held, return_index=True)[1])
+    if keeps:
+        is_held[is_held] = is_first
     if is_held.all() or not is_held.any():
         raise UserError(
             f"of {len(is_held):,} documents, each held out with a chance of {fraction:g} by its own hash, "
             f"{int(is_held.sum()):,} are: hold out a file of your own by --validation FILE"
         )
-    return documents.take(~is_held), documents.take(is_held), "hash", []
+    n_held_copies = 0 if keeps else int((~is_first).sum())
+    return Split(documents.take(~is_held), documents.take(is_held), "hash", n_held_copies=n_held_copies)
 
 
 def share_of(digest: bytes, seed: int) -> float:
@@ -269,35 +297,24 @@ def share_of(digest: bytes, seed: int) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}:".encode() + digest).digest()[:8], "big") / 2**64
 
 
-def _split(
-    reading: Reading, recipe: CorpusRecipe
-) -> tuple[Documents, Documents, str, dict[str, int], dict[str, int], list[str]]:
-    """Split each language by itself, so that each is held out in proportion and none is missing on a side.
-
-    Returns training, validation, the method, the documents of each language on both sides, which are empty if
-    no languages are named, and the sources of copies that were left out."""
-    documents = reading.writer.documents()
-    counts = reading.languages or {"": len(documents)}
+def _split(reading: Reading, recipe: CorpusRecipe) -> Split:
+    """Split each language by itself, so that each is held out in proportion and none is missing on a side."""
+    documents, keeps = reading.writer.documents(), recipe.keep_held_out
     how = recipe.validation_fraction, recipe.split_seed
-    found = {
-        code: split_by_hash(documents[span], *how)
-        if recipe.split_by_hash
-        else split_documents(documents[span], *how, recipe.near_duplicates, recipe.keep_held_out)
-        for code, span in spans(counts).items()
-    }
-    train = Documents.join([each[0] for each in found.values()])
-    validation = Documents.join([each[1] for each in found.values()])
-    method = ", ".join(dict.fromkeys(each[2] for each in found.values()))
-    n_train, n_validation = (
-        {code: len(each[side]) for code, each in found.items() if code} for side in (0, 1)
-    )
-    return (
-        train,
-        validation,
-        method,
-        n_train,
-        n_validation,
-        [name for each in found.values() for name in each[3]],
+    found: dict[str, Split] = {}
+    for code, span in spans(reading.languages or {"": len(documents)}).items():
+        if recipe.split_by_hash:
+            found[code] = split_by_hash(documents[span], *how, keeps)
+        else:
+            found[code] = split_documents(documents[span], *how, recipe.near_duplicates, keeps)
+    return Split(
+        Documents.join([each.train for each in found.values()]),
+        Documents.join([each.validation for each in found.values()]),
+        ", ".join(dict.fromkeys(each.method for each in found.values())),
+        [name for each in found.values() for name in each.copies],
+        sum(each.n_held_copies for each in found.values()),
+        {code: len(each.train) for code, each in found.items() if code},
+        {code: len(each.validation) for code, each in found.items() if code},
     )
 
 
@@ -351,10 +368,16 @@ def _facts_on(readings: Sequence[Reading]) -> dict[str, Any]:
     return {**facts, "damaged": left_out.to_json()}
 
 
-def _notices(readings: Sequence[Reading], recipe: CorpusRecipe, by_name: bool) -> list[str]:
-    """Lines for people about what was not read of the sources of each split, or held out by name."""
+def _notices(
+    readings: Sequence[Reading], recipe: CorpusRecipe, by_name: bool, n_held_copies: int
+) -> list[str]:
+    """Lines for people about what was not read of the sources of each split, or held out by name or text."""
     lines = lines_on(readings[0].located, recipe, by_name)
     lines += [line for each in readings[1:] for line in lines_on(each.located)]
+    if n_held_copies:
+        lines.append(
+            f"{n_held_copies:,} copies of other held-out texts are held out with them: to train on {TO_KEEP}"
+        )
     return list(dict.fromkeys([*lines, *lines_told(pair for each in readings for pair in each.told)]))
 
 
@@ -428,8 +451,7 @@ def notes_on(report: dict[str, Any]) -> list[str]:
     if n := report.get("duplicates_removed"):
         notes.append(
             f"{n:,} training documents left out that stand in the validation split too (copies of "
-            f"{report.get('duplicate_texts', n):,} texts): to train on them, as on frequent short messages, "
-            "--set corpus.keep_held_out=true"
+            f"{report.get('duplicate_texts', n):,} texts): to train on {TO_KEEP}"
         )
     if n := report.get("near_duplicates", {}).get("removed"):
         notes.append(f"{n:,} training documents left out that are near-duplicates")
@@ -444,7 +466,7 @@ def notes_on(report: dict[str, Any]) -> list[str]:
             "compares sentences then tells how well it was learned: leave it out of the sources"
         )
     share = report.get("held_out_in_training")
-    if share is not None and share >= _LARGE_OVERLAP:
+    if share is not None and share >= LARGE_OVERLAP:
         leave = "" if "stream" in report else "leave copies out by --near-duplicates 0.5, or "
         remedy = f", so its figures are too good: {leave}hold out other text by --validation FILE"
         searched = ", as far as it was searched," if "stream" in report else ""
@@ -493,16 +515,3 @@ def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
             f"{changed[0]} is not what this run began with (changed: {changed[1]}): bring it back, or start "
             "a new run"
         )
-
-
-def touched(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A line for people about streamed files that were written to since, with the same size and samples: the
-    files of both reports are the same, see `check_same`."""
-    pairs = zip(before["files"], now["files"], strict=True)
-    names = [new["name"] for old, new in pairs if old.get("modified") not in (None, new.get("modified"))]
-    if not names:
-        return []
-    return [
-        f"{', '.join(names[:3])} {'was' if len(names) == 1 else 'were'} written to since this run began, but "
-        "keeps its size and what is sampled of it: stop here, unless the text is the same"
-    ]

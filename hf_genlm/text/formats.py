@@ -4,20 +4,17 @@ A new format is a generator of texts and a row of FORMATS.
 """
 
 import codecs
+import contextlib
 import csv
-import inspect
 import io
 import itertools
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import PurePath
-from typing import IO
 
 from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError, install_command
@@ -30,28 +27,34 @@ from hf_genlm.text.raw_files import (
     Place,
     RawFile,
     content_of,
+    extracted,
     one_line,
     tar_members,
     zip_members,
 )
 from hf_genlm.text.records import (
+    CHATS,
     Parts,
     check_unicode,
     find_column,
+    holds_records,
     read_arrow,
     read_parquet,
     seekable,
     text_of_record,
     text_value,
 )
-from hf_genlm.text.store import CHUNK
+from hf_genlm.text.store import CHUNK, TextStore
 
 _ESCAPED_BYTE = re.compile(r"[\udc80-\udcff]")
 _BINARY_PROBE = 64 * 1024  # bytes searched for NUL
 _MAX_SEPARATOR = 1 << 8  # characters of a line that parts documents
-_MAX_MEMORY = 1 << 30  # bytes, of the process that reads a PDF or Word file
-_MAX_SECONDS = 600  # of a processor, likewise
-_MAX_REASON = 500  # bytes of its message
+_PLAIN = (None, ".txt", ".md", ".py")
+_POINTERS = {b"version https://git-lfs.github.com/spec/": "git lfs pull", b"/annex/objects/": "git annex get"}
+_BYTE_ORDER_MARK = re.compile(rb"(\xff\xfe\0\0|\0\0\xfe\xff)|\xff\xfe|\xfe\xff")  # UTF-32, or UTF-16
+_SEPARATOR = re.compile(r"<\|(?:endoftext|end_of_text|eos|endofdoc)\|>|</s>|<eos>|\[EOS\]", re.IGNORECASE)
+_MARKUP = {".json", ".html", ".htm", ".xml", ".tex", ".ipynb"}
+_MARKUP_BEGINS = ("<!doctype html", "<html", "<?xml", "\\documentclass")
 # of a folder that holds any of these, the other formats are not read: a table may be about the texts
 COMMON = (".txt", ".md", ".py", ".jsonl", ".ndjson", ".parquet", ".arrow")
 CONTINUES = "hf_genlm.continues"  # field of a .jsonl record whose text goes on in the next record
@@ -74,6 +77,12 @@ def format_of(name: str) -> tuple[str | None, str | None]:
     if compression is not None:
         path = path.with_suffix("")
     return (path.suffix if path.suffix in FORMATS else None), compression
+
+
+def is_archive(name: str) -> bool:
+    """True for a file of several files; a `.txt.zip` is one file."""
+    suffix, compression = format_of(name)
+    return suffix == ".tar" or (suffix is None and compression == "zip")
 
 
 def texts_of(file: RawFile, recipe: CorpusRecipe, leave_out: LeaveOut | None = None) -> Iterator[Parts]:
@@ -100,19 +109,82 @@ def texts_of(file: RawFile, recipe: CorpusRecipe, leave_out: LeaveOut | None = N
     return FORMATS[suffix or ".txt"](file, compression, recipe, leave_out or stop)
 
 
-def check_encoding(encoding: str) -> None:
-    """
+def look_at(
+    file: RawFile, recipe: CorpusRecipe, is_alone: bool = True
+) -> tuple[RawFile, CorpusRecipe, list[str]]:
+    """Look at the beginning of a file: (file, recipe, told) by which `texts_of` reads it as what it is.
+
+    Without a known suffix, JSON lines are read as such; unless it `is_alone`, only those that all hold text.
+    Its encoding is that of its byte order mark, or UTF-8 if all its bytes are UTF-8. An archive is looked at
+    member by member when it is read. `told` is for people.
+
     Raises:
-        UserError: Python has no text encoding of that name.
+        Damage: it stands for a file that git has not fetched.
     """
+    suffix, compression = format_of(file.name)
+    if is_archive(file.name):
+        return file, recipe, []
+    beginning = b""
+    with contextlib.suppress(Damage):  # the reader meets it again
+        beginning = next(content_of(file, compression, recipe), b"")
+    for start, command in _POINTERS.items():
+        if beginning.startswith(start):
+            raise Damage(
+                Place(file.label), "is a pointer, and git has not fetched its file", f"run {command}"
+            )
+    told = []
+    encoding = _encoding_of(beginning, file, compression, recipe)
+    if encoding != recipe.encoding:
+        told.append(f"read as {encoding}, as its bytes say")
+        recipe = recipe.model_copy(update={"encoding": encoding})
+    file.stream.seek(0)
+    if suffix not in _PLAIN:
+        return file, recipe, told
+    text = beginning.decode(encoding, "replace").removeprefix("\ufeff")
+    stem = PurePath(file.name).with_suffix("") if compression else PurePath(file.name)
+    whole_lines = text if len(beginning) < CHUNK else text[: text.rfind("\n") + 1]
+    if holds_records(whole_lines, (recipe.text_column, *CHATS), is_alone):
+        if suffix is not None:
+            told.append("JSON lines, read as text; to read a document of each, rename it to .jsonl")
+            return file, recipe, told
+        told.append("read as JSON lines, a document of each; to read them as text, rename it to .txt")
+        name = f"{stem}.jsonl{PurePath(file.name).suffix if compression else ''}"
+        return replace(file, name=name), recipe, told
+    if stem.suffix.lower() in _MARKUP or text[:99].lstrip().lower().startswith(_MARKUP_BEGINS):
+        remedy = "to train on the text alone, write that to .txt or .jsonl"
+        told.append(f"read as it stands, with the marks of its format; {remedy}")
+    found = dict.fromkeys(_SEPARATOR.findall(text))
+    lines = {line.strip() for line in text.split("\n")} if found else set()
+    separator = next((mark for mark in found if mark in lines), None)
+    if separator is not None and recipe.documents != "whole":
+        remedy = "to keep it whole, --set corpus.documents=whole"
+        told.append(f"cut into documents at lines of {separator}; {remedy}")
+        file = replace(file, separator=separator)
+    elif found and suffix != ".py":
+        told.append(f"{next(iter(found))} in it is read as text; alone on a line, it parts documents")
+    return file, recipe, told
+
+
+def _encoding_of(beginning: bytes, file: RawFile, compression: str | None, recipe: CorpusRecipe) -> str:
+    """Encoding by the byte order mark, else UTF-8 if the whole file is that, else the one of the recipe."""
+    stated = codecs.lookup(recipe.encoding).name
+    is_wide = stated.startswith(("utf-16", "utf-32"))
+    mark = None if is_wide else _BYTE_ORDER_MARK.match(beginning)
+    if mark is not None:
+        return "utf-32" if mark[1] else "utf-16"
+    if stated == "utf-8":
+        return recipe.encoding
+    decode, is_ascii = codecs.getincrementaldecoder("utf-8")().decode, True
+    file.stream.seek(0)
     try:
-        "a".encode(encoding).decode(encoding)
-        codecs.getincrementaldecoder(encoding)
-    except (LookupError, ValueError) as error:
-        raise UserError(
-            f"corpus.encoding = {encoding!r} is no text encoding that Python knows: "
-            "name one such as utf-8, utf-16 or latin-1"
-        ) from error
+        for content in itertools.chain(content_of(file, compression, recipe), [b""]):
+            decode(content, not content)
+            is_ascii = is_ascii and content.isascii()
+            if b"\0" in content:
+                return recipe.encoding
+    except (UnicodeDecodeError, Damage):
+        return recipe.encoding
+    return recipe.encoding if is_ascii and not is_wide else "utf-8"  # wide, ASCII would be other bytes
 
 
 def _text(
@@ -133,34 +205,33 @@ def _separated(parts: Parts, separator: str) -> Iterator[Parts]:
     """Documents between lines that hold `separator` alone, without empty lines at their beginnings."""
     cuts = re.compile(rf"^[ \t\r]*{re.escape(separator)}[ \t\r]*(?:\n|\Z)", re.MULTILINE)
 
-    def pieces() -> Iterator[str | None]:
-        """Text, and None at each separator."""
-        begun, is_within_line = "", False
-        for part in itertools.chain(parts, [None]):
-            text = begun + (part or "")
-            if is_within_line and "\n" not in text and part is not None:
-                yield text
-                begun = ""
-                continue
-            start = text.find("\n") + 1 or len(text) if is_within_line else 0
-            stop = len(text) if part is None else max(start, text.rfind("\n") + 1)
-            is_within_line = len(text) - stop > _MAX_SEPARATOR
-            stop = len(text) if is_within_line else stop
-            yield text[:start]
-            for number, piece in enumerate(cuts.split(text[start:stop])):
+    def all_pieces() -> Iterator[str | None]:
+        """The text between separators, and None for each of them."""
+        line, is_long = "", False  # the line that is not ended yet; it is too long for a separator
+        for part in itertools.chain(parts, [""]):
+            if is_long:
+                rest, end, part = part.partition("\n")
+                yield rest + end
+                is_long = not end
+            text = line + part
+            stop = text.rfind("\n") + 1 if part else len(text)
+            for number, piece in enumerate(cuts.split(text[:stop])):
                 if number:
                     yield None
                 yield piece
-            begun = text[stop:]
+            line = text[stop:]
+            if len(line) > _MAX_SEPARATOR:
+                yield line
+                line, is_long = "", True
 
-    found = pieces()
+    pieces = all_pieces()
 
     def document(piece: str | None) -> Iterator[str]:
         while piece is not None:
             yield piece
-            piece = next(found, None)
+            piece = next(pieces, None)
 
-    for piece in found:
+    for piece in pieces:
         if piece is not None and piece.strip():
             yield document(piece.lstrip("\r\n"))
 
@@ -214,6 +285,37 @@ def _wrong_encoding(recipe: CorpusRecipe, where: str) -> tuple[str, str]:
     )
 
 
+class Member(Joined):
+    """Content of a member of an archive, read forwards, as a file that can be looked at before.
+
+    What is read while `is_kept`, damage included, is read again behind `seek(0)`.
+    """
+
+    def __init__(self, parts: Iterator[bytes]):
+        super().__init__(parts)
+        self.is_kept, self._kept, self._place = True, TextStore(), 0
+        self._damage: Damage | None = None
+
+    def seek(self, at: int) -> None:
+        self._place = at
+
+    def read(self, n: int) -> bytes:
+        if self._place < self._kept.n_bytes:
+            content = self._kept.read(self._place, min(self._place + n, self._kept.n_bytes))
+        elif self._damage is not None:
+            raise self._damage
+        else:
+            try:
+                content = super().read(n)
+            except Damage as damage:
+                self._damage = damage
+                raise
+            if self.is_kept:
+                self._kept.append(content)
+        self._place += len(content)
+        return content
+
+
 def _archived(
     file: RawFile,
     compression: str | None,
@@ -222,20 +324,28 @@ def _archived(
     members: Iterable[tuple[str, Iterator[bytes]]] | None = None,
     default: str | None = None,
 ) -> Iterator[Parts]:
-    """Texts of the files in an archive, by default a tar, by their suffixes. Archives, and files of another
-    suffix if `default` is None, are counted in `file.skipped`."""
+    """Texts of the files in an archive, by default a tar, each looked at as a file is. Archives, and files of
+    another suffix if `default` is None, are counted in `file.skipped`, unless they hold JSON lines."""
     if members is None:
         members = tar_members(file.label, content_of(file, compression, recipe))
     n_read = 0
     for name, content in members:
-        suffix, packed = format_of(name)
+        member = replace(file, label=f"{file.label}/{name}", name=name, stream=Member(content))
+        try:
+            member, its_recipe, told = look_at(member, recipe, is_alone=default is not None)
+        except Damage as damage:
+            n_read += 1
+            leave_out(damage)
+            continue
+        suffix, packed = format_of(member.name)
         suffix = suffix or default
         if suffix in (None, ".tar") or packed == "zip":
             file.skipped["files"] += 1
             continue
         n_read += 1
-        inner = replace(file, label=f"{file.label}/{name}", name=name, stream=Joined(content))
-        yield from FORMATS[suffix](inner, packed, recipe, leave_out)
+        file.told.extend((each, f"{file.shown}/{name}") for each in told)
+        member.stream.is_kept = False
+        yield from FORMATS[suffix](member, packed, its_recipe, leave_out)
     if not n_read:
         reason = f"holds no readable file ({file.skipped['files']:,} others)"
         raise Damage(Place(file.label), reason, "unpack it, and name the files that hold text")
@@ -291,7 +401,6 @@ def _csv(
 def _document(
     kind: str, file: RawFile, compression: str | None, recipe: CorpusRecipe, leave_out: LeaveOut
 ) -> Iterator[Parts]:
-    """Text of a PDF or Word file by a library, in a process whose memory and time are bounded."""
     if find_spec({"pdf": "pypdf", "docx": "docx"}[kind]) is None:
         raise UserError(f"{file.label!r} needs more packages to be read: {install_command('documents')}")
     stream = seekable(file, compression, recipe)
@@ -299,74 +408,7 @@ def _document(
         held, stream = stream, scratch_file()
         stream.write(held.getbuffer())
         stream.seek(0)
-    yield _extracted(kind, file.label, stream)
-
-
-def _extracted(kind: str, label: str, stream: IO[bytes]) -> Iterator[str]:
-    arguments = f"{kind!r}, {sys.path!r}, {_MAX_MEMORY}, {_MAX_SECONDS}"
-    command = [sys.executable, "-I", "-c", f"{inspect.getsource(_extract)}\n_extract({arguments})"]
-    decode, is_empty = codecs.getincrementaldecoder("utf-8")("replace").decode, True
-    with (
-        scratch_file() as errors,
-        subprocess.Popen(command, stdin=stream, stdout=subprocess.PIPE, stderr=errors) as child,
-    ):
-        assert child.stdout is not None
-        try:
-            while content := child.stdout.read(CHUNK):
-                part = decode(content)
-                is_empty = is_empty and not part.strip()
-                yield part
-            status = child.wait()
-        finally:
-            child.kill()
-        errors.seek(0)
-        reason = " ".join(errors.read(_MAX_REASON).decode("utf-8", "replace").split())
-    if status < 0 or "MemoryError" in reason:
-        reason = f"it takes more than {_MAX_MEMORY >> 20:,} MB of memory or {_MAX_SECONDS:,} s"
-    if status:
-        reason = f"is not readable as .{kind} ({reason})"
-    elif is_empty:
-        reason = "holds no text, only pictures as of a scan"
-    else:
-        return
-    raise Damage(Place(label), reason, "save its text as .txt, and name that")
-
-
-def _extract(kind: str, paths: list[str], max_memory: int, max_seconds: int) -> None:
-    """Write the text of the document on standard input to standard output.
-
-    The source of this function is a program of its own: a process that loads no more starts at once.
-    """
-    import contextlib
-    import logging
-    import os
-    import sys
-
-    sys.path[:] = paths
-    with contextlib.suppress(ImportError, ValueError, OSError):  # ImportError: on Windows
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (max_memory, max_memory))
-        resource.setrlimit(resource.RLIMIT_CPU, (max_seconds, max_seconds))
-    logging.disable()
-    try:
-        if kind == "pdf":
-            import pypdf
-
-            texts = (page.extract_text() for page in pypdf.PdfReader(sys.stdin.buffer).pages)
-        else:
-            import docx
-
-            texts = (
-                "\n".join("\t".join(cell.text for cell in row.cells) for row in block.rows)
-                if hasattr(block, "rows")
-                else block.text
-                for block in docx.Document(sys.stdin.buffer).iter_inner_content()
-            )
-        for text in texts:
-            os.write(1, f"{text}\n".encode("utf-8", "replace"))
-    except Exception as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    yield extracted(kind, file.label, stream)
 
 
 def _jsonl(

@@ -18,6 +18,7 @@ from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import NoSource, UserError
 from hf_genlm.files import atomic_file, sha256_of
 from hf_genlm.text.formats import COMMON, CONTINUES, FORMATS, format_of
+from hf_genlm.text.records import CHATS, messages_of
 
 Texts = Any  # a path, several paths, strings, a datasets.Dataset, or None
 
@@ -37,7 +38,7 @@ _PACKAGES_HOLD = {"pyvenv.cfg", "conda-meta", "CACHEDIR.TAG"}  # bford.info/cach
 _OUTPUT, _INSTALLED = "output", "installed"  # kinds of folders without text of a person
 _REASONS = {
     _OUTPUT: "runs, comparisons and models are no text; to read a file there, name it",
-    _INSTALLED: "installed packages and caches; to read such a folder, name it",
+    _INSTALLED: "installed packages and caches; to read such a folder, name it alone, or as 'FOLDER/**'",
 }
 _SPLITS = (
     dict.fromkeys(("train", "training", "trainset", "trn"), "train")
@@ -82,6 +83,19 @@ class Located:
     n_skipped: int = 0
     is_hub: bool = False
     left: Sequence[LeftFolder] = ()
+
+
+def locate_all(words: Sequence[str]) -> list[Located]:
+    """`locate` each source, and leave out a folder of installed packages that stands beside another source in
+    its parent folder, as a shell makes of `*`."""
+    paths = [os.path.abspath(os.path.expanduser(word)) for word in words]
+    parents = [os.path.dirname(path) for path in paths]
+    return [
+        Located([], left=[LeftFolder(_shown(Path(word)), _INSTALLED, _count_files(path))])
+        if parents.count(parent) > 1 and os.path.isdir(path) and _kind_at(path) == _INSTALLED
+        else locate(word)
+        for word, path, parent in zip(words, paths, parents, strict=True)
+    ]
 
 
 def locate(word: str, is_named: bool = True) -> Located:
@@ -322,7 +336,7 @@ def splits_by_name(recipe: CorpusRecipe) -> bool:
     """True if the names of the files say what is held out: they do unless the recipe says it."""
     is_stated = recipe.validation or recipe.split_by_hash or recipe.languages
     return not is_stated and any(
-        file.split == "validation" for word in recipe.sources for file in locate(word).files
+        file.split == "validation" for each in locate_all(recipe.sources) for file in each.files
     )
 
 
@@ -371,15 +385,17 @@ def source_words(texts: Texts) -> list[str] | None:
 
 def _is_path(word: Any) -> bool:
     """Return True if `word` names something that exists, or has the form of a path, glob or Hub id."""
+    if isinstance(word, Mapping):
+        return False
     if not isinstance(word, str):
-        raise UserError(f"texts hold {word!r}: every item must be a string or a path")
+        raise UserError(f"texts hold {word!r}: every item must be a string, a path or a record")
     if "\n" in word or len(word) > _MAX_PATH:
         return False
     return os.path.exists(os.path.expanduser(word)) or _PATH_FORM.fullmatch(word) is not None
 
 
 def write_texts(texts: Any, path: Path, column: str, is_resuming: bool = False) -> None:
-    """Write strings, or the text column of a dataset, as JSON lines.
+    """Write strings, or the text or chats of records, as JSON lines.
 
     Raises:
         UserError: an item without text; or, if `is_resuming`, other texts than those at `path`.
@@ -387,14 +403,18 @@ def write_texts(texts: Any, path: Path, column: str, is_resuming: bool = False) 
     digest = hashlib.sha256()
     with atomic_file(path) as file:
         for number, item in enumerate(texts):
-            text = item.get(column) if isinstance(item, Mapping) else item
-            if not isinstance(text, str):
+            text = item
+            if isinstance(item, Mapping):
+                fields = (column, *(CHATS if column == "text" else ()))
+                text = next((item[name] for name in fields if name in item), None)
+            chat = messages_of(text)
+            if chat is None and not isinstance(text, str):
                 raise UserError(
                     f"item {number} of the texts has no text in {column!r}: set corpus.text_column"
                 )
-            for start in range(0, max(1, len(text)), _MAX_PART):
-                more = {CONTINUES: True} if start + _MAX_PART < len(text) else {}
-                record = {column: text[start : start + _MAX_PART], **more}
+            for start in range(0, max(1, len(text)), _MAX_PART) if chat is None else [0]:
+                more = {CONTINUES: True} if chat is None and start + _MAX_PART < len(text) else {}
+                record = {column: chat or text[start : start + _MAX_PART], **more}
                 line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
                 digest.update(line)
                 file.write(line)

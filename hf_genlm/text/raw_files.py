@@ -7,12 +7,16 @@ path.
 """
 
 import bz2
+import codecs
 import contextlib
+import inspect
 import io
 import itertools
 import lzma
 import re
 import struct
+import subprocess
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -24,6 +28,7 @@ from typing import IO, Any
 
 from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError, install_command, without_secrets
+from hf_genlm.text.cache import scratch_file
 from hf_genlm.text.store import CHUNK
 
 MAX_PLACES = 20  # damaged records and files that a report names
@@ -34,6 +39,9 @@ _WIDER = "allow it 2 GB of memory with --set corpus.unpack_memory_mb=2048, or un
 _MAX_EMPTY = 1000  # streams without content in a row
 _MAX_HEADER = 1 << 20  # bytes of the headers of a member of a tar archive
 _MAX_TABLE = 1 << 22  # bytes of the table of a .zip, which zipfile holds in memory
+_MAX_MEMORY = 1 << 30  # bytes, of the process that reads a PDF or Word file
+_MAX_SECONDS = 600  # of a processor, likewise
+_MAX_REASON = 500  # bytes of its message
 # zipfile raises the last four: for a password, an unknown method, and damaged tables
 _FAULTS = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
            RuntimeError, struct.error, LookupError, OverflowError, tarfile.TarError)  # fmt: skip
@@ -73,6 +81,8 @@ class RawFile:
     max_line: int = 1 << 24  # characters of a .jsonl line, which takes up to 60 bytes of memory for each
     separator: str | None = None  # lines of nothing else part the documents of plain text
     skipped: Counter[str] = field(default_factory=Counter)  # "files": of an archive, by their suffix
+    told: list[tuple[str, str]] = field(default_factory=list)  # of members of an archive: a line, a name
+    shown: str = ""  # to people
 
 
 @dataclass
@@ -216,6 +226,78 @@ def tar_members(label: str, parts: Iterator[bytes]) -> Iterator[tuple[str, Itera
         while rest := stream.read(_FEED):  # the checksum of a compression is at its end
             if rest.strip(b"\0"):
                 raise ValueError("more stands behind the mark of its end")
+
+
+def extracted(kind: str, label: str, stream: IO[bytes]) -> Iterator[str]:
+    """Text of a PDF or Word file in parts, by a library in a process whose memory and time are bounded.
+
+    Raises:
+        Damage: it is not readable, or holds no text.
+    """
+    arguments = f"{kind!r}, {sys.path!r}, {_MAX_MEMORY}, {_MAX_SECONDS}"
+    command = [sys.executable, "-I", "-c", f"{inspect.getsource(_extract)}\n_extract({arguments})"]
+    decode, is_empty = codecs.getincrementaldecoder("utf-8")("replace").decode, True
+    with (
+        scratch_file() as errors,
+        subprocess.Popen(command, stdin=stream, stdout=subprocess.PIPE, stderr=errors) as child,
+    ):
+        assert child.stdout is not None
+        try:
+            while content := child.stdout.read(CHUNK):
+                part = decode(content)
+                is_empty = is_empty and not part.strip()
+                yield part
+            status = child.wait()
+        finally:
+            child.kill()
+        errors.seek(0)
+        reason = " ".join(errors.read(_MAX_REASON).decode("utf-8", "replace").split())
+    if status < 0 or "MemoryError" in reason:
+        reason = f"it takes more than {_MAX_MEMORY >> 20:,} MB of memory or {_MAX_SECONDS:,} s"
+    if status:
+        reason = f"is not readable as .{kind} ({reason})"
+    elif is_empty:
+        reason = "holds no text, only pictures as of a scan"
+    else:
+        return
+    raise Damage(Place(label), reason, "save its text as .txt, and name that")
+
+
+def _extract(kind: str, paths: list[str], max_memory: int, max_seconds: int) -> None:
+    """Write the text of the document on standard input to standard output.
+
+    The source of this function is a program of its own: a process that loads no more starts at once.
+    """
+    import contextlib
+    import logging
+    import os
+    import sys
+
+    sys.path[:] = paths
+    with contextlib.suppress(ImportError, ValueError, OSError):  # ImportError: on Windows
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (max_memory, max_memory))
+        resource.setrlimit(resource.RLIMIT_CPU, (max_seconds, max_seconds))
+    logging.disable()
+    try:
+        if kind == "pdf":
+            import pypdf
+
+            texts = (page.extract_text() for page in pypdf.PdfReader(sys.stdin.buffer).pages)
+        else:
+            import docx
+
+            texts = (
+                "\n".join("\t".join(cell.text for cell in row.cells) for row in block.rows)
+                if hasattr(block, "rows")
+                else block.text
+                for block in docx.Document(sys.stdin.buffer).iter_inner_content()
+            )
+        for text in texts:
+            os.write(1, f"{text}\n".encode("utf-8", "replace"))
+    except Exception as error:
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 class Joined:

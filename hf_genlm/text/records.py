@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
@@ -28,11 +29,13 @@ _PAGE_HEADER = 1 << 10  # bytes in which the header of a page is looked for firs
 _MAX_FOOTER = 1 << 24  # bytes of the table at the end of a parquet file, which takes some 30 times as many
 _MAX_BATCH = 1 << 29  # bytes of a batch of arrow, which is read at once
 _MAX_TEXT = 1 << 26  # bytes of the text of a row
+_MAX_LINES = 20  # that are looked at
 _MAX_NAMES = 8  # of a record's fields, in a message
 _OTHER_FIELD = "name a field of text with --set corpus.text_column=..."
 _LIKELY = {"text", "content", "body", "sentence", "document", "article", "story", "raw_content"}
-_TO_JSON = "write the chats as JSON lines, Dataset.to_json('chats.jsonl')"
-_CHATS = ("messages", "conversations")  # fields of chats
+CHATS = ("messages", "conversations")  # fields of chats
+_OF_MESSAGE = {"role", "from", "content", "value", "text"}  # fields that are read of it, and of its parts
+_OBJECT = 64  # bytes that are counted for an object of Python in a chat, which takes some 200
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}  # of ShareGPT -> of the chat templates
 
 
@@ -67,9 +70,7 @@ def text_of_table(place: Place, table: Any, recipe: CorpusRecipe) -> str:
     Raises:
         Damage: as `text_of_record`, or the row is too long to be held.
     """
-    if table.nbytes > _MAX_TEXT:
-        raise _too_long(place)
-    return text_of_record(place, table.to_pylist()[0], recipe)
+    return _text_of_scalar(place, table.column(find_column(place, table.column_names, recipe))[0], recipe)
 
 
 def _too_long(place: Place) -> Damage:
@@ -85,7 +86,7 @@ def find_column(
         Damage: `names` lacks both. The remedy names the first that is `of_text`, by default of all.
     """
     names = list(names)
-    wanted = (recipe.text_column, *(_CHATS if recipe.text_column == "text" else ()))
+    wanted = (recipe.text_column, *(CHATS if recipe.text_column == "text" else ()))
     found = next((name for name in wanted if name in names), None)
     if found is not None:
         return found
@@ -93,6 +94,18 @@ def find_column(
     more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
     reason = f"has no field {recipe.text_column!r}, it has {shown}{more}"
     raise Damage(place, reason, _remedy(names if of_text is None else of_text))
+
+
+def holds_records(text: str, columns: Sequence[str], is_alone: bool) -> bool:
+    """True if the first lines are objects of JSON, two or more, or one with text; else all with text."""
+    lines = [line for line in text.split("\n", _MAX_LINES)[:_MAX_LINES] if line.strip()]
+    try:
+        records = [json.loads(line) for line in lines if line.startswith("{")]
+    except (ValueError, RecursionError):
+        return False
+    with_text = sum(any(column in record for column in columns) for record in records)
+    n_wanted = len(records) if not is_alone else 1 if len(records) == 1 else 0
+    return 0 < len(records) == len(lines) and with_text >= n_wanted
 
 
 def messages_of(value: Any) -> list[dict[str, str]] | None:
@@ -153,20 +166,36 @@ def texts_of_rows(
 def _text_of_scalar(place: Place, scalar: Any, recipe: CorpusRecipe) -> str:
     """
     Raises:
-        Damage: the scalar is not text, or too long to be held.
+        Damage: the scalar is neither text nor a chat, or too long to be held.
     """
     import pyarrow as pa
 
-    scalar = scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar
-    if not isinstance(scalar, pa.StringScalar) or not scalar.is_valid:
-        return text_value(place, scalar.as_py(), recipe)
-    content = scalar.as_buffer()
-    if content.size > _MAX_TEXT:
-        raise _too_long(place)
-    try:
-        return text_value(place, str(content, "utf-8"), recipe)
-    except UnicodeDecodeError:
-        return text_value(place, content.to_pybytes(), recipe)
+    left = _MAX_TEXT
+
+    def value_of(scalar: Any) -> Any:
+        """Text, message or list of them as an object of Python."""
+        nonlocal left
+        scalar = scalar.value if isinstance(scalar, pa.DictionaryScalar) else scalar
+        if not scalar.is_valid:
+            return None
+        if isinstance(scalar, pa.BinaryScalar):
+            content = scalar.as_buffer()
+            left -= content.size
+        left -= _OBJECT if is_nested else 0
+        if left < 0:
+            raise _too_long(place)
+        if isinstance(scalar, pa.StringScalar):
+            with contextlib.suppress(UnicodeDecodeError):
+                return str(content, "utf-8")
+        if isinstance(scalar, pa.ListScalar):
+            return [value_of(each) for each in scalar.values]
+        if isinstance(scalar, pa.StructScalar):
+            fields = {name: value_of(scalar[i]) for i, name in enumerate(scalar) if name in _OF_MESSAGE}
+            return {name: value for name, value in fields.items() if value is not None}
+        return scalar.as_py() if pa.types.is_primitive(scalar.type) else b""
+
+    is_nested = not isinstance(scalar, pa.BinaryScalar | pa.DictionaryScalar)
+    return text_value(place, value_of(scalar), recipe)
 
 
 def read_parquet(
@@ -178,16 +207,29 @@ def read_parquet(
     n_rows = 0
     with _reading(place, "parquet"):
         _check_footer(stream)
-        table = parquet.ParquetFile(
-            stream, buffer_size=CHUNK, pre_buffer=False, page_checksum_verification=True
-        )
+        options = {"buffer_size": CHUNK, "pre_buffer": False, "page_checksum_verification": True}
+        table = parquet.ParquetFile(stream, **options)
         name = _text_path(place, table.schema_arrow, recipe)
-        leaf = [i for i in range(len(table.schema)) if table.schema.column(i).path == name]
-        if len(leaf) != 1:
-            raise OSError(f"{len(leaf)} of its columns are named {name!r}")
+        recipe = recipe.model_copy(update={"text_column": name})
+        paths = [table.schema.column(i).path for i in range(len(table.schema))]
+        leaves = [i for i, path in enumerate(paths) if path == name or path.startswith(f"{name}.")]
+        is_chat = name not in paths
+        if not leaves or (len(leaves) > 1 and not is_chat):
+            raise OSError(f"{len(leaves)} of its columns are named {name!r}")
+        if is_chat:  # a text of a dictionary is not copied for each message
+            table = parquet.ParquetFile(stream, read_dictionary=[paths[i] for i in leaves], **options)
         for group in range(round(file.start * table.num_row_groups), table.num_row_groups):
-            page = max(_page_sizes(stream, table.metadata.row_group(group).column(leaf[0])), default=1)
-            rows = max(1, min(_PARQUET_ROWS, _MAX_TEXT // max(page, 1)))  # no value is larger than a page
+            about = table.metadata.row_group(group)
+            pages = [(0, 0), *(page for leaf in leaves for page in _page_sizes(stream, about.column(leaf)))]
+            n_bytes, n_values = map(sum, zip(*pages, strict=True))
+            if is_chat and (n_bytes > _MAX_BATCH or n_values > _MAX_PAGE_VALUES):
+                raise ValueError(
+                    f"a row group has {n_bytes:,} bytes and {n_values:,} values, more than {_MAX_BATCH:,} or "
+                    f"{_MAX_PAGE_VALUES:,}: write it with row_group_size=1000"
+                )
+            # no text is larger than a page; a chat may have several
+            row = n_bytes // max(1, about.num_rows) if is_chat else max(n for n, _ in pages)
+            rows = max(1, min(_PARQUET_ROWS, _MAX_TEXT // max(row, 1)))
             for batch in table.iter_batches(rows, [group], [name]):
                 yield from texts_of_rows(file.label, _leaf_of(batch, name), recipe, leave_out, n_rows)
                 n_rows += len(batch)
@@ -209,6 +251,7 @@ def read_arrow(
         source.seek(start)
         reader = pa.ipc.open_stream(pa.PythonFile(source, "r"))
         name = _text_path(place, reader.schema, recipe)
+        recipe = recipe.model_copy(update={"text_column": name})
         for batch in reader:
             batch.validate(full=True)  # or an offset could point anywhere in memory
             yield from texts_of_rows(file.label, _leaf_of(batch, name), recipe, leave_out, n_rows)
@@ -300,7 +343,7 @@ def count_row_groups(stream: IO[bytes]) -> int:
 
 
 def _text_path(place: Place, schema: Any, recipe: CorpusRecipe) -> str:
-    """The text column of a table: a name such as `text`, or a path into a struct such as `meta.text`.
+    """The column of text or chats of a table: a name such as `text`, or a path into a struct, `meta.text`.
 
     Raises:
         Damage: it is not there, not text, or there more than once.
@@ -308,7 +351,7 @@ def _text_path(place: Place, schema: Any, recipe: CorpusRecipe) -> str:
 
     def paths(fields: Iterable[Any], above: str = "") -> Iterator[str]:
         for field in fields:
-            if _is_text(field.type):
+            if _is_text(field.type) or _is_chat(field.type):
                 yield above + field.name
             elif str(field.type).startswith("struct<"):
                 yield from paths(field.type, f"{above}{field.name}.")
@@ -317,9 +360,11 @@ def _text_path(place: Place, schema: Any, recipe: CorpusRecipe) -> str:
     if texts.count(recipe.text_column) == 1:
         return recipe.text_column
     name = find_column(place, schema.names, recipe, texts)
-    kind = " and ".join(str(field.type) for field in schema if field.name == name)[:200]
-    remedy = _TO_JSON if name in _CHATS and "list<" in kind else _remedy(texts)
-    raise Damage(place, f"field {name!r} is {kind}, not text", remedy)
+    kinds = [field.type for field in schema if field.name == name]
+    if len(kinds) == 1 and _is_chat(kinds[0]):
+        return name
+    kind = " and ".join(map(str, kinds))[:200]
+    raise Damage(place, f"field {name!r} is {kind}, not text", _remedy(texts))
 
 
 def _leaf_of(batch: Any, path: str) -> Any:
@@ -345,6 +390,14 @@ def _is_text(kind: Any) -> bool:
     return str(kind) in ("string", "large_string", "string_view", "null")
 
 
+def _is_chat(kind: Any) -> bool:
+    """True for lists of messages, which `messages_of` reads."""
+    import pyarrow as pa
+
+    of_list = getattr(kind, "value_type", None)
+    return isinstance(of_list, pa.StructType) and not {"role", "from"}.isdisjoint(of_list.names)
+
+
 def _check_footer(stream: IO[bytes]) -> None:
     """
     Raises:
@@ -356,8 +409,8 @@ def _check_footer(stream: IO[bytes]) -> None:
         raise ValueError(f"the table of its row groups has {length:,} bytes, more than {_MAX_FOOTER:,}")
 
 
-def _page_sizes(stream: IO[bytes], column: Any) -> Iterator[int]:
-    """Unpacked bytes of each page of a column chunk, from the page headers: pyarrow allocates as they say.
+def _page_sizes(stream: IO[bytes], column: Any) -> Iterator[tuple[int, int]]:
+    """(unpacked bytes, values) of each page of a column chunk, from their headers: pyarrow allocates so much.
 
     Raises:
         ValueError: a header is damaged, or a page is too large to be held.
@@ -383,7 +436,7 @@ def _page_sizes(stream: IO[bytes], column: Any) -> Iterator[int]:
                 f"a page has {n_bytes:,} bytes and {n_values:,} values, more than {_MAX_PAGE:,} or "
                 f"{_MAX_PAGE_VALUES:,}: write it with smaller pages"
             )
-        yield n_bytes
+        yield n_bytes, n_values
         start, left = start + length + n_on_disk, left - length - n_on_disk
 
 

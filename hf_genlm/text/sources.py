@@ -5,23 +5,21 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import json
 import os
-import re
 import stat
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import IO, Any
 
 from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError
 from hf_genlm.files import open_file
 from hf_genlm.text.cache import NoRoom
-from hf_genlm.text.formats import format_of, texts_of
-from hf_genlm.text.locating import FoundFile, Located, check_found, first_names, locate, walk
-from hf_genlm.text.raw_files import Damage, LeaveOut, LeftOut, Place, RawFile, content_of, one_line
+from hf_genlm.text.formats import format_of, is_archive, look_at, texts_of
+from hf_genlm.text.locating import FoundFile, Located, check_found, first_names, locate_all, walk
+from hf_genlm.text.raw_files import Damage, LeaveOut, LeftOut, Place, RawFile, one_line
 from hf_genlm.text.records import Parts, count_row_groups, find_column, text_of_table, texts_of_rows
 from hf_genlm.text.scrubbing import Scrubber, Tally, scrubber_of
 from hf_genlm.text.store import CHUNK, DocumentWriter
@@ -35,14 +33,8 @@ _BUILD_FILE = "_sysconfigdata_"  # holds paths of the machine that built this Py
 MAX_DOCUMENTS = 5_000_000  # some 120 bytes of memory each until they are rows
 _BY_LINE = {".txt", ".md", ".py", ".jsonl"}  # can be read from any line on
 _MAX_LINE = 1 << 26  # bytes that are passed over to the end of a line
+_LOOKED_AT = 1 << 22  # characters of an archive that is streamed
 _SAMPLES = 16  # blocks of a streamed file that are hashed
-_LINES = 20  # that are looked at
-_PLAIN = (None, ".txt", ".md", ".py")
-_POINTERS = {b"version https://git-lfs.github.com/spec/": "git lfs pull", b"/annex/objects/": "git annex get"}
-_BYTE_ORDER_MARK = re.compile(rb"(\xff\xfe\0\0|\0\0\xfe\xff)|\xff\xfe|\xfe\xff")  # UTF-32, or UTF-16
-_SEPARATOR = re.compile(r"<\|(?:endoftext|end_of_text|eos|endofdoc)\|>|</s>|<eos>|\[EOS\]", re.IGNORECASE)
-_MARKUP = {".json", ".html", ".htm", ".xml", ".tex", ".ipynb"}
-_MARKUP_BEGINS = ("<!doctype html", "<html", "<?xml", "\\documentclass")
 
 
 @dataclass
@@ -108,8 +100,7 @@ def read_sources(words: Sources, recipe: CorpusRecipe, split: str, by_name: bool
     seen: set[str] = set()
     for code, of_language in words.items() if isinstance(words, Mapping) else [(None, words)]:
         n_documents, n_files = len(reading.writer), len(reading.files)
-        for word in of_language:
-            located = locate(word)
+        for word, located in zip(of_language, locate_all(of_language), strict=True):
             reading.files_skipped += located.n_skipped
             reading.located.append(located)
             if located.is_hub:
@@ -182,121 +173,57 @@ def _read_file(file: FoundFile, recipe: CorpusRecipe, reading: Reading) -> None:
                 digest.update(content)
                 n_bytes += len(content)
             stream.seek(0)
-            raw, of_file, told = look_at(RawFile(label, file.path.name, stream), recipe)
-            texts = texts_of(raw, of_file, _leave_out(left_out, file.name, recipe)) if n_bytes else [()]
+            raw, of_file, told = look_at(RawFile(label, file.path.name, stream, shown=file.name), recipe)
+            leave_out = _leave_out(left_out, file.name, recipe, label)
+            texts = texts_of(raw, of_file, leave_out) if n_bytes else [()]
             n_added = reading.add(file.name, texts, n_bytes, digest.hexdigest())
     except NoRoom as error:
         raise NoRoom(f"{label!r}, which has {n_bytes:,} bytes, holds more text than fits: {error}") from error
     except Damage as damage:
         if file.is_named and damage.place.unit is None:
             raise
-        _leave_out(reading.left_out, file.name, recipe)(damage)
+        _leave_out(reading.left_out, file.name, recipe, label)(damage)
         return
     reading.left_out.update(left_out)
-    reading.told += [(each, file.name) for each in told]
+    reading.told += [(each, file.name) for each in told] + raw.told
     reading.files_skipped += raw.skipped["files"]
     if file.is_named and not n_added:
-        if not left_out.records:
+        if not left_out.places:
             raise empty_file(file)
+        n, what = (left_out.files, "files in it") if left_out.files else (left_out.records, "records")
         raise UserError(
-            f"{label!r} holds no text that can be used: {left_out.records:,} records are damaged, "
+            f"{label!r} holds no text that can be used: {n:,} {what} are damaged, "
             f"the first one {left_out.places[0]['reason']}; mend the file, or leave it out"
         )
 
 
-def _leave_out(left_out: LeftOut, name: str, recipe: CorpusRecipe) -> LeaveOut:
-    """A function that counts damage in the file `name`, or raises it if the recipe says so."""
+def _leave_out(left_out: LeftOut, name: str, recipe: CorpusRecipe, label: str = "") -> LeaveOut:
+    """A function that counts damage in the file `name`, or in a member of it, or raises it if the recipe says
+    so; `label` is the name of the file in messages."""
 
     def take(damage: Damage) -> None:
         if recipe.damaged == "stop":
             raise UserError(
                 f"{damage}; or leave out what is damaged with --set corpus.damaged=skip"
             ) from damage
-        left_out.add(name, damage)
+        left_out.add(name + damage.place.label.removeprefix(label) if label else name, damage)
 
     return take
 
 
-def look_at(file: RawFile, recipe: CorpusRecipe) -> tuple[RawFile, CorpusRecipe, list[str]]:
-    """Look at the beginning of a file: (file, recipe, told) by which `texts_of` reads it as what it is.
-
-    Without a known suffix, JSON lines are read as such. Its encoding is that of its byte order mark, or UTF-8
-    if all its bytes are UTF-8. `told` is for people.
-
-    Raises:
-        Damage: it stands for a file that git has not fetched.
+def check_encoding(encoding: str) -> None:
     """
-    suffix, compression = format_of(file.name)
-    beginning = b""
-    with contextlib.suppress(Damage):  # the reader meets it again
-        beginning = next(content_of(file, compression, recipe), b"")
-    for start, command in _POINTERS.items():
-        if beginning.startswith(start):
-            raise Damage(
-                Place(file.label), "is a pointer, and git has not fetched its file", f"run {command}"
-            )
-    told = []
-    encoding = _encoding_of(beginning, file, compression, recipe)
-    if encoding != recipe.encoding:
-        told.append(f"read as {encoding}, as its bytes say")
-        recipe = recipe.model_copy(update={"encoding": encoding})
-    file.stream.seek(0)
-    if suffix not in _PLAIN:
-        return file, recipe, told
-    text = beginning.decode(encoding, "replace").removeprefix("\ufeff")
-    stem = PurePath(file.name).with_suffix("") if compression else PurePath(file.name)
-    if _holds_records(text if len(beginning) < CHUNK else text[: text.rfind("\n") + 1], recipe.text_column):
-        if suffix is not None:
-            told.append("JSON lines, read as text; to read a document of each, rename it to .jsonl")
-            return file, recipe, told
-        told.append("read as JSON lines, a document of each; to read them as text, rename it to .txt")
-        name = f"{stem}.jsonl{PurePath(file.name).suffix if compression else ''}"
-        return replace(file, name=name), recipe, told
-    if stem.suffix.lower() in _MARKUP or text[:99].lstrip().lower().startswith(_MARKUP_BEGINS):
-        remedy = "to train on the text alone, write that to .txt or .jsonl"
-        told.append(f"read as it stands, with the marks of its format; {remedy}")
-    found = dict.fromkeys(_SEPARATOR.findall(text))
-    lines = {line.strip() for line in text.split("\n")} if found else set()
-    separator = next((mark for mark in found if mark in lines), None)
-    if separator is not None and recipe.documents != "whole":
-        remedy = "to keep it whole, --set corpus.documents=whole"
-        told.append(f"cut into documents at lines of {separator}; {remedy}")
-        file = replace(file, separator=separator)
-    elif found and suffix != ".py":
-        told.append(f"{next(iter(found))} in it is read as text; alone on a line, it parts documents")
-    return file, recipe, told
-
-
-def _holds_records(text: str, column: str) -> bool:
-    """True if the first lines are objects of JSON, two or more, or one with the text column."""
-    lines = [line for line in text.split("\n", _LINES)[:_LINES] if line.strip()]
+    Raises:
+        UserError: Python has no text encoding of that name.
+    """
     try:
-        records = [json.loads(line) for line in lines if line.startswith("{")]
-    except (ValueError, RecursionError):
-        return False
-    return len(records) == len(lines) and (len(records) > 1 or any(column in record for record in records))
-
-
-def _encoding_of(beginning: bytes, file: RawFile, compression: str | None, recipe: CorpusRecipe) -> str:
-    """Encoding by the byte order mark, else UTF-8 if the whole file is that, else the one of the recipe."""
-    stated = codecs.lookup(recipe.encoding).name
-    is_wide = stated.startswith(("utf-16", "utf-32"))
-    mark = None if is_wide else _BYTE_ORDER_MARK.match(beginning)
-    if mark is not None:
-        return "utf-32" if mark[1] else "utf-16"
-    if stated == "utf-8":
-        return recipe.encoding
-    decode, is_ascii = codecs.getincrementaldecoder("utf-8")().decode, True
-    file.stream.seek(0)
-    try:
-        for content in itertools.chain(content_of(file, compression, recipe), [b""]):
-            decode(content, not content)
-            is_ascii = is_ascii and content.isascii()
-            if b"\0" in content:
-                return recipe.encoding
-    except (UnicodeDecodeError, Damage):
-        return recipe.encoding
-    return recipe.encoding if is_ascii and not is_wide else "utf-8"  # wide, ASCII would be other bytes
+        "a".encode(encoding).decode(encoding)
+        codecs.getincrementaldecoder(encoding)
+    except (LookupError, ValueError) as error:
+        raise UserError(
+            f"corpus.encoding = {encoding!r} is no text encoding that Python knows: "
+            "name one such as utf-8, utf-16 or latin-1"
+        ) from error
 
 
 def lines_told(told: Iterable[tuple[str, str]]) -> list[str]:
@@ -404,7 +331,11 @@ class FileShard:
     def told(self) -> list[tuple[str, str]]:
         """Lines for people about how the file is read, each with its name."""
         with opened(self.file) as stream:
-            return [(each, self.name) for each in look_at(self._raw(stream), self.recipe)[2]]
+            raw, recipe, told = look_at(self._raw(stream), self.recipe)
+            if is_archive(raw.name):  # of its first members
+                sizes = itertools.accumulate(map(len, itertools.chain.from_iterable(texts_of(raw, recipe))))
+                next((size for size in sizes if size > _LOOKED_AT), None)
+            return [(each, self.name) for each in told] + raw.told
 
     def beginnings(self, n: int) -> "list[Beginning]":
         """At most `n` places, evenly over the file, from which its texts can be read: of what is compressed,
@@ -420,7 +351,7 @@ class FileShard:
         return [functools.partial(self.texts, None, i / n) for i in range(n)]
 
     def _raw(self, stream: IO[bytes]) -> RawFile:
-        return RawFile(str(self.file.path), self.file.path.name, stream)
+        return RawFile(str(self.file.path), self.file.path.name, stream, shown=self.name)
 
     def texts(self, state: int | None, start: float = 0.0) -> Iterator[tuple[Parts, int]]:
         """Texts behind the record of number `state`, or from the first line, or row group, behind the share

@@ -7,6 +7,7 @@ file is read again from its beginning; a Hub data set resumes as `datasets` does
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
@@ -17,11 +18,10 @@ from hf_genlm.config.recipe import CorpusRecipe
 from hf_genlm.errors import UserError
 from hf_genlm.text.corpus import count_text, describe_files, read_documents, seeded_order, share_of
 from hf_genlm.text.encoding import pieces_of_parts
-from hf_genlm.text.formats import check_encoding
-from hf_genlm.text.locating import check_found, lines_on, locate, splits_by_name
+from hf_genlm.text.locating import check_found, lines_on, locate_all, splits_by_name
 from hf_genlm.text.records import Parts
 from hf_genlm.text.scrubbing import Scrubber, scrubber_of
-from hf_genlm.text.sources import Beginning, FileShard, HubShard, Shard, lines_told
+from hf_genlm.text.sources import Beginning, FileShard, HubShard, Shard, check_encoding, lines_told
 from hf_genlm.text.store import TURN, Document, Documents, DocumentWriter, as_documents
 
 _MAX_HELD_SHARE = 0.25  # of `validation_bytes`: a longer document is trained on
@@ -39,6 +39,7 @@ class HeldOut:
 
     def __init__(self, documents: Iterable[Document] = ()):
         self._digests: dict[int, set[bytes]] = {}  # length in characters, at most _COMPARED -> digests
+        self.n_left_out = Counter[bytes]()  # copies that `filter` met, by their digests
         for _, texts in itertools.groupby(as_documents(documents).texts(), key=lambda part: part[0]):
             self.add("".join(_first((text for _, text in texts), _COMPARED)))
 
@@ -51,6 +52,12 @@ class HeldOut:
         text = text[:_COMPARED]
         return len(text) in self._digests and _digest(text) in self._digests[len(text)]
 
+    def _leaves_out(self, text: str) -> bool:
+        is_held = text in self
+        if is_held:
+            self.n_left_out[_digest(text[:_COMPARED])] += 1
+        return is_held
+
     def filter(self, parts: Parts, scrubber: Scrubber | None = None) -> Parts | None:
         """The text that `parts` join to, scrubbed; None if it is held out or empty."""
         parts = parts if scrubber is None else scrubber.scrub_parts(parts)
@@ -60,13 +67,13 @@ class HeldOut:
             begun.append(part)
             size += len(part)
             if size > longest or size >= _COMPARED:
-                if size < _COMPARED or "".join(begun) not in self:
+                if size < _COMPARED or not self._leaves_out("".join(begun)):
                     return itertools.chain(begun, parts)
                 for _ in parts:  # the rest of it
                     pass
                 return None
         text = "".join(begun)
-        return None if not text or text in self else (text,)
+        return None if not text or self._leaves_out(text) else (text,)
 
     @property
     def sha256(self) -> str:
@@ -291,7 +298,7 @@ def open_stream(recipe: CorpusRecipe) -> DocumentStream:
     check_encoding(recipe.encoding)
     seen: set[str] = set()
     sources: list[list[Shard]] = []
-    by_name, targets = splits_by_name(recipe), [locate(word) for word in recipe.sources]
+    by_name, targets = splits_by_name(recipe), locate_all(recipe.sources)
     check_found(targets)
     for word, located in zip(recipe.sources, targets, strict=True):
         files = [file for file in located.files if not by_name or file.split in (None, "train")]
@@ -327,10 +334,10 @@ def check_stream(recipe: CorpusRecipe) -> None:
             f"corpus.near_duplicates = {recipe.near_duplicates:g} compares all documents, and --stream has "
             "none of them at hand: leave one out"
         )
-    if recipe.keep_held_out:
+    if recipe.keep_held_out and not (recipe.validation or splits_by_name(recipe)):
         raise UserError(
-            "corpus.keep_held_out is not for a stream, which leaves out all copies of a held-out text: hold "
-            "out a file of your own by --validation, or leave --stream out"
+            "corpus.keep_held_out: a stream leaves out all copies of what it holds out by itself; hold out a "
+            "file of your own by --validation too, or leave --stream out"
         )
     if recipe.damaged == "skip":
         raise UserError(
@@ -353,13 +360,14 @@ class StreamedText:
 def read_stream(recipe: CorpusRecipe) -> StreamedText:
     """Open the stream of a recipe, and read its validation text: `recipe.validation`, or what is held out.
 
-    The same recipe over the same files gives the same text. None of it is trained on, wherever it occurs.
+    The same recipe over the same files gives the same text. None of it is trained on, wherever it occurs,
+    unless `recipe.keep_held_out`.
 
     Raises:
         UserError: a source cannot be used, or nothing can be held out.
     """
     stream = open_stream(recipe)
-    by_name, located = splits_by_name(recipe), [locate(word) for word in recipe.sources]
+    by_name, located = splits_by_name(recipe), locate_all(recipe.sources)
     if recipe.validation or by_name:
         sources = recipe.sources if by_name else recipe.validation
         validation, read = read_documents(sources, recipe, "validation", by_name)
@@ -389,7 +397,7 @@ def read_stream(recipe: CorpusRecipe) -> StreamedText:
     }
     if stream.scrubber is not None:
         report["scrubbed"] = stream.scrubber.to_json(None)
-    stream = replace(stream, held_out=HeldOut(validation))
+    stream = replace(stream, held_out=HeldOut(() if recipe.keep_held_out else validation))
     return StreamedText(stream, validation, report, is_all_searched)
 
 
@@ -422,6 +430,7 @@ def _of_all(
     """Choose from the first epoch, or where that is too long, from a sample of it."""
     found, is_all = choose([(1.0, stream.first_epoch())])
     if not is_all and len(stretches := stream.stretches()[0]) > 1:
+        stream.held_out.n_left_out.clear()
         # in a seeded order: what is wanted may be found before the last one
         found, _ = choose([stretches[i] for i in seeded_order(len(stretches), 0)])
     return found, is_all

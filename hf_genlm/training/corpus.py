@@ -21,7 +21,7 @@ from hf_genlm.run_folder import RunFolder
 from hf_genlm.run_schemas import CorpusFile
 from hf_genlm.text.cache import ArrayWriter, Cache, usable_cache
 from hf_genlm.text.canaries import Canaries, plant
-from hf_genlm.text.corpus import Corpus, check_same, count_text, notes_on, read_corpus, touched
+from hf_genlm.text.corpus import TO_KEEP, Corpus, check_same, count_text, notes_on, read_corpus
 from hf_genlm.text.duplicates import share_found
 from hf_genlm.text.encoding import TokenizedDocuments, encode_documents, tokenized_of
 from hf_genlm.text.languages import (
@@ -35,7 +35,7 @@ from hf_genlm.text.languages import (
 from hf_genlm.text.packed_stream import PackedStream
 from hf_genlm.text.packing import DocumentWindows, PackedRows
 from hf_genlm.text.store import Documents
-from hf_genlm.text.streaming import DocumentStream, HeldOut, open_stream, read_stream, sample
+from hf_genlm.text.streaming import DocumentStream, HeldOut, StreamedText, open_stream, read_stream, sample
 from hf_genlm.text.tokenizer import CHAT_TEMPLATE, load_tokenizer, train_tokenizer
 from hf_genlm.training import processes
 from hf_genlm.training.bigram_init import MAX_COUNTED_TOKENS
@@ -143,7 +143,7 @@ class StreamedCorpus:
         )  # fmt: skip
 
     def known_ids(self, rows: PackedStream) -> np.ndarray:
-        """(n,) token ids of the beginning of the training text."""
+        """(n,) token ids of a sample of the training text."""
         return rows.first_tokens(MAX_COUNTED_TOKENS)
 
 
@@ -353,10 +353,11 @@ def _open_stream(run: RunFolder, recipe: Recipe, is_resuming: bool) -> StreamedC
     if is_resuming:
         before = read_json(run.corpus, CorpusFile)
         check_same(before, report)
-        for message in touched(before, report):
+        for message in _touched(before, report):
             run.log("note", message=message)
     text, is_all = sample(stream, recipe.tokenizer.max_characters)
     report["held_out_in_training"] = share_found(found.validation, text)
+    report["notices"] += _copies_left_out(found)
     for message in notes_on(report):
         run.log("note", message=message)
     if not is_all or not found.is_all_searched:
@@ -381,6 +382,19 @@ def _open_stream(run: RunFolder, recipe: Recipe, is_resuming: bool) -> StreamedC
     )
 
 
+def _touched(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line for people about streamed files that were written to since, with the same size and samples: the
+    files of both reports are the same, see `check_same`."""
+    pairs = zip(before["files"], now["files"], strict=True)
+    names = [new["name"] for old, new in pairs if old.get("modified") not in (None, new.get("modified"))]
+    if not names:
+        return []
+    return [
+        f"{', '.join(names[:3])} {'was' if len(names) == 1 else 'were'} written to since this run began, but "
+        "keeps its size and what is sampled of it: stop here, unless the text is the same"
+    ]
+
+
 def _note_premiums(run: RunFolder, premiums: dict[str, float]) -> None:
     if premiums:
         message = (
@@ -391,12 +405,24 @@ def _note_premiums(run: RunFolder, premiums: dict[str, float]) -> None:
         run.log("note", message=message)
 
 
+def _copies_left_out(found: StreamedText) -> list[str]:
+    """A line for people about copies of held-out texts in the sample of a stream."""
+    counts = found.stream.held_out.n_left_out
+    is_chosen = found.report["split"]["method"] == "hash"  # from the stream: one of each is no copy
+    n = counts.total() - is_chosen * len(counts)
+    remedy = "hold out a file of your own by --validation, and to train on " if is_chosen else "to train on "
+    line = (
+        f"{n:,} copies of held-out texts in a sample of the stream left out, as all others: {remedy}{TO_KEEP}"
+    )
+    return [line] if n else []
+
+
 def _sampling_note(stream: DocumentStream) -> str:
     """A line for people about the parts of a large stream that its tokenizer and held-out text come from."""
     stretches, partly = stream.stretches()
     message = (
         f"a sample from {len(stretches)} place{'s' if len(stretches) > 1 else ''} of the stream trains the "
-        "tokenizer and is held out, unless it is small or they were named"
+        "tokenizer, is counted for the first weights, and is held out, unless it is small or they were named"
     )
     if partly:
         message += (

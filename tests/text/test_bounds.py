@@ -128,8 +128,34 @@ def test_pages_of_all_kinds_are_measured(tmp_path):
             metadata = parquet.ParquetFile(file).metadata
             for group in range(metadata.num_row_groups):
                 column = metadata.row_group(group).column(1)
-                assert 0 < sum(records._page_sizes(file, column)) <= column.total_uncompressed_size
+                assert (
+                    0 < sum(n for n, _ in records._page_sizes(file, column)) <= column.total_uncompressed_size
+                )
         assert texts(read(tmp_path / "a.parquet")[0]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("limit", "value"),
+    [("_MAX_TEXT", 5000), ("_MAX_TEXT", 9999), ("_MAX_PAGE_VALUES", 99), ("_MAX_BATCH", 3000)],
+)
+def test_a_chat_too_large_to_hold_is_refused_unread(tmp_path, monkeypatch, limit, value):
+    """By its text, by the number of its messages, and by what its row group unpacks to."""
+    import pyarrow as pa
+
+    small = [{"role": "assistant", "content": "a"}]
+    many = [{"role": "user", "content": f"{i} words " * 9} for i in range(100)]
+    large = small + ([{"role": "user", "content": "a" * 5000}] if value == 5000 else many)
+    path = write(tmp_path / "a.parquet", parquet_of({"messages": [small, large]}))
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file:
+        table = pa.table({"messages": [small, large]})
+        with pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    monkeypatch.setattr(records, limit, value)
+    assert "more than" in complaint(path)
+    if limit == "_MAX_TEXT":
+        for each in (path, tmp_path / "a.arrow"):
+            assert "row 2' has more than" in complaint(each)
+            assert len(read(each, damaged="skip")[0]) == 1
 
 
 def test_a_field_given_twice_hides_no_large_page():
@@ -140,7 +166,7 @@ def test_a_field_given_twice_hides_no_large_page():
 
 
 def test_columns_that_are_no_text_are_refused_unread(tmp_path):
-    for values in ([["a"]], [{"a": "b"}], [b"a"], [1.5]):
+    for values in ([["a"]], [{"a": "b"}], [[{"a": "b"}]], [b"a"], [1.5]):
         assert "not text" in complaint(
             write(tmp_path / "a.parquet", parquet_of({"text": values})), damaged="skip"
         )

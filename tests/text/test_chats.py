@@ -132,7 +132,8 @@ def test_stored_ids_keep_their_targets(documents, tokenizer, tmp_path):
 
 
 def test_chats_are_held_out_whole(documents):
-    train, validation, method, _ = split_documents(documents, 0.05, 0)
+    split = split_documents(documents, 0.05, 0)
+    train, validation, method = split.train, split.validation, split.method
     assert method == "document"
     assert sorted([*texts(train), *texts(validation)]) == sorted(texts(documents))
     assert len(validation) >= 1

@@ -261,7 +261,8 @@ def test_bad_fraction(tmp_path, fraction):
 @pytest.mark.parametrize("seed", range(12))
 def test_documents_are_split_without_overlap(seed):
     documents = [Document(text, "x") for text in many_texts(200)]
-    train, validation, method, _ = split_documents(documents, 0.1, seed)
+    split = split_documents(documents, 0.1, seed)
+    train, validation, method = split.train, split.validation, split.method
     assert method == "document"
     assert not set(texts(train)) & set(texts(validation))
     assert sorted(texts(train) + texts(validation)) == sorted(texts(documents))
@@ -272,7 +273,8 @@ def test_documents_are_split_without_overlap(seed):
 @pytest.mark.parametrize("seed", range(12))
 def test_one_long_text_is_split_in_blocks_at_line_ends(seed):
     lines = [f"line number {i}\n" for i in range(5000)]
-    train, validation, method, _ = split_documents([Document("".join(lines), "x")], 0.05, seed)
+    split = split_documents([Document("".join(lines), "x")], 0.05, seed)
+    train, validation, method = split.train, split.validation, split.method
     assert method == "block"
     sides = [
         [line for d in side for line in d.text.splitlines(keepends=True)] for side in (train, validation)
@@ -286,14 +288,15 @@ def test_one_long_text_is_split_in_blocks_at_line_ends(seed):
 def test_a_dominant_document_is_split_inside():
     documents = [Document(text, "small") for text in many_texts(40)]
     documents.append(Document("".join(f"long {i}\n" for i in range(20000)), "long"))
-    train, validation, method, _ = split_documents(documents, 0.05, 0)
+    split = split_documents(documents, 0.05, 0)
+    train, validation, method = split.train, split.validation, split.method
     assert method == "block"
     assert {"long"} <= {d.source for d in validation} & {d.source for d in train}
 
 
 def test_other_seeds_give_other_splits():
     documents = [Document(text, "x") for text in many_texts(200)]
-    assert len({tuple(texts(split_documents(documents, 0.1, seed)[1])) for seed in range(5)}) == 5
+    assert len({tuple(texts(split_documents(documents, 0.1, seed).validation)) for seed in range(5)}) == 5
 
 
 @settings(max_examples=200, deadline=None)
@@ -308,7 +311,8 @@ def test_any_split_keeps_every_character_and_both_sides(parts, fraction, seed):
         with pytest.raises(UserError):
             split_documents(documents, fraction, seed)
         return
-    train, validation, *_ = split_documents(documents, fraction, seed)
+    split = split_documents(documents, fraction, seed)
+    train, validation = split.train, split.validation
     assert train
     assert validation
     assert all(texts([*train, *validation]))
@@ -347,7 +351,8 @@ def test_blocks_are_cut_in_the_file_as_in_memory(texts, length, reach, chunk):
 
 def test_text_without_line_ends_is_split_too():
     text = "".join(chr(0x4E00 + i % 5000) for i in range(30000))
-    train, validation, *_ = split_documents([Document(text, "x")], 0.05, 3)
+    split = split_documents([Document(text, "x")], 0.05, 3)
+    train, validation = split.train, split.validation
     assert 0.03 < sum(len(d.text) for d in validation) / len(text) < 0.07
     assert sum(len(d.text) for d in [*train, *validation]) == len(text)
 

@@ -8,10 +8,12 @@ import tarfile
 
 import pytest
 import zstandard
-from support.corpora import complaint, parquet_of, read, texts, write, zipped
+from support.corpora import complaint, parquet_of, read, tar_of, texts, write, zipped
 
 from hf_genlm.config.recipe import CorpusRecipe
+from hf_genlm.errors import UserError
 from hf_genlm.text import formats, records
+from hf_genlm.text.locating import as_sources
 from hf_genlm.text.streaming import open_stream
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, what is it?"}]
@@ -41,6 +43,59 @@ def test_a_chat_is_a_document_of_turns(tmp_path, record):
     assert ["".join(parts) for parts, _ in stream.shards[0].texts(None)] == [AS_TEXT, "plain"]
     (field,) = {"messages", "conversations"} & set(record)
     assert texts(read(path, text_column=field, damaged="skip")[0]) == [AS_TEXT]
+
+
+ROWS = {
+    "OpenAI": [{"messages": CHAT}, {"messages": [{**CHAT[0], "name": "Ann"}, *CHAT, {"role": "user"}]}],
+    "ShareGPT": [{"conversations": [{"from": "gpt", "value": f"answer {i}"}]} for i in range(2)],
+    "parts": [
+        {"messages": [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in CHAT]}
+    ],
+    "stated": [{"dialog": CHAT, "id": "1"}],
+    "large": [{"messages": CHAT * (10 + i)} for i in range(300)],
+}
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_rows_of_tables_and_of_python_are_the_chats_of_json_lines(tmp_path, form):
+    """The same documents, so the same token ids."""
+    import datasets
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = ROWS[form]
+    fields = {"text_column": "dialog"} if form == "stated" else {}
+    wanted = read(write(tmp_path / "a.jsonl", lines_of(*rows)), **fields)[0]
+    assert wanted.is_chat.all()
+    assert len(wanted) == len(rows)
+    table, data = pa.Table.from_pylist(rows), datasets.Dataset.from_list(rows)
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=100, compression="zstd")
+    parquet.write_table(table, tmp_path / "b.parquet", use_dictionary=False, data_page_version="2.0")
+    data.save_to_disk(tmp_path / "saved")
+    column = fields.get("text_column", "text")
+    with as_sources(rows, column) as given, as_sources(data, column) as of_data:
+        for source in (*(tmp_path / name for name in ("a.parquet", "b.parquet", "saved")), *given, *of_data):
+            documents, report = read(source, **fields)
+            assert texts(documents) == texts(wanted), source
+            assert (documents.is_chat.all(), report["chats"]) == (True, len(rows))
+
+
+def test_a_row_that_is_no_chat_is_damage_with_its_number(tmp_path):
+    silent, other = [{"role": "bot", "content": "Hi"}], [{"role": "assistant", "content": None}]
+    path = write(tmp_path / "a.parquet", parquet_of({"messages": [CHAT, silent, None, CHAT, other]}))
+    assert "row 2' is a chat in which no message" in complaint(path)
+    documents, report = read(path, damaged="skip")
+    assert texts(documents) == [AS_TEXT, AS_TEXT]
+    assert [place["row"] for place in report["damaged"]["places"]] == [2, 5]
+    assert report["empty_skipped"] == 1
+    for values in ([[1]], [[{"a": "b"}]], [[{"role": 1, "content": "a"}]]):
+        path = write(tmp_path / "b.parquet", parquet_of({"messages": values, "body": ["the text"]}))
+        assert "'messages'" in complaint(path)
+    with (
+        pytest.raises(UserError, match="item 1 of the texts has no text in 'text'"),
+        as_sources([{"messages": CHAT}, {}]),
+    ):
+        pass
 
 
 def test_a_chat_without_an_answer_is_damage(tmp_path):
@@ -101,8 +156,6 @@ def test_a_remedy_names_a_field_of_text(tmp_path):
     )
     assert "text_column=m.a.b" in complaint(path)
     assert texts(read(path, text_column="m.a.b")[0]) == ["x"]
-    path = write(tmp_path / "d.parquet", parquet_of({"id": ["1"], "messages": [CHAT]}))
-    assert "to_json" in complaint(path)
     message = complaint(write(tmp_path / "a.jsonl", lines_of({"id": "1", "n": 2, "story": "long " * 9})))
     assert "text_column=story" in message
     assert "none of its fields is text" in complaint(write(tmp_path / "b.jsonl", '{"n": 2}'))
@@ -158,11 +211,6 @@ def test_arrow_of_both_kinds_is_read(tmp_path):
                 assert report["empty_skipped"] == 2
     for cut in (9, 60, len(sink.getvalue()) // 2):
         assert "readable as arrow" in complaint(write(tmp_path / "cut.arrow", sink.getvalue()[:cut]))
-    table = pa.table({"id": ["1"], "messages": [CHAT]})
-    sink = io.BytesIO()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    assert "to_json" in complaint(write(tmp_path / "chat.arrow", sink.getvalue()))
 
 
 @pytest.mark.parametrize("packed", [None, "lz4"])
@@ -263,16 +311,6 @@ def test_pdf_and_word_files_are_read_by_a_library(tmp_path, monkeypatch):
 
 
 # archives
-
-
-def tar_of(*members: tuple[str, bytes], mode: str = "w") -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as archive:
-        for name, content in members:
-            about = tarfile.TarInfo(name)
-            about.size = len(content)
-            archive.addfile(about, io.BytesIO(content))
-    return buffer.getvalue()
 
 
 FILES = (

@@ -132,6 +132,26 @@ def test_installed_packages_and_caches_are_left_out_and_counted(project, monkeyp
         assert {file.name for file in locate(f"{folder}/**").files} >= readable
 
 
+def test_installed_packages_that_a_shell_names_beside_others_are_left_out(project, monkeypatch):
+    for name in INSTALLED["venv"]:
+        write(project / "venv" / name, "no story\n")
+    write(project / "node_modules/a/README.md", "no story\n")
+    monkeypatch.chdir(project)
+    corpus = corpus_of("node_modules", "texts", "venv")  # as the shell makes of *
+    assert set(texts(corpus.train)) | set(texts(corpus.validation)) == set(STORIES)
+    (note,) = notes_on(corpus.report)
+    assert note.startswith("3 files of venv/, node_modules/ left out: installed packages and caches")
+    assert "name it alone, or as 'FOLDER/**'" in note
+    found = read_stream(CorpusRecipe(sources=["node_modules", "texts", "venv"], stream=True))
+    assert notes_on(found.report)[0] == note
+    for sources in (
+        ["venv"],
+        ["texts", "venv/**"],
+        ["texts", "venv/lib/python3/site-packages"],
+    ):
+        assert "no story\n" in texts(read(*sources)[0]), sources
+
+
 def test_a_folder_of_nothing_else_is_refused_with_its_reason(tmp_path):
     write(tmp_path / "data/node_modules/a/README.md", "text")
     message = complaint(tmp_path / "data")

@@ -4,14 +4,17 @@ import gzip
 import json
 
 import pytest
-from support.corpora import complaint, corpus_of, read, texts, write
+from support.corpora import complaint, corpus_of, read, tar_of, texts, write, zipped
 
-from hf_genlm.config.recipe import CorpusRecipe
+from hf_genlm.config.recipe import CorpusRecipe, Recipe
+from hf_genlm.config.settle import Facts, settle_reading
 from hf_genlm.errors import UserError
+from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.corpus import notes_on
 from hf_genlm.text.raw_files import RawFile
 from hf_genlm.text.sources import look_at
 from hf_genlm.text.streaming import open_stream, read_stream
+from hf_genlm.training.corpus import prepare_stream
 
 RECORDS = "".join(json.dumps({"text": f"record {i} of a river", "id": i}) + "\n" for i in range(3))
 FROM_RECORDS = [f"record {i} of a river" for i in range(3)]
@@ -199,6 +202,55 @@ def test_each_file_has_its_own_encoding(tmp_path):
         assert both(write(tmp_path / "other.txt", text.encode(encoding)), encoding=encoding)[0] == [text]
 
 
+ACCENTS = "naïve café \u2026 “quoted”"
+MEMBERS = (
+    ("a.txt", f"{STORIES[0]}<|endoftext|>\n{STORIES[1]}<|endoftext|>\n".encode()),
+    ("b.txt", ACCENTS.encode("cp1252")),
+    ("c.txt", ACCENTS.encode()),
+    ("d.txt.gz", gzip.compress(ACCENTS.encode())),
+    ("part-00000", RECORDS.encode()),
+    ("e.json", b'{"a": 1}\n{"b": 2}\n'),  # of another kind
+    ("f.md", b"the end"),
+)
+OF_MEMBERS = [*STORIES[:2], *[ACCENTS] * 3, *FROM_RECORDS, "the end"]
+
+
+@pytest.mark.parametrize("name", ["data.zip", "data.tar", "data.tar.gz"])
+def test_a_member_of_an_archive_is_looked_at_as_a_file_is(tmp_path, name):
+    def pack(*members):
+        return zipped(*members) if name.endswith("zip") else tar_of(*members, mode=f"w:{name[9:]}")
+
+    path = write(tmp_path / name, pack(*MEMBERS))
+    assert f"{name}/b.txt' is not utf-8" in complaint(path)
+    found, notes = both(path, encoding="cp1252")
+    assert found == OF_MEMBERS
+    cut, as_utf8, as_records, n_others = notes
+    assert cut.startswith(f"{name}/a.txt: cut into documents at lines of <|endoftext|>")
+    assert as_utf8 == f"{name}/c.txt, {name}/d.txt.gz: read as utf-8, as its bytes say"
+    assert as_records.startswith(f"{name}/part-00000: read as JSON lines")
+    assert n_others.startswith("1 other file of the folders named, or inside archives")
+    pointer = ("b.txt", POINTERS["git lfs pull"])
+    path = write(tmp_path / name, pack(("a.txt", b"kept"), pointer, ("c.txt", b"kept too")))
+    message = complaint(path)
+    assert f"{name}/b.txt' is a pointer" in message
+    assert "run git lfs pull; or leave out what is damaged with --set corpus.damaged=skip" in message
+    documents, report = read(path, damaged="skip")
+    assert texts(documents) == ["kept", "kept too"]
+    assert report["damaged"]["places"][0]["file"] == f"{name}/b.txt"
+    path = write(tmp_path / name, pack(pointer))
+    assert "the first one is a pointer" in complaint(path, damaged="skip")
+    if name == "data.zip":  # damage is met when it is looked at, and again when it is read
+        damaged = pack(("a.txt", b"a" * 3000)).replace(b"aaaa", b"aaba", 1)
+        assert "checksum" in complaint(write(tmp_path / name, damaged))
+
+
+def test_the_one_member_of_an_archive_is_told_once(tmp_path):
+    path = write(tmp_path / "a.zip", zipped(("records", RECORDS.encode())))
+    found, (note,) = both(path)
+    assert found == FROM_RECORDS
+    assert note.startswith("a.zip/records: read as JSON lines")
+
+
 def test_frequent_messages_that_are_held_out_are_told_and_can_be_kept(tmp_path):
     """Seven messages are three quarters of the records; all of them are held out by some seed."""
     frequent = ["ok", "thanks", "yes", "no", "hi there", "see you", "lol"]
@@ -218,5 +270,42 @@ def test_frequent_messages_that_are_held_out_are_told_and_can_be_kept(tmp_path):
     assert texts(kept.validation) == texts(corpus.validation)
     assert len(kept.train) == len(corpus.train) + n_lost
     assert notes_on(kept.report) == []
-    with pytest.raises(UserError, match="not for a stream"):
+
+
+def test_frequent_messages_are_told_and_can_be_kept_in_a_split_by_hash_and_in_a_stream(tmp_path):
+    frequent = ["ok", "thanks", "yes", "no", "hi there", "see you", "lol"]
+    given = [frequent[i % 7] for i in range(300)] + [f"message {i} about rivers" for i in range(100)]
+    path = write(tmp_path / "chat.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in given))
+    fields = {"validation_fraction": 0.3, "split_by_hash": True}
+    corpus = corpus_of(path, **fields)
+    n_copies = len(corpus.validation) - len(set(texts(corpus.validation)))
+    assert n_copies > 40
+    (note,) = notes_on(corpus.report)
+    assert note.startswith(f"{n_copies} copies of other held-out texts are held out with them")
+    assert "--set corpus.keep_held_out=true" in note
+    kept = corpus_of(path, keep_held_out=True, **fields)
+    assert sorted(texts(kept.validation)) == sorted(set(texts(corpus.validation)))
+    assert len(kept.train) == len(corpus.train) + n_copies
+    assert notes_on(kept.report) == []
+
+    held = write(tmp_path / "held.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in frequent[:2]))
+    for validation, n in (([], None), ([str(held)], 86)):
+        stated = CorpusRecipe(
+            sources=[str(path)], stream=True, validation=validation, validation_fraction=0.3
+        )
+        recipe = settle_reading(Recipe(corpus=stated), Facts())
+        run = RunFolder.create(tmp_path / f"run{len(validation)}")
+        prepare_stream(run, recipe)
+        (note,) = [each["message"] for each in run.read_log() if "copies" in each.get("message", "")]
+        assert n is None or note.startswith(
+            f"{n} copies of held-out texts in a sample of the stream left out"
+        )
+        assert "--set corpus.keep_held_out=true" in note
+        assert ("--validation" in note) == (not validation)
+    with pytest.raises(UserError, match="a file of your own by --validation too"):
         read_stream(CorpusRecipe(sources=[str(path)], stream=True, keep_held_out=True))
+    found = read_stream(
+        CorpusRecipe(sources=[str(path)], validation=[str(held)], stream=True, keep_held_out=True)
+    )
+    walk = found.stream.walk().texts()
+    assert ["".join(parts) for parts in iter(lambda: next(walk), None)] == given
