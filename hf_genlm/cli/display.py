@@ -283,10 +283,13 @@ class Display:
         elif event == "step":
             self._show_step(fields)
         elif event == "corpus":
+            from hf_genlm.text.corpus import LARGE_OVERLAP
+
             self._print(f"corpus        {fields['description']}")
             for split in ("train", "validation"):
                 self._print(f"  {split:<12}{_size_of_split(fields[split])}")
-            if (share := fields.get("held_out_in_training")) is not None:
+            share = fields.get("held_out_in_training")
+            if share is not None and share < LARGE_OVERLAP:  # above, a note says so with its remedy
                 self._print(f"  {'':<12}{100 * share:.1f} % of it stands in the training text too")
         elif event == "languages":
             for code, sizes in fields["languages"].items():

@@ -187,8 +187,9 @@ class TrainingRecipe(Section):
         at_most=10**7, synonyms="time duration hours")
     steps: Whole | None = setting(None, "Optimizer steps, in place of `minutes`.", at_least=1,
         synonyms="max_steps num_steps iterations max_iters")
-    tokens: Whole | None = setting(None, "Training tokens, repeats counted, in place of `minutes`.",
-        at_least=1, synonyms="num_tokens max_tokens")
+    tokens: Whole | None = setting(None,
+        "Training tokens, repeats counted, in place of `minutes`; with `privacy.epsilon`, a document counts "
+        "as a full row.", at_least=1, synonyms="num_tokens max_tokens")
     max_epochs: Number = setting(8.0,
         "Passes over the text after which a run with `minutes` ends early: more would overfit.", more_than=0,
         synonyms="epochs num_train_epochs passes")
