@@ -3,8 +3,9 @@
 A new decoder is close to the identity: its logits are head(norm(e_i)) for the last token i alone. Their best
 values are the log of how much more likely token j is after i than elsewhere. The best low-rank approximation
 of this matrix gives the embedding (as in Levy and Goldberg, 2014, Neural word embedding as implicit matrix
-factorization), a least-squares fit the head, and the counts of single tokens its bias. Training then begins
-near the loss of a bigram model instead of near log V, for the price of a few steps.
+factorization), a least-squares fit the head, and the counts of single tokens its bias, with which each token
+is predicted as often as it occurs. Training then begins near the loss of a bigram model instead of near
+log V, for the price of a few steps.
 
 Shapes: V vocabulary, D width of the head's input, R width of the embedding.
 """
@@ -25,6 +26,8 @@ _EXTRA_DIRECTIONS = 8  # of the random sketch beyond the wanted rank (Halko et a
 _SKETCH_ITERATIONS = 3
 _RIDGE = 1e-3  # in parts of the mean square of the head's input
 _BATCH_SIZE = 4096  # tokens in one forward pass
+_CALIBRATIONS = 2  # of the bias; each removes nearly all of the error that is left
+_MAX_LOGITS = 1 << 24  # at once
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,11 @@ def init_from_bigrams(
         # the root mean square of a row, averaged over the text, is to be the initializer range
         size = statistics.frequencies @ table_VR.square().mean(1).sqrt()
         embedding.copy_(table_VR * (model.config.initializer_range / size))
-    weight, bias = fit_head(statistics, _head_inputs(model))
+    inputs = _head_inputs(model)
+    weight, bias = fit_head(statistics, inputs)
     model.lm_head.weight.copy_(weight)
     if model.lm_head.bias is not None:
-        model.lm_head.bias.copy_(bias)
+        model.lm_head.bias.copy_(calibrate_bias(statistics.frequencies, inputs, weight, bias))
     return statistics
 
 
@@ -131,6 +135,23 @@ def fit_head(
     # the centred inputs have the weighted mean 0: the mean of the log-ratios drops out
     weight = torch.linalg.solve(gram, statistics.transposed_times(p * centred).T).T
     return weight, statistics.frequencies.log() + means_V - weight @ mean_D
+
+
+def calibrate_bias(
+    frequencies_V: torch.Tensor, inputs_VD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor
+) -> torch.Tensor:
+    """Return the bias (V,) with which the head predicts each token as often as it occurs.
+
+    Least squares leaves the normalisers of the rows out, so that some tokens are predicted too often and
+    others too rarely, and the first gradients would move all outputs of the layers alike to correct that. By
+    iterative proportional fitting (Deming and Stephan, 1940); an iteration costs about a training step.
+    """
+    n_rows = max(1, _MAX_LOGITS // len(frequencies_V))
+    for _ in range(_CALIBRATIONS):
+        parts = zip(frequencies_V.split(n_rows), inputs_VD.split(n_rows), strict=True)
+        predicted_V = sum(p @ torch.softmax(inputs @ weight_VD.T + bias_V, dim=-1) for p, inputs in parts)
+        bias_V = bias_V + (frequencies_V / predicted_V.clamp_min(torch.finfo(predicted_V.dtype).tiny)).log()
+    return bias_V
 
 
 def _head_inputs(model: "GenLMForCausalLM") -> torch.Tensor:
