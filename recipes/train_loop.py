@@ -86,8 +86,9 @@ def train(
     network, optimizer = accelerator.prepare(model, optimizer)
 
     def share(step: int) -> float:
-        progress = (step + 0.5) / training.steps
-        return trapezoid(progress, training.warmup_ratio, training.decay_ratio)
+        at = step + 0.5
+        ratios = training.warmup_ratio, training.decay_ratio
+        return trapezoid(at / training.steps, *ratios, at, training.warmup_steps)
 
     schedule = LambdaLR(optimizer.optimizer, share)  # prepared, it would count those of each process
     terms = {"label_smoothing": training.label_smoothing_factor, "z_loss": training.z_loss}

@@ -114,8 +114,10 @@ def settings_of(recipe: Recipe) -> list[tuple[str, str]]:
         rows = f"{training.batch_size * n_passes:,} rows of {training.max_seq_length:,} tokens"
         rows += f", in {n_passes} passes" if n_passes > 1 else ""
     if training.learning_rate is not None:
+        warmup = f"{100 * training.warmup_ratio:g} % of the run"
+        warmup += f", and {training.warmup_steps} steps at least" if training.warmup_steps else ""
         rate = (
-            f"{training.learning_rate:g} at its peak, after {100 * training.warmup_ratio:g} % of the run; "
+            f"{training.learning_rate:g} at its peak, after {warmup}; "
             f"falls to zero over the last {100 * training.decay_ratio:g} %"
         )
     precisions = {"auto": "bfloat16 where the device computes it, else float32"}

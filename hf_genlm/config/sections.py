@@ -233,7 +233,10 @@ class TrainingRecipe(Section):
         at_least=0, less_than=1, synonyms="label_smoothing smoothing")
     z_loss: Number = setting(0.0, "Weight of the squared log of the softmax normaliser.", at_least=0)
     warmup_ratio: Number = setting(0.02, "Share of the run in which the learning rate rises.", at_least=0,
-        at_most=1, synonyms="warmup warmup_steps")
+        at_most=1, synonyms="warmup")
+    warmup_steps: Whole | None = setting(None,
+        "Steps in which the learning rate rises at least. null: 40 after a start from bigrams, else 0.",
+        at_least=0, at_most=MAX_WHOLE)
     decay_ratio: Number = setting(0.5,
         "Share of the run, at its end, in which the learning rate falls linearly to 0.", at_least=0,
         at_most=1, synonyms="cooldown lr_decay schedule")

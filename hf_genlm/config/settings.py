@@ -145,6 +145,7 @@ class TrainingSettings(TrainingRecipe):
     learning_rate: float
     embedding_lr_ratio: float
     weight_decay: float
+    warmup_steps: int
     num_validations: int
 
     @property

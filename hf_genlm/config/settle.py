@@ -41,6 +41,7 @@ MAX_PARAMETERS = 1e12
 _BIGRAM_SIZE = 16_384  # rows; a gated linear recurrence gains by the pairs, a cell does not
 _MIN_RECURRENT_CONTEXT = 256  # tokens; a state reaches beyond the rows of its training, attention does not
 _LEARNING_RATE_AT_256 = 3e-3  # AdamW's best peak for a width of 256; it falls with the root of the width
+_BIGRAM_WARMUP_STEPS = 40  # Adam's first steps, which know only signs, would undo what was fitted
 _MIN_DECAY, _MAX_DECAY = 0.1, 6.0
 _MEMORY_EPOCHS = 0.63  # that AdamW remembers a weight for, at full decay
 _FULL_DECAY_EPOCHS = 4.0
@@ -290,6 +291,7 @@ def _settle_training(
         "learning_rate": learning_rate,
         "embedding_lr_ratio": _or(stated.embedding_lr_ratio, 1.0 if init == "bigrams" else 2.0),
         "weight_decay": weight_decay,
+        "warmup_steps": _or(stated.warmup_steps, _BIGRAM_WARMUP_STEPS if init == "bigrams" else 0),
         "num_validations": _or(stated.num_validations, 0 if is_short else _NUM_VALIDATIONS),
     }
     return TrainingSettings(**{**stated.model_dump(), **decided}), length

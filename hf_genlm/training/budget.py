@@ -66,9 +66,13 @@ class Budget:
         return max(0.0, min(by_pace, by_clock))
 
 
-def trapezoid(progress: float, warmup: float, decay: float) -> float:
+def trapezoid(
+    progress: float, warmup: float, decay: float, step: float = 0.0, warmup_steps: int | None = None
+) -> float:
     """Learning rate relative to its peak, at a `progress` from 0 to 1: linear up over the first `warmup`,
-    flat, linear down to 0 over the last `decay` (Hägele et al., 2024, arXiv:2405.18392)."""
+    flat, linear down to 0 over the last `decay` (Hägele et al., 2024, arXiv:2405.18392). The way up takes
+    `warmup_steps` at least; `step` counts them."""
     up = progress / warmup if warmup > 0 else 1.0
+    up = min(up, step / warmup_steps) if warmup_steps else up
     down = (1.0 - progress) / decay if decay > 0 else 1.0
     return max(0.0, min(1.0, up, down))

@@ -164,8 +164,9 @@ class BudgetTrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> LambdaLR:
         def share(step: int) -> float:
-            progress = self.budget.progress(step + 0.5)
-            return trapezoid(progress, self.recipe.warmup_ratio, self.recipe.decay_ratio)
+            at, recipe = step + 0.5, self.recipe
+            progress = self.budget.progress(at)
+            return trapezoid(progress, recipe.warmup_ratio, recipe.decay_ratio, at, recipe.warmup_steps)
 
         optimizer = optimizer or self.optimizer
         assert optimizer is not None

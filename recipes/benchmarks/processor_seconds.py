@@ -113,7 +113,8 @@ def train(
         progress = progress_of(times, pace, seconds, n_steps)
         if n_steps is not None:
             progress += 0.5 / n_steps  # the middle of the step, as BudgetTrainer has it
-        share = trapezoid(progress, training.warmup_ratio, training.decay_ratio)
+        ratios = training.warmup_ratio, training.decay_ratio
+        share = trapezoid(progress, *ratios, len(times) + 0.5, training.warmup_steps)
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * share
         began = time.process_time()

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from support.models import EOS, VOCAB, build_model
-from support.runs import small_recipe
+from support.runs import losses, small_recipe
 
 from hf_genlm.config.settle import settle
 from hf_genlm.errors import UserError
 from hf_genlm.model import DECODERS, GenLMConfig, GenLMForCausalLM
 from hf_genlm.training.bigram_init import (
     PRIOR,
+    calibrate_bias,
     count_bigrams,
     embed_bigrams,
     fit_head,
@@ -104,6 +105,17 @@ def test_head_is_the_weighted_least_squares_fit(stream):
     np.testing.assert_allclose(bias.numpy(), np.log(p) + expected[-1], atol=2e-3)
 
 
+def test_the_bias_makes_each_token_as_likely_as_it_is_frequent(stream):
+    statistics = count_bigrams(stream, VOCAB)
+    read = embed_bigrams(statistics, 32)
+    weight, bias = fit_head(statistics, read)
+    p, errors = statistics.frequencies, []
+    for found in (bias, calibrate_bias(p, read, weight, bias)):
+        predicted = p @ torch.softmax(read @ weight.T + found, dim=-1)
+        errors.append((p * (p / predicted).log()).sum().item())
+    assert errors[1] < 0.1 * errors[0]
+
+
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("overrides", [{}, {"embedding_size": 24}, {"bigram_size": 64}], ids=str)
 def test_loss_begins_near_that_of_a_bigram_model(stream, decoder, overrides):
@@ -181,6 +193,26 @@ def test_init_tied_head_and_output_bias_follow_from_each_other(text_folder, assi
 def test_contradictions_are_named(text_folder, assignments, message):
     with pytest.raises(UserError, match=message):
         settle(small_recipe(text_folder, *assignments))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_first_steps_do_not_undo_the_start(text_folder, tmp_path, optimizer):
+    """Adam's first steps know only the sign of a gradient: at the full rate, the loss rises by a nat here."""
+    recipe = small_recipe(
+        text_folder, "model.hidden_size=64", "training.batch_size=32", "training.steps=60",
+        "training.logging_steps=1", "training.num_validations=0", f"training.optimizer={optimizer}",
+    )  # fmt: skip
+    curve = losses(train(recipe, tmp_path / "run"))
+    mean = curve[0]
+    for loss in curve[: len(curve) // 5]:
+        mean = 0.7 * mean + 0.3 * loss
+        assert mean <= curve[0] + 0.02  # the noise of a batch
+    assert curve[-1] < curve[0] - 0.3
+
+
+def test_warm_up_by_steps_follows_the_start_and_can_be_stated(text_folder):
+    for assignments, steps in (([], 40), (["training.init=random"], 0), (["training.warmup_steps=3"], 3)):
+        assert settle(small_recipe(text_folder, *assignments)).training.warmup_steps == steps
 
 
 def test_a_run_starts_below_its_random_twin(text_folder, tmp_path):

@@ -130,7 +130,8 @@ def test_minutes_end_the_run_with_the_rate_at_zero(text_folder, tmp_path, monkey
     """By a clock of our own, which a busy machine does not move."""
     now = itertools.count(0.0, 0.01)
     monkeypatch.setattr(budget_module.time, "monotonic", lambda: next(now))
-    recipe = small_recipe(text_folder, "training.minutes=0.05", "training.max_epochs=1000")
+    settings = ["training.minutes=0.05", "training.max_epochs=1000", "training.warmup_steps=0"]
+    recipe = small_recipe(text_folder, *settings)
     recipe.training.steps = None
     run = train(recipe, tmp_path / "run")
     steps = [event for event in run.read_log() if event["event"] == "step"]
@@ -209,6 +210,14 @@ def test_trapezoid():
         0.0,
     ]
     assert trapezoid(0.0, 0.0, 0.0) == trapezoid(1.0, 0.0, 0.0) == 1.0
+    # the longer of both ways up, and never above the way down
+    ways = [
+        (0.5, 0.0, 0.5, 10, 40),
+        (0.05, 0.2, 0.5, 10, 20),
+        (0.9, 0.1, 0.5, 90, 40),
+        (0.9, 0.0, 0.5, 9, 40),
+    ]
+    assert [trapezoid(*way) for way in ways] == pytest.approx([0.25, 0.25, 0.2, 0.2])
 
 
 def test_pace_counts_the_short_step_at_the_end_of_an_epoch():
