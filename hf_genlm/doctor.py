@@ -20,6 +20,7 @@ from hf_genlm.config.settle import settle, settle_reading
 from hf_genlm.errors import install_command
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.model.attention_genlm import GenLMAttention
+from hf_genlm.model.ngram_genlm import NgramContext
 from hf_genlm.run_folder import describe_environment
 from hf_genlm.text.tokenizer import load_tokenizer
 from hf_genlm.training.check import read_facts
@@ -294,6 +295,8 @@ def _state_bytes(mixer: nn.Module, model: GenLMForCausalLM) -> int:
     """Return the bytes of the recurrent state of one sequence."""
     if isinstance(mixer, GenLMAttention):
         return 0
+    if isinstance(mixer, NgramContext):
+        return mixer.width * torch.float32.itemsize
     token = torch.empty(1, 1, model.config.hidden_size, dtype=model.dtype, device="meta")
     return sum(state.nbytes for state in mixer.initial_states(token))  # type: ignore[operator]
 

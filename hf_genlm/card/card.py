@@ -173,6 +173,7 @@ def _read_facts(run: RunFolder, recipe: Recipe, picture: str) -> dict[str, Any]:
         name, authors=card.authors, year=year, url=card.url, version=version
     )
     context = recipe.evaluation.context_length or recipe.training.max_seq_length
+    order = recipe.model.ngram_order if recipe.model.is_ngram else None
     return {
         "name": name,
         "card": card,
@@ -183,7 +184,8 @@ def _read_facts(run: RunFolder, recipe: Recipe, picture: str) -> dict[str, Any]:
         "layers": wording.describe_layers(config.mixer_types),
         "parts": parts_of(sizes, config.mixer_types),
         "n_parameters": sum(sizes.values()),
-        "is_tied": "lm_head.weight" not in sizes,
+        "is_tied": order is None and "lm_head.weight" not in sizes,
+        "ngram_order": order,
         "measurements": shown,
         "definitions": [wording.DEFINITIONS[m.name] for m in shown if m.name in wording.DEFINITIONS],
         "headline": next((m for m in measured if m.name == "bits_per_byte"), None),

@@ -54,6 +54,7 @@ _MIXERS = {
     "gated_linear": "a gated linear recurrence",
     "full_attention": "causal attention",
     "sliding_attention": "attention over a sliding window",
+    "ngram": "n-gram counts",
 }
 # measurement -> title and format of its column in the table of languages
 _LANGUAGE_COLUMNS = {
@@ -108,6 +109,12 @@ def duration(seconds: float) -> str:
 def settings_of(recipe: Recipe) -> list[tuple[str, str]]:
     """Name and value of the settings that a reader looks for first; undecided ones are left out."""
     training = recipe.training
+    if recipe.model.is_ngram:
+        return [
+            ("smoothing", "interpolated modified Kneser-Ney"),
+            ("longest n-grams", f"{recipe.model.ngram_order} tokens"),
+            ("stored n-grams, at most", f"{recipe.model.ngram_entries:,}"),
+        ]
     rows = rate = None
     if training.batch_size and training.max_seq_length:
         n_passes = training.gradient_accumulation_steps

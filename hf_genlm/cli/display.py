@@ -242,6 +242,9 @@ class Display:
             "milestone": lambda step, words, folder: (
                 f"milestone     {folder}: {words:,} words after step {step:,}"
             ),
+            "counted": lambda order, entries, tokens, **_: (
+                f"counted       {tokens:,} tokens, {entries:,} n-grams of up to {order} tokens"
+            ),
             "trained": lambda steps, tokens, seconds, tokens_per_s, **_: (
                 f"trained       {steps:,} steps, {tokens:,} tokens in {seconds:.1f} s, "
                 f"{tokens_per_s:,} tokens/s"
@@ -369,7 +372,9 @@ def _planned_line(
     )
 
 
-def _model_line(parameters: int, rows: int | None, max_seq_length: int) -> str:
+def _model_line(parameters: int, rows: int | None, max_seq_length: int | None) -> str:
+    if max_seq_length is None:
+        return f"model         {parameters:,} parameters"
     counted = "" if rows is None else f"{rows:,} "
     return f"model         {parameters:,} parameters; {counted}rows of {max_seq_length} tokens"
 

@@ -168,6 +168,8 @@ def _tokens_for_flops(flops: float, cost: ModelCost, settings: Settings, name: s
     Raises:
         UserError: it is less than one step.
     """
+    if not cost.training_flops_per_token:
+        raise UserError(f"--flops: {name} trains nothing: compare it by --minutes")
     tokens = int(flops / cost.training_flops_per_token)
     tokens_per_step = settings.training.tokens_per_step
     if tokens < tokens_per_step:

@@ -84,6 +84,7 @@ class RunResult:
     passes: float | None
     seconds: float
     tokens_per_s: float
+    parameters: int | None  # None: the log does not say
     validation_curve: list[tuple[float, float]] = field(repr=False)  # bits per byte of a part of the text
     training_curve: list[tuple[float, float]] = field(repr=False)  # nats per token
 
@@ -203,7 +204,7 @@ def read_results(folder: ComparisonFolder, plan: Plan, failed: dict[str, str]) -
                 runs=finished,
                 mean=replace(mean_bits(nats[name], bytes_C), minimum=0.0),
                 nats_per_token=float(np.mean([run.nats_per_token for run in finished])),
-                parameters=prepared[name].parameters,
+                parameters=finished[0].parameters or prepared[name].parameters,
                 hidden_size=prepared[name].hidden_size,
                 layers=prepared[name].layers,
                 context=None if settings.carry_state else settings.context_length,
@@ -244,6 +245,7 @@ def _read_run(folder: RunFolder, run: Run, table: np.ndarray) -> RunResult:
         passes=trained.get("epochs"),
         seconds=trained["seconds"],
         tokens_per_s=trained["tokens_per_s"],
+        parameters=next((event["parameters"] for event in events if event["event"] == "model"), None),
         validation_curve=[
             (max((s for at, s in elapsed.items() if at <= step), default=0.0), event["bits_per_byte"])
             for step, event in sorted(validations.items())

@@ -27,8 +27,8 @@ MAX_SIZE = 2**20  # of a width, a batch or a row
 # tests/config/test_recipe.py compares these words with the tables that act on them
 DAMAGED = ("stop", "skip")
 DOCUMENTS = ("files", "whole", "lines")
-DECODERS = ("elman", "gru", "lstm", "gated_linear", "transformer", "sliding", "hybrid")
-MIXERS = ("elman", "gru", "lstm", "gated_linear", "full_attention", "sliding_attention")
+DECODERS = ("elman", "gru", "lstm", "gated_linear", "transformer", "sliding", "hybrid", "ngram")
+MIXERS = ("elman", "gru", "lstm", "gated_linear", "full_attention", "sliding_attention", "ngram")
 OPTIMIZERS = ("adamw", "muon", "sgd")
 PATTERNS = ("own", "gpt2", "qwen35")
 PERSONAL = ("secret", "email", "iban", "card", "ip", "phone", "all")
@@ -148,6 +148,12 @@ class ModelRecipe(Section):
     bigram_size: Whole | None = setting(None,
         "Rows of the hashed table of token pairs. 0: no table. null: by decoder.", at_least=0, at_most=2**30,
         synonyms="bigrams pairs hash_embedding")
+    ngram_order: Whole | None = setting(None,
+        "Longest n-grams that the decoder ngram counts, in tokens. null: by held-out training text.",
+        at_least=1, at_most=6, synonyms="ngram n_gram kneser_ney order")
+    ngram_entries: Whole = setting(20_000_000,
+        "N-grams of two tokens and more that the decoder ngram stores at most; the rarest are left out.",
+        at_least=1, at_most=2**31 - 1, synonyms="prune pruning")
     position_type: Word = setting("rotary", "Positions of attention layers.", choices=POSITIONS,
         synonyms="positions rope position_embedding")
     sliding_window: Whole | None = setting(None,
@@ -161,6 +167,12 @@ class ModelRecipe(Section):
         more_than=0, synonyms="softcap softcapping logit_cap")
     dropout: Number = setting(0.0, "Dropout probability of embedding, mixers and MLPs.", at_least=0,
         less_than=1, synonyms="resid_pdrop hidden_dropout")
+
+
+    @property
+    def is_ngram(self) -> bool:
+        """True for a decoder of counts, which no step trains."""
+        return (self.mixers or [self.decoder]) == ["ngram"]
 
 
 class VectorsRecipe(Section):

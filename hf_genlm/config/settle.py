@@ -32,7 +32,7 @@ from hf_genlm.config.settings import (
 )
 from hf_genlm.errors import UserError, did_you_mean
 from hf_genlm.model import GenLMConfig, mixers_of
-from hf_genlm.model.configuration_genlm import RECURRENT_MIXERS
+from hf_genlm.model.configuration_genlm import NGRAM, RECURRENT_MIXERS
 
 DEFAULT_MINUTES = 3.0
 ASSUMED_VOCAB_SIZE = 4096
@@ -81,11 +81,12 @@ def settle(recipe: Recipe, facts: Facts | None = None) -> Settings:
         )
     shape = _settle_shape(recipe, facts)
     is_narrow = recipe.model.embedding_size is not None  # few parameters are wanted
-    is_tied = recipe.model.tie_word_embeddings
+    is_tied = False if recipe.model.is_ngram else recipe.model.tie_word_embeddings
     if is_tied is None:
         is_tied = is_narrow and vectors.path is None  # word vectors are a poor head
     is_private = recipe.privacy.epsilon is not None  # counts of the text must not go into the model
-    init = recipe.training.init or ("random" if is_private or is_tied else "bigrams")
+    is_random = is_private or is_tied or recipe.model.is_ngram
+    init = recipe.training.init or ("random" if is_random else "bigrams")
     if init == "bigrams" and is_tied:
         raise UserError(
             "training.init = 'bigrams' fits the head to the text, and model.tie_word_embeddings makes it the "
@@ -129,6 +130,8 @@ def decay_for(epochs: float, epoch_steps: float, learning_rate: float) -> float:
 def is_size_open(recipe: Recipe) -> bool:
     """True if a recipe leaves the size of the decoder to its time."""
     model, training = recipe.model, recipe.training
+    if recipe.model.is_ngram:
+        return False
     sizes = (model.init_from, model.size, model.hidden_size, model.num_hidden_layers, model.mixers)
     return training.steps is None and training.tokens is None and all(size is None for size in sizes)
 
@@ -206,6 +209,8 @@ def _settle_shape(recipe: Recipe, facts: Facts) -> Shape:
     default = SIZES["tiny"] if facts.shape is None else facts.shape
     if model.size is not None:
         default = shape_of_size(model.size)
+    if recipe.model.is_ngram:
+        n_layers = 1
     return Shape(
         model.hidden_size or default.hidden_size,
         n_layers or default.num_hidden_layers,
@@ -220,6 +225,16 @@ def _settle_architecture(recipe: Recipe, facts: Facts, shape: Shape, init: str, 
         config = copy.deepcopy(facts.base)
         config.vocab_size = vocab_size
         return config
+    if recipe.model.is_ngram:  # the fields of a network have no meaning here
+        counted: dict[str, Any] = {"ngram_order": recipe.model.ngram_order}
+        if facts.ngram_sizes is not None:
+            counted = {"ngram_order": len(facts.ngram_sizes) + 1, "ngram_sizes": list(facts.ngram_sizes)}
+        return GenLMConfig(
+            mixer_types=[NGRAM],
+            vocab_size=vocab_size,
+            max_position_embeddings=shape.max_seq_length,
+            **counted,
+        )
     stated = recipe.model.model_dump()
     embedding_size = stated["embedding_size"]
     if facts.vector_size is not None and embedding_size not in (None, facts.vector_size):
@@ -239,7 +254,7 @@ def _settle_architecture(recipe: Recipe, facts: Facts, shape: Shape, init: str, 
     }
     if recipe.vectors.path is not None:
         stated["embedding_projection"] = True
-    for name in ("init_from", "decoder", "mixers", "size"):
+    for name in ("init_from", "decoder", "mixers", "size", "ngram_order", "ngram_entries"):
         del stated[name]
     try:
         return GenLMConfig(
@@ -335,7 +350,7 @@ def _settle_evaluation(
     recipe: Recipe, model: ModelSettings, max_seq_length: int, n_positions: int
 ) -> EvaluationSettings:
     training, evaluation = recipe.training, recipe.evaluation
-    attending = [mixer for mixer in model.mixers if mixer not in RECURRENT_MIXERS]
+    attending = [mixer for mixer in model.mixers if mixer not in (*RECURRENT_MIXERS, NGRAM)]
     if training.carry_state and len(attending) == len(model.mixers):
         raise UserError(
             f"training.carry_state = true: {attending[0]} layers keep no state that a row could pass on to "
@@ -343,7 +358,8 @@ def _settle_evaluation(
         )
     bounded = "learned positions" if model.position_type == "learned" else None
     bounded = f"{attending[0]} layers" if attending else bounded
-    carry_state = _or(evaluation.carry_state, training.carry_state and bounded is None)
+    is_carried = training.carry_state or model.mixers == [NGRAM]
+    carry_state = _or(evaluation.carry_state, is_carried and bounded is None)
     if carry_state and bounded is not None:
         raise UserError(
             f"evaluation.carry_state = true: {bounded} do not reach back to the start of a document of any "

@@ -254,6 +254,8 @@ def _check_model(model: torch.nn.Module) -> None:
     """Check that the model is as its class builds it: hooks and adapters must not be bypassed."""
     if type(model) is not GenLMForCausalLM:
         raise _NotFast(f"the model is a {type(model).__name__}")
+    if model.config.is_ngram:
+        raise _NotFast("it looks its counts up")
     if model.training:
         raise _NotFast("the model is in training mode")
     rotation = model.model.rotary_emb

@@ -89,6 +89,11 @@ def export_model(
             f"the model is a {type(model).__name__}, not one of this package: its own library exports it, "
             "transformers by transformers.exporters, llama.cpp by convert_hf_to_gguf.py"
         )
+    if model.config.is_ngram:
+        raise UserError(
+            "the model is a table of n-gram counts, which no other program reads: its own folder loads with "
+            "transformers alone"
+        )
     model.cpu().float()
     if misfits := target.find_misfits(model, tokenizer, dtype):
         raise UserError(f"--to {to} cannot give the logits of this model: {'; '.join(misfits)}")

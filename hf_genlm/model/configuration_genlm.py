@@ -8,7 +8,8 @@ from transformers import PreTrainedConfig
 
 RECURRENT_MIXERS = ("elman", "gru", "lstm", "gated_linear")
 ATTENTION_MIXERS = ("full_attention", "sliding_attention")
-MIXER_TYPES = RECURRENT_MIXERS + ATTENTION_MIXERS
+NGRAM = "ngram"  # the only layer of a decoder without a network: its state is the last words
+MIXER_TYPES = (*RECURRENT_MIXERS, *ATTENTION_MIXERS, NGRAM)
 POSITION_TYPES = ("rotary", "learned", "none")
 
 # The pattern of a preset repeats and ends on the last layer: a hybrid of any depth ends with attention.
@@ -20,6 +21,7 @@ DECODERS = {
     "transformer": ("full_attention",),
     "sliding": ("sliding_attention",),
     "hybrid": ("gated_linear", "gated_linear", "full_attention"),
+    "ngram": (NGRAM,),
 }
 
 _WIDTH = (1, 2**20)
@@ -29,6 +31,7 @@ _RANGES = {
     "hidden_size": _WIDTH,
     "embedding_size": _WIDTH,
     "bigram_size": (1, 2**31 - 1),
+    "ngram_order": (1, 6),
     "num_hidden_layers": (1, 1000),
     "recurrent_size": _WIDTH,
     "intermediate_size": _WIDTH,
@@ -56,7 +59,7 @@ _PEFT_MODULES: dict[str, list[str]] = {
 }
 
 # transformers chooses caches and masks by these names; cache_genlm.py registers "genlm_linear_attention"
-_LAYER_TYPE_OF = dict.fromkeys(RECURRENT_MIXERS, "genlm_linear_attention") | {
+_LAYER_TYPE_OF = dict.fromkeys((*RECURRENT_MIXERS, NGRAM), "genlm_linear_attention") | {
     name: name for name in ATTENTION_MIXERS
 }
 
@@ -93,7 +96,11 @@ class GenLMConfig(PreTrainedConfig):
         bigram_size: rows of a hashed table of vectors of width d, one for each pair of a token and its
             predecessor, added to the embedding; None: no such table. Needs a recurrent first layer, whose
             cache keeps the last token.
-        mixer_types: per layer one of elman, gru, lstm, gated_linear, full_attention, sliding_attention.
+        ngram_order: n of an n-gram decoder, which has one layer and no network; its `hidden_size`, the words
+            of its state, follows from it.
+        ngram_sizes: its numbers of stored n-grams of 2, 3, ... n tokens.
+        mixer_types: per layer one of elman, gru, lstm, gated_linear, full_attention, sliding_attention; or
+            ngram alone.
         num_hidden_layers: number of layers; None: that of `mixer_types`, or 4.
         shared_layers: number of layers that share each set of weights: the first `num_hidden_layers` /
             `shared_layers` layers run `shared_layers` times, in order, each time with its own state or cache.
@@ -133,6 +140,8 @@ class GenLMConfig(PreTrainedConfig):
     embedding_size: int | None = None
     embedding_projection: bool | None = None
     bigram_size: int | None = None
+    ngram_order: int | None = None
+    ngram_sizes: list[int] | None = None
     mixer_types: list[str] | None = None
     num_hidden_layers: int | None = None
     shared_layers: int = 1
@@ -167,11 +176,14 @@ class GenLMConfig(PreTrainedConfig):
         self._refuse_misspellings(kwargs)
         self.validate_ranges()  # before sizes are derived
         if self.mixer_types is None:
-            self.mixer_types = mixers_of(decoder or "gated_linear", self.num_hidden_layers or 4)
+            n_layers = self.num_hidden_layers or (1 if decoder == NGRAM else 4)
+            self.mixer_types = mixers_of(decoder or "gated_linear", n_layers)
         elif decoder is not None:
             raise ValueError("give mixer_types or decoder, not both")
         if self.num_hidden_layers is None:
             self.num_hidden_layers = len(self.mixer_types)
+        if self.is_ngram:
+            self._set_ngram()
         if self.recurrent_size is None:
             self.recurrent_size = self.hidden_size
         if self.intermediate_size is None:
@@ -219,9 +231,22 @@ class GenLMConfig(PreTrainedConfig):
         raise AttributeError("layer_types follows from mixer_types: set that")
 
     @property
+    def is_ngram(self) -> bool:
+        """True for a decoder of counts, without a network."""
+        return self.mixer_types[0] == NGRAM
+
+    def _set_ngram(self):
+        """Set the fields that follow from the order, and those that only a network reads to what they say."""
+        self.ngram_order = self.ngram_order or 5
+        self.ngram_sizes = self.ngram_sizes or [1] * (self.ngram_order - 1)
+        self.hidden_size = max(1, self.ngram_order - 1)
+        self.num_attention_heads = self.num_key_value_heads = self.head_dim = 1
+        self.position_type, self.dropout, self.tie_word_embeddings = "none", 0.0, False
+
+    @property
     def is_recurrent(self) -> bool:
         """True if a state of fixed size is all that passes from token to token, in a text of any length."""
-        are_recurrent = all(mixer in RECURRENT_MIXERS for mixer in self.mixer_types)
+        are_recurrent = all(mixer in (*RECURRENT_MIXERS, NGRAM) for mixer in self.mixer_types)
         return are_recurrent and self.position_type != "learned"
 
     @property
@@ -318,6 +343,23 @@ class GenLMConfig(PreTrainedConfig):
                 f"bigram_size needs a first layer that keeps the last token in its state, one of "
                 f"{', '.join(RECURRENT_MIXERS)}, not {self.mixer_types[0]}"
             )
+
+    def validate_ngram(self):
+        """Check that an n-gram layer is the only one, and that its tables and word numbers can exist."""
+        if NGRAM in self.mixer_types and len(self.mixer_types) > 1:
+            raise ValueError("an ngram layer is a decoder of its own: mixer_types must name no other layer")
+        if not self.is_ngram:
+            return
+        sizes = self.ngram_sizes
+        if len(sizes) != self.ngram_order - 1 or not all(0 <= size < 2**31 for size in sizes):
+            raise ValueError(
+                f"ngram_sizes must hold {self.ngram_order - 1} numbers of n-grams, of 2 to "
+                f"{self.ngram_order} tokens, each from 0 to 2,147,483,647, not {sizes}"
+            )
+        if self.vocab_size > 2**24:  # numbers of words are kept in float32
+            raise ValueError(f"an n-gram model holds at most 16,777,216 tokens, not {self.vocab_size:,}")
+        if self.bigram_size is not None or self.output_bias or self.final_logit_softcapping is not None:
+            raise ValueError("an n-gram model has no bigram_size, output_bias or final_logit_softcapping")
 
     def validate_positions(self):
         """Check that the position type is known."""

@@ -54,13 +54,8 @@ from .initialization_genlm import start_isometric
 from .layout_genlm import TimeLayout, check_padding, number_documents
 from .loss_genlm import cap_logits, causal_loss, causal_loss_without_logits, divide_by_num_items
 from .mlp_genlm import GenLMMLP
-from .recurrence_genlm import (
-    ElmanCell,
-    GatedLinearRecurrence,
-    GRUCell,
-    LSTMCell,
-    is_plain_linear,
-)
+from .ngram_genlm import GenLMNgramHead, GenLMNgramLayer, GenLMWordNumbers
+from .recurrence_genlm import ElmanCell, GatedLinearRecurrence, GRUCell, LSTMCell, is_plain_linear
 
 MIXERS = {
     "elman": ElmanCell,
@@ -123,7 +118,7 @@ class GenLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _supports_context_parallel = False  # accelerate removes masks only from modules named self_attn
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": GenLMDecoderLayer, "attentions": GenLMAttention}
+    _can_record_outputs = {"hidden_states": GradientCheckpointingLayer, "attentions": GenLMAttention}
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save as PreTrainedModel does, with an auto_map for every Auto class that has a GenLM class.
@@ -167,6 +162,8 @@ class GenLMModel(GenLMPreTrainedModel):
 
     def __init__(self, config: GenLMConfig, is_under_head: bool = False):
         super().__init__(config)
+        if config.is_ngram and not is_under_head:
+            raise ValueError("an n-gram model is a table of counts: load it by AutoModelForCausalLM")
         self.reads_out = is_under_head and config.tie_word_embeddings and config.has_embedding_projection
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -185,8 +182,11 @@ class GenLMModel(GenLMPreTrainedModel):
         if config.has_rotary_positions:
             self.rotary_emb = GenLMRotaryEmbedding(config)
         self.embed_dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(GenLMDecoderLayer(config, i) for i in range(config.num_distinct_layers))
+        layer = GenLMNgramLayer if config.is_ngram else GenLMDecoderLayer
+        self.layers = nn.ModuleList(layer(config, i) for i in range(config.num_distinct_layers))
         self.norm = GenLMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.is_ngram:
+            self.embed_tokens, self.norm = GenLMWordNumbers(config.vocab_size), nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -360,6 +360,8 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         head_width = config.embedding_width if config.tie_word_embeddings else config.hidden_size
         self.lm_head = nn.Linear(head_width, config.vocab_size, bias=config.output_bias)
+        if config.is_ngram:
+            self.lm_head = GenLMNgramHead(config)
         self.post_init()
 
     @can_return_tuple

@@ -61,6 +61,8 @@ def check(recipe: Recipe) -> Facts:
     corpus, training = settings.corpus, settings.training
     if settings.privacy.epsilon is not None:
         _check_private(settings)
+    if settings.architecture.is_ngram:
+        _check_ngram(settings)
     has_accelerator = torch.accelerator.is_available()
     if training.dtype == "bfloat16" and has_accelerator and not is_torch_bf16_gpu_available():
         raise UserError(
@@ -112,11 +114,30 @@ def _check_sharded(settings: Settings) -> None:
             )
 
 
+def _check_ngram(settings: Settings) -> None:
+    """Refuse what counts cannot do: they read the text once, in one process, and have no weights to train."""
+    # what is stated: (it is stated, the remedy)
+    refused = {
+        "--from": (settings.model.init_from is not None, "count the old and the new text together"),
+        "--vectors": (settings.vectors.path is not None, "leave it out"),
+        "--size": (settings.model.size is not None, "give model.ngram_order and model.ngram_entries"),
+        "--processes": (processes.count() > 1, "leave it out"),
+    }
+    for name, (is_stated, remedy) in refused.items():
+        if is_stated:
+            raise UserError(f"{name} is for a network, and the decoder ngram is a table of counts: {remedy}")
+
+
 def _check_private(settings: Settings) -> None:
     """Refuse what the guarantee for single documents does not cover."""
     training, corpus = settings.training, settings.corpus
     # field: (it is stated, the reason, the remedy)
     refused = {
+        "--decoder ngram": (
+            settings.architecture.is_ngram,
+            "its counts keep the text word for word",
+            "choose another decoder",
+        ),
         "training.init=bigrams": (
             training.init == "bigrams",
             "the counts of its pairs of tokens go into the model",

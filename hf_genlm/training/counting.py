@@ -10,11 +10,21 @@ and an n-gram's row is the number of runs before its own.
 Shapes: T tokens of a stream, V vocabulary, n_k n-grams of k tokens (n_0 = 1, n_1 = V).
 """
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from hf_genlm.config.settings import Settings
+from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.encoding import TokenizedDocuments
+from hf_genlm.text.packed_stream import PackedStream
+
+if TYPE_CHECKING:
+    from hf_genlm.model import GenLMForCausalLM
+    from hf_genlm.training.corpus import StreamedCorpus, TokenizedCorpus
 
 MAX_ORDER = 6
 MAX_COUNTED_TOKENS = 1 << 23  # bounds memory: recipes/LOG.md has the measured peak
@@ -48,11 +58,44 @@ class NgramCounts:
     # the same rows, (n_j,) float32: probability left to the shorter context; 1 where the total is 0
     backoffs: list[np.ndarray]
     discounts: np.ndarray  # (order, 3) float32: D of the counts 1, 2, and 3 or more, of each level
+    n_tokens: int = 0  # that were counted
+    seconds: float = 0.0  # that it took, the choice of the order included
+
+    @torch.no_grad()
+    def fill(self, model: "GenLMForCausalLM") -> None:
+        """Copy the tables into the head of an n-gram model with a config of these sizes."""
+        head = model.lm_head
+        for name in ("keys", "counts", "totals", "backoffs"):
+            for table, values in zip(getattr(head, name), getattr(self, name), strict=True):
+                table[: len(values)].copy_(torch.from_numpy(values))
+        head.discounts.copy_(torch.from_numpy(self.discounts))
 
     @property
     def order(self) -> int:
         """Tokens of the longest n-grams."""
         return len(self.counts)
+
+
+def count_corpus(
+    run: RunFolder, corpus: "TokenizedCorpus | StreamedCorpus", settings: Settings
+) -> NgramCounts:
+    """Count the training text, at most `MAX_COUNTED_TOKENS` of it; the order is stated or chosen."""
+    began = time.monotonic()
+    run.tell("progress", task="counting", done=0, total=None)
+    start_id, vocab_size = corpus.tokenizer.eos_token_id, len(corpus.tokenizer)
+    rows = corpus.rows(settings.training)
+    if isinstance(rows, PackedStream):
+        stream = rows.first_tokens(MAX_COUNTED_TOKENS)
+    else:
+        stream = stream_of(corpus.train, start_id)  # type: ignore[union-attr]
+    if len(stream) >= MAX_COUNTED_TOKENS:
+        run.log("note", message=f"{len(stream):,} tokens are counted: more would take too much memory")
+    order = settings.model.ngram_order or choose_order(stream, vocab_size, start_id)
+    counts = count_ngrams(stream, order, vocab_size, start_id, settings.model.ngram_entries)
+    seconds = time.monotonic() - began
+    entries = sum(map(len, counts.keys))
+    run.log("counted", order=order, entries=entries, tokens=len(stream), seconds=round(seconds, 3))
+    return replace(counts, n_tokens=len(stream), seconds=seconds)
 
 
 def stream_of(

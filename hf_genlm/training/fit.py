@@ -39,6 +39,7 @@ from hf_genlm.training.callbacks import (
 from hf_genlm.training.carried_state import StateCallback
 from hf_genlm.training.checkpoints import Checkpoint, StopRequest, write_model
 from hf_genlm.training.corpus import Rows, StreamCallback, StreamedCorpus, TokenizedCorpus
+from hf_genlm.training.counting import NgramCounts
 from hf_genlm.training.optimizer import OptimizerFactory
 from hf_genlm.training.private import DrawnSteps, PrivateState, PrivateTrainer, unwrap_batch
 from hf_genlm.training.processes import LostProcess, detect_lost_process, from_first, load_whole_models
@@ -63,6 +64,7 @@ class Job:
     frozen_rows: torch.Tensor | None = None  # (V,) rows of the embedding that keep their vectors
     private: PrivateState | None = None  # of a run with a guarantee for each document
     threads: ThreadsCallback | None = None  # of a run on a CPU
+    counts: NgramCounts | None = None  # of a decoder that is not trained
 
     @property
     def pace(self) -> Pace:
@@ -135,7 +137,7 @@ def fit(
     if whole is None:
         return None
     whole.config.use_cache = True  # Trainer turned it off for training
-    _sample(run, job, whole, step)
+    sample(run, job, whole, step)
     run.log(
         "trained",
         steps=step,
@@ -241,10 +243,11 @@ def _validate_and_sample(run: RunFolder, job: Job, model: GenLMForCausalLM, step
     values = {m.name: round(m.value, 5) for m in found}
     spent = {} if job.private is None else {"epsilon": round(job.private.guarantee.spent(step), 4)}
     run.log("validation", step=step, **reached, partial=True, tokens=found[0].n, **values, **spent)
-    _sample(run, job, model, step)
+    sample(run, job, model, step)
 
 
-def _sample(run: RunFolder, job: Job, model: GenLMForCausalLM, step: int) -> None:
+def sample(run: RunFolder, job: Job, model: GenLMForCausalLM, step: int) -> None:
+    """Log texts that `model` generates."""
     training = job.settings.training
     if training.num_samples == 0:
         return

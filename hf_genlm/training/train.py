@@ -49,7 +49,8 @@ from hf_genlm.training.corpus import (
     prepare_stream,
     save_tokenizer,
 )
-from hf_genlm.training.fit import Job, fit, likelihood_of
+from hf_genlm.training.counting import count_corpus
+from hf_genlm.training.fit import Job, fit, likelihood_of, sample
 from hf_genlm.training.plan import choose_threads, plan_run
 from hf_genlm.training.private import PrivateState, begin_private, trainer_settings, write_guarantee
 from hf_genlm.training.trackers import tracking
@@ -146,7 +147,11 @@ def _prepare(run: RunFolder, recipe: Recipe, facts: Facts) -> Job:
     processes.set_threads(recipe.training.num_threads)
     corpus = _read(run, recipe, facts)
     facts = _with_corpus(facts, recipe, corpus)
-    if first.length.seconds is not None:
+    counts = None
+    if first.architecture.is_ngram:
+        counts = count_corpus(run, corpus, first)
+        facts = replace(facts, ngram_sizes=tuple(map(len, counts.keys)))
+    elif first.length.seconds is not None:
         run.tell("progress", task="planning", done=0, total=None)
         device = training_arguments_of(run, first.training, Budget()).device
         planning = facts  # of the loop below, which each process runs
@@ -154,12 +159,12 @@ def _prepare(run: RunFolder, recipe: Recipe, facts: Facts) -> Job:
             lambda: plan_run(recipe, planning, lambda s: new_model(s, corpus.tokenizer, device), device)
         )
     settings = settle(recipe, facts)
-    if first.length.seconds is not None:
+    if counts is None and first.length.seconds is not None:
         _log_plan(run, settings, facts)
     private = None
     if facts.private_documents is not None:
         private = begin_private(run, settings, facts.private_documents)
-    job = _job_of(run, settings, corpus, private)
+    job = replace(_job_of(run, settings, corpus, private), counts=counts)
     if processes.is_first():
         corpus.tokenizer.model_max_length = settings.training.max_seq_length
         save_tokenizer(run, corpus.tokenizer)
@@ -321,13 +326,17 @@ def _resumed_recipe(begun: Recipe, stated: Recipe) -> Recipe:
 def _build(run: RunFolder, job: Job, is_new: bool = True) -> GenLMForCausalLM:
     """The model before the first step; not `is_new`: before a checkpoint is loaded into it."""
     settings = job.settings
-    if job.threads is None and job.arguments.device.type == "cpu":
+    if job.counts is None and job.threads is None and job.arguments.device.type == "cpu":
         is_stated = settings.training.num_threads is not None
         job.threads = ThreadsCallback(run, torch.get_num_threads(), is_stated)
         run.tell("progress", task="measuring threads", done=0, total=None)
         torch.set_num_threads(choose_threads(lambda: new_model(settings, job.corpus.tokenizer), settings))
     set_seed(settings.training.seed)
     model = new_model(settings, job.corpus.tokenizer)
+    if job.counts is not None:
+        job.counts.fill(model)
+        run.log("model", parameters=model.num_parameters(), rows=None, max_seq_length=None)
+        return model
     job.frozen_rows = processes.from_first(
         lambda: start_model(run, model, settings, job.corpus, job.rows, is_new)
     )
@@ -345,7 +354,8 @@ def _finish(
         if begin is not None:
             run.log("resumed", step=begin.progress.step)
         with stop.deferred():  # until the weights are saved
-            trained = _fit(run, job, model, begin, stop)
+            fit_it = _fit if job.counts is None else _fit_counts
+            trained = fit_it(run, job, model, begin, stop)
             if trained is not None and job.private is not None:
                 write_guarantee(run, job.private, job.settings, job.arguments.device.type)
             if trained is not None:
@@ -377,6 +387,24 @@ def _fit(
         except Diverged as again:
             message = f"the loss became NaN or infinite at step {again.step}"
             raise UserError(f"{message}, also at half the learning rate: {remedy}") from again
+
+
+def _fit_counts(
+    run: RunFolder, job: Job, model: GenLMForCausalLM, begin: Checkpoint | None, stop: StopRequest
+) -> GenLMForCausalLM:
+    """`_fit` of a decoder of counts: they are in the model."""
+    counts = job.counts
+    assert counts is not None
+    sample(run, job, model, 0)
+    run.log(
+        "trained",
+        steps=0,
+        tokens=counts.n_tokens,
+        epochs=1.0,
+        seconds=round(counts.seconds, 2),
+        tokens_per_s=round(counts.n_tokens / counts.seconds),
+    )
+    return model
 
 
 def save(run: RunFolder, model: GenLMForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

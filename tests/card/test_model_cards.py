@@ -9,6 +9,7 @@ import pytest
 import yaml
 from support.cards import MEASURED, make_run, tables
 from support.hub_metadata import faults_of, front_matter_of
+from support.models import NETWORKS
 from support.runs import SMALL
 
 from hf_genlm.card import render_card
@@ -131,9 +132,7 @@ def test_a_recipe_says_what_it_measured_and_nothing_for_want_of_it(recipe):
 
 
 def test_every_decoder_has_a_recipe():
-    from hf_genlm.model import DECODERS
-
-    assert {load_recipe(recipe).model.decoder for recipe in RECIPES} == set(DECODERS)
+    assert {load_recipe(recipe).model.decoder for recipe in RECIPES} == set(NETWORKS)
 
 
 @pytest.fixture

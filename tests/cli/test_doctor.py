@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.command_line import last_line
-from support.models import STACKS, VOCAB, build_model
+from support.models import NETWORKS, STACKS, VOCAB, build_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
@@ -22,7 +22,7 @@ from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import load_recipe
 from hf_genlm.config.settle import settle
 from hf_genlm.files import read_tensor_sizes
-from hf_genlm.model import DECODERS, GenLMForCausalLM, modeling_genlm
+from hf_genlm.model import GenLMForCausalLM, modeling_genlm
 from hf_genlm.model.recurrence_genlm import ClassicCell
 
 MIXED = ["gated_linear", "full_attention", "lstm", "sliding_attention"]
@@ -146,7 +146,7 @@ def test_visible_pairs(window):
         assert doctor.visible_pairs(n_tokens, window) == sum(seen)
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", NETWORKS)
 def test_the_described_model_is_the_one_that_train_makes(decoder):
     recipe = load_recipe(
         None, [f"model.decoder={decoder}", "model.hidden_size=64", "training.max_seq_length=32"]
@@ -221,7 +221,7 @@ MISTAKES = {
     "unknown mixer": (["--cost", "--mixers", "gru,attention"], "unknown model.mixers 'attention'"),
     "unknown size": (["--cost", "--size", "smal"], "did you mean 'small'"),
     "unknown option": (["--paramters"], "--paramters"),
-    "small vocabulary": (["--cost", "--vocab-size", "9"], "at least 258"),
+    "small vocabulary": (["--cost", "--vocab-size", "9"], "from 258 to"),
     "shapes that do not fit": (
         ["--cost", "--set", "model.num_attention_heads=5"],
         "must be a multiple",

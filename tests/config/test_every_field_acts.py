@@ -311,6 +311,8 @@ ACTS = {
     "model.shared_layers": (("model.num_hidden_layers=2",), "2", logits),
     "model.embedding_size": ((), "8", logits),
     "model.bigram_size": ((), "32", logits),
+    "model.ngram_order": (("model.decoder=ngram",), "2", figures),
+    "model.ngram_entries": (("model.decoder=ngram", "model.ngram_order=3"), "50", figures),
     "model.position_type": (ATTENTION, "none", logits),
     "model.sliding_window": (SLIDING, "2", logits),
     "model.tie_word_embeddings": (("training.init=random",), "true", logits),

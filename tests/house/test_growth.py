@@ -40,6 +40,8 @@ SOURCES = [inspect.getsource(module) for module in MODULES.values()]
 # functions that compose a pattern: module and line's function -> patterns that it may compose
 COMPOSED = {
     ("text.formats", "compile"): [r"(?m)^[ \t\r]*<\|endoftext\|>[ \t\r]*(?:\n|\Z)"],
+    ("text.encoding", "split"): [r"(<\|endoftext\|>|<\|assistant\|>|<\|pad\|>)"],
+    ("text.encoding", "compile"): [r"<\|endoftext\|>|<\|assistant\|>|<\|pad\|>"],
     ("evaluation.languages", "findall"): [r"\p{Script=Latin}"],
     ("text.scrubbing", "compile"): [scrubbing._iban_tail(length).pattern for length in (11, 29)],
 }
@@ -99,9 +101,9 @@ def test_patterns_are_collected():
     held = patterns_of(MODULES["text.scrubbing"])
     assert {"_DOMAIN[0]", "CARDS[3]"} <= held.keys()
     assert "_TOKENS[9]" in patterns_of(manifest)
-    tree = ast.parse(inspect.getsource(MODULES["config.settle"]))
+    tree = ast.parse(inspect.getsource(MODULES["config.fields"]))
     n_uses = sum(isinstance(node, ast.Attribute) and node.attr == "fullmatch" for node in ast.walk(tree))
-    assert len(list(patterns_in_functions(MODULES["config.settle"]))) == n_uses > 0
+    assert len(list(patterns_in_functions(MODULES["config.fields"]))) == n_uses > 0
 
 
 SLOW = {

@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import torch
 
-from hf_genlm.model import MIXERS, GenLMConfig, GenLMForCausalLM
+from hf_genlm.model import DECODERS, MIXERS, GenLMConfig, GenLMForCausalLM
+from hf_genlm.training.counting import NgramCounts, count_ngrams
 
 # every mixer of the table by itself, so that a new one is tested unasked, mixtures, and every way to have
 # fewer parameters
@@ -51,6 +53,7 @@ KINDS["shared"] = {"mixer_types": ["full_attention"] * 2, "shared_layers": 2, "n
 SHALLOW = {mixer: [mixer] for mixer in MIXERS} | {"hybrid": ["lstm", "full_attention"]}
 
 
+NETWORKS = [decoder for decoder in DECODERS if decoder != "ngram"]
 VOCAB, PAD, EOS = 61, 0, 1
 
 
@@ -69,6 +72,20 @@ def build_model(stack: str | list[str], seed: int = 0, **overrides) -> GenLMForC
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
     return model
+
+
+def build_ngram(order: int = 4, max_entries: int | None = None) -> tuple[GenLMForCausalLM, NgramCounts]:
+    """An n-gram model of a random text in which some tokens are frequent, and its counts."""
+    ids = np.random.default_rng(0).zipf(1.3, 3000) % (VOCAB - 2) + 2
+    ids[::97] = EOS
+    counts = count_ngrams(ids, order, VOCAB, EOS, max_entries)
+    config = GenLMConfig(
+        mixer_types=["ngram"], ngram_order=order, ngram_sizes=list(map(len, counts.keys)), vocab_size=VOCAB,
+        pad_token_id=PAD, eos_token_id=EOS, bos_token_id=EOS,
+    )  # fmt: skip
+    model = GenLMForCausalLM(config).eval()
+    counts.fill(model)
+    return model, counts
 
 
 def by_triton_interpreter(code: str) -> str:

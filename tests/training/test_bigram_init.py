@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.models import EOS, VOCAB, build_model
+from support.models import EOS, NETWORKS, VOCAB, build_model
 from support.runs import losses, small_recipe
 
 from hf_genlm.config.settle import settle
 from hf_genlm.errors import UserError
-from hf_genlm.model import DECODERS, GenLMConfig, GenLMForCausalLM
+from hf_genlm.model import GenLMConfig, GenLMForCausalLM
 from hf_genlm.training.bigram_init import (
     PRIOR,
     calibrate_bias,
@@ -116,7 +116,7 @@ def test_the_bias_makes_each_token_as_likely_as_it_is_frequent(stream):
     assert errors[1] < 0.1 * errors[0]
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", NETWORKS)
 @pytest.mark.parametrize("overrides", [{}, {"embedding_size": 24}, {"bigram_size": 64}], ids=str)
 def test_loss_begins_near_that_of_a_bigram_model(stream, decoder, overrides):
     if "bigram_size" in overrides and decoder in ("transformer", "sliding"):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.models import build_model
+from support.models import NETWORKS, build_model
 from support.runs import SMALL
 
 from hf_genlm.config.recipe import Recipe, load_recipe
@@ -82,7 +82,7 @@ def test_ladder_climbs_and_every_decoder_stands_on_every_rung():
         shape.hidden_size * (VOCAB + 12 * shape.hidden_size * shape.num_hidden_layers) for shape in LADDER
     ]
     assert costs == sorted(set(costs))
-    for decoder in DECODERS:
+    for decoder in NETWORKS:
         for shape in LADDER:
             settings = settle(load_recipe(None, [f"model.decoder={decoder}"]), Facts(shape=shape))
             assert settings.model.hidden_size == shape.hidden_size
@@ -257,7 +257,7 @@ def test_threads_are_as_stated_and_given_back(text_folder, tmp_path, stated, mon
     assert set(taken) <= ({1, 2} if stated is None else {stated})
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", NETWORKS)
 def test_learned_positions_bound_the_context_of_evaluation(decoder, monkeypatch):
     recipe = Recipe()
     recipe.model.decoder, recipe.model.position_type, recipe.training.max_seq_length = decoder, "learned", 16

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.models import build_model
+from support.models import NETWORKS, build_model
 from support.runs import losses, small_recipe
 from transformers import (
     AutoModelForCausalLM,
@@ -25,7 +25,7 @@ from hf_genlm.config.settings import Facts, Pace
 from hf_genlm.config.settle import decay_for, settle
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements
-from hf_genlm.model import DECODERS, GenLMForCausalLM
+from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.training import budget as budget_module
 from hf_genlm.training.budget import Budget, trapezoid
 from hf_genlm.training.callbacks import ValidationCallback
@@ -34,7 +34,7 @@ from hf_genlm.training.train import train
 from hf_genlm.training.trainer import BudgetTrainer
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("decoder", NETWORKS)
 def test_every_decoder_trains_and_is_measured(decoder, text_folder, tmp_path):
     heard = []
     recipe = small_recipe(text_folder, f"model.decoder={decoder}", "training.num_samples=2")
@@ -433,6 +433,7 @@ def test_recipe_fields_cover_each_other():
         "mixers",
         "size",
         "init_from",
+        "ngram_entries",
     }
     assert names <= {field.name for field in dataclasses.fields(GenLMConfig)}
 
