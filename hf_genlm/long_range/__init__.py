@@ -91,6 +91,7 @@ def measure_range(
         UserError: an unknown decoder or task, a value out of range, or outcomes of other settings in `out`.
     """
     from hf_genlm.long_range.training import TaskRun
+
     decoders = _check_names(decoders, DEFAULT_DECODERS, "decoder")
     tasks = _check_names(tasks, TASKS, "task")
     sizes = {name: _sizes_of(name, recall_pairs, lengths) for name in tasks}
