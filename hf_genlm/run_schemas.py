@@ -337,6 +337,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "trained": {
         "steps": Count, "tokens": Count, "seconds": Number, "tokens_per_s": Number, "epochs": _Optional,
     },
+    "counts": {"order": Count, "bits_per_byte": Number},
     "evaluated": {"measurements": list[_VALUE]},  # type: ignore[valid-type]
 }  # fmt: skip
 EVENTS = {event: create_model(event, **fields) for event, fields in _FIELDS.items()}

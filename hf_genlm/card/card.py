@@ -186,6 +186,7 @@ def _read_facts(run: RunFolder, recipe: Recipe, picture: str) -> dict[str, Any]:
         "n_parameters": sum(sizes.values()),
         "is_tied": order is None and "lm_head.weight" not in sizes,
         "ngram_order": order,
+        "counts": last.get("counts"),
         "measurements": shown,
         "definitions": [wording.DEFINITIONS[m.name] for m in shown if m.name in wording.DEFINITIONS],
         "headline": next((m for m in measured if m.name == "bits_per_byte"), None),

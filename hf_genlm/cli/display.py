@@ -245,6 +245,9 @@ class Display:
             "counted": lambda order, entries, tokens, **_: (
                 f"counted       {tokens:,} tokens, {entries:,} n-grams of up to {order} tokens"
             ),
+            "counts": lambda order, bits_per_byte: (
+                f"counts        {order}-grams alone need {bits_per_byte:.4f} bits per byte (--decoder ngram)"
+            ),
             "trained": lambda steps, tokens, seconds, tokens_per_s, **_: (
                 f"trained       {steps:,} steps, {tokens:,} tokens in {seconds:.1f} s, "
                 f"{tokens_per_s:,} tokens/s"

@@ -31,6 +31,8 @@ MAX_COUNTED_TOKENS = 1 << 23  # bounds memory: recipes/LOG.md has the measured p
 FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)  # where counts of counts give none; KenLM's
 _BLOCK = 1 << 16  # tokens taken together from a text longer than what is counted
 _HELD_OUT_SHARE, _MAX_HELD_OUT, _MIN_DOCUMENTS = 0.05, 100_000, 8  # tokens that choose the order, and of what
+_COMPARED = 5  # order of the counts beside which a network is shown
+_SHARE_OF_TIME, _COUNTED_PER_S = 0.03, 1_000_000  # of a run that they may take; tokens, at least
 _MAX_SCORE = 1 << 16  # counts from which on pruning makes no difference
 
 
@@ -96,6 +98,22 @@ def count_corpus(
     entries = sum(map(len, counts.keys))
     run.log("counted", order=order, entries=entries, tokens=len(stream), seconds=round(seconds, 3))
     return replace(counts, n_tokens=len(stream), seconds=seconds)
+
+
+def measure_counts(run: RunFolder, corpus: "TokenizedCorpus", seconds: float) -> None:
+    """Log what 5-grams alone reach on the held-out text, if that takes little beside a training of `seconds`.
+
+    They predict the tokens that `evaluation.likelihood` scores, with the same tokenizer.
+    """
+    n_tokens = corpus.n_tokens + corpus.validation.n_tokens
+    if corpus.validation.targets is not None or n_tokens > _SHARE_OF_TIME * seconds * _COUNTED_PER_S:
+        return
+    start_id, vocab_size = corpus.tokenizer.eos_token_id, len(corpus.tokenizer)
+    measured = stream_of(corpus.validation, start_id)
+    found = log_probabilities(stream_of(corpus.train, start_id), measured, vocab_size, start_id, _COMPARED)
+    nats = -found[-1][measured[1:] != start_id].sum()  # the ends of documents are not scored
+    n_bytes = sum(n_bytes for ids, n_bytes in corpus.validation if len(ids))
+    run.log("counts", order=_COMPARED, bits_per_byte=round(float(nats / np.log(2) / n_bytes), 5))
 
 
 def stream_of(

@@ -49,7 +49,7 @@ from hf_genlm.training.corpus import (
     prepare_stream,
     save_tokenizer,
 )
-from hf_genlm.training.counting import count_corpus
+from hf_genlm.training.counting import count_corpus, measure_counts
 from hf_genlm.training.fit import Job, fit, likelihood_of, sample
 from hf_genlm.training.plan import choose_threads, plan_run
 from hf_genlm.training.private import PrivateState, begin_private, trainer_settings, write_guarantee
@@ -425,6 +425,10 @@ def save(run: RunFolder, model: GenLMForCausalLM, tokenizer: PreTrainedTokenizer
 def _evaluate(run: RunFolder, job: Job) -> RunFolder:
     if processes.is_first():
         evaluate_run(run, job.corpus, job.settings)
+        is_public = job.settings.privacy.epsilon is None  # counts of a private text are not covered
+        if job.counts is None and is_public and isinstance(job.corpus, TokenizedCorpus):
+            trained = [event for event in run.read_log() if event["event"] == "trained"]
+            measure_counts(run, job.corpus, trained[-1]["seconds"] if trained else 0.0)
         shutil.rmtree(run.checkpoints, ignore_errors=True)  # a run that is done is not resumed
     return run
 

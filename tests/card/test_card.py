@@ -167,7 +167,7 @@ def test_a_long_list_of_files_is_counted(tmp_path):
     files = [{"name": f"f{i}", "bytes": 1, "sha256": "0" * 64, "documents": 1} for i in range(21)]
     text = write_card(make_run(tmp_path, files=files)).read_text(encoding="utf-8")
     assert "21 files;" in text
-    assert "f20" not in text
+    assert "`f20`" not in text
     text = write_card(make_run(tmp_path, files=files[:20], name="other")).read_text(encoding="utf-8")
     assert len(table_with(text, "file")) == 22
 

@@ -139,7 +139,7 @@ def test_a_wrong_keyword_is_a_type_error_too(run):
         (["nowhere.txt"], "'nowhere.txt' does not exist"),
         (["nowhere.txt", "a text"], "mix a path"),
         ({"train": [], "test": []}, "splits train, test"),
-        ([1, 2], "every item must be a string or a path"),
+        ([1, 2], "every item must be a string, a path or a record"),
         (3, "int"),
     ],
 )

@@ -29,7 +29,11 @@ from hf_genlm.model import (
     GenLMForTokenClassification,
     GenLMModel,
 )
+from hf_genlm.run_folder import RunFolder
+from hf_genlm.training import counting
 from hf_genlm.training.check import check
+from hf_genlm.training.corpus import prepare_corpus
+from hf_genlm.training.counting import measure_counts
 from hf_genlm.training.train import train
 
 ORDERS = [1, 2, 4, 6]
@@ -226,3 +230,32 @@ def test_the_start_of_the_tables_is_uniform():
     model = GenLMForCausalLM(GenLMConfig(decoder="ngram", vocab_size=7, ngram_order=3))
     assert torch.allclose(model(torch.tensor([[1, 2, 3]])).logits.exp(), torch.tensor(1 / 7))
     assert Recipe().model.decoder != "ngram"
+
+
+def test_a_network_is_shown_beside_counts(text_folder, tmp_path, monkeypatch):
+    heard = {}
+    monkeypatch.setattr(counting, "_SHARE_OF_TIME", 1e9)
+
+    def listen(event, fields):
+        heard[event] = fields
+
+    run = train(small_recipe(text_folder), tmp_path / "run", listen)
+    assert heard["counts"]["order"] == 5
+    write_card(run)
+    bits = heard["counts"]["bits_per_byte"]
+    shown = f"counts of 5-grams of the same tokens, smoothed by Kneser-Ney, need {bits:.3f}"
+    assert shown in (run.model / "README.md").read_text()
+    counted = train(
+        small_recipe(text_folder, "model.decoder=ngram", "model.ngram_order=5"), tmp_path / "counted"
+    )
+    values = {m.name: m.value for m in read_measurements(counted.evaluation)}
+    assert values["bits_per_byte"] == pytest.approx(heard["counts"]["bits_per_byte"], abs=2e-5)
+
+
+def test_counts_beside_a_network_take_little_of_its_time(text_folder, tmp_path):
+    run = RunFolder.create(tmp_path / "run")
+    corpus = prepare_corpus(run, small_recipe(text_folder))
+    share = (corpus.n_tokens + corpus.validation.n_tokens) / 1_000_000 / 0.03  # seconds of training
+    for seconds, is_shown in ((0.9 * share, False), (1.1 * share, True)):
+        measure_counts(run, corpus, seconds)
+        assert ("counts" in {event["event"] for event in run.read_log()}) is is_shown
