@@ -24,6 +24,7 @@ BUDGETS: dict[str, str | None] = {
     "flops": None,
 }
 DEFAULT_MINUTES = 3.0
+_MAX_DEPTH = 20  # of a plan
 _MAX_BYTES = 1 << 20  # of compare.yaml
 # fields that a comparison sets -> the option for them
 _OWN_FIELDS = {
@@ -111,8 +112,7 @@ class Plan:
         """
         text = read_text(path, _MAX_BYTES)
         try:
-            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-                raise ValueError("it holds aliases, which may stand for any amount of text")
+            _check_events(text)
             content = json.dumps(yaml.safe_load(text), default=str)
         except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{str(path)!r} is damaged: {' '.join(str(error).split())}") from error
@@ -269,6 +269,16 @@ def _check_equal(stated: dict[str, Fields], section: str, rule: str) -> None:
         for field in {**stated[first], **stated[name]}:
             if field.startswith(section + ".") and stated[first].get(field) != stated[name].get(field):
                 raise UserError(f"{first} and {name} differ in {field}: {rule}")
+
+
+def _check_events(text: str) -> None:
+    """Raise ValueError for YAML with aliases, which may stand for any amount of text, or nested too deep for
+    PyYAML, which takes time with the square of the depth."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > _MAX_DEPTH:
+            raise ValueError(f"it holds an alias, or is nested more than {_MAX_DEPTH} deep")
 
 
 def _parse_count(parameters: str) -> float:

@@ -202,8 +202,8 @@ def _is_finished(folder: ComparisonFolder, run: Run) -> bool:
     for name, sha256 in hashes[run.name].items():
         if not (path / name).is_file() or sha256_of(path / name) != sha256:
             raise UserError(
-                f"{str(path / name)!r} was changed since this comparison wrote it: restore it, or remove "
-                f"{str(path)!r} to train that run again"
+                f"{str(path / name)!r} is not the file of {str(folder.finished)!r}, one of them was changed: "
+                f"restore it, or remove {str(path)!r} to train that run again"
             )
     return True
 

@@ -9,6 +9,7 @@ Code counts as this package's by its bytes alone, never by its name. A pickle is
 import contextlib
 import fnmatch
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -20,7 +21,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from hf_genlm.errors import (
     BEGIN_OF_PRIVATE_KEY,
@@ -31,7 +32,7 @@ from hf_genlm.errors import (
     without_secrets,
 )
 from hf_genlm.files import read_json, read_tensor_sizes, refuse_links_out, sha256_of
-from hf_genlm.memory import check_sizes
+from hf_genlm.memory import MAX_BYTES, check_sizes
 from hf_genlm.run_folder import RunFolder
 
 # files from which transformers loads a model and its tokenizer
@@ -60,6 +61,7 @@ _CALLS = re.compile(
 _NAME_OF_CODE = re.compile(r"[\w.]+ [\w.]+")  # module and attribute
 _OPCODES = {opcode.code for opcode in pickletools.opcodes}
 _MAX_OPCODES = 1_000_000
+_MAX_LINE = 1 << 20
 # first bytes of packed files: gzip, bzip2, xz, lzma, zlib (joblib), Zstandard, 7-Zip, RAR, compress, LZ4
 _PACKED = (
     b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x5d\0\0", b"x\x01", b"x\x9c", b"x\xda", b"\x28\xb5\x2f\xfd",
@@ -346,7 +348,7 @@ def _scan_lines(path: Path, name: str, canaries: Sequence[str]) -> Iterator[Find
         spelling for text in canaries for spelling in (text, json.dumps(text, ensure_ascii=False)[1:-1])
     ]
     home = os.path.expanduser("~")
-    for count, line in enumerate(_read_text(path).split("\n"), 1):
+    for count, line in enumerate(_lines_of(path), 1):
         number = None if path.suffix == ".png" else count
         unescaped = _ESCAPED_SPACE.sub(" ", line)
         if without_secrets(line) != line or any(pattern.search(line) for pattern in _TOKENS):
@@ -357,16 +359,19 @@ def _scan_lines(path: Path, name: str, canaries: Sequence[str]) -> Iterator[Find
             yield Finding("canary", name, number)
 
 
-def _read_text(path: Path) -> str:
-    """Read a file as text: of safetensors only the header, of a PNG also the texts it holds compressed."""
-    if path.suffix == ".png":
-        return b"\n".join([path.read_bytes(), *_png_texts(path)]).decode("utf-8", errors="replace")
-    if path.suffix != ".safetensors":
-        return path.read_text(encoding="utf-8", errors="replace").replace("\0", "")  # of UTF-16
+def _lines_of(path: Path) -> Iterator[str]:
+    """Read a file as text, line by line, a line of more than `_MAX_LINE` bytes in parts: of safetensors only
+    the header, of a PNG also the texts it holds compressed."""
     with path.open("rb") as file:
-        prefix = file.read(8)
-        num_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        return file.read(min(num_bytes, path.stat().st_size)).decode("utf-8", errors="replace")
+        contents: list[IO[bytes]] = [file]
+        if path.suffix == ".safetensors":
+            (n_bytes,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+            contents = [io.BytesIO(file.read(min(n_bytes, MAX_BYTES)))]
+        if path.suffix == ".png":
+            contents += map(io.BytesIO, _png_texts(path))
+        for content in contents:
+            while line := content.readline(_MAX_LINE):
+                yield line.decode("utf-8", errors="replace").replace("\0", "").rstrip("\r\n")  # \0: UTF-16
 
 
 def _png_texts(path: Path) -> list[bytes]:

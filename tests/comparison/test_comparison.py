@@ -145,6 +145,13 @@ def test_recipes_of_several_texts_or_tokenizers_are_refused(section, tmp_path):
         assert len(make_plan(recipes=recipes, steps=3, own_tokenizers=True).candidates) == 2
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "a: &x [1]\nb: *x\n", "{a: " * 50 + "1" + "}" * 50])
+def test_a_plan_that_would_take_hours_to_parse_is_damaged(text, tmp_path):
+    (tmp_path / "compare.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"compare\.yaml' is damaged: it holds an alias, or is nested"):
+        Plan.read(tmp_path / "compare.yaml")
+
+
 def test_a_plan_comes_back_from_its_file_and_names_what_differs(tmp_path):
     plan = small_plan(parameters=None)
     (tmp_path / "compare.yaml").write_text(plan.to_yaml())
@@ -410,7 +417,7 @@ def test_a_comparison_that_was_ended_goes_on(number, text, tmp_path, capsys):
         compare(str(text), out=out, decoders=["lstm", "transformer"], seeds=3, steps=10, assignments=SMALL)
     (half / "model" / "model.safetensors").write_bytes(b"other")
     assert main(words) == 2
-    assert "was changed since this comparison wrote it" in capsys.readouterr().err
+    assert "finished.json', one of them was changed" in capsys.readouterr().err
 
 
 def check_report(out: Path, printed: str):

@@ -306,3 +306,19 @@ def test_the_card_of_an_export_is_checked(folder, capsys):
     assert "README.md:1: home-path" in last_line(capsys)
     assert leave("export", folder, "--allow", "README.md:home-path") == 0
     assert "/home/ann" in (folder.parent / "out" / "model_card.md").read_text()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_long_line_is_searched_in_parts(encoding, tmp_path):
+    """A file of 1 GB without a line end is not held."""
+    token = "hf_" + "aB3" * 12
+    path = tmp_path / "notes.txt"
+    path.write_bytes(("x" * 3_000_000 + "\n" + f"key {token}\n").encode(encoding))
+    assert max(map(len, manifest._lines_of(path))) <= 1 << 20
+    assert "token" in {finding.kind for finding in manifest._scan_lines(path, "notes.txt", [])}
+    header = json.dumps({"__metadata__": {"note": token}}).encode()
+    tensors = tmp_path / "model.safetensors"
+    tensors.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert [finding.kind for finding in manifest._scan_lines(tensors, "model.safetensors", [])] == ["token"]
+    tensors.write_bytes(b"\xff" * 8 + header)
+    assert list(manifest._lines_of(tensors)) == [header.decode()]
