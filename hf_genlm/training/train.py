@@ -426,7 +426,8 @@ def _evaluate(run: RunFolder, job: Job) -> RunFolder:
     if processes.is_first():
         evaluate_run(run, job.corpus, job.settings)
         is_public = job.settings.privacy.epsilon is None  # counts of a private text are not covered
-        if job.counts is None and is_public and isinstance(job.corpus, TokenizedCorpus):
+        is_network = not job.settings.architecture.is_ngram
+        if is_network and is_public and isinstance(job.corpus, TokenizedCorpus):
             trained = [event for event in run.read_log() if event["event"] == "trained"]
             measure_counts(run, job.corpus, trained[-1]["seconds"] if trained else 0.0)
         shutil.rmtree(run.checkpoints, ignore_errors=True)  # a run that is done is not resumed

@@ -21,6 +21,7 @@ from hf_genlm.decoding import FastGenerator
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.exporting.targets import EXPORTS, export_model
+from hf_genlm.loading import load
 from hf_genlm.model import (
     CarriedState,
     GenLMConfig,
@@ -30,6 +31,9 @@ from hf_genlm.model import (
     GenLMModel,
 )
 from hf_genlm.run_folder import RunFolder
+from hf_genlm.space.files.demo import scoring
+from hf_genlm.space.files.demo.layers import list_layers
+from hf_genlm.space.files.demo.models import LanguageModel
 from hf_genlm.training import counting
 from hf_genlm.training.check import check
 from hf_genlm.training.corpus import prepare_corpus
@@ -216,6 +220,15 @@ def test_a_stream_is_counted_and_a_comparison_takes_counts(text_folder, tmp_path
     counted = next(each for each in found.results.candidates if each.name == "ngram")
     assert math.isfinite(counted.mean.value)
     assert counted.parameters == counted.runs[0].parameters > 10_000
+
+
+def test_the_demo_shows_it(text_folder, tmp_path):
+    run = train(small_recipe(text_folder, "model.decoder=ngram"), tmp_path / "run")
+    shown = LanguageModel("counts", *load(run.path))
+    assert scoring.score_text(shown, "Some words of a text.").bits > 0
+    ids, _ = scoring.encode_prompt(shown, "Some")
+    assert list(scoring.generate(shown, ids, scoring.Sampling(max_new_tokens=5)))
+    assert list_layers(shown) == []
 
 
 def test_the_hidden_states_are_the_last_words(tokens):

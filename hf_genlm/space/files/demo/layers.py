@@ -51,9 +51,9 @@ class States:
 
 
 def list_layers(model: LanguageModel) -> list[Layer]:
-    """All layers of a GenLM decoder; of another model those that return attention weights."""
+    """Layers of a GenLM decoder, none of one of counts; of another model those that return attention weights."""
     if model.mixers is not None:
-        return [Layer(i, mixer) for i, mixer in enumerate(model.mixers)]
+        return [Layer(i, mixer) for i, mixer in enumerate(model.mixers) if mixer != "ngram"]
     with torch.inference_mode():
         output = model.module(input_ids=model.tensor([0]), output_attentions=True)
     attentions = getattr(output, "attentions", None) or ()
