@@ -51,7 +51,7 @@ class States:
 
 
 def list_layers(model: LanguageModel) -> list[Layer]:
-    """Layers of a GenLM decoder, none of one of counts; of another model those that return attention weights."""
+    """Layers of a GenLM decoder, none if it counts; of another model those that return attention weights."""
     if model.mixers is not None:
         return [Layer(i, mixer) for i, mixer in enumerate(model.mixers) if mixer != "ngram"]
     with torch.inference_mode():
