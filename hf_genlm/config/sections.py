@@ -247,7 +247,7 @@ class TrainingRecipe(Section):
     warmup_ratio: Number = setting(0.02, "Share of the run in which the learning rate rises.", at_least=0,
         at_most=1, synonyms="warmup")
     warmup_steps: Whole | None = setting(None,
-        "Steps in which the learning rate rises at least. null: 40 after a start from bigrams, else 0.",
+        "Steps in which the learning rate rises at least. null: 10 after a start from bigrams, else 0.",
         at_least=0, at_most=MAX_WHOLE)
     decay_ratio: Number = setting(0.5,
         "Share of the run, at its end, in which the learning rate falls linearly to 0.", at_least=0,

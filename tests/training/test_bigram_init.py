@@ -201,6 +201,7 @@ def test_the_first_steps_do_not_undo_the_start(text_folder, tmp_path, optimizer)
     recipe = small_recipe(
         text_folder, "model.hidden_size=64", "training.batch_size=32", "training.steps=60",
         "training.logging_steps=1", "training.num_validations=0", f"training.optimizer={optimizer}",
+        "training.warmup_steps=40",
     )  # fmt: skip
     curve = losses(train(recipe, tmp_path / "run"))
     mean = curve[0]
@@ -211,7 +212,7 @@ def test_the_first_steps_do_not_undo_the_start(text_folder, tmp_path, optimizer)
 
 
 def test_warm_up_by_steps_follows_the_start_and_can_be_stated(text_folder):
-    for assignments, steps in (([], 40), (["training.init=random"], 0), (["training.warmup_steps=3"], 3)):
+    for assignments, steps in (([], 10), (["training.init=random"], 0), (["training.warmup_steps=3"], 3)):
         assert settle(small_recipe(text_folder, *assignments)).training.warmup_steps == steps
 
 
