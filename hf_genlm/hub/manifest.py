@@ -371,7 +371,8 @@ def _lines_of(path: Path) -> Iterator[str]:
             contents += map(io.BytesIO, _png_texts(path))
         for content in contents:
             while line := content.readline(_MAX_LINE):
-                yield line.decode("utf-8", errors="replace").replace("\0", "").rstrip("\r\n")  # \0: UTF-16
+                text = line.decode("utf-8", errors="replace").rstrip("\r\n")
+                yield text if path.suffix == ".png" else text.replace("\0", "")  # of UTF-16
 
 
 def _png_texts(path: Path) -> list[bytes]:
