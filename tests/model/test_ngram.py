@@ -265,10 +265,16 @@ def test_a_network_is_shown_beside_counts(text_folder, tmp_path, monkeypatch):
     assert values["bits_per_byte"] == pytest.approx(heard["counts"]["bits_per_byte"], abs=2e-5)
 
 
-def test_counts_beside_a_network_take_little_of_its_time(text_folder, tmp_path):
+def test_counts_beside_a_network_take_little_of_its_time_and_memory(text_folder, tmp_path, monkeypatch):
     run = RunFolder.create(tmp_path / "run")
     corpus = prepare_corpus(run, small_recipe(text_folder))
     share = (corpus.n_tokens + corpus.validation.n_tokens) / 1_000_000 / 0.03  # seconds of training
     for seconds, is_shown in ((0.9 * share, False), (1.1 * share, True)):
         measure_counts(run, corpus, seconds)
         assert ("counts" in {event["event"] for event in run.read_log()}) is is_shown
+    n_tokens = corpus.n_tokens + corpus.validation.n_tokens
+    for most, is_shown in ((n_tokens - 1, False), (n_tokens, True)):
+        monkeypatch.setattr(counting, "_MAX_COMPARED", most)
+        other = RunFolder.create(tmp_path / str(most))
+        measure_counts(other, corpus, 1e9)
+        assert ("counts" in {event["event"] for event in other.read_log()}) is is_shown
