@@ -354,8 +354,8 @@ def _finish(
         if begin is not None:
             run.log("resumed", step=begin.progress.step)
         with stop.deferred():  # until the weights are saved
-            fit_it = _fit if job.counts is None else _fit_counts
-            trained = fit_it(run, job, model, begin, stop)
+            is_network = job.counts is None
+            trained = _fit(run, job, model, begin, stop) if is_network else _fit_counts(run, job, model)
             if trained is not None and job.private is not None:
                 write_guarantee(run, job.private, job.settings, job.arguments.device.type)
             if trained is not None:
@@ -389,9 +389,7 @@ def _fit(
             raise UserError(f"{message}, also at half the learning rate: {remedy}") from again
 
 
-def _fit_counts(
-    run: RunFolder, job: Job, model: GenLMForCausalLM, begin: Checkpoint | None, stop: StopRequest
-) -> GenLMForCausalLM:
+def _fit_counts(run: RunFolder, job: Job, model: GenLMForCausalLM) -> GenLMForCausalLM:
     """`_fit` of a decoder of counts: they are in the model."""
     counts = job.counts
     assert counts is not None
