@@ -24,6 +24,7 @@ from hf_genlm.model.ngram_genlm import NgramContext
 from hf_genlm.run_folder import describe_environment
 from hf_genlm.text.tokenizer import load_tokenizer
 from hf_genlm.training.check import read_facts
+from hf_genlm.training.counting import MAX_ORDER
 from hf_genlm.training.trainer import computes_bfloat16
 
 # float32 weights, their gradients, and the two moments of AdamW
@@ -113,11 +114,13 @@ class ModelCost:
     is_size_assumed: bool
     context: int  # tokens
     dtype: str  # of the keys and values; states are float32
+    n_trained: int  # parameters that training changes; those of a table of counts are not
+    weight_bytes: int  # of all parameters; of a table of counts, at most
     parts: list[PartCost]
 
     @property
     def n_parameters(self) -> int:
-        """Number of trained parameters; a tied head adds none."""
+        """Number of parameters; a tied head adds none."""
         return sum(part.n_parameters for part in self.parts)
 
     @property
@@ -143,7 +146,7 @@ class ModelCost:
     @property
     def training_bytes(self) -> int:
         """Bytes of weights, gradients and AdamW's moments in float32, without activations."""
-        return TRAINING_BYTES_PER_PARAMETER * self.n_parameters
+        return TRAINING_BYTES_PER_PARAMETER * self.n_trained
 
     def memory_bytes(self, n_tokens: int) -> int:
         """Return the bytes of state and cache of one sequence after `n_tokens` (at least 1) tokens."""
@@ -207,13 +210,17 @@ def describe_model(recipe: Recipe) -> ModelCost:
 
     An open vocabulary size is that of the tokenizer that the recipe names, or else 4,096, since `train`
     chooses it by the text, which is not read here. An open size is `tiny`, since `train` chooses it by its
-    time.
+    time. The table of a decoder of counts has as many entries as it may have.
 
     Raises:
         UserError: `train` would refuse the recipe for its model or vocabulary.
     """
-    is_size_assumed = recipe.model.size is None and recipe.model.hidden_size is None
+    is_ngram = recipe.model.is_ngram
+    is_size_assumed = not is_ngram and recipe.model.size is None and recipe.model.hidden_size is None
     facts = read_facts(recipe)
+    if is_ngram:  # the largest tables are those with every entry at the lowest level: contexts of others
+        order = recipe.model.ngram_order or MAX_ORDER
+        facts = replace(facts, ngram_sizes=(recipe.model.ngram_entries, *[0] * order)[: order - 1])
     vocab_size = _vocab_size_of(settle_reading(recipe, facts).tokenizer)
     config = settle(recipe, replace(facts, vocab_size=vocab_size)).architecture
     with torch.device("meta"):
@@ -227,6 +234,8 @@ def describe_model(recipe: Recipe) -> ModelCost:
         is_size_assumed=is_size_assumed,
         context=config.max_position_embeddings,
         dtype=str(model.dtype).removeprefix("torch."),
+        n_trained=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        weight_bytes=sum(weight.nbytes for weight in model.parameters()),
         parts=count_parts(model, config.max_position_embeddings),
     )
 

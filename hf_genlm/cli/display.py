@@ -170,13 +170,20 @@ def print_model_cost(cost: "ModelCost") -> None:
     rows.append(("total", *total, f"{cost.cache_bytes_per_token:,}"))
     head = ("part", "parameters", "share", "FLOPs/token", "state bytes", "cache bytes/token")
     print_rows(rows, head, right=set(range(1, 6)))
-    facts = [
+    training = [
         ("training", f"{cost.training_flops_per_token:,.0f} FLOPs per token (3 x forward)"),
         (
             "",
             f"{_bytes(cost.training_bytes)} of weights, gradients and AdamW's moments in float32, without "
             "activations",
         ),
+    ]
+    counting = (
+        f"at most {_bytes(cost.weight_bytes)} in {cost.n_parameters:,} numbers, whatever the text: "
+        "model.ngram_entries bounds them"
+    )
+    facts = [
+        *(training if cost.n_trained else [("counting", counting)]),
         (
             "generating",
             f"{_bytes(cost.memory_bytes(cost.context))} of state and cache for each sequence of "

@@ -129,10 +129,6 @@ def doctor(
         ctx.params["recipe"] = str(RunFolder.open(run_path).recipe)
     if cost or run_path is not None or given or assignments:
         examined = o.stated_recipe(ctx.params)
-        if examined.model.is_ngram:
-            raise UserError(
-                "the size of the decoder ngram follows from the text: train it, which takes seconds"
-            )
     with Display(LOADING):
         from hf_genlm.doctor import describe_installation, describe_model
 

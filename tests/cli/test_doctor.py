@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from support.command_line import last_line
-from support.models import NETWORKS, STACKS, VOCAB, build_model
+from support.models import NETWORKS, STACKS, VOCAB, build_model, build_ngram
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from hf_genlm import doctor
 from hf_genlm.card.wording import parts_of
-from hf_genlm.cli.display import print_installation
+from hf_genlm.cli.display import print_installation, print_model_cost
 from hf_genlm.cli.main import main
 from hf_genlm.config.recipe import load_recipe
 from hf_genlm.config.settle import settle
@@ -25,6 +25,7 @@ from hf_genlm.files import read_tensor_sizes
 from hf_genlm.model import GenLMForCausalLM, modeling_genlm
 from hf_genlm.model.recurrence_genlm import ClassicCell
 
+VOCAB_OF_BYTES = 258  # the smallest that a recipe may state
 MIXED = ["gated_linear", "full_attention", "lstm", "sliding_attention"]
 # what a config can change in a model's shapes, over every mixer of the table
 CASES: dict[str, tuple] = {name: (name, {}) for name in STACKS} | {
@@ -158,6 +159,22 @@ def test_the_described_model_is_the_one_that_train_makes(decoder):
     assert cost.training_bytes == 4 * sum(4 * p.numel() for p in model.parameters())
     assert cost.training_flops_per_token * 32 == 3 * sum(doctor.count_flops(model, 32).values())
     assert (cost.is_vocab_size_assumed, cost.context) == (True, 32)
+
+
+@pytest.mark.parametrize(("order", "entries"), [(1, 5), (2, 50), (4, 300)])
+def test_tables_of_counts_take_at_most_what_is_said_before_they_are_counted(order, entries, capsys):
+    model, counts = build_ngram(order, entries)
+    stated = ["model.decoder=ngram", f"model.ngram_order={order}", f"model.ngram_entries={entries}"]
+    cost = doctor.describe_model(load_recipe(None, [*stated, f"tokenizer.vocab_size={VOCAB_OF_BYTES}"]))
+    more = VOCAB_OF_BYTES - VOCAB  # rows: of words, counts, totals and backoffs
+    most = sum(sizes.numel() for sizes in model.parameters()) + more * (4 if order > 1 else 2)
+    assert most <= cost.n_parameters <= most + 4 * sum(map(len, counts.keys)) + 4 * order
+    assert cost.weight_bytes <= 20 * entries + 20 * VOCAB_OF_BYTES + 200
+    assert (cost.n_trained, cost.training_bytes) == (0, 0)
+    print_model_cost(cost)
+    shown = capsys.readouterr().out
+    assert f"{cost.n_parameters:,} numbers" in shown
+    assert "AdamW" not in shown
 
 
 def doctored(capsys, *arguments: str) -> dict:
