@@ -214,6 +214,8 @@ class ModelConfigFile:
     vocab_size: Count
     max_position_embeddings: Count
     shared_layers: Count = 1
+    ngram_order: Count | None = None
+    ngram_sizes: list[Count] | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from hf_genlm.config.recipe import Recipe
-from hf_genlm.evaluation.measurement import Measurement, read_measurements
+from hf_genlm.evaluation.measurement import STORED, Measurement, read_measurements
 from hf_genlm.files import read
 from hf_genlm.report.audit_plot import AUDIT_FILE
 from hf_genlm.report.document import Markdown, cell, cells, prose
@@ -112,8 +112,9 @@ def _describe_canaries(planted: PlantedCounts) -> str:
 
 
 def describe_audit(measured: Sequence[Measurement], guarantee: GuaranteeFile | None = None) -> list[str]:
-    """One sentence for each attack that was made, in the order of the attacks."""
+    """A sentence on stored text, and one for each attack that was made, in the order of the attacks."""
     sentences = (
+        _describe_stored_text(measured),
         _describe_exposure(measured),
         _describe_epsilon(measured, guarantee),
         _describe_extraction(measured),
@@ -121,6 +122,18 @@ def describe_audit(measured: Sequence[Measurement], guarantee: GuaranteeFile | N
         _describe_membership(measured),
     )
     return [sentence for sentence in sentences if sentence is not None]
+
+
+def _describe_stored_text(measured: Sequence[Measurement]) -> str | None:
+    by_length = _by_repetitions(measured, STORED)
+    if not by_length:
+        return None
+    length, stored = max(by_length.items())
+    return (
+        f"Stored text: the model's tables of counts hold {stored.value:,.0f} n-grams of its training text, "
+        f"of up to {length} tokens, word for word. Whoever has its files reads them without an attack; "
+        "--epsilon trains a network without counts."
+    )
 
 
 def _describe_exposure(measured: Sequence[Measurement]) -> str | None:

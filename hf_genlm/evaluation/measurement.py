@@ -24,6 +24,7 @@ _HEAD = ("measurement", "value", "std. error", "95 % interval", "unit", "n", "sp
 # measurements NAME/CODE of which only languages have one
 _OF_LANGUAGES = {"bits_per_byte", "bits_per_sentence", "bytes_per_token", "tokens_per_sentence"}
 AT_MILESTONE = "@"  # between the name of a measurement and that of a milestone
+STORED = "stored_ngrams"  # STORED/N: in a model's tables of counts, of up to N tokens
 
 
 @dataclass(frozen=True)

@@ -235,6 +235,11 @@ class GenLMConfig(PreTrainedConfig):
         """True for a decoder of counts, without a network."""
         return self.mixer_types[0] == NGRAM
 
+    @property
+    def holds_counts(self) -> bool:
+        """True for a model with tables of n-grams, which keep pieces of the training text word for word."""
+        return self.ngram_order is not None
+
     def _set_ngram(self):
         """Set the fields that follow from the order, and those that only a network reads to what they say."""
         self.ngram_order = self.ngram_order or 5

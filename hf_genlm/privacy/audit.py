@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from hf_genlm.config.recipe import Recipe, load_recipe, pointing_to_places, set_field
 from hf_genlm.errors import UserError, did_you_mean
-from hf_genlm.evaluation.measurement import Measurement
+from hf_genlm.evaluation.measurement import STORED, Measurement
 from hf_genlm.files import WriteError, read, refuse_links_out, write_json
 from hf_genlm.loading import load
 from hf_genlm.privacy.exposure import measure_canaries
@@ -132,7 +132,7 @@ def audit(
         delta=Evidence.delta if guarantee is None else guarantee.delta, limit=limit, seed=seed,
     )  # fmt: skip
     names = select_attacks(attacks, evidence)
-    findings = [
+    findings = [count_stored_text(target.model.config)] + [
         ATTACKS[name].measure(target, evidence, lambda *progress, name=name: report(name, *progress))
         for name in names
     ]
@@ -159,6 +159,15 @@ def audit(
             notify("note", {"message": f"not kept: {error}"})
             result = dataclasses.replace(result, path=None)
     return result
+
+
+def count_stored_text(config: Any) -> Findings:
+    """Count the n-grams that a model's tables of counts hold; nothing for a model without such tables."""
+    if not getattr(config, "holds_counts", False):
+        return Findings([])
+    n_stored = sum(config.ngram_sizes)
+    name = f"{STORED}/{config.ngram_order}"
+    return Findings([Measurement(name, float(n_stored), "n-grams", 1, None, "train", False)])
 
 
 def select_attacks(words: str | None, evidence: Evidence) -> list[str]:

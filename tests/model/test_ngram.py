@@ -1,5 +1,6 @@
 """Promise: a decoder of n-gram counts is a model like any other, with the probabilities of its table."""
 
+import json
 import math
 import subprocess
 import sys
@@ -10,10 +11,11 @@ import torch
 from support import contracts
 from support.kneser_ney import p_of_table
 from support.models import EOS, VOCAB, build_ngram
-from support.runs import small_recipe
+from support.runs import SMALL, small_recipe
 from transformers import AutoModelForCausalLM
 
 from hf_genlm.card import write_card
+from hf_genlm.card.privacy import describe_audit
 from hf_genlm.comparison import compare
 from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.config.settle import settle
@@ -30,10 +32,13 @@ from hf_genlm.model import (
     GenLMForTokenClassification,
     GenLMModel,
 )
+from hf_genlm.privacy.audit import audit, count_stored_text
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.space.files.demo import scoring
 from hf_genlm.space.files.demo.layers import list_layers
 from hf_genlm.space.files.demo.models import LanguageModel
+from hf_genlm.text.store import Document
+from hf_genlm.text.tokenizer import train_tokenizer
 from hf_genlm.training import counting
 from hf_genlm.training.check import check
 from hf_genlm.training.corpus import prepare_corpus
@@ -200,6 +205,12 @@ def test_a_run_counts_evaluates_exactly_and_says_what_it_did(text_folder, tmp_pa
     assert "| optimizer |" not in card
     assert "shares the weights" not in card
     assert "holds pieces of its training text" in card
+    stored = f"{sum(config.ngram_sizes):,} n-grams of"
+    assert stored in card
+    found = audit(run.path, limit=2, attacks="extraction")
+    assert found.measurements[0].value == sum(config.ngram_sizes)
+    assert stored in describe_audit(read_measurements(run.audit))[0]
+    assert count_stored_text(GenLMConfig()).measurements == []
     again = train(settled, tmp_path / "again")
     weights = [folder.model / "model.safetensors" for folder in (run, again)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -263,6 +274,29 @@ def test_a_network_is_shown_beside_counts(text_folder, tmp_path, monkeypatch):
     )
     values = {m.name: m.value for m in read_measurements(counted.evaluation)}
     assert values["bits_per_byte"] == pytest.approx(heard["counts"]["bits_per_byte"], abs=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["private", "stream", "chats"])
+def test_no_counts_are_shown_of_a_private_text_a_stream_or_chats(kind, text_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(counting, "_SHARE_OF_TIME", 1e9)
+    sources, stated = tmp_path / "texts.jsonl", ["tokenizer.vocab_size=270", "training.steps=2"]
+    if kind == "stream":
+        sources, stated = text_folder, [*stated, "corpus.stream=true"]
+    elif kind == "chats":
+        chats = [[("user", f"{i} and {i}?"), ("assistant", f"That is {2 * i}.")] for i in range(30)]
+        lines = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
+    else:  # at least 1,000 documents, and a vocabulary of public text
+        lines = [{"text": f"{i} times {i % 7} is {i * (i % 7)}."} for i in range(1200)]
+        documents = [Document("what everyone may read, 0123456789 times. " * 20, "public")]
+        tokenizer = train_tokenizer(documents, load_recipe(None, stated[:1]).tokenizer, 1000)
+        tokenizer.save_pretrained(tmp_path / "public")
+        stated = ["training.steps=2", "privacy.epsilon=8", f"tokenizer.path={tmp_path / 'public'}"]
+    if kind != "stream":
+        sources.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    recipe = load_recipe(None, [*SMALL[1:], f"corpus.sources={sources}", *stated])
+    logged = {event["event"] for event in train(recipe, tmp_path / "run").read_log()}
+    assert "evaluated" in logged
+    assert "counts" not in logged
 
 
 def test_counts_beside_a_network_take_little_of_its_time_and_memory(text_folder, tmp_path, monkeypatch):
