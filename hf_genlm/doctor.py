@@ -75,7 +75,7 @@ class Installation:
 
     @property
     def training_dtype(self) -> str:
-        """The dtype that training.dtype=auto stands for."""
+        """The dtype that training.dtype=auto stands for, but for narrow decoders on a CPU."""
         return "bfloat16" if self.is_bfloat16_native else "float32"
 
     def to_json(self) -> dict[str, Any]:

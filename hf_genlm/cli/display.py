@@ -132,7 +132,7 @@ def print_installation(found: "Installation") -> None:
     facts.append(("cpu cores", str(environment["cpu_count"])))
     facts += [(name, version or "not installed") for name, version in environment["packages"].items()]
     facts += [("device", device) for device in found.devices]
-    facts.append(("bfloat16", "native" if found.is_bfloat16_native else "not native on any GPU here"))
+    facts.append(("bfloat16", "native" if found.is_bfloat16_native else "not native here"))
     for extra in found.extras:
         missing = ", ".join(extra.missing[:3]) + (" .." if len(extra.missing) > 3 else "")
         state = f"missing {missing}: {extra.command}" if extra.missing else "installed"

@@ -260,7 +260,8 @@ class TrainingRecipe(Section):
         "Backend of torch.compile for the steps, such as inductor. null: not compiled.",
         synonyms="compile torch_compile")
     dtype: Word = setting("auto",
-        "Precision of the steps. auto: bfloat16 autocast where the device is fast at it, else float32.",
+        "Precision of the steps. auto: bfloat16 autocast where the device is fast at it (a CPU: with AMX, "
+        "from a width of 96 on), else float32.",
         choices=("auto", "bfloat16", "float32"), synonyms="precision bf16 fp16 mixed_precision")
     num_validations: Whole | None = setting(None,
         "Validations on a part of the held-out text along the way. null: 4, or 0 below half a minute.",

@@ -24,6 +24,7 @@ from hf_genlm.model import DECODERS, GenLMForCausalLM
 from hf_genlm.training.optimizer import OptimizerFactory
 from hf_genlm.training.private import measure_private_step
 from hf_genlm.training.processes import rows_per_process
+from hf_genlm.training.trainer import precision_of
 
 LADDER = (
     Shape(hidden_size=32, num_hidden_layers=1, max_seq_length=64, batch_size=16),
@@ -148,7 +149,8 @@ def measure_step(model: GenLMForCausalLM, training: TrainingSettings, gain: floa
     def step() -> float:
         start = time.perf_counter()
         for _ in range(training.gradient_accumulation_steps):
-            loss = model(tokens, labels=tokens, use_cache=False, skip_logits=True).loss
+            with precision_of(model, training):
+                loss = model(tokens, labels=tokens, use_cache=False, skip_logits=True).loss
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
         optimizer.step()

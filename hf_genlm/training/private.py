@@ -38,7 +38,7 @@ from hf_genlm.run_folder import RunFolder
 from hf_genlm.run_schemas import GuaranteeFile
 from hf_genlm.text.packing import IGNORED, DocumentWindows, collate
 from hf_genlm.training.optimizer import OptimizerFactory
-from hf_genlm.training.trainer import BudgetTrainer
+from hf_genlm.training.trainer import BudgetTrainer, precision_of
 
 STATE_FILE = "privacy_state.json"
 _IDS_AT_ONCE = 1 << 22
@@ -262,7 +262,8 @@ def measure_private_step(model: GenLMForCausalLM, settings: Settings) -> float:
 
     def step() -> float:
         start = time.perf_counter()
-        private_gradient(model, inputs, private, 0, training, training.batch_size).item()
+        with precision_of(model, training):
+            private_gradient(model, inputs, private, 0, training, training.batch_size).item()
         optimizer.step()
         return time.perf_counter() - start
 

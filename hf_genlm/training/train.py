@@ -153,7 +153,7 @@ def _prepare(run: RunFolder, recipe: Recipe, facts: Facts) -> Job:
         facts = replace(facts, ngram_sizes=tuple(map(len, counts.keys)))
     elif first.length.seconds is not None:
         run.tell("progress", task="planning", done=0, total=None)
-        device = training_arguments_of(run, first.training, Budget()).device
+        device = training_arguments_of(run, first.training, Budget(), first.model.hidden_size).device
         planning = facts  # of the loop below, which each process runs
         facts = processes.from_first(
             lambda: plan_run(recipe, planning, lambda s: new_model(s, corpus.tokenizer, device), device)
@@ -223,7 +223,7 @@ def _log_plan(run: RunFolder, settings: Settings, facts: Facts) -> None:
 def _job_of(
     run: RunFolder, settings: Settings, corpus: TokenizedCorpus | StreamedCorpus, private: PrivateState | None
 ) -> Job:
-    training, length = settings.training, settings.length
+    training, length, width = settings.training, settings.length, settings.architecture.hidden_size
     processes.set_threads(training.num_threads)
     budget = Budget(length.max_steps, length.seconds)
     rows: Rows
@@ -231,11 +231,12 @@ def _job_of(
         assert isinstance(corpus, TokenizedCorpus), "check() refuses streams"
         rows = corpus.windows(training)
         return Job(
-            rows, corpus, settings, budget, training_arguments_of(run, trainer_settings(training), budget),
+            rows, corpus, settings, budget,
+            training_arguments_of(run, trainer_settings(training), budget, width),
             private=None if private is None else private.bound_to(rows, settings),
         )  # fmt: skip
     rows = corpus.rows(training)
-    arguments = training_arguments_of(run, training, budget)
+    arguments = training_arguments_of(run, training, budget, width)
     carried = words = None
     if training.carry_state:
         assert rows.n_rows is not None, "check() refuses streams"

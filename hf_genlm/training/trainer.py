@@ -33,6 +33,8 @@ from hf_genlm.training.processes import (
     rows_per_process,
 )
 
+_MIN_BFLOAT16_WIDTH = 96  # of a decoder on a CPU
+
 
 class BudgetTrainer(Trainer):
     """Trainer whose learning rate follows the budget: it reaches 0 when the time or the steps are up.
@@ -185,13 +187,16 @@ class BudgetTrainer(Trainer):
         return 0
 
 
-def training_arguments_of(run: RunFolder, training: TrainingSettings, budget: Budget) -> TrainingArguments:
-    """Return Trainer's arguments for a resolved recipe; the batch size is this process's share.
+def training_arguments_of(
+    run: RunFolder, training: TrainingSettings, budget: Budget, hidden_size: int
+) -> TrainingArguments:
+    """Return Trainer's arguments for a resolved recipe of a decoder of this width; the batch size is this
+    process's share.
 
     Raises:
         UserError: a batch that the processes cannot share, or several GPUs in one process.
     """
-    use_bf16 = {"auto": computes_bfloat16(), "bfloat16": True, "float32": False}[training.dtype]
+    use_bf16 = uses_bfloat16(training, hidden_size)
     n_rows = rows_per_process(training.batch_size, training.gradient_accumulation_steps)
     arguments = TrainingArguments(
         output_dir=str(run.checkpoints),
@@ -226,5 +231,23 @@ def training_arguments_of(run: RunFolder, training: TrainingSettings, budget: Bu
 
 
 def computes_bfloat16() -> bool:
-    """Return True if the device multiplies bfloat16 natively: emulation on a CPU can be 100 times slower."""
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    """Return True if the device multiplies bfloat16 natively, a CPU by its matrix units (AMX): emulation on a
+    CPU can be 100 times slower."""
+    if torch.accelerator.is_available():
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+def uses_bfloat16(training: TrainingSettings, hidden_size: int) -> bool:
+    """Return True if the steps of a decoder of this width run under bfloat16 autocast. On a CPU the casts of
+    a narrow one take as long as its faster products save (recipes/LOG.md)."""
+    if training.dtype != "auto":
+        return training.dtype == "bfloat16"
+    is_wide = torch.accelerator.is_available() or hidden_size >= _MIN_BFLOAT16_WIDTH
+    return is_wide and computes_bfloat16()
+
+
+def precision_of(model: GenLMForCausalLM, training: TrainingSettings) -> torch.autocast:
+    """Return the context in which Trainer runs the forward passes of `model`, for a measured step."""
+    is_bfloat16 = uses_bfloat16(training, model.config.hidden_size)
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=is_bfloat16)

@@ -127,7 +127,7 @@ def train(
         run = RunFolder(folder)
         trainer = BudgetTrainer(
             run=run, budget=budget, recipe=training, model=model, train_dataset=rows, data_collator=collate,
-            args=training_arguments_of(run, training, budget),
+            args=training_arguments_of(run, training, budget, settings.architecture.hidden_size),
             optimizer_cls_and_kwargs=(OptimizerFactory, {"recipe": training}),
             callbacks=[BudgetCallback(budget), first],
         )  # fmt: skip

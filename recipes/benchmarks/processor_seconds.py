@@ -30,6 +30,7 @@ from hf_genlm.training.budget import trapezoid
 from hf_genlm.training.build import new_model
 from hf_genlm.training.optimizer import OptimizerFactory
 from hf_genlm.training.plan import measure_step
+from hf_genlm.training.trainer import precision_of
 
 FIRST_STEPS = 10  # after which there is a pace
 
@@ -118,7 +119,9 @@ def train(
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * share
         began = time.process_time()
-        model(**batch, use_cache=False, skip_logits=True).loss.backward()
+        with precision_of(model, training):
+            loss = model(**batch, use_cache=False, skip_logits=True).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

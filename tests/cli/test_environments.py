@@ -243,6 +243,7 @@ def test_bfloat16_without_hardware_is_told_or_refused(text_folder, tmp_path, mon
     )
     recipe.corpus.sources = [str(text_folder)]
     if not torch.cuda.is_available():
+        monkeypatch.setattr("hf_genlm.training.train.computes_bfloat16", lambda: False)
         notes = [e["message"] for e in train(recipe, tmp_path / "run").read_log() if e["event"] == "note"]
         assert any("training.dtype=bfloat16" in note for note in notes)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)

@@ -234,7 +234,7 @@ def length(recipe: Recipe) -> tuple:
 def arguments(recipe: Recipe) -> tuple:
     """Compiler and precision of Trainer."""
     run = RunFolder(new_folder())
-    found = training_arguments_of(run, settle(recipe).training, Budget(steps=1))
+    found = training_arguments_of(run, settle(recipe).training, Budget(steps=1), hidden_size=32)
     return found.torch_compile_backend, found.torch_compile, found.bf16
 
 

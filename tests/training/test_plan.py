@@ -14,10 +14,13 @@ from hf_genlm.config.settle import SIZES, is_size_open, settle
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation import evaluate
 from hf_genlm.model import DECODERS, GenLMForCausalLM
+from hf_genlm.run_folder import RunFolder
 from hf_genlm.training import plan
+from hf_genlm.training.budget import Budget
 from hf_genlm.training.callbacks import ThreadsCallback
 from hf_genlm.training.plan import LADDER, choose_threads, measure_step, plan_size
 from hf_genlm.training.train import train
+from hf_genlm.training.trainer import training_arguments_of
 
 VOCAB = 2048
 
@@ -126,6 +129,34 @@ def test_a_measured_step_is_a_step_of_training():
     assert 1 <= threads <= torch.get_num_threads()
     changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
     assert all(changed)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", True), ("float32", False)])
+def test_a_step_is_measured_in_the_precision_of_training(dtype, expected):
+    model, seen = build_model(["gru"]), []
+    model.model.register_forward_hook(lambda *args: seen.append(torch.is_autocast_enabled("cpu")))
+    measure_step(model, settle(load_recipe(None, [*SMALL, f"training.dtype={dtype}"])).training)
+    assert set(seen) == {expected}
+
+
+@pytest.mark.parametrize(
+    ("has_units", "width", "dtype", "expected"),
+    [
+        (True, 96, "auto", True),
+        (True, 95, "auto", False),
+        (False, 96, "auto", False),
+        (True, 96, "float32", False),
+        (False, 95, "bfloat16", True),
+    ],
+)
+def test_a_cpu_with_matrix_units_trains_wide_decoders_in_bfloat16(
+    monkeypatch, tmp_path, has_units, width, dtype, expected
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_units})
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    training = settle(load_recipe(None, [*SMALL, f"training.dtype={dtype}"])).training
+    found = training_arguments_of(RunFolder(tmp_path), training, Budget(steps=1), width)
+    assert found.bf16 is expected
 
 
 class Cores:
