@@ -332,7 +332,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     },
     "sample": {"step": Count, "text": str, "elapsed_s": Number},
     "started": {"base_model": (str | None, None)},
-    "model": {"parameters": Count},
+    "model": {"parameters": Count, "of_counts": (Count | None, None)},
     "resumed": _AT_STEP,
     "stopped": _AT_STEP,
     "diverged": {"step": Count, "back_to": Count},

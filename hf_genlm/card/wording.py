@@ -230,7 +230,7 @@ def _entry(kind: str, key: str, fields: Mapping[str, str]) -> str:
 
 _MIXER = "mixer"
 _OTHER = "other"
-# the first of these words in the dotted name of a tensor -> the part that it belongs to
+# the first of these words that the dotted name of a tensor has -> the part that it belongs to
 _PART_OF = {
     "embed_tokens": "token embedding",
     "embed_proj": "embedding projection",
@@ -242,6 +242,8 @@ _PART_OF = {
     "norm": "norms",
     "mlp": "MLP",
     "lm_head": "output head",
+    "ngrams": "n-gram counts",
+    "mixture": "gate of the counts",
 }
 
 
@@ -277,7 +279,7 @@ def part_names(mixer_types: Sequence[str]) -> list[str]:
 def part_of(name: str, mixer_types: Sequence[str]) -> str:
     """The part that a tensor or module belongs to, by its dotted name; `other` for an unknown name."""
     words = name.split(".")
-    part = next((_PART_OF[word] for word in words if word in _PART_OF), _OTHER)
+    part = next((part for word, part in _PART_OF.items() if word in words), _OTHER)
     if part != _MIXER:
         return part
     layer = words[words.index("layers") + 1] if "layers" in words[:-1] else ""

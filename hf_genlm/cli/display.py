@@ -382,11 +382,14 @@ def _planned_line(
     )
 
 
-def _model_line(parameters: int, rows: int | None, max_seq_length: int | None) -> str:
+def _model_line(
+    parameters: int, rows: int | None, max_seq_length: int | None, of_counts: int | None = None
+) -> str:
+    size = f"{parameters:,} parameters" + (f", {of_counts:,} of them n-gram counts" if of_counts else "")
     if max_seq_length is None:
-        return f"model         {parameters:,} parameters"
+        return f"model         {size}"
     counted = "" if rows is None else f"{rows:,} "
-    return f"model         {parameters:,} parameters; {counted}rows of {max_seq_length} tokens"
+    return f"model         {size}; {counted}rows of {max_seq_length} tokens"
 
 
 def _sample_line(text: str, **_: Any) -> str:

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from hf_genlm.hub.manifest import Manifest
 
 
+_COUNTS_LEFT_OUT = (
+    "left out: the n-gram counts of this model, which the format cannot hold; the network alone predicts "
+    "worse. hf-genlm train --set model.ngram_order=0 makes a model without counts"
+)
+
+
 @o.verb("generate", "Use", 'hf-genlm generate lstm-10 "Once upon a time"')
 def generate(
     model: str = o.MODEL,
@@ -177,6 +183,7 @@ def export(
         f"largest difference of a logit from the model's own: {found.largest_difference:.1e}, on "
         f"{found.n_tokens} tokens of {found.n_texts} texts; the most probable token is the same after "
         f"{found.n_same_choice}",
+        *([_COUNTS_LEFT_OUT] if found.leaves_out_counts else []),
         f"exported: {output_dir}",
     )
 

@@ -149,10 +149,12 @@ class ModelRecipe(Section):
         "Rows of the hashed table of token pairs. 0: no table. null: by decoder.", at_least=0, at_most=2**30,
         synonyms="bigrams pairs hash_embedding")
     ngram_order: Whole | None = setting(None,
-        "Longest n-grams that the decoder ngram counts, in tokens. null: by held-out training text.",
-        at_least=1, at_most=6, synonyms="ngram n_gram kneser_ney order")
-    ngram_entries: Whole = setting(20_000_000,
-        "N-grams of two tokens and more that the decoder ngram stores at most; the rarest are left out.",
+        "Longest n-grams whose counts the model holds, in tokens. 0: none. null: for the decoder ngram by "
+        "held-out training text, beside a network 5, and 0 with `embedding_size`, a stream or `epsilon`.",
+        at_least=0, at_most=6, synonyms="ngram n_gram kneser_ney order counts")
+    ngram_entries: Whole | None = setting(None,
+        "N-grams of two tokens and more that the model holds at most, of about 20 bytes each; the rarest are "
+        "left out. null: 20,000,000 for the decoder ngram, 4,000,000 beside a network.",
         at_least=1, at_most=2**31 - 1, synonyms="prune pruning")
     position_type: Word = setting("rotary", "Positions of attention layers.", choices=POSITIONS,
         synonyms="positions rope position_embedding")
@@ -244,6 +246,9 @@ class TrainingRecipe(Section):
     label_smoothing_factor: Number = setting(0.0, "Share of the target that is spread over the vocabulary.",
         at_least=0, less_than=1, synonyms="label_smoothing smoothing")
     z_loss: Number = setting(0.0, "Weight of the squared log of the softmax normaliser.", at_least=0)
+    network_share: Number = setting(0.25,
+        "Beside n-gram counts: share of the network's own loss in the loss; the rest is that of both.",
+        at_least=0, at_most=1)
     warmup_ratio: Number = setting(0.02, "Share of the run in which the learning rate rises.", at_least=0,
         at_most=1, synonyms="warmup")
     warmup_steps: Whole | None = setting(None,

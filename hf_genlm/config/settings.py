@@ -86,7 +86,8 @@ class Facts:
     step_s: float | None = None  # of an optimizer step on this machine
     num_threads: int | None = None  # with which a step took so long; None: not on a CPU
     planning_s: float = 0.0  # which counts as training time
-    ngram_sizes: tuple[int, ...] | None = None  # n-grams of 2, 3, ... tokens that were counted
+    ngram_sizes: tuple[int, ...] | None = None  # n-grams of 1, 2, ... tokens that were counted
+    is_sharded: bool = False  # each process will hold a part of the weights
 
     def epoch_tokens(self, max_seq_length: int) -> int | None:
         """Tokens of one pass over the text. Each document of a private run counts as one full row, as one

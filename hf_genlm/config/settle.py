@@ -39,6 +39,8 @@ ASSUMED_VOCAB_SIZE = 4096
 MAX_STEPS = 10**9
 MAX_PARAMETERS = 1e12
 _BIGRAM_SIZE = 16_384  # rows; a gated linear recurrence gains by the pairs, a cell does not
+_NGRAM_ORDER = 5  # of counts beside a network
+_NGRAM_ENTRIES = {True: 20_000_000, False: 4_000_000}  # of counts alone, and beside a network
 _MIN_RECURRENT_CONTEXT = 256  # tokens; a state reaches beyond the rows of its training, attention does not
 _LEARNING_RATE_AT_256 = 3e-3  # AdamW's best peak for a width of 256; it falls with the root of the width
 _BIGRAM_WARMUP_STEPS = 10  # Adam's first steps, which know only signs, would undo what was fitted
@@ -172,6 +174,7 @@ def _with_base(recipe: Recipe, facts: Facts) -> Recipe:
             **{name: getattr(base, name) for name in ModelRecipe.model_fields if hasattr(base, name)},
             "mixers": list(base.mixer_types or ()),
             "bigram_size": base.bigram_size or 0,
+            "ngram_order": base.ngram_order or 0,
         },
         "tokenizer": {"path": facts.base_source, "pattern": "own", "vocab_size": base.vocab_size},
         "vectors": {"path": None},
@@ -226,14 +229,13 @@ def _settle_architecture(recipe: Recipe, facts: Facts, shape: Shape, init: str, 
         config.vocab_size = vocab_size
         return config
     if recipe.model.is_ngram:  # the fields of a network have no meaning here
-        counted: dict[str, Any] = {"ngram_order": recipe.model.ngram_order}
-        if facts.ngram_sizes is not None:
-            counted = {"ngram_order": len(facts.ngram_sizes) + 1, "ngram_sizes": list(facts.ngram_sizes)}
+        if recipe.model.ngram_order == 0:
+            raise UserError("the decoder ngram counts n-grams of at least 1 token: model.ngram_order = 0")
         return GenLMConfig(
             mixer_types=[NGRAM],
             vocab_size=vocab_size,
             max_position_embeddings=shape.max_seq_length,
-            **counted,
+            **_counts_of(recipe.model.ngram_order, facts),
         )
     stated = recipe.model.model_dump()
     embedding_size = stated["embedding_size"]
@@ -254,8 +256,14 @@ def _settle_architecture(recipe: Recipe, facts: Facts, shape: Shape, init: str, 
     }
     if recipe.vectors.path is not None:
         stated["embedding_projection"] = True
+    order = stated["ngram_order"]
+    if order is None:
+        is_bounded = recipe.corpus.stream or facts.is_sharded or recipe.privacy.epsilon is not None
+        order = 0 if is_bounded or embedding_size is not None else _NGRAM_ORDER
     for name in ("init_from", "decoder", "mixers", "size", "ngram_order", "ngram_entries"):
         del stated[name]
+    if order:
+        stated |= _counts_of(order, facts)
     try:
         return GenLMConfig(
             **stated,
@@ -269,9 +277,19 @@ def _settle_architecture(recipe: Recipe, facts: Facts, shape: Shape, init: str, 
         raise UserError(f"model: {' '.join(str(reason).split())}") from error
 
 
+def _counts_of(order: int | None, facts: Facts) -> dict[str, Any]:
+    """The fields of a config for counts of this order, or for those that were counted."""
+    if facts.ngram_sizes is None:
+        return {"ngram_order": order}
+    return {"ngram_order": len(facts.ngram_sizes), "ngram_sizes": list(facts.ngram_sizes)}
+
+
 def _model_settings(stated: ModelRecipe, config: GenLMConfig) -> ModelSettings:
     from_config = {name: getattr(config, name) for name in ModelRecipe.model_fields if hasattr(config, name)}
     own = {"mixers": list(config.mixer_types or ()), "bigram_size": config.bigram_size or 0}
+    own["ngram_entries"] = stated.ngram_entries or _NGRAM_ENTRIES[config.is_ngram]
+    if not config.is_ngram:
+        own["ngram_order"] = config.ngram_order or 0
     return ModelSettings(**{**stated.model_dump(), **from_config, **own})
 
 

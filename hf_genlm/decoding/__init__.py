@@ -116,7 +116,7 @@ class FastGenerator:
         rows = _Rows(input_ids, generation_config, stopping_criteria)
         state, position, slot = _state_after(input_ids, model, model_kwargs)
         buffers = state.buffers(rows.n_tokens + 1)
-        step = None
+        step, counts = None, _Counts(model, model_kwargs[CACHE])
         while True:
             scores = logits.float()
             if logits_processor:
@@ -134,7 +134,7 @@ class FastGenerator:
                 buffers = state.buffers(rows.n_tokens)
             if step is None:
                 step = self._program_for(token, position, slot, *buffers)
-            logits = step(token, position, slot, *buffers)
+            logits = counts.mixed(step(token, position, slot, *buffers), token)
         if streamer is not None:
             streamer.end()
         return rows.ids
@@ -164,6 +164,23 @@ class FastGenerator:
                 program = "compiled" if has_program(program_file(as_compiled, inputs)) else "traced"
         step = as_compiled if program == "compiled" else DecodeStep(self.model, int8=self.int8)
         return PROGRAMS[program](step, inputs)
+
+
+class _Counts:
+    """The counts of a model, if it has some, and the last words of each row in a prompt's `cache`."""
+
+    def __init__(self, model: GenLMForCausalLM, cache: Any):
+        self.mixture = model.mixture
+        self.contexts = None if self.mixture is None else cache.layers[-1].recurrent_states[0]
+
+    @torch.no_grad()
+    def mixed(self, logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        """Logits (B, V) of the model after `token` (B, 1), from what the step gives."""
+        if self.mixture is None:
+            return logits
+        self.contexts = torch.cat([self.contexts[:, 1:], token + 1], dim=1)
+        n_units = self.mixture.of_state.out_features
+        return self.mixture.mix(logits[:, :-n_units], logits[:, -n_units:], self.contexts)
 
 
 class _Rows:
@@ -256,6 +273,8 @@ def _check_model(model: torch.nn.Module) -> None:
         raise _NotFast(f"the model is a {type(model).__name__}")
     if model.config.is_ngram:
         raise _NotFast("it looks its counts up")
+    if model.mixture is not None and model.config.final_logit_softcapping is not None:
+        raise _NotFast("its logits are bounded beside counts")
     if model.training:
         raise _NotFast("the model is in training mode")
     rotation = model.model.rotary_emb

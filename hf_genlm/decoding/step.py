@@ -44,6 +44,7 @@ Inputs = Sequence[torch.Tensor]
 _NOT_SHAPE = {
     "architectures", "auto_map", "transformers_version", "dtype", "use_cache", "initializer_range",
     "dropout", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id", "id2label", "label2id",
+    "ngram_sizes",
 }  # fmt: skip
 
 
@@ -115,6 +116,9 @@ class DecodeStep(nn.Module):
         shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
         shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
         self.model = copy.deepcopy(model, memo=shared)
+        if self.model.mixture is not None:  # counts are looked up outside of the step
+            self.model.lm_head = _HeadAndGate(self.model.lm_head, self.model.mixture.of_state)
+            self.model.mixture = self.model.model.ngram_context = None  # type: ignore[assignment]
         self.form = {"row_sums": row_sums, "int8": int8}
         self.layer_slots = slots_of(model.config)
         self.config = model.config
@@ -130,6 +134,8 @@ class DecodeStep(nn.Module):
         self, token: torch.Tensor, position: torch.Tensor, slot: torch.Tensor, *buffers: torch.Tensor
     ) -> torch.Tensor:
         """Compute the logits (B, V) after `token`, and write its state into `buffers`.
+
+        Of a model with counts: the logits of its network, and behind them its part of the gate's units.
 
         Args:
             token: (B, 1).
@@ -155,6 +161,17 @@ class DecodeStep(nn.Module):
         position.add_(1)
         slot.add_(1)
         return logits[:, -1]
+
+
+class _HeadAndGate(nn.Module):
+    """The head and the gate's units of the state, side by side: (..., D) to (..., V + units)."""
+
+    def __init__(self, head: nn.Module, of_state: nn.Module):
+        super().__init__()
+        self.head, self.of_state = head, of_state
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.head(states), self.of_state(states)], dim=-1)
 
 
 class StepState:
@@ -207,7 +224,7 @@ class StepState:
         given = iter(self._whole)
         for _ in _attention_kinds(self.config):
             self._write(next(given), valid.t(), n_tokens)
-        for slots, layer in zip(slots_of(self.config), cache.layers, strict=True):
+        for slots, layer in zip(slots_of(self.config), cache.layers, strict=False):  # without the last words
             for state in slots.states:
                 next(given).copy_(layer.recurrent_states[state])
             if slots.kind != "recurrent":

@@ -3,9 +3,10 @@
 A new format is a new row of `EXPORTS`.
 """
 
+import copy
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ class Comparison:
     n_tokens: int
     largest_difference: float  # of a logit
     n_same_choice: int  # tokens after which both have the same most likely token
+    leaves_out_counts: bool = False  # of n-grams: the export is the model's network alone, compared with that
 
 
 def export_model(
@@ -73,6 +75,8 @@ def export_model(
     card: Path | None = None,
 ) -> Comparison:
     """Write `model` in the format `to` to the new folder `output_dir`, and compare its logits.
+
+    Counts beside a network fit into no format: the network alone is written, and compared with itself.
 
     Args:
         dtype: of the weights, one that the format has; None: float32.
@@ -94,6 +98,9 @@ def export_model(
             "the model is a table of n-gram counts, which no other program reads: its own folder loads with "
             "transformers alone"
         )
+    leaves_out_counts = model.config.holds_counts
+    if leaves_out_counts:
+        model = network_of(model)
     model.cpu().float()
     if misfits := target.find_misfits(model, tokenizer, dtype):
         raise UserError(f"--to {to} cannot give the logits of this model: {'; '.join(misfits)}")
@@ -101,6 +108,7 @@ def export_model(
     with atomic_folder(output_dir) as folder:
         target.write(model, tokenizer, folder, dtype)
         found = compare_logits(model, tokenizer, target.read_back(folder, model, dtype))
+        found = replace(found, leaves_out_counts=leaves_out_counts)
         if dtype == "float32" and found.largest_difference > _MAX_DIFFERENCE:
             raise RuntimeError(f"the export's logits differ from the model's by {found.largest_difference:g}")
         fields: dict[str, Any] = {}
@@ -109,6 +117,18 @@ def export_model(
             fields = {name: value for name, value in card_fields(card).items() if name in _CARD_FIELDS}
         _write_page(folder, to, model, tokenizer, dtype, found, fields)
     return found
+
+
+def network_of(model: GenLMForCausalLM) -> GenLMForCausalLM:
+    """The network of a model with n-gram counts, alone; it shares the weights."""
+    config = copy.deepcopy(model.config)
+    config.ngram_order = config.ngram_sizes = None
+    network = GenLMForCausalLM(config)
+    kept = network.state_dict().keys()
+    weights = {name: weight for name, weight in model.state_dict().items() if name in kept}
+    network.load_state_dict(weights, assign=True)
+    network.tie_weights()
+    return network.eval()
 
 
 def select_target(to: str, dtype: str | None) -> Target:

@@ -180,6 +180,42 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin, DummyLayer):
         """Do nothing: states are never offloaded."""
 
 
+def layer_behind(cache, n_layers: int) -> int:
+    """The index of a state behind those of `n_layers` layers, for which a cache of transformers has no layer
+    yet: it gets one. A draft by the first layers alone has the cache of all of them."""
+    if isinstance(cache, Cache) and cache.layers:
+        if len(cache.layers) <= n_layers:
+            cache.layers.append(RecurrentStateLayer())
+        return len(cache.layers) - 1
+    return n_layers
+
+
+def suit_prompt_methods(model, inputs: dict, attention_mask) -> dict:
+    """The inputs of a step of generate in the form that PEFT's prompt methods can extend.
+
+    These look for the cache under the name `past_key_values`, and otherwise give the prompt again before
+    every new token. They extend a mask (B, past + T), and cut the tokens after a cache to the last one.
+
+    Raises:
+        ValueError: several tokens after a cache, where a prompt method is active.
+    """
+    if CACHE in inputs:
+        inputs["past_key_values"] = inputs.pop(CACHE)
+    replaced = vars(model).get("prepare_inputs_for_generation")  # PEFT puts its own method here
+    outer = getattr(replaced, "__self__", None)
+    if not getattr(getattr(outer, "active_peft_config", None), "is_prompt_learning", False):
+        return inputs
+    cache, input_ids = inputs.get("past_key_values"), inputs.get("input_ids")
+    if cache is not None and cache.get_seq_length() and input_ids is not None and input_ids.shape[1] > 1:
+        raise ValueError(
+            "PEFT's prompt methods give a cache one token at a time: generate without drafts "
+            "(assistant_model, prompt_lookup_num_tokens, assistant_early_exit) and prefill_chunk_size"
+        )
+    if "attention_mask" in inputs:
+        inputs["attention_mask"] = attention_mask
+    return inputs
+
+
 class CarriedState(Cache):
     """The recurrent states at the end of a batch of rows, for the rows that continue them.
 

@@ -96,9 +96,10 @@ class GenLMConfig(PreTrainedConfig):
         bigram_size: rows of a hashed table of vectors of width d, one for each pair of a token and its
             predecessor, added to the embedding; None: no such table. Needs a recurrent first layer, whose
             cache keeps the last token.
-        ngram_order: n of an n-gram decoder, which has one layer and no network; its `hidden_size`, the words
-            of its state, follows from it.
-        ngram_sizes: its numbers of stored n-grams of 2, 3, ... n tokens.
+        ngram_order: n of n-grams, whose counts predict beside the network, or alone (mixer ngram, whose
+            `hidden_size`, the words of its state, follows from it); None: no counts.
+        ngram_sizes: tokens that were in the vocabulary when they were counted, and numbers of stored n-grams
+            of 2, 3, ... n tokens.
         mixer_types: per layer one of elman, gru, lstm, gated_linear, full_attention, sliding_attention; or
             ngram alone.
         num_hidden_layers: number of layers; None: that of `mixer_types`, or 4.
@@ -182,6 +183,9 @@ class GenLMConfig(PreTrainedConfig):
             raise ValueError("give mixer_types or decoder, not both")
         if self.num_hidden_layers is None:
             self.num_hidden_layers = len(self.mixer_types)
+        if self.holds_counts:
+            self.ngram_order = self.ngram_order or 5
+            self.ngram_sizes = self.ngram_sizes or [self.vocab_size] + [1] * (self.ngram_order - 1)
         if self.is_ngram:
             self._set_ngram()
         if self.recurrent_size is None:
@@ -238,12 +242,10 @@ class GenLMConfig(PreTrainedConfig):
     @property
     def holds_counts(self) -> bool:
         """True for a model with tables of n-grams, which keep pieces of the training text word for word."""
-        return self.ngram_order is not None
+        return self.is_ngram or self.ngram_order is not None
 
     def _set_ngram(self):
         """Set the fields that follow from the order, and those that only a network reads to what they say."""
-        self.ngram_order = self.ngram_order or 5
-        self.ngram_sizes = self.ngram_sizes or [1] * (self.ngram_order - 1)
         self.hidden_size = max(1, self.ngram_order - 1)
         self.num_attention_heads = self.num_key_value_heads = self.head_dim = 1
         self.position_type, self.dropout, self.tie_word_embeddings = "none", 0.0, False
@@ -353,16 +355,23 @@ class GenLMConfig(PreTrainedConfig):
         """Check that an n-gram layer is the only one, and that its tables and word numbers can exist."""
         if NGRAM in self.mixer_types and len(self.mixer_types) > 1:
             raise ValueError("an ngram layer is a decoder of its own: mixer_types must name no other layer")
-        if not self.is_ngram:
+        if not self.holds_counts:
             return
         sizes = self.ngram_sizes
-        if len(sizes) != self.ngram_order - 1 or not all(0 <= size < 2**31 for size in sizes):
+        if len(sizes) != self.ngram_order or not all(0 <= size < 2**31 for size in sizes):
             raise ValueError(
-                f"ngram_sizes must hold {self.ngram_order - 1} numbers of n-grams, of 2 to "
-                f"{self.ngram_order} tokens, each from 0 to 2,147,483,647, not {sizes}"
+                f"ngram_sizes must hold {self.ngram_order} numbers, of n-grams of 1 to {self.ngram_order} "
+                f"tokens, each from 0 to 2,147,483,647, not {sizes}"
+            )
+        least = self.vocab_size if self.is_ngram else 1  # a network can get tokens that were not counted
+        if not least <= sizes[0] <= self.vocab_size:
+            raise ValueError(
+                f"ngram_sizes[0] ({sizes[0]:,}) must be from {least:,} to vocab_size ({self.vocab_size:,})"
             )
         if self.vocab_size > 2**24:  # numbers of words are kept in float32
             raise ValueError(f"an n-gram model holds at most 16,777,216 tokens, not {self.vocab_size:,}")
+        if not self.is_ngram:
+            return
         if self.bigram_size is not None or self.output_bias or self.final_logit_softcapping is not None:
             raise ValueError("an n-gram model has no bigram_size, output_bias or final_logit_softcapping")
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .cache_genlm import RecurrentStateLayer
+
 
 class Segments(NamedTuple):
     """Runs of tokens that share one state, as separate rows."""
@@ -48,6 +50,29 @@ def check_padding(mask: torch.Tensor | None) -> None:
             f"attention_mask holds {mask.min().item():.4g} to {mask.max().item():.4g}, which a recurrent "
             f"layer cannot follow: {remedy}"
         )
+
+
+def check_shapes(layer_types: set[str], shape: tuple[int, int], attention_mask, position_ids) -> None:
+    """Raise ValueError for a mask or positions of other rows or another length than tokens (B, T)."""
+    n_rows, n_tokens = shape
+    if position_ids is not None and position_ids.shape not in ((n_rows, n_tokens), (1, n_tokens)):
+        raise ValueError(
+            f"position_ids are {list(position_ids.shape)}, and the tokens {[n_rows, n_tokens]}: give "
+            "(rows, tokens) or (1, tokens)"
+        )
+    is_dict = isinstance(attention_mask, dict)
+    missing = layer_types - set(attention_mask) if is_dict else None
+    if missing:
+        raise ValueError(f"attention_mask is a dict without {', '.join(sorted(missing))}")
+    if RecurrentStateLayer._layer_type in layer_types:
+        check_padding(attention_mask[RecurrentStateLayer._layer_type] if is_dict else attention_mask)
+    masks = attention_mask.values() if is_dict else (attention_mask,)
+    for mask in masks:
+        if getattr(mask, "ndim", 0) == 2 and (mask.shape[0] != n_rows or mask.shape[1] < n_tokens):
+            raise ValueError(
+                f"attention_mask is {list(mask.shape)}, and the tokens {[n_rows, n_tokens]}: give (rows, "
+                "earlier and new tokens)"
+            )
 
 
 class TimeLayout:

@@ -15,6 +15,14 @@ import torch.nn.functional as F
 MAX_LOGITS_AT_ONCE = 1 << 24
 
 
+class Counted(NamedTuple):
+    """Predictions of counts, and the gate of their mixture g p + (1 - g) q with a network's p."""
+
+    gate: torch.Tensor  # (B, T) logit of g
+    log_p: torch.Tensor  # (B, T) log q of the next token
+    network_share: float = 0.0  # of the network's own loss in the loss; the rest is the mixture's
+
+
 def cap_logits(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
     """softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118, section 2), or unchanged if None."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -66,6 +74,7 @@ def causal_loss_without_logits(
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
     shift_labels: torch.Tensor | None = None,
+    counted: Counted | None = None,
     **kwargs,
 ) -> torch.Tensor:
     """`causal_loss` of cap_logits(states @ weight.T + bias), computed for a few rows of logits at a time.
@@ -73,6 +82,7 @@ def causal_loss_without_logits(
     Args:
         states: (B, T, R).
         weight, bias: (V, R) and (V,), or None.
+        counted: the counts that these logits are mixed with.
         others: as in `causal_loss`.
 
     Returns:
@@ -81,8 +91,14 @@ def causal_loss_without_logits(
     targets = _targets(states, labels, shift_labels, ignore_index)
     terms = _Terms(softcap, label_smoothing, z_loss, ignore_index, torch.is_grad_enabled())
     is_for_liger = states.is_cuda and states.dtype != torch.float64 and not torch.compiler.is_compiling()
-    sum_of_losses = liger_loss if is_for_liger and _liger_kernel() else _HeadLoss.apply
-    total = sum_of_losses(states.flatten(0, -2), weight, bias, targets, terms)
+    if counted is not None:
+        gate, log_p = counted.gate.flatten(), counted.log_p.flatten()
+        terms = terms._replace(network_share=counted.network_share)
+        total = _HeadLoss.apply(states.flatten(0, -2), weight, bias, targets, terms, gate, log_p)
+    elif is_for_liger and _liger_kernel():
+        total = liger_loss(states.flatten(0, -2), weight, bias, targets, terms)
+    else:
+        total = _HeadLoss.apply(states.flatten(0, -2), weight, bias, targets, terms)
     return _per_item(total, targets, num_items_in_batch, ignore_index)
 
 
@@ -92,6 +108,7 @@ class _Terms(NamedTuple):
     z_loss: float
     ignore_index: int
     needs_grad: bool
+    network_share: float = 1.0  # of the network's own loss, beside that of its mixture with counts
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -102,13 +119,19 @@ class _HeadLoss(torch.autograd.Function):
         loss      = z - (1 - s) l_y - s mean(l) + k z^2
         dloss/dl  = (1 + 2 k z) p - (1 - s) [y] - s / V
         dl/du     = 1 - (l / c)^2
+
+    With counts, q their probability of y, a gate g = sigmoid(a) and a share n of this loss, the rest is the
+    mixture's, -log(g p_y + (1 - g) q), of which the network has the part r = g p_y / (g p_y + (1 - g) q):
+
+        dmixture/dl = r (p - [y]),   dmixture/da = g - r
     """
 
     @staticmethod
-    def forward(ctx, states, weight, bias, targets, terms):
+    def forward(ctx, states, weight, bias, targets, terms, gate=None, counted=None):
         dtype = torch.promote_types(states.dtype, torch.float32)
-        inputs = (states, weight, bias)
-        needed = [terms.needs_grad and needs for needs in ctx.needs_input_grad[:3]]
+        inputs = (states, weight, bias, gate)
+        are_needed = (*ctx.needs_input_grad[:3], gate is not None and ctx.needs_input_grad[5])
+        needed = [terms.needs_grad and needs for needs in are_needed]
         grads = [torch.zeros_like(t, dtype=dtype) if n else None for t, n in zip(inputs, needed, strict=True)]
         total = torch.zeros((), dtype=dtype, device=states.device)
         states, weight, bias = _as_autocast(states, weight, bias)
@@ -123,7 +146,9 @@ class _HeadLoss(torch.autograd.Function):
                 logits.copy_(states[rows] @ weight.t())
             if bias is not None:
                 logits.add_(bias)
-            total += _rows_loss(logits, targets[rows], terms, gradient=any(needed))
+            beside = None if gate is None else (gate[rows], counted[rows])
+            losses, of_gate = _rows_loss(logits, targets[rows], terms, gradient=any(needed), beside=beside)
+            total += losses
             grad = logits.to(weight.dtype)  # `_rows_loss` has overwritten them
             if needed[0]:
                 grads[0][rows] = grad @ weight
@@ -133,6 +158,8 @@ class _HeadLoss(torch.autograd.Function):
                 grads[1] += grad.t() @ states[rows]
             if needed[2]:
                 grads[2] += logits.sum(0)
+            if needed[3]:
+                grads[3][rows] = of_gate
         grads = [None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)]
         ctx.save_for_backward(*grads)
         return total
@@ -141,7 +168,7 @@ class _HeadLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total):
         grads = [None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors]
-        return (*grads, None, None)
+        return (*grads[:3], None, None, grads[3], None)[: len(ctx.needs_input_grad)]
 
 
 def liger_loss(states, weight, bias, targets, terms: _Terms) -> torch.Tensor:
@@ -184,9 +211,18 @@ def _as_autocast(*tensors):
     return [t if t is None else t.to(dtype) for t in tensors]
 
 
-def _rows_loss(logits: torch.Tensor, targets: torch.Tensor, terms: _Terms, gradient: bool) -> torch.Tensor:
-    """Sum the loss of these rows. `logits` (N, V) are overwritten, with `gradient` by their gradient."""
-    softcap, label_smoothing, z_loss, ignore_index, _ = terms
+def _rows_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    terms: _Terms,
+    gradient: bool,
+    beside: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Sum the loss of these rows; (N,) its gradient by the gate, if `beside` holds (gate, log q) of counts.
+
+    `logits` (N, V) are overwritten, with `gradient` by their gradient.
+    """
+    softcap, label_smoothing, z_loss, ignore_index, _, share = terms
     counted = targets != ignore_index
     index = targets.masked_fill(~counted, 0)[:, None]
     slope = None
@@ -200,23 +236,34 @@ def _rows_loss(logits: torch.Tensor, targets: torch.Tensor, terms: _Terms, gradi
     torch.softmax(logits, dim=-1, out=logits)
     normalizer = largest - logits.amax(-1).log()  # logsumexp without computing the exponentials again
     losses = normalizer - (1 - label_smoothing) * hits - label_smoothing * mean + z_loss * normalizer.square()
+    # the gradient by the logits is of_p p - of_target [y] - label_smoothing * share / V
+    of_p, of_target, of_gate = 1 + 2 * z_loss * normalizer, torch.full_like(hits, 1 - label_smoothing), None
+    if beside is not None:
+        gate, log_q = beside
+        of_network = F.logsigmoid(gate) + hits - normalizer
+        mixed = torch.logaddexp(of_network, F.logsigmoid(-gate) + log_q)
+        part = (1 - share) * (of_network - mixed).exp()  # of the network, r
+        losses = share * losses - (1 - share) * mixed
+        of_p, of_target = share * of_p + part, share * of_target + part
+        of_gate = ((1 - share) * torch.sigmoid(gate) - part).masked_fill(~counted, 0.0)
     if gradient:
-        if z_loss:
-            logits.mul_((1 + 2 * z_loss * normalizer)[:, None])
+        logits.mul_((of_p * counted)[:, None])
         if label_smoothing:
-            logits.sub_(label_smoothing / logits.shape[1])
-        logits.scatter_add_(1, index, logits.new_full(index.shape, label_smoothing - 1))
+            logits.sub_((share * label_smoothing / logits.shape[1] * counted)[:, None])
+        logits.scatter_add_(1, index, -(of_target * counted)[:, None])
         if slope is not None:
             logits.mul_(slope)
-        logits.mul_(counted[:, None])
-    return losses.masked_fill(~counted, 0.0).sum()
+    return losses.masked_fill(~counted, 0.0).sum(), of_gate
+
+
+def shift(labels, shift_labels=None, ignore_index=-100, **kwargs) -> torch.Tensor:
+    """(B, T) the next token of each token; given ones as they are."""
+    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
 
 
 def _targets(values, labels, shift_labels, ignore_index):
     """(N,) the next token of each row."""
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    targets = shift_labels.reshape(-1).to(values.device)
+    targets = shift(labels, shift_labels, ignore_index).reshape(-1).to(values.device)
     n_rows, n_targets = math.prod(values.shape[:-1]), targets.shape[0]
     if n_targets != n_rows:  # torch's own message
         raise ValueError(f"Expected input batch_size ({n_rows}) to match target batch_size ({n_targets}).")

@@ -1,4 +1,4 @@
-"""MLP of a layer, applied to each token separately."""
+"""Norm and MLP of a layer, applied to each token separately."""
 
 from functools import partial
 
@@ -9,6 +9,20 @@ from transformers.activations import ACT2FN
 
 from .configuration_genlm import GenLMConfig
 from .initialization_genlm import start_isometric, start_near_zero
+
+
+class GenLMRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 at least (Zhang, Sennrich, 2019, arXiv:1910.07467)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        normed = F.rms_norm(hidden_states.to(dtype), self.weight.shape, eps=self.variance_epsilon)
+        return self.weight * normed.to(hidden_states.dtype)
 
 
 class GenLMLowRankLinear(nn.Module):

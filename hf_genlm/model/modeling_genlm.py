@@ -11,6 +11,7 @@ Shapes: B batch, T tokens.
 """
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import (
     create_causal_mask,
+    create_masks_for_generate,
     create_recurrent_attention_mask,
     create_sliding_window_causal_mask,
     find_packed_sequence_indices,
@@ -48,13 +50,20 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_genlm import GenLMAttention, GenLMPositionEmbedding, GenLMRotaryEmbedding
 from .bigram_genlm import GenLMBigramEmbedding, GenLMWordEmbedding
-from .cache_genlm import CACHE, CarriedState, RecurrentStateLayer
+from .cache_genlm import CACHE, CarriedState, RecurrentStateLayer, layer_behind, suit_prompt_methods
 from .configuration_genlm import GenLMConfig
 from .initialization_genlm import start_isometric
-from .layout_genlm import TimeLayout, check_padding, number_documents
-from .loss_genlm import cap_logits, causal_loss, causal_loss_without_logits, divide_by_num_items
-from .mlp_genlm import GenLMMLP
-from .ngram_genlm import GenLMNgramHead, GenLMNgramLayer, GenLMWordNumbers
+from .layout_genlm import TimeLayout, check_shapes, number_documents
+from .loss_genlm import (
+    Counted,
+    cap_logits,
+    causal_loss,
+    causal_loss_without_logits,
+    divide_by_num_items,
+    shift,
+)
+from .mlp_genlm import GenLMMLP, GenLMRMSNorm
+from .ngram_genlm import GenLMMixture, GenLMNgramHead, GenLMNgramLayer, GenLMWordNumbers, NgramContext
 from .recurrence_genlm import ElmanCell, GatedLinearRecurrence, GRUCell, LSTMCell, is_plain_linear
 
 MIXERS = {
@@ -70,20 +79,6 @@ MASKS = {
     "sliding_attention": create_sliding_window_causal_mask,
     RecurrentStateLayer._layer_type: create_recurrent_attention_mask,
 }
-
-
-class GenLMRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32 at least (Zhang, Sennrich, 2019, arXiv:1910.07467)."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        normed = F.rms_norm(hidden_states.to(dtype), self.weight.shape, eps=self.variance_epsilon)
-        return self.weight * normed.to(hidden_states.dtype)
 
 
 class GenLMDecoderLayer(GradientCheckpointingLayer):
@@ -104,6 +99,13 @@ class GenLMDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
 
+@dataclass
+class GenLMModelOutput(BaseModelOutputWithPast):
+    """Output of `GenLMModel`; `contexts` (B, T, n - 1) are the last words after each token, for counts."""
+
+    contexts: torch.Tensor | None = None
+
+
 class GenLMPreTrainedModel(PreTrainedModel):
     """Base class: loading, saving and initialisation."""
 
@@ -118,6 +120,7 @@ class GenLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _supports_context_parallel = False  # accelerate removes masks only from modules named self_attn
     _can_compile_fullgraph = True
+    _keys_to_ignore_on_load_unexpected = [r"^mixture\."]  # a classifier has no counts
     _can_record_outputs = {"hidden_states": GradientCheckpointingLayer, "attentions": GenLMAttention}
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -129,7 +132,9 @@ class GenLMPreTrainedModel(PreTrainedModel):
         if getattr(self.base_model, "reads_out", False) and not self.config.tie_word_embeddings:
             state_dict = dict(kwargs.pop("state_dict", None) or self.state_dict())
             projection = state_dict["model.embed_proj.weight"]
-            state_dict["lm_head.weight"] = state_dict["lm_head.weight"] @ projection.t()
+            for name in ("lm_head.weight", "mixture.of_state.weight"):
+                if name in state_dict:
+                    state_dict[name] = state_dict[name] @ projection.t()
             kwargs["state_dict"] = state_dict
         self.config.auto_map = {
             auto.__name__: f"modeling_genlm.{model_class.__name__}"
@@ -187,6 +192,9 @@ class GenLMModel(GenLMPreTrainedModel):
         self.norm = GenLMRMSNorm(config.hidden_size, config.rms_norm_eps)
         if config.is_ngram:
             self.embed_tokens, self.norm = GenLMWordNumbers(config.vocab_size), nn.Identity()
+        self.ngram_context = None
+        if is_under_head and config.holds_counts and not config.is_ngram:
+            self.ngram_context = NgramContext(config, config.num_hidden_layers)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -224,14 +232,15 @@ class GenLMModel(GenLMPreTrainedModel):
             past_key_values = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if input_ids is None and self.embed_bigrams is not None:
+        if input_ids is None and (self.embed_bigrams is not None or self.ngram_context is not None):
+            name = "ngram_order" if self.embed_bigrams is None else "bigram_size"
             raise ValueError(
-                "bigram_size needs input_ids: inputs_embeds do not identify their tokens. Of PEFT, use LoRA; "
+                f"{name} needs input_ids: inputs_embeds do not identify their tokens. Of PEFT, use LoRA; "
                 "prompt tuning gives inputs_embeds"
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        self._check_shapes(inputs_embeds, attention_mask, position_ids)
+        check_shapes(self._layer_types, inputs_embeds.shape[:2], attention_mask, position_ids)
         is_packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx"))
         if is_packed and position_ids is None:
             raise ValueError("packed documents need position_ids, 0 where each starts, beside cu_seq_lens_q")
@@ -265,31 +274,16 @@ class GenLMModel(GenLMPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self._read_out(self.norm(hidden_states)), **{CACHE: past_key_values}
+        contexts = None
+        if self.ngram_context is not None:
+            numbers = (input_ids + 1).float()[..., None]
+            at = layer_behind(past_key_values, self.config.num_hidden_layers)
+            contexts, _ = self.ngram_context(numbers, layout, past_key_values, layer_idx=at)
+        return GenLMModelOutput(
+            last_hidden_state=self._read_out(self.norm(hidden_states)),
+            contexts=contexts,
+            **{CACHE: past_key_values},
         )
-
-    def _check_shapes(self, inputs_embeds, attention_mask, position_ids) -> None:
-        """Raise ValueError for a mask or positions of other rows or another length than the batch."""
-        n_rows, n_tokens = inputs_embeds.shape[:2]
-        if position_ids is not None and position_ids.shape not in ((n_rows, n_tokens), (1, n_tokens)):
-            raise ValueError(
-                f"position_ids are {list(position_ids.shape)}, and the tokens {[n_rows, n_tokens]}: give "
-                "(rows, tokens) or (1, tokens)"
-            )
-        is_dict = isinstance(attention_mask, dict)
-        missing = set(self.config.layer_types) - set(attention_mask) if is_dict else None
-        if missing:
-            raise ValueError(f"attention_mask is a dict without {', '.join(sorted(missing))}")
-        if RecurrentStateLayer._layer_type in self.config.layer_types:
-            check_padding(attention_mask[RecurrentStateLayer._layer_type] if is_dict else attention_mask)
-        masks = attention_mask.values() if is_dict else (attention_mask,)
-        for mask in masks:
-            if getattr(mask, "ndim", 0) == 2 and (mask.shape[0] != n_rows or mask.shape[1] < n_tokens):
-                raise ValueError(
-                    f"attention_mask is {list(mask.shape)}, and the tokens {[n_rows, n_tokens]}: give (rows, "
-                    "earlier and new tokens)"
-                )
 
     def _documents(self, n_rows, attention_mask, past_key_values, position_ids) -> torch.Tensor | None:
         """(n_rows, T) numbers of packed documents, 0 for a continued one; None: each row is one document."""
@@ -334,8 +328,14 @@ class GenLMModel(GenLMPreTrainedModel):
                 position_ids=position_ids,
                 **{CACHE: past_key_values},
             )
-            for layer_type in set(self.config.layer_types)
+            for layer_type in self._layer_types
         }
+
+    @property
+    def _layer_types(self) -> set[str]:
+        """transformers' name of each kind of layer, that of the last words included."""
+        behind = set() if self.ngram_context is None else {RecurrentStateLayer._layer_type}
+        return {*self.config.layer_types, *behind}
 
 
 def is_plain_head(head: nn.Module) -> bool:
@@ -360,8 +360,11 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         head_width = config.embedding_width if config.tie_word_embeddings else config.hidden_size
         self.lm_head = nn.Linear(head_width, config.vocab_size, bias=config.output_bias)
+        self.mixture = None
         if config.is_ngram:
             self.lm_head = GenLMNgramHead(config)
+        elif config.holds_counts:
+            self.mixture = GenLMMixture(config, head_width)
         self.post_init()
 
     @can_return_tuple
@@ -387,10 +390,13 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
             skip_logits: with `labels`, return the loss without logits; in a fraction of the memory if the
                 head is a plain linear map, without adapter, hook or quantiser, and `loss_function` is ours.
             label_smoothing, z_loss: terms of the loss, as in loss_genlm.causal_loss.
+            network_share, leave_one_out: beside counts, with `skip_logits`, to train on the text that was
+                counted: the share of the network's own loss, and that no word finds its own count.
             others: as in GenLMModel.forward.
         """
         # not in the signature: Trainer takes every parameter with "label" in its name for labels
         terms = {name: kwargs.pop(name, 0.0) for name in ("label_smoothing", "z_loss")}
+        network_share, leave_one_out = kwargs.pop("network_share", 0.0), kwargs.pop("leave_one_out", False)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -404,6 +410,12 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
         kwargs |= terms
         is_own_loss = not hasattr(self, "_loss_function")  # set where a user assigns `loss_function`
         if labels is not None and skip_logits and is_own_loss and is_plain_head(self.lm_head):
+            if self.mixture is not None:
+                words = shift(labels, **kwargs)
+                found = self.mixture.of_words(
+                    outputs.last_hidden_state, outputs.contexts, words, leave_one_out
+                )
+                kwargs |= {"shift_labels": words, "counted": Counted(*found, network_share)}
             loss = causal_loss_without_logits(
                 outputs.last_hidden_state,
                 self.lm_head.weight,
@@ -415,6 +427,8 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
         else:
             kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
             logits = cap_logits(self.lm_head(kept), self.config.final_logit_softcapping)
+            if self.mixture is not None:
+                logits = self.mixture(logits, kept, slice_logits_to_keep(outputs.contexts, logits_to_keep))
             if labels is not None:
                 loss = self._loss(logits, labels, **kwargs)
                 logits = None if skip_logits else logits
@@ -428,30 +442,17 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())  # generate reads parameters
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
-        """Prepare inputs as transformers does, and in the form that PEFT's prompt methods can extend.
-
-        These look for the cache under the name `past_key_values`, and otherwise give the prompt again before
-        every new token. They extend a mask (B, past + T), and cut the tokens after a cache to the last one.
-
-        Raises:
-            ValueError: several tokens after a cache, where a prompt method is active.
-        """
+        """Prepare inputs as transformers does, and in the form that PEFT's prompt methods can extend."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        if CACHE in inputs:
-            inputs["past_key_values"] = inputs.pop(CACHE)
-        replaced = vars(self).get("prepare_inputs_for_generation")  # PEFT puts its own method here
-        outer = getattr(replaced, "__self__", None)
-        if not getattr(getattr(outer, "active_peft_config", None), "is_prompt_learning", False):
-            return inputs
-        cache, input_ids = inputs.get("past_key_values"), inputs.get("input_ids")
-        if cache is not None and cache.get_seq_length() and input_ids is not None and input_ids.shape[1] > 1:
-            raise ValueError(
-                "PEFT's prompt methods give a cache one token at a time: generate without drafts "
-                "(assistant_model, prompt_lookup_num_tokens, assistant_early_exit) and prefill_chunk_size"
-            )
-        if "attention_mask" in inputs:
-            inputs["attention_mask"] = kwargs.get("attention_mask")
-        return inputs
+        return suit_prompt_methods(self, inputs, kwargs.get("attention_mask"))
+
+    @staticmethod
+    def create_masks_for_generate(config, **kwargs) -> dict:
+        """The masks of a static cache by layer type, that of the last words of counts included."""
+        masks = create_masks_for_generate(config=config, **kwargs)
+        if config.holds_counts and RecurrentStateLayer._layer_type not in masks:
+            masks[RecurrentStateLayer._layer_type] = create_recurrent_attention_mask(config=config, **kwargs)
+        return masks
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
         """The loss by `loss_function`, which a user may replace, or by ours if it lacks a term."""

@@ -1,4 +1,4 @@
-"""The n-gram model as a decoder: its state is the last n - 1 words, its head a table of counts.
+"""The n-gram model: its state is the last n - 1 words, its head a table of counts. Alone, or in a network.
 
     e_w = w                                          the embedding of a word is its number
     h_t = (h_{t-1} without its oldest word, w_t)
@@ -10,7 +10,11 @@ for language modeling, section 4.1): c counts occurrences at the longest n-grams
 the n-gram below; D_k takes D1, D2 or D3+ from a count of 1, 2 or more; gamma(h) is the mass that they take,
 and that of n-grams that are not stored. A context that does not occur leaves P_{k-1} as it is.
 
-Shapes: B batch, T tokens, N contexts, C = max(1, n - 1) words of a context, V vocabulary.
+In a network, P(w) = g P_network(w) + (1 - g) P_n(w), with a gate g that sees the network's state and how
+often the contexts of each length occur. On the text that was counted, a word must not find its own count:
+training leaves one out of the longest n-gram that ends in it, and of the next shorter where none is left.
+
+Shapes: B batch, T tokens, N contexts, C = max(1, n - 1) words of a context, V vocabulary, F features.
 """
 
 import torch
@@ -22,10 +26,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache_genlm import read_states
 from .configuration_genlm import GenLMConfig
+from .initialization_genlm import start_at_zero
 from .layout_genlm import TimeLayout
 
 _MAX_PROBABILITIES = 1 << 22  # computed at once
 _LEAST = 1e-30  # probability of a word
+_GATE_UNITS, _N_FEATURES = 16, 3  # of a gate; of each length of a context
 
 
 class GenLMWordNumbers(nn.Module):
@@ -52,7 +58,7 @@ class NgramContext(nn.Module):
     def __init__(self, config: GenLMConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.width = config.hidden_size
+        self.width = max(1, config.ngram_order - 1)
 
     def forward(
         self,
@@ -115,8 +121,8 @@ class GenLMNgramHead(nn.Module):
 
     def __init__(self, config: GenLMConfig):
         super().__init__()
-        self.vocab_size = config.vocab_size
-        sizes = [1, config.vocab_size, *config.ngram_sizes]  # rows of levels 0 to n
+        self.vocab_size = config.ngram_sizes[0]
+        sizes = [1, *config.ngram_sizes]  # rows of levels 0 to n
         self.keys = _tables(sizes[2:], torch.int64)
         self.counts = _tables(sizes[1:], torch.int32)
         self.totals = _tables(sizes[:-1], torch.int32)
@@ -135,14 +141,87 @@ class GenLMNgramHead(nn.Module):
         """n, the words of the longest n-grams."""
         return len(self.counts)
 
-    @torch.no_grad()
     def forward(self, contexts: torch.Tensor) -> torch.Tensor:
         """Map contexts (..., C), as those of `NgramContext`, to log-probabilities (..., V), in float32."""
+        return self.of_contexts(contexts)[0].clamp(min=_LEAST).log()
+
+    @torch.no_grad()
+    def of_contexts(self, contexts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """P_n (..., V) after contexts (..., C), and features (..., F) of these, in float32."""
         words = contexts.reshape(-1, contexts.shape[-1]).long() - 1
-        single = self._of_single_words()
-        n_rows = max(1, _MAX_PROBABILITIES // self.vocab_size)
-        found = [self._log_probabilities(some, single) for some in words.split(n_rows)]
-        return torch.cat(found).view(*contexts.shape[:-1], self.vocab_size)
+        found = []  # of contexts of 1 to n - 1 words: rows, c(h) and gamma(h)
+        for length in range(1, self.order):
+            rows, is_known = self._find(words[:, -length:])
+            total = self.totals[length][rows].masked_fill(~is_known, 0)
+            found.append((rows, total, self.backoffs[length][rows].float()))
+        n_rows, single = max(1, _MAX_PROBABILITIES // self.vocab_size), self._of_single_words()
+        probabilities = single.new_empty(len(words), self.vocab_size)
+        for start in range(0, len(words), n_rows):
+            some = slice(start, start + n_rows)
+            self._fill(probabilities[some], [[part[some] for part in parts] for parts in found], single)
+        totals, backoffs = [total for _, total, _ in found], [backoff for _, _, backoff in found]
+        shape = contexts.shape[:-1]
+        return probabilities.view(*shape, -1), _features(totals, backoffs, words[:, 0]).view(*shape, -1)
+
+    @torch.no_grad()
+    def of_words(
+        self, contexts: torch.Tensor, words: torch.Tensor, leave_one_out: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities (B, T) of `words` after contexts (B, T, C), and `features` (B, T, F).
+
+        Args:
+            contexts: of successive tokens, as `NgramContext` gives them.
+            words: (B, T); a number outside the vocabulary stands for any word.
+            leave_one_out: these words were counted in these contexts, and are to see what the others leave.
+        """
+        is_word = (words >= 0) & (words < self.vocab_size)
+        words = words.masked_fill(~is_word, 0)
+        ngrams = self._rows_of(contexts.long() - 1)  # contexts of 0 to n - 1 words
+        ended = [(words, is_word)]  # the n-grams of 1 to n words that end in the word
+        for level, before in enumerate(ngrams[1:], start=2):
+            ended += [self._extend(level, *before, words, is_word)]
+        is_due, parts = torch.full_like(is_word, leave_one_out), []
+        for length in range(self.order - 1, -1, -1):
+            (rows, is_known), (at, is_stored) = ngrams[length], ended[length]
+            total = self.totals[length][rows].masked_fill(~is_known, 0)
+            mass = self.backoffs[length][rows].float() * total
+            count = self.counts[length][at].masked_fill(~is_stored, 0)
+            left_out = (is_due & is_stored).int()
+            was_kept, kept = (self._discounted(length + 1, some) for some in (count, count - left_out))
+            mass = (mass - left_out + was_kept - kept).clamp(min=0)
+            parts.append((total - left_out, mass, kept))
+            is_due = is_due & (~is_stored | (count == 1))  # where none is left, of the next shorter
+        totals, masses, kept = zip(*reversed(parts), strict=True)
+        p = torch.full_like(masses[0], 1 / self.vocab_size)
+        for total, mass, of_word in zip(totals, masses, kept, strict=True):
+            p = torch.where(total > 0, (of_word + mass * p) / total.clamp(min=1), p)
+        backoffs = [mass / total.clamp(min=1) for total, mass in zip(totals, masses, strict=True)]
+        return p.clamp(min=_LEAST).log(), _features(totals[1:], backoffs[1:], words)
+
+    def _rows_of(self, words: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Rows (B, T) of the last 0 to n - 1 words of successive contexts (B, T, C), and where known."""
+        last = words[..., -1]
+        is_word = (last >= 0) & (last < self.vocab_size)
+        last = last.masked_fill(~is_word, 0)
+        found = [(torch.zeros_like(last), torch.ones_like(is_word))]
+        if self.order > 1:
+            found.append((last, is_word))
+        for level in range(2, self.order):
+            # the words before the last one end the context one token earlier
+            first = self._find(words[:, 0, -level:-1])
+            before, is_known = (
+                torch.cat([of_first[:, None], of_all[:, :-1]], dim=1)
+                for of_first, of_all in zip(first, found[-1], strict=True)
+            )
+            found.append(self._extend(level, before, is_known & (words[..., -level] >= 0), last, is_word))
+        return found
+
+    def _extend(self, level, rows, is_known, words, is_word) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows in `level` of n-grams: `rows` of the level below and a word each; and where known."""
+        keys, wanted = self.keys[level - 2], rows * self.vocab_size + words
+        found = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+        is_known = is_known & is_word & (keys[found] == wanted)
+        return found.masked_fill(~is_known, 0), is_known
 
     def _of_single_words(self) -> torch.Tensor:
         """P_1, (V,)."""
@@ -153,30 +232,24 @@ class GenLMNgramHead(nn.Module):
         discounts = self.discounts[level - 1].float()[counts.clamp(1, 3).long() - 1]
         return (counts - discounts).clamp(min=0)
 
-    def _log_probabilities(self, words: torch.Tensor, single: torch.Tensor) -> torch.Tensor:
-        """(N, V) from contexts (N, C) of token ids, -1 for none."""
-        scale = single.new_ones(len(words))  # of what a context leaves to the next shorter one
-        parts = []
-        for length in range(self.order - 1, 0, -1):
-            rows, is_known = self._find(words[:, -length:])
-            total = self.totals[length][rows]
-            is_known = is_known & (total > 0)
-            parts.append((length, rows, is_known, scale / total.clamp(min=1)))
-            scale = torch.where(is_known, scale * self.backoffs[length][rows].float(), scale)
-        probabilities = scale[:, None] * single
-        for length, rows, is_known, scale in parts:
-            self._add_words(probabilities, length, rows, is_known, scale)
-        return probabilities.clamp(min=_LEAST).log()
+    def _fill(self, probabilities: torch.Tensor, found: list, single: torch.Tensor) -> None:
+        """Write P_n into `probabilities` (N, V), of contexts that were found in the tables."""
+        scale = single.new_ones(len(probabilities))  # of what a context leaves to the next shorter one
+        scales = []
+        for _, total, backoff in reversed(found):
+            scales.append(scale / total.clamp(min=1))
+            scale = torch.where(total > 0, scale * backoff, scale)
+        torch.mul(scale[:, None], single, out=probabilities)
+        for length, (rows, total, _) in enumerate(found, start=1):
+            self._add_words(probabilities, length, rows, total > 0, scales[-length])
 
     def _find(self, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows (N,) of n-grams (N, k) in level k, and where they are known; elsewhere the row is 0."""
-        is_known = (words[:, 0] >= 0) & (words[:, 0] < self.vocab_size)
-        rows = words[:, 0].masked_fill(~is_known, 0)
-        for keys, word in zip(self.keys, words[:, 1:].unbind(1), strict=False):
-            wanted = rows * self.vocab_size + word
-            found = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-            is_known = is_known & (keys[found] == wanted) & (word >= 0)
-            rows = found.masked_fill(~is_known, 0)
+        are_words = (words >= 0) & (words < self.vocab_size)
+        words = words.masked_fill(~are_words, 0)
+        rows, is_known = words[:, 0], are_words[:, 0]
+        for k in range(1, words.shape[1]):
+            rows, is_known = self._extend(k + 1, rows, is_known, words[:, k], are_words[:, k])
         return rows, is_known
 
     def _add_words(self, probabilities, length, rows, is_known, scale) -> None:
@@ -197,3 +270,57 @@ def _tables(sizes: list[int], dtype: torch.dtype) -> nn.ParameterList:
     """Tables of zeros without gradient, of at least one row each."""
     zeros = (torch.zeros(max(1, size), dtype=dtype) for size in sizes)
     return nn.ParameterList(nn.Parameter(table, requires_grad=False) for table in zeros)
+
+
+class GenLMMixture(nn.Module):
+    """A network's and the counts' predictions: P(w) = g P_network(w) + (1 - g) P_n(w).
+
+    The gate is g = sigmoid(v tanh(U [network's state, features of the counts] + c) + b).
+    """
+
+    def __init__(self, config: GenLMConfig, width: int):
+        super().__init__()
+        self.ngrams = GenLMNgramHead(config)
+        n_features = _N_FEATURES * (config.ngram_order - 1)
+        self.of_state = nn.Linear(width, _GATE_UNITS)
+        self.of_counts = nn.Linear(n_features, _GATE_UNITS, bias=False)
+        self.gate = nn.Linear(_GATE_UNITS, 1)
+        self.gate.start = start_at_zero  # both count alike
+
+    def forward(self, logits: torch.Tensor, states: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
+        """Map the network's logits (..., V) and states (..., D), and contexts (..., C), to log P (..., V)."""
+        return self.mix(logits, self.of_state(states), contexts)
+
+    def mix(self, logits: torch.Tensor, units: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
+        """`forward`, where the state's part of the gate's units (..., U) is known."""
+        counted, features = self.ngrams.of_contexts(contexts)
+        gate = torch.sigmoid(self.open(units, features))[..., None]
+        counted = counted.to(gate.dtype)
+        n_new = logits.shape[-1] - counted.shape[-1]  # words that came into the vocabulary later
+        if n_new:
+            counted = F.pad(counted, (0, n_new))
+        mixed = torch.lerp(counted, torch.softmax(logits.to(gate.dtype), dim=-1), gate)
+        return mixed.clamp(min=_LEAST).log().to(logits.dtype)
+
+    def open(self, units: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """The logit (...) of g, in float32 at least, from units (..., U) and features (..., F)."""
+        units = units + self.of_counts(features.to(units.dtype))
+        gate = self.gate(torch.tanh(units)).squeeze(-1)
+        return gate.to(torch.promote_types(gate.dtype, torch.float32))
+
+    def of_words(
+        self, states: torch.Tensor, contexts: torch.Tensor, words: torch.Tensor, leave_one_out: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logit of g and log P_n, (B, T) each, for the loss of `words` (B, T)."""
+        log_p, features = self.ngrams.of_words(contexts, words, leave_one_out)
+        return self.open(self.of_state(states), features), log_p
+
+
+def _features(totals, backoffs, like: torch.Tensor) -> torch.Tensor:
+    """(..., F) of the contexts of 1 to n - 1 words, from their c(h) and gamma(h) (...): for each whether it
+    occurs, the log of how often, and gamma."""
+    found = []
+    for total, backoff in zip(totals, backoffs, strict=True):
+        is_known = (total > 0).float()
+        found += [is_known, torch.log1p(total.float()) / 4, backoff * is_known]
+    return torch.stack(found, dim=-1) if found else like.new_zeros(*like.shape, 0, dtype=torch.float32)

@@ -13,18 +13,24 @@ from hf_genlm.run_folder import RunFolder
 from hf_genlm.text.packing import DocumentWindows
 from hf_genlm.training.bigram_init import MAX_COUNTED_TOKENS, init_from_bigrams
 from hf_genlm.training.corpus import Rows, StreamedCorpus, TokenizedCorpus
+from hf_genlm.training.counting import NgramCounts
 from hf_genlm.training.word_vectors import start_from_vectors
 
 
 def new_model(
-    settings: Settings, tokenizer: PreTrainedTokenizerFast, device: torch.device | None = None
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerFast,
+    device: torch.device | None = None,
+    counts: NgramCounts | None = None,
 ) -> GenLMForCausalLM:
-    """A model with random weights, for the vocabulary of `tokenizer`."""
+    """A model with random weights, for the vocabulary of `tokenizer`, and with these counts."""
     config = copy.deepcopy(settings.architecture)
     config.vocab_size = len(tokenizer)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
     model = GenLMForCausalLM(config)
+    if counts is not None:
+        counts.fill(model)
     return model if device is None else model.to(device)  # type: ignore[arg-type]
 
 

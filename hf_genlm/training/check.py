@@ -57,6 +57,7 @@ def check(recipe: Recipe) -> Facts:
         UserError: the first rule that it breaks.
     """
     facts = read_facts(recipe)
+    facts = replace(facts, is_sharded=processes.is_sharded())
     settings = settle(recipe, facts)
     corpus, training = settings.corpus, settings.training
     if settings.privacy.epsilon is not None:
@@ -97,6 +98,7 @@ def check(recipe: Recipe) -> Facts:
 def _check_sharded(settings: Settings) -> None:
     """Refuse what needs whole matrices, where each process holds a part of them."""
     refused = {
+        "model.ngram_order": (settings.architecture.holds_counts, "model.ngram_order=0"),
         "training.optimizer=muon": (settings.training.optimizer == "muon", "training.optimizer=adamw"),
         "vectors.frozen=true": (settings.vectors.frozen, "vectors.frozen=false"),
     }
@@ -137,6 +139,11 @@ def _check_private(settings: Settings) -> None:
             settings.architecture.is_ngram,
             "its counts keep the text word for word",
             "choose another decoder",
+        ),
+        "model.ngram_order": (
+            settings.architecture.holds_counts,
+            "counts keep the text word for word",
+            "--set model.ngram_order=0",
         ),
         "training.init=bigrams": (
             training.init == "bigrams",

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 MAX_ORDER = 6
 MAX_COUNTED_TOKENS = 1 << 23  # bounds memory: recipes/LOG.md has the measured peak
+MAX_BESIDE_NETWORK = 1 << 22  # counted tokens, which take about half a gigabyte
 FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)  # where counts of counts give none; KenLM's
 _BLOCK = 1 << 16  # tokens taken together from a text longer than what is counted
 _HELD_OUT_SHARE, _MAX_HELD_OUT, _MIN_DOCUMENTS = 0.05, 100_000, 8  # tokens that choose the order, and of what
 _COMPARED = 5  # order of the counts beside which a network is shown
-_MAX_COMPARED = 1 << 22  # tokens, which take about half a gigabyte
 _SHARE_OF_TIME, _COUNTED_PER_S = 0.03, 1_000_000  # of a run that they may take; tokens, at least
 _MAX_SCORE = 1 << 16  # counts from which on pruning makes no difference
 
@@ -63,11 +63,17 @@ class NgramCounts:
     discounts: np.ndarray  # (order, 3) float32: D of the counts 1, 2, and 3 or more, of each level
     n_tokens: int = 0  # that were counted
     seconds: float = 0.0  # that it took, the choice of the order included
+    is_most: bool = True  # of the training text: a word of it finds its own count
+
+    @property
+    def sizes(self) -> list[int]:
+        """n_1 to n_k, as in `GenLMConfig.ngram_sizes`."""
+        return list(map(len, self.counts))
 
     @torch.no_grad()
     def fill(self, model: "GenLMForCausalLM") -> None:
-        """Copy the tables into the head of an n-gram model with a config of these sizes."""
-        head = model.lm_head
+        """Copy the tables into a model with a config of these sizes."""
+        head = model.lm_head if model.mixture is None else model.mixture.ngrams
         for name in ("keys", "counts", "totals", "backoffs"):
             for table, values in zip(getattr(head, name), getattr(self, name), strict=True):
                 table[: len(values)].copy_(torch.from_numpy(values))
@@ -82,23 +88,29 @@ class NgramCounts:
 def count_corpus(
     run: RunFolder, corpus: "TokenizedCorpus | StreamedCorpus", settings: Settings
 ) -> NgramCounts:
-    """Count the training text, at most `MAX_COUNTED_TOKENS` of it; the order is stated or chosen."""
+    """Count the training text, at most `MAX_COUNTED_TOKENS` of it; the order is stated or chosen.
+
+    Beside a network, which takes memory of its own, at most `MAX_BESIDE_NETWORK`.
+    """
     began = time.monotonic()
     run.tell("progress", task="counting", done=0, total=None)
     start_id, vocab_size = corpus.tokenizer.eos_token_id, len(corpus.tokenizer)
     rows = corpus.rows(settings.training)
+    most = MAX_COUNTED_TOKENS if settings.architecture.is_ngram else MAX_BESIDE_NETWORK
+    n_tokens = None
     if isinstance(rows, PackedStream):
-        stream = rows.first_tokens(MAX_COUNTED_TOKENS)
+        stream = rows.first_tokens(most)
     else:
-        stream = stream_of(corpus.train, start_id)  # type: ignore[union-attr]
-    if len(stream) >= MAX_COUNTED_TOKENS:
+        stream, n_tokens = stream_of(corpus.train, start_id, most), corpus.train.n_tokens  # type: ignore[union-attr]
+    if len(stream) >= most:
         run.log("note", message=f"{len(stream):,} tokens are counted: more would take too much memory")
     order = settings.model.ngram_order or choose_order(stream, vocab_size, start_id)
     counts = count_ngrams(stream, order, vocab_size, start_id, settings.model.ngram_entries)
     seconds = time.monotonic() - began
     entries = sum(map(len, counts.keys))
     run.log("counted", order=order, entries=entries, tokens=len(stream), seconds=round(seconds, 3))
-    return replace(counts, n_tokens=len(stream), seconds=seconds)
+    is_most = n_tokens is not None and 2 * len(stream) > n_tokens
+    return replace(counts, n_tokens=len(stream), seconds=seconds, is_most=is_most)
 
 
 def measure_counts(run: RunFolder, corpus: "TokenizedCorpus", seconds: float) -> None:
@@ -108,7 +120,7 @@ def measure_counts(run: RunFolder, corpus: "TokenizedCorpus", seconds: float) ->
     They predict the tokens that `evaluation.likelihood` scores, with the same tokenizer.
     """
     n_tokens = corpus.n_tokens + corpus.validation.n_tokens
-    most = min(_SHARE_OF_TIME * seconds * _COUNTED_PER_S, _MAX_COMPARED)
+    most = min(_SHARE_OF_TIME * seconds * _COUNTED_PER_S, MAX_BESIDE_NETWORK)
     if corpus.validation.targets is not None or n_tokens > most:
         return
     start_id, vocab_size = corpus.tokenizer.eos_token_id, len(corpus.tokenizer)

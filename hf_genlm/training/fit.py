@@ -64,7 +64,12 @@ class Job:
     frozen_rows: torch.Tensor | None = None  # (V,) rows of the embedding that keep their vectors
     private: PrivateState | None = None  # of a run with a guarantee for each document
     threads: ThreadsCallback | None = None  # of a run on a CPU
-    counts: NgramCounts | None = None  # of a decoder that is not trained
+    counts: NgramCounts | None = None  # that the model holds
+
+    @property
+    def leave_one_out(self) -> bool:
+        """True if a word of the training text finds its own count in the model."""
+        return self.settings.model.init_from is None and self.counts is not None and self.counts.is_most
 
     @property
     def pace(self) -> Pace:
@@ -117,7 +122,7 @@ def fit(
         budget.seconds, budget.steps = None, job.private.guarantee.steps
     trainer = make_trainer(
         run=run, budget=budget, recipe=training, carried=job.carried, lr_scale=lr_scale,
-        was_stopped=lambda: stop.is_made,
+        was_stopped=lambda: stop.is_made, leave_one_out=job.leave_one_out,
         is_rate_halved=lr_scale < 1 or (begin is not None and begin.progress.is_rate_halved), model=model,
         args=job.arguments, train_dataset=rows,
         data_collator=collate if job.private is None else unwrap_batch,

@@ -49,7 +49,7 @@ from hf_genlm.training.corpus import (
     prepare_stream,
     save_tokenizer,
 )
-from hf_genlm.training.counting import count_corpus, measure_counts
+from hf_genlm.training.counting import NgramCounts, count_corpus, measure_counts
 from hf_genlm.training.fit import Job, fit, likelihood_of, sample
 from hf_genlm.training.plan import choose_threads, plan_run
 from hf_genlm.training.private import PrivateState, begin_private, trainer_settings, write_guarantee
@@ -147,19 +147,19 @@ def _prepare(run: RunFolder, recipe: Recipe, facts: Facts) -> Job:
     processes.set_threads(recipe.training.num_threads)
     corpus = _read(run, recipe, facts)
     facts = _with_corpus(facts, recipe, corpus)
-    counts = None
-    if first.architecture.is_ngram:
-        counts = count_corpus(run, corpus, first)
-        facts = replace(facts, ngram_sizes=tuple(map(len, counts.keys)))
-    elif first.length.seconds is not None:
+    facts, counts = _count(run, corpus, first, facts)
+    is_planned = first.length.seconds is not None and not first.architecture.is_ngram
+    if is_planned:
         run.tell("progress", task="planning", done=0, total=None)
         device = training_arguments_of(run, first.training, Budget(), first.model.hidden_size).device
         planning = facts  # of the loop below, which each process runs
         facts = processes.from_first(
-            lambda: plan_run(recipe, planning, lambda s: new_model(s, corpus.tokenizer, device), device)
+            lambda: plan_run(
+                recipe, planning, lambda s: new_model(s, corpus.tokenizer, device, counts), device
+            )
         )
     settings = settle(recipe, facts)
-    if counts is None and first.length.seconds is not None:
+    if is_planned:
         _log_plan(run, settings, facts)
     private = None
     if facts.private_documents is not None:
@@ -174,6 +174,22 @@ def _prepare(run: RunFolder, recipe: Recipe, facts: Facts) -> Job:
         machine = {"device": name, "processes": processes.count()}
         write_json(run.environment, {**describe_environment(), **machine}, EnvironmentFile)
     return job
+
+
+def _count(
+    run: RunFolder, corpus: TokenizedCorpus | StreamedCorpus, settings: Settings, facts: Facts
+) -> tuple[Facts, NgramCounts | None]:
+    """The counts that the model is to hold, in the first process, and their sizes."""
+    if not settings.architecture.holds_counts or settings.model.init_from is not None:
+        return facts, None
+    found: list[NgramCounts] = []
+
+    def count() -> list[int]:
+        found.append(count_corpus(run, corpus, settings))
+        return found[0].sizes
+
+    sizes = processes.from_first(count)
+    return replace(facts, ngram_sizes=tuple(sizes)), found[0] if found else None
 
 
 def _read(
@@ -276,11 +292,13 @@ def _resume(run: RunFolder, stated: Recipe, stop: StopRequest) -> RunFolder:
         corpus = _read(run, recipe, facts, is_resuming=True)
     if any(attrgetter(name)(recipe) != attrgetter(name)(begun) for name in PLACES):
         processes.from_first(lambda: _write_places(run, recipe))
-    settings = settle(recipe, _with_corpus(facts, recipe, corpus))
+    facts = _with_corpus(facts, recipe, corpus)
+    facts, counts = _count(run, corpus, settle(recipe, facts), facts)
+    settings = settle(recipe, facts)
     private = None
     if settings.privacy.epsilon is not None and begin is not None:
         private = PrivateState.load(begin.path, begin.progress.steps)
-    job = _job_of(run, settings, corpus, private)
+    job = replace(_job_of(run, settings, corpus, private), counts=counts)
     if has_model:
         with tracking(run, settings.to_recipe(), is_resuming=True):
             return _evaluate(run, job)
@@ -327,15 +345,15 @@ def _resumed_recipe(begun: Recipe, stated: Recipe) -> Recipe:
 def _build(run: RunFolder, job: Job, is_new: bool = True) -> GenLMForCausalLM:
     """The model before the first step; not `is_new`: before a checkpoint is loaded into it."""
     settings = job.settings
-    if job.counts is None and job.threads is None and job.arguments.device.type == "cpu":
+    is_network = not settings.architecture.is_ngram
+    if is_network and job.threads is None and job.arguments.device.type == "cpu":
         is_stated = settings.training.num_threads is not None
         job.threads = ThreadsCallback(run, torch.get_num_threads(), is_stated)
         run.tell("progress", task="measuring threads", done=0, total=None)
         torch.set_num_threads(choose_threads(lambda: new_model(settings, job.corpus.tokenizer), settings))
     set_seed(settings.training.seed)
-    model = new_model(settings, job.corpus.tokenizer)
-    if job.counts is not None:
-        job.counts.fill(model)
+    model = new_model(settings, job.corpus.tokenizer, counts=job.counts)
+    if not is_network:
         run.log("model", parameters=model.num_parameters(), rows=None, max_seq_length=None)
         return model
     job.frozen_rows = processes.from_first(
@@ -343,7 +361,15 @@ def _build(run: RunFolder, job: Job, is_new: bool = True) -> GenLMForCausalLM:
     )
     processes.broadcast_weights(model)
     n_rows, max_seq_length = job.rows.n_rows, settings.training.max_seq_length
-    run.log("model", parameters=model.num_parameters(), rows=n_rows, max_seq_length=max_seq_length)
+    tables = [] if model.mixture is None else model.mixture.ngrams.parameters()
+    of_counts = sum(table.numel() for table in tables) or None
+    run.log(
+        "model",
+        parameters=model.num_parameters(),
+        rows=n_rows,
+        max_seq_length=max_seq_length,
+        of_counts=of_counts,
+    )
     return model
 
 
@@ -355,7 +381,7 @@ def _finish(
         if begin is not None:
             run.log("resumed", step=begin.progress.step)
         with stop.deferred():  # until the weights are saved
-            is_network = job.counts is None
+            is_network = not job.settings.architecture.is_ngram
             trained = _fit(run, job, model, begin, stop) if is_network else _fit_counts(run, job, model)
             if trained is not None and job.private is not None:
                 write_guarantee(run, job.private, job.settings, job.arguments.device.type)

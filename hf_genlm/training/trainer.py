@@ -41,7 +41,8 @@ class BudgetTrainer(Trainer):
 
     `carried`, where recurrent states are carried, also gives the order of the rows. Checkpoints are those of
     checkpoints.py; on a full disk one is left out, and training continues. `lr_scale` multiplies every
-    learning rate, also after a resumption, and `is_rate_halved` is noted in the checkpoints.
+    learning rate, also after a resumption, and `is_rate_halved` is noted in the checkpoints. `leave_one_out`:
+    the model holds counts of the rows.
     """
 
     def __init__(
@@ -53,10 +54,11 @@ class BudgetTrainer(Trainer):
         lr_scale: float = 1.0,
         is_rate_halved: bool = False,
         was_stopped: Callable[[], bool] = lambda: False,
+        leave_one_out: bool = False,
         **kwargs: Any,
     ):
         self.run, self.budget, self.recipe, self.carried = run, budget, recipe, carried
-        self.lr_scale, self.is_rate_halved = lr_scale, is_rate_halved
+        self.lr_scale, self.is_rate_halved, self.leave_one_out = lr_scale, is_rate_halved, leave_one_out
         self.saved_step: int | None = None
         self._was_stopped = was_stopped
         super().__init__(**kwargs)
@@ -179,7 +181,12 @@ class BudgetTrainer(Trainer):
         """Compute the loss without logits, which nothing here reads, with the terms of the recipe."""
         if self.carried is not None and model.training:
             inputs = self.carried.add_states(inputs)
-        terms = {"label_smoothing": self.recipe.label_smoothing_factor, "z_loss": self.recipe.z_loss}
+        terms = {
+            "label_smoothing": self.recipe.label_smoothing_factor,
+            "z_loss": self.recipe.z_loss,
+            "network_share": self.recipe.network_share,
+            "leave_one_out": self.leave_one_out,
+        }
         return super().compute_loss(model, {**inputs, "skip_logits": True, **terms}, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -216,7 +216,8 @@ def logits(recipe: Recipe) -> list:
     model = GenLMForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
         ids = torch.arange(12)[None] % 31
         outputs = [model.train(mode)(ids).logits for mode in (False, True)]
     return [
@@ -311,8 +312,8 @@ ACTS = {
     "model.shared_layers": (("model.num_hidden_layers=2",), "2", logits),
     "model.embedding_size": ((), "8", logits),
     "model.bigram_size": ((), "32", logits),
-    "model.ngram_order": (("model.decoder=ngram",), "2", figures),
-    "model.ngram_entries": (("model.decoder=ngram", "model.ngram_order=3"), "50", figures),
+    "model.ngram_order": ((), "0", logits),
+    "model.ngram_entries": (("model.ngram_order=3",), "50", weights),
     "model.position_type": (ATTENTION, "none", logits),
     "model.sliding_window": (SLIDING, "2", logits),
     "model.tie_word_embeddings": (("training.init=random",), "true", logits),
@@ -345,6 +346,7 @@ ACTS = {
     "training.max_grad_norm": ((), "0.01", weights),
     "training.label_smoothing_factor": ((), "0.3", weights),
     "training.z_loss": ((), "0.1", weights),
+    "training.network_share": ((), "0.9", weights),
     "training.warmup_ratio": (("training.warmup_steps=0",), "0.9", weights),
     "training.warmup_steps": ((), "7", weights),
     "training.decay_ratio": (("training.warmup_steps=0",), "0.1", weights),

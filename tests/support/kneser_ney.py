@@ -68,6 +68,40 @@ def ngrams_of(table: NgramCounts) -> list[list[tuple[int, ...]]]:
     return levels
 
 
+def p_without(table: NgramCounts, context: Sequence[int], token: int) -> float:
+    """Probability of `token`, which was counted after `context`, in the table without that one count."""
+    levels = [[()], *ngrams_of(table)]
+    rows = [{ngram: row for row, ngram in enumerate(level)} for level in levels]
+    counts = [
+        {n: int(table.counts[k - 1][row]) for n, row in rows[k].items()} for k in range(1, table.order + 1)
+    ]
+    totals = [{h: int(table.totals[k][row]) for h, row in rows[k].items()} for k in range(table.order)]
+    masses = [
+        {h: table.backoffs[k][row] * totals[k][h] for h, row in rows[k].items()} for k in range(table.order)
+    ]
+
+    def discount(k: int, count: int) -> float:
+        return float(table.discounts[k - 1][min(count, 3) - 1]) if count else 0.0
+
+    for k in range(min(table.order, len(context) + 1), 0, -1):
+        near = tuple(context[len(context) - k + 1 :])
+        count = counts[k - 1].get((*near, token), 0)
+        if count == 0:
+            continue
+        masses[k - 1][near] -= discount(k, count) - discount(k, count - 1)  # that it gave to shorter contexts
+        totals[k - 1][near] -= 1
+        counts[k - 1][(*near, token)] -= 1
+        if count > 1:
+            break
+    p = 1 / table.vocab_size
+    for k in range(1, min(table.order, len(context) + 1) + 1):
+        near = tuple(context[len(context) - k + 1 :])
+        total, count = totals[k - 1].get(near, 0), counts[k - 1].get((*near, token), 0)
+        if total:
+            p = (max(count - discount(k, count), 0) + masses[k - 1][near] * p) / total
+    return p
+
+
 def p_of_table(table: NgramCounts, context: Sequence[int]) -> np.ndarray:
     """Probabilities (V,) after `context`, as `NgramCounts` states them."""
     levels = ngrams_of(table)

@@ -35,6 +35,9 @@ STACKS["llama"] = {
 }
 STACKS["gated_factorised"] = {"mixer_types": ["full_attention"], "gated_mlp": True, "mlp_rank": 12}
 STACKS["bigram"] = {"mixer_types": ["gated_linear", "full_attention"], "bigram_size": 32}
+STACKS["counts"] = {"mixer_types": ["full_attention", "gated_linear"], "ngram_order": 3}
+STACKS["counts_attention"] = {"mixer_types": ["full_attention"], "ngram_order": 4}
+READS_WORDS = {"bigram_size", "ngram_order"}  # fields with which a model needs `input_ids`
 
 
 # the kinds of config that transformers' own tests run over
@@ -66,21 +69,38 @@ def build_model(stack: str | list[str], seed: int = 0, **overrides) -> GenLMForC
     shapes = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
               "sliding_window": 5, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": EOS}  # fmt: skip
     config = GenLMConfig(**{**shapes, **chosen, **overrides})
+    counts = None
+    if config.holds_counts:
+        counts = count_random_text(config.ngram_order, config.vocab_size)
+        config.ngram_sizes = counts.sizes
     torch.manual_seed(seed)
     model = GenLMForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    if counts is not None:
+        counts.fill(model)
     return model
 
 
-def build_ngram(order: int = 4, max_entries: int | None = None) -> tuple[GenLMForCausalLM, NgramCounts]:
-    """An n-gram model of a random text in which some tokens are frequent, and its counts."""
-    ids = np.random.default_rng(0).zipf(1.3, 3000) % (VOCAB - 2) + 2
+def count_random_text(order: int, vocab_size: int = VOCAB, max_entries: int | None = None) -> NgramCounts:
+    """Counts of a random text in which some tokens are frequent."""
+    return count_ngrams(random_text(vocab_size), order, vocab_size, EOS, max_entries)
+
+
+def random_text(vocab_size: int = VOCAB) -> np.ndarray:
+    """The ids (3000,) of documents of 96 tokens."""
+    ids = np.random.default_rng(0).zipf(1.3, 3000) % (vocab_size - 2) + 2
     ids[::97] = EOS
-    counts = count_ngrams(ids, order, VOCAB, EOS, max_entries)
+    return ids
+
+
+def build_ngram(order: int = 4, max_entries: int | None = None) -> tuple[GenLMForCausalLM, NgramCounts]:
+    """An n-gram model of `random_text`, and its counts."""
+    counts = count_random_text(order, max_entries=max_entries)
     config = GenLMConfig(
-        mixer_types=["ngram"], ngram_order=order, ngram_sizes=list(map(len, counts.keys)), vocab_size=VOCAB,
+        mixer_types=["ngram"], ngram_order=order, ngram_sizes=counts.sizes, vocab_size=VOCAB,
         pad_token_id=PAD, eos_token_id=EOS, bos_token_id=EOS,
     )  # fmt: skip
     model = GenLMForCausalLM(config).eval()
