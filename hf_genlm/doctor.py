@@ -210,7 +210,7 @@ def describe_model(recipe: Recipe) -> ModelCost:
 
     An open vocabulary size is that of the tokenizer that the recipe names, or else 4,096, since `train`
     chooses it by the text, which is not read here. An open size is `tiny`, since `train` chooses it by its
-    time. The table of a decoder of counts has as many entries as it may have.
+    time. Tables of counts have as many entries as they may have.
 
     Raises:
         UserError: `train` would refuse the recipe for its model or vocabulary.
@@ -218,11 +218,16 @@ def describe_model(recipe: Recipe) -> ModelCost:
     is_ngram = recipe.model.is_ngram
     is_size_assumed = not is_ngram and recipe.model.size is None and recipe.model.hidden_size is None
     facts = read_facts(recipe)
-    if is_ngram:  # the largest tables are those with every entry at the lowest level: contexts of others
-        order = recipe.model.ngram_order or MAX_ORDER
-        facts = replace(facts, ngram_sizes=(recipe.model.ngram_entries, *[0] * order)[: order - 1])
     vocab_size = _vocab_size_of(settle_reading(recipe, facts).tokenizer)
-    config = settle(recipe, replace(facts, vocab_size=vocab_size)).architecture
+    facts = replace(facts, vocab_size=vocab_size)
+    settings = settle(recipe, facts)
+    if settings.architecture.holds_counts and facts.base is None:
+        # the largest tables are those with every entry at the lowest level: contexts of others
+        order = MAX_ORDER if is_ngram else settings.architecture.ngram_order or 1
+        order = recipe.model.ngram_order or order
+        sizes = (settings.architecture.vocab_size, settings.model.ngram_entries or 0, *[0] * order)
+        settings = settle(recipe, replace(facts, ngram_sizes=sizes[:order]))
+    config = settings.architecture
     with torch.device("meta"):
         model = GenLMForCausalLM(config)
     return ModelCost(
@@ -253,6 +258,8 @@ def count_parts(model: GenLMForCausalLM, context: int) -> list[PartCost]:
     state_bytes = {part: runs * sum(_state_bytes(mixer, model) for mixer in mixers[part]) for part in mixers}
     if model.model.embed_bigrams is not None:
         state_bytes[part_of("model.embed_bigrams", words)] += _LAST_TOKEN_BYTES
+    if model.model.ngram_context is not None:
+        state_bytes[part_of("mixture.ngrams", words)] += model.model.ngram_context.width * _LAST_TOKEN_BYTES
     return [
         PartCost(
             name=part,

@@ -165,7 +165,7 @@ def count_stored_text(config: Any) -> Findings:
     """Count the n-grams that a model's tables of counts hold; nothing for a model without such tables."""
     if not getattr(config, "holds_counts", False):
         return Findings([])
-    n_stored = sum(config.ngram_sizes)
+    n_stored = sum(config.ngram_sizes[1:])
     name = f"{STORED}/{config.ngram_order}"
     return Findings([Measurement(name, float(n_stored), "n-grams", 1, None, "train", False)])
 

@@ -74,7 +74,7 @@ def test_flops_are_those_that_torch_counts(case, n_tokens, monkeypatch):
     assert sum(flops.values()) == counter.get_total_flops() - hidden
     counts = {module: sum(found.values()) for module, found in counter.get_flop_counts().items()}
     body = counts["GenLMForCausalLM.model"]
-    assert flops["output head"] == counter.get_total_flops() - body
+    assert flops["output head"] + flops["gate of the counts"] == counter.get_total_flops() - body
     assert flops["MLP"] == sum(n for module, n in counts.items() if module.endswith(".mlp"))
 
 
@@ -150,7 +150,13 @@ def test_visible_pairs(window):
 @pytest.mark.parametrize("decoder", NETWORKS)
 def test_the_described_model_is_the_one_that_train_makes(decoder):
     recipe = load_recipe(
-        None, [f"model.decoder={decoder}", "model.hidden_size=64", "training.max_seq_length=32"]
+        None,
+        [
+            f"model.decoder={decoder}",
+            "model.hidden_size=64",
+            "training.max_seq_length=32",
+            "model.ngram_order=0",
+        ],
     )
     cost = doctor.describe_model(recipe)
     model = GenLMForCausalLM(settle(recipe).architecture)
@@ -184,7 +190,11 @@ def doctored(capsys, *arguments: str) -> dict:
 
 def test_a_run_folder_is_described_as_it_was_trained(trained, capsys):
     found = doctored(capsys, "--cost", str(trained.path))
-    assert found["n_parameters"] == sum(read_tensor_sizes(trained.model / "model.safetensors").values())
+    sizes = read_tensor_sizes(trained.model / "model.safetensors")
+    parts = {part["name"]: part["n_parameters"] for part in found["parts"]}
+    counts = parts.pop("n-gram counts")  # at most, by the recipe
+    assert sum(parts.values()) == sum(size for name, size in sizes.items() if "ngrams" not in name)
+    assert counts > sum(size for name, size in sizes.items() if "ngrams" in name)
     assert (found["vocab_size"], found["is_vocab_size_assumed"]) == (400, False)
     wider = doctored(capsys, "--cost", str(trained.path), "--set", "model.hidden_size=48")
     assert wider["hidden_size"] == 48
@@ -221,6 +231,8 @@ def test_the_table_says_what_the_json_says(capsys):
         "norms",
         "MLP",
         "output head",
+        "n-gram counts",
+        "gate of the counts",
         "total",
     ]
     total = [float(cell.replace(",", "")) for cell in cells[-1][1:] if "%" not in cell]
