@@ -205,7 +205,7 @@ def test_a_run_counts_evaluates_exactly_and_says_what_it_did(text_folder, tmp_pa
     assert "| optimizer |" not in card
     assert "shares the weights" not in card
     assert "holds pieces of its training text" in card
-    stored = f"{sum(config.ngram_sizes):,} n-grams of"
+    stored = f"{sum(config.ngram_sizes[1:]):,} n-grams of"
     assert stored in card
     found = audit(run.path, limit=2, attacks="extraction")
     assert found.measurements[0].value == sum(config.ngram_sizes[1:])
