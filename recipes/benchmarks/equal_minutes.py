@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peers import build_gpt2, train_gpt2
+from peers import build_gpt2, train_peer
 from torch.utils.data import DataLoader
 
 from hf_genlm.config.recipe import load_recipe
@@ -81,7 +81,7 @@ def run_peer(
                 yield {name: batch[name] for name in ("input_ids", "labels")}
 
     model = build_gpt2(len(tokenizer), CONTEXT, layers, width, heads)
-    train_gpt2(model, batches(), rate, lambda _, elapsed_s: elapsed_s / seconds)
+    train_peer(model, batches(), rate, lambda _, elapsed_s: elapsed_s / seconds)
     found = measure_likelihood(
         model,
         corpus.validation,

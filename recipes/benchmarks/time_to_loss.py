@@ -79,7 +79,7 @@ def run_ours(options: argparse.Namespace, seed: int) -> dict[str, float]:
 def run_peer(train: Path, validation: Path) -> dict[str, float]:
     """nanoGPT's quick start."""
     import torch
-    from peers import build_gpt2, train_gpt2
+    from peers import build_gpt2, train_peer
 
     text = train.read_text(encoding="utf-8")
     held_out = validation.read_text(encoding="utf-8")
@@ -93,7 +93,7 @@ def run_peer(train: Path, validation: Path) -> dict[str, float]:
             yield {"input_ids": rows, "labels": rows}  # shifted inside
 
     model = build_gpt2(len(characters), CONTEXT + 1, layers=4, width=128, heads=4)
-    trained = train_gpt2(model, batches(), RATE, lambda step, _: step / STEPS, beta2=0.99)
+    trained = train_peer(model, batches(), RATE, lambda step, _: step / STEPS, beta2=0.99)
     tokens = torch.tensor([characters[c] for c in held_out])
     total = 0.0
     with torch.no_grad():
