@@ -239,7 +239,7 @@ class TrainingRecipe(Section):
         "Weight decay of the table of token pairs, relative to `weight_decay`.", at_least=0)
     adam_beta1: Number = setting(0.9, "Decay of the mean of gradients; the momentum of sgd.", at_least=0,
         less_than=1, synonyms="beta1 momentum")
-    adam_beta2: Number = setting(0.95, "Decay of the mean of squared gradients.", at_least=0, less_than=1,
+    adam_beta2: Number = setting(0.99, "Decay of the mean of squared gradients.", at_least=0, less_than=1,
         synonyms="beta2")
     max_grad_norm: Number = setting(1.0, "Gradients are clipped to this norm. 0: not clipped.", at_least=0,
         synonyms="clip clipping grad_clip gradient_clipping")

@@ -73,7 +73,7 @@ def test_steps_are_those_of_the_naive_twin(stack):
             {"params": rest},
         ],
         lr=1e-2,
-        betas=(0.9, 0.95),
+        betas=(0.9, 0.99),
         weight_decay=0.0,
     )
     for of_step in gradients:
