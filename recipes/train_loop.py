@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -32,8 +33,9 @@ from hf_genlm.training.bigram_init import MAX_COUNTED_TOKENS, init_from_bigrams
 from hf_genlm.training.budget import trapezoid
 from hf_genlm.training.build import new_model
 from hf_genlm.training.corpus import prepare_corpus
+from hf_genlm.training.counting import count_corpus
 from hf_genlm.training.optimizer import OptimizerFactory
-from hf_genlm.training.trainer import computes_bfloat16
+from hf_genlm.training.trainer import uses_bfloat16
 
 
 def main(recipe_file: str, out: str) -> None:
@@ -44,7 +46,11 @@ def main(recipe_file: str, out: str) -> None:
     run = RunFolder(out)
     processes.from_first(lambda: RunFolder.create(out).path)
     corpus = prepare_corpus(run, recipe)
-    settings = settle(recipe, Facts(vocab_size=len(corpus.tokenizer), train_tokens=corpus.n_tokens))
+    facts = Facts(vocab_size=len(corpus.tokenizer), train_tokens=corpus.n_tokens)
+    settings, counts = settle(recipe, facts), None
+    if settings.architecture.holds_counts:
+        counts = count_corpus(run, corpus, settings)  # the same in every process
+        settings = settle(recipe, replace(facts, ngram_sizes=tuple(counts.sizes)))
     training = settings.training
     rows = PackedRows(
         corpus.train,
@@ -53,15 +59,15 @@ def main(recipe_file: str, out: str) -> None:
         corpus.tokenizer.pad_token_id,
     )
     set_seed(training.seed)
-    model = new_model(settings, corpus.tokenizer)
+    model = new_model(settings, corpus.tokenizer, counts=counts)
     if training.init == "bigrams":
         tokens = rows.first_tokens(MAX_COUNTED_TOKENS)
         init_from_bigrams(model, tokens, keep_embedding=False)  # the same in every process
     set_seed(training.seed)
-    uses_bfloat16 = {"auto": computes_bfloat16(), "bfloat16": True}.get(training.dtype, False)
-    accelerator = Accelerator(mixed_precision="bf16" if uses_bfloat16 else "no")
+    is_bfloat16 = uses_bfloat16(training, settings.architecture.hidden_size)
+    accelerator = Accelerator(mixed_precision="bf16" if is_bfloat16 else "no")
     with keeping_memory():
-        train(accelerator, model, rows, training, run)
+        train(accelerator, model, rows, training, run, leave_one_out=counts is not None and counts.is_most)
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         model.config.use_cache = True
@@ -76,6 +82,7 @@ def train(
     rows: PackedRows,
     training: TrainingSettings,
     run: RunFolder,
+    leave_one_out: bool,
 ) -> None:
     """Make the steps of the recipe; each one's loss, over all processes, goes to the log."""
     n = accelerator.num_processes
@@ -91,7 +98,12 @@ def train(
         return trapezoid(at / training.steps, *ratios, at, training.warmup_steps)
 
     schedule = LambdaLR(optimizer.optimizer, share)  # prepared, it would count those of each process
-    terms = {"label_smoothing": training.label_smoothing_factor, "z_loss": training.z_loss}
+    terms = {
+        "label_smoothing": training.label_smoothing_factor,
+        "z_loss": training.z_loss,
+        "network_share": training.network_share,
+        "leave_one_out": leave_one_out,
+    }
     steps = steps_of(accelerator, rows, training)
     began, n_tokens = time.monotonic(), 0
     for step, batches in zip(range(1, training.steps + 1), steps, strict=False):

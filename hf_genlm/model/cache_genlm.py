@@ -6,7 +6,13 @@ and cannot roll back; this layer does all three.
 
 import torch
 from transformers import cache_utils, masking_utils
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicCache,
+    LinearAttentionLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 # transformers' name of a cache as an argument and in an output: "cache" from 5.24 on
@@ -180,14 +186,25 @@ class RecurrentStateLayer(LinearAttentionLayer, CacheLayerMixin, DummyLayer):
         """Do nothing: states are never offloaded."""
 
 
-def layer_behind(cache, n_layers: int) -> int:
-    """The index of a state behind those of `n_layers` layers, for which a cache of transformers has no layer
-    yet: it gets one. A draft by the first layers alone has the cache of all of them."""
-    if isinstance(cache, Cache) and cache.layers:
-        if len(cache.layers) <= n_layers:
-            cache.layers.append(RecurrentStateLayer())
+class LastWordsLayer(RecurrentStateLayer):
+    """The last words of each row, behind the states of the layers.
+
+    Transformers makes a cache with a layer for each of the network. This one joins a cache with the first
+    tokens, and keeps the past from then on where the others can be cropped unasked.
+    """
+
+    _layer_type = "genlm_last_words"
+
+    @classmethod
+    def index_in(cls, cache, n_layers: int) -> int:
+        """The index of this layer in `cache`, which gets one if it has none; `n_layers` without layers."""
+        if not isinstance(cache, Cache) or not cache.layers:
+            return n_layers
+        if not isinstance(cache.layers[-1], cls):
+            layer = cls()
+            layer.record_past = isinstance(cache, DynamicCache) and cache.is_croppable
+            cache.layers.append(layer)
         return len(cache.layers) - 1
-    return n_layers
 
 
 def suit_prompt_methods(model, inputs: dict, attention_mask) -> dict:

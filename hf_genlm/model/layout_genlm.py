@@ -52,8 +52,9 @@ def check_padding(mask: torch.Tensor | None) -> None:
         )
 
 
-def check_shapes(layer_types: set[str], shape: tuple[int, int], attention_mask, position_ids) -> None:
-    """Raise ValueError for a mask or positions of other rows or another length than tokens (B, T)."""
+def check_shapes(layer_types, has_states: bool, shape, attention_mask, position_ids) -> None:
+    """Raise ValueError for a mask or positions of other rows or another length than tokens of `shape`, or for
+    a mask that states cannot follow. A mask for each of `layer_types` may be given."""
     n_rows, n_tokens = shape
     if position_ids is not None and position_ids.shape not in ((n_rows, n_tokens), (1, n_tokens)):
         raise ValueError(
@@ -61,11 +62,11 @@ def check_shapes(layer_types: set[str], shape: tuple[int, int], attention_mask, 
             "(rows, tokens) or (1, tokens)"
         )
     is_dict = isinstance(attention_mask, dict)
-    missing = layer_types - set(attention_mask) if is_dict else None
+    missing = set(layer_types) - set(attention_mask) if is_dict else None
     if missing:
         raise ValueError(f"attention_mask is a dict without {', '.join(sorted(missing))}")
-    if RecurrentStateLayer._layer_type in layer_types:
-        check_padding(attention_mask[RecurrentStateLayer._layer_type] if is_dict else attention_mask)
+    if has_states:
+        check_padding(attention_mask.get(RecurrentStateLayer._layer_type) if is_dict else attention_mask)
     masks = attention_mask.values() if is_dict else (attention_mask,)
     for mask in masks:
         if getattr(mask, "ndim", 0) == 2 and (mask.shape[0] != n_rows or mask.shape[1] < n_tokens):

@@ -50,7 +50,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_genlm import GenLMAttention, GenLMPositionEmbedding, GenLMRotaryEmbedding
 from .bigram_genlm import GenLMBigramEmbedding, GenLMWordEmbedding
-from .cache_genlm import CACHE, CarriedState, RecurrentStateLayer, layer_behind, suit_prompt_methods
+from .cache_genlm import CACHE, CarriedState, LastWordsLayer, RecurrentStateLayer, suit_prompt_methods
 from .configuration_genlm import GenLMConfig
 from .initialization_genlm import start_isometric
 from .layout_genlm import TimeLayout, check_shapes, number_documents
@@ -240,7 +240,9 @@ class GenLMModel(GenLMPreTrainedModel):
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        check_shapes(self._layer_types, inputs_embeds.shape[:2], attention_mask, position_ids)
+        has_states = RecurrentStateLayer._layer_type in self._layer_types
+        shape = inputs_embeds.shape[:2]
+        check_shapes(self.config.layer_types, has_states, shape, attention_mask, position_ids)
         is_packed = any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx"))
         if is_packed and position_ids is None:
             raise ValueError("packed documents need position_ids, 0 where each starts, beside cu_seq_lens_q")
@@ -277,7 +279,7 @@ class GenLMModel(GenLMPreTrainedModel):
         contexts = None
         if self.ngram_context is not None:
             numbers = (input_ids + 1).float()[..., None]
-            at = layer_behind(past_key_values, self.config.num_hidden_layers)
+            at = LastWordsLayer.index_in(past_key_values, self.config.num_hidden_layers)
             contexts, _ = self.ngram_context(numbers, layout, past_key_values, layer_idx=at)
         return GenLMModelOutput(
             last_hidden_state=self._read_out(self.norm(hidden_states)),

@@ -19,6 +19,7 @@ from torch.optim.adamw import adamw as adamw_step
 
 from hf_genlm.errors import UserError
 from hf_genlm.model.bigram_genlm import GenLMBigramEmbedding
+from hf_genlm.model.ngram_genlm import GenLMMixture
 
 # hyperparameters of a parameter group of Muon that the group does not state, by its `method`
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -50,7 +51,7 @@ class Roles(NamedTuple):
     matrices: list[nn.Parameter]  # of the layers
     tables: list[nn.Parameter]  # embeddings and head
     bigrams: list[nn.Parameter]  # the bigram embedding
-    rest: list[nn.Parameter]  # biases and norms
+    rest: list[nn.Parameter]  # biases, norms and the gate of counts
 
 
 def split_by_role(model: nn.Module) -> Roles:
@@ -61,6 +62,8 @@ def split_by_role(model: nn.Module) -> Roles:
         if isinstance(module, nn.Embedding) or module is getattr(model, "lm_head", None):
             role = roles.bigrams if isinstance(module, GenLMBigramEmbedding) else roles.tables
             role_of |= {id(parameter): role for parameter in module.parameters()}
+        elif isinstance(module, GenLMMixture):
+            role_of |= {id(parameter): roles.rest for parameter in module.parameters()}
     for parameter in model.parameters():
         if parameter.requires_grad:
             role = roles.rest if parameter.ndim < 2 else role_of.get(id(parameter), roles.matrices)

@@ -8,14 +8,14 @@ from accelerate.big_modeling import (
 )
 from support import contracts
 from support.contracts import N_NEW, generate
-from support.models import PAD, STACKS, build_model
+from support.models import PAD, READS_WORDS, STACKS, build_model
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
 
 from hf_genlm.decoding import FastGenerator
 from hf_genlm.model import RECURRENT_MIXERS
 from hf_genlm.model.cache_genlm import CACHE
 
-TAKES_EMBEDDINGS = [stack for stack, config in STACKS.items() if "bigram_size" not in config]
+TAKES_EMBEDDINGS = [stack for stack, config in STACKS.items() if not READS_WORDS & set(config)]
 
 
 def test_greedy_search_equals_that_without_cache(model, tokens):
@@ -111,7 +111,7 @@ def test_every_output_is_available(model, tokens, num_beams):
     assert out.hidden_states[-1][-2].shape == (3 * num_beams, 1, 32)
     # the last is what the head reads, which is h W^T for a head that is tied through W (as in OPT)
     assert out.hidden_states[-1][-1].shape == (3 * num_beams, 1, model.lm_head.in_features)
-    assert len(out.past_key_values) == len(layer_types)
+    assert len(out.past_key_values) == len(layer_types) + (model.mixture is not None)
     assert out.past_key_values.get_seq_length() == 12 + N_NEW - 1
 
 

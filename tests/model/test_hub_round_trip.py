@@ -86,7 +86,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, tokens):
             model.activation_checkpointing_enable()
         model.train()
         loss = model(tokens, labels=tokens, use_cache=False).loss
-        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+        gradients.append(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
     for with_it, without in zip(*gradients, strict=True):
         torch.testing.assert_close(with_it, without, atol=1e-6, rtol=1e-5)
 

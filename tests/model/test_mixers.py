@@ -45,7 +45,7 @@ def test_right_padding_leaves_the_state_of_the_last_token(model, tokens):
         torch.testing.assert_close(padded.logits[row, :length], by_itself.logits[0], atol=1e-5, rtol=0)
         alone = by_itself.past_key_values
         n_compared = 0
-        layers = zip(model.config.layer_types, cache.layers, alone.layers, strict=True)
+        layers = zip(model.config.layer_types, cache.layers, alone.layers, strict=False)  # but the last words
         for layer_type, mixed, own in layers:
             if layer_type == "sliding_attention":  # it keeps the last keys, here those of padding
                 pairs = []
