@@ -340,6 +340,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "steps": Count, "tokens": Count, "seconds": Number, "tokens_per_s": Number, "epochs": _Optional,
     },
     "counts": {"order": Count, "bits_per_byte": Number},
+    "forecast": {"expected": _Optional, "times": _Optional, "bits_per_byte": Number},
     "evaluated": {"measurements": list[_VALUE]},  # type: ignore[valid-type]
 }  # fmt: skip
 EVENTS = {event: create_model(event, **fields) for event, fields in _FIELDS.items()}

@@ -187,6 +187,7 @@ def _read_facts(run: RunFolder, recipe: Recipe, picture: str) -> dict[str, Any]:
         "is_tied": order is None and "lm_head.weight" not in sizes,
         "ngram_order": order,
         "counts": last.get("counts"),
+        "forecast": last.get("forecast"),
         "measurements": shown,
         "definitions": [wording.DEFINITIONS[m.name] for m in shown if m.name in wording.DEFINITIONS],
         "headline": next((m for m in measured if m.name == "bits_per_byte"), None),

@@ -255,6 +255,7 @@ class Display:
             "counts": lambda order, bits_per_byte: (
                 f"counts        {order}-grams alone need {bits_per_byte:.4f} bits per byte (--decoder ngram)"
             ),
+            "forecast": _forecast_line,
             "trained": lambda steps, tokens, seconds, tokens_per_s, **_: (
                 f"trained       {steps:,} steps, {tokens:,} tokens in {seconds:.1f} s, "
                 f"{tokens_per_s:,} tokens/s"
@@ -380,6 +381,13 @@ def _planned_line(
         f"planned       width {hidden_size}, {num_hidden_layers} layers, {threads} threads: "
         f"about {tokens:,} tokens at {1000 * step_s:.0f} ms a step{epochs}"
     )
+
+
+def _forecast_line(expected: float | None, times: float | None, bits_per_byte: float) -> str:
+    longer = "more time would help little: the text is read training.max_epochs times at most; add text"
+    if times is not None:
+        longer = f"{times:.2g} times the time: about {bits_per_byte:.2f} bits per byte"
+    return f"forecast      {'' if expected is None else f'about {expected:.2f} bits per byte; '}{longer}"
 
 
 def _model_line(

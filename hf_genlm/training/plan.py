@@ -95,8 +95,7 @@ def plan_size(recipe: Recipe, facts: Facts, seconds: float, measure: Measure) ->
     vocab_size = settle(recipe, facts).tokenizer.vocab_size
 
     def weights_of(shape: Shape) -> int:
-        # the head, and 12 d^2 for each layer, as attention or a gated recurrence has with an MLP of 4 d
-        return shape.hidden_size * (vocab_size + 12 * shape.hidden_size * shape.num_hidden_layers)
+        return count_weights(shape.hidden_size, shape.num_hidden_layers, vocab_size)
 
     def is_enough(tokens: float, shape: Shape) -> bool:
         return tokens >= TOKENS_PER_WEIGHT * weights_of(shape)
@@ -119,6 +118,14 @@ def plan_size(recipe: Recipe, facts: Facts, seconds: float, measure: Measure) ->
         rung = max((i for i, guess in enumerate(guesses) if is_enough(guess, ladder[i])), default=0)
     enough = [i for i, plan in measured.items() if is_enough(plan.tokens, plan.shape)]
     return measured[max(enough, default=0)]
+
+
+def count_weights(hidden_size: int, num_layers: int, vocab_size: int) -> int:
+    """Count the weights that a token is multiplied by, about: those of the head, and 12 d^2 for each layer.
+
+    Attention or a gated recurrence has so many with an MLP of 4 d.
+    """
+    return hidden_size * (vocab_size + 12 * hidden_size * num_layers)
 
 
 def choose_threads(build: Callable[[], GenLMForCausalLM], settings: Settings) -> int:

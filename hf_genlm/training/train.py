@@ -13,7 +13,7 @@
 import contextlib
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -51,6 +51,7 @@ from hf_genlm.training.corpus import (
 )
 from hf_genlm.training.counting import NgramCounts, count_corpus, measure_counts
 from hf_genlm.training.fit import Job, fit, likelihood_of, sample
+from hf_genlm.training.forecast import log_forecast
 from hf_genlm.training.plan import choose_threads, plan_run
 from hf_genlm.training.private import PrivateState, begin_private, trainer_settings, write_guarantee
 from hf_genlm.training.trackers import tracking
@@ -380,6 +381,8 @@ def _finish(
     with tracking(run, job.settings.to_recipe(), is_resuming=begin is not None):
         if begin is not None:
             run.log("resumed", step=begin.progress.step)
+        if begin is None and job.settings.length.seconds is not None and processes.is_first():
+            _forecast(run, job, job.settings.length.seconds)
         with stop.deferred():  # until the weights are saved
             is_network = not job.settings.architecture.is_ngram
             trained = _fit(run, job, model, begin, stop) if is_network else _fit_counts(run, job, model)
@@ -449,14 +452,22 @@ def save(run: RunFolder, model: GenLMForCausalLM, tokenizer: PreTrainedTokenizer
 
 def _evaluate(run: RunFolder, job: Job) -> RunFolder:
     if processes.is_first():
-        evaluate_run(run, job.corpus, job.settings)
-        is_public = job.settings.privacy.epsilon is None  # counts of a private text are not covered
-        is_network = not job.settings.architecture.is_ngram
-        if is_network and is_public and isinstance(job.corpus, TokenizedCorpus):
-            trained = [event for event in run.read_log() if event["event"] == "trained"]
-            measure_counts(run, job.corpus, trained[-1]["seconds"] if trained else 0.0)
+        measured = evaluate_run(run, job.corpus, job.settings)
+        trained = [event for event in run.read_log() if event["event"] == "trained"]
+        _forecast(run, job, trained[-1]["seconds"] if trained else 0.0, measured)
         shutil.rmtree(run.checkpoints, ignore_errors=True)  # a run that is done is not resumed
     return run
+
+
+def _forecast(run: RunFolder, job: Job, seconds: float, measured: Sequence[Measurement] = ()) -> None:
+    """Measure what counts reach, if that is not done, and log what the run, or more time, will reach."""
+    is_public = job.settings.privacy.epsilon is None  # counts of a private text are not covered
+    if job.settings.architecture.is_ngram or not is_public:
+        return
+    events = run.read_log()
+    if isinstance(job.corpus, TokenizedCorpus) and not any(event["event"] == "counts" for event in events):
+        measure_counts(run, job.corpus, seconds)
+    log_forecast(run, job.settings, measured)
 
 
 def evaluate_run(
