@@ -25,7 +25,8 @@ from hf_genlm.training.forecast import CURVES, LONGER, Curve, Training
 from hf_genlm.training.plan import count_weights
 
 CLOSE = 0.05  # bits per byte
-FLOORS, RATES = np.arange(0.5, 0.96, 0.05), np.geomspace(0.02, 0.5, 25)  # that are tried
+FLOORS = np.arange(0.5, 0.96, 0.05).round(2).tolist()  # that are tried, as the rates
+RATES = np.geomspace(0.02, 0.5, 25).round(3).tolist()
 
 
 def main() -> None:
@@ -121,7 +122,7 @@ def fit(runs: list[dict], pairs: list[tuple[dict, dict]]) -> None:
     def worth(curve: Curve) -> float:
         return sum((forecast(run, curve) - longer["bits"]) ** 2 for run, longer in pairs)
 
-    tried = [Curve(float(f), gap_of(f, r), float(r)) for f, r in itertools.product(FLOORS, RATES)]
+    tried = [Curve(f, round(gap_of(f, r), 3), r) for f, r in itertools.product(FLOORS, RATES)]
     best = min(tried, key=worth)
     errors = [forecast(run, best) - longer["bits"] for run, longer in pairs]
     print(f"best here: {best}, largest error {max(map(abs, errors)):.3f}")

@@ -57,12 +57,9 @@ def test_a_text_that_was_read_as_often_as_it_may_be_gains_nothing_by_time():
     assert replace(done, max_tokens=None).useful_times == LONGER  # a stream
 
 
-def settings_of(*stated: str, counts: bool = False, n_tokens: int = 10**9) -> Settings:
-    facts = Facts(vocab_size=400, train_tokens=n_tokens, train_targets=(n_tokens,), step_s=0.1)
-    settings = settle(load_recipe(None, [*SMALL[:-2], "training.steps=null", *stated]), facts)
-    if counts:
-        settings.architecture.ngram_order = 5
-    return settings
+def settings_of(*stated: str) -> Settings:
+    facts = Facts(vocab_size=400, train_tokens=10**9, train_targets=(10**9,), step_s=0.1)
+    return settle(load_recipe(None, [*SMALL[:-2], "training.steps=null", *stated]), facts)
 
 
 def bits(value: float) -> list[Measurement]:
@@ -81,7 +78,7 @@ def forecasts_of(run: RunFolder) -> list[dict]:
 
 
 def test_what_a_log_says_before_and_after_a_run(run):
-    settings = settings_of("training.minutes=1", counts=True)
+    settings = settings_of("training.minutes=1")
     log_forecast(run, settings)
     run.log("trained", steps=600, tokens=150_000, epochs=0.001, seconds=60.0, tokens_per_s=2500)
     log_forecast(run, settings, bits(1.7))
@@ -96,15 +93,15 @@ def test_what_a_log_says_before_and_after_a_run(run):
 
 
 @pytest.mark.parametrize(
-    ("stated", "is_counted", "measured"),
+    ("stated", "measured"),
     [
-        (["training.minutes=1"], False, []),  # the level of a network alone is not known
-        (["training.steps=9"], True, bits(1.7)),
-        (["training.minutes=1"], True, bits(math.nan)),
+        (["training.minutes=1", "model.ngram_order=0"], []),  # the level of a network alone is not known
+        (["training.steps=9"], bits(1.7)),
+        (["training.minutes=1"], bits(math.nan)),
     ],
 )
-def test_nothing_is_said_that_is_not_known(stated, is_counted, measured, run):
-    log_forecast(run, settings_of(*stated, counts=is_counted), measured)
+def test_nothing_is_said_that_is_not_known(stated, measured, run):
+    log_forecast(run, settings_of(*stated), measured)
     assert forecasts_of(run) == []
 
 
