@@ -35,7 +35,7 @@ class Curve(NamedTuple):
 
 
 # of networks without and with counts inside
-CURVES = {False: Curve(0.85, 0.36, 0.22), True: Curve(0.7, 0.29, 0.04)}
+CURVES = {False: Curve(0.85, 0.36, 0.22), True: Curve(0.7, 0.29, 0.055)}
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class Training:
 
 def training_of(settings: Settings, tokens: float, epochs: float | None) -> Training:
     """The training by these settings that sees `tokens`."""
-    length, model = settings.length, settings.architecture
+    length, model = settings.length, settings.model
     return Training(
         tokens=max(1, tokens),
-        weights=count_weights(model.hidden_size, model.num_hidden_layers, model.vocab_size),
-        curve=CURVES[model.holds_counts],
+        weights=count_weights(model.hidden_size, model.num_hidden_layers, settings.tokenizer.vocab_size),
+        curve=CURVES[settings.architecture.holds_counts],
         epochs=epochs,
         max_tokens=None if length.epochs is None else length.pace.tokens(length.max_steps),
     )
@@ -99,10 +99,9 @@ def log_forecast(run: RunFolder, settings: Settings, measured: Sequence[Measurem
     training = training_of(settings, length.pace.tokens(length.expected_steps), length.epochs)
     if "trained" in last:
         training = training_of(settings, last["trained"]["tokens"], last["trained"].get("epochs"))
-    bits = next((m.value for m in measured if m.name == "bits_per_byte"), None)
-    is_known = counts is not None and settings.architecture.holds_counts
-    expected = training.level * counts if bits is None and is_known else None
-    now = expected if bits is None else bits
+    now, expected = next((m.value for m in measured if m.name == "bits_per_byte"), None), None
+    if now is None and counts is not None and settings.architecture.holds_counts:
+        now = expected = training.level * counts
     if now is None or not math.isfinite(now):
         return
     times = training.useful_times
