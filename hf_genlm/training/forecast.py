@@ -74,18 +74,6 @@ class Training:
         return floor + (bits - floor) * math.exp(-self.curve.rate * path) if bits > floor else bits
 
 
-def training_of(settings: Settings, tokens: float, epochs: float | None) -> Training:
-    """The training by these settings that sees `tokens`."""
-    length, model = settings.length, settings.model
-    return Training(
-        tokens=max(1, tokens),
-        weights=count_weights(model.hidden_size, model.num_hidden_layers, settings.tokenizer.vocab_size),
-        curve=CURVES[settings.architecture.holds_counts],
-        epochs=epochs,
-        max_tokens=None if length.epochs is None else length.pace.tokens(length.max_steps),
-    )
-
-
 def log_forecast(run: RunFolder, settings: Settings, measured: Sequence[Measurement] = ()) -> None:
     """Log what the run will reach, before it is `measured`, and what four times its time would.
 
@@ -96,9 +84,14 @@ def log_forecast(run: RunFolder, settings: Settings, measured: Sequence[Measurem
     if length.seconds is None:
         return
     counts = last["counts"]["bits_per_byte"] if "counts" in last else None
-    training = training_of(settings, length.pace.tokens(length.expected_steps), length.epochs)
+    tokens, epochs = length.pace.tokens(length.expected_steps), length.epochs
     if "trained" in last:
-        training = training_of(settings, last["trained"]["tokens"], last["trained"].get("epochs"))
+        tokens, epochs = last["trained"]["tokens"], last["trained"].get("epochs")
+    model, vocab_size = settings.model, settings.tokenizer.vocab_size
+    weights = count_weights(model.hidden_size, model.num_hidden_layers, vocab_size)
+    max_tokens = None if length.epochs is None else length.pace.tokens(length.max_steps)
+    curve = CURVES[settings.architecture.holds_counts]
+    training = Training(max(1, tokens), weights, curve, epochs, max_tokens)
     now, expected = next((m.value for m in measured if m.name == "bits_per_byte"), None), None
     if now is None and counts is not None and settings.architecture.holds_counts:
         now = expected = training.level * counts

@@ -121,10 +121,7 @@ def plan_size(recipe: Recipe, facts: Facts, seconds: float, measure: Measure) ->
 
 
 def count_weights(hidden_size: int, num_layers: int, vocab_size: int) -> int:
-    """Count the weights that a token is multiplied by, about: those of the head, and 12 d^2 for each layer.
-
-    Attention or a gated recurrence has so many with an MLP of 4 d.
-    """
+    """Count the weights that a token is multiplied by: the head's, and about 12 d^2 for each layer."""
     return hidden_size * (vocab_size + 12 * hidden_size * num_layers)
 
 
