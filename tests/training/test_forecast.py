@@ -57,8 +57,8 @@ def test_a_text_that_was_read_as_often_as_it_may_be_gains_nothing_by_time():
     assert replace(done, max_tokens=None).useful_times == LONGER  # a stream
 
 
-def settings_of(*stated: str) -> Settings:
-    facts = Facts(vocab_size=400, train_tokens=10**9, train_targets=(10**9,), step_s=0.1)
+def settings_of(*stated: str, n_tokens: int = 10**9) -> Settings:
+    facts = Facts(vocab_size=400, train_tokens=n_tokens, train_targets=(n_tokens,), step_s=0.1)
     return settle(load_recipe(None, [*SMALL[:-2], "training.steps=null", *stated]), facts)
 
 
@@ -90,6 +90,15 @@ def test_what_a_log_says_before_and_after_a_run(run):
     assert (after["expected"], after["times"]) == (None, 4)
     trained = replace(planned, tokens=150_000)
     assert after["bits_per_byte"] == pytest.approx(trained.continued(1.7, 2.0, 4), abs=1e-3)
+
+
+@pytest.mark.parametrize(("share", "times"), [(1, None), (0.9, None), (0.5, 2), (0.01, 4)])
+def test_a_small_text_bounds_the_time_by_what_was_trained(share, times, run):
+    settings = settings_of("training.minutes=1", n_tokens=10_000)
+    n_tokens = settings.length.pace.tokens(settings.length.max_steps) * share
+    run.log("trained", steps=9, tokens=int(n_tokens), epochs=8 * share, seconds=60.0, tokens_per_s=9)
+    log_forecast(run, settings, bits(1.7))
+    assert forecasts_of(run)[0]["times"] == (times and pytest.approx(times, abs=0.01))
 
 
 @pytest.mark.parametrize(
