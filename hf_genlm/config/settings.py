@@ -87,6 +87,7 @@ class Facts:
     num_threads: int | None = None  # with which a step took so long; None: not on a CPU
     planning_s: float = 0.0  # which counts as training time
     ngram_sizes: tuple[int, ...] | None = None  # n-grams of 1, 2, ... tokens that were counted
+    leave_one_out: bool = False  # most of the text was counted: a word of it finds its own count
     is_sharded: bool = False  # each process will hold a part of the weights
 
     def epoch_tokens(self, max_seq_length: int) -> int | None:

@@ -64,12 +64,8 @@ class Job:
     frozen_rows: torch.Tensor | None = None  # (V,) rows of the embedding that keep their vectors
     private: PrivateState | None = None  # of a run with a guarantee for each document
     threads: ThreadsCallback | None = None  # of a run on a CPU
-    counts: NgramCounts | None = None  # that the model holds
-
-    @property
-    def leave_one_out(self) -> bool:
-        """True if a word of the training text finds its own count in the model."""
-        return self.settings.model.init_from is None and self.counts is not None and self.counts.is_most
+    counts: NgramCounts | None = None  # that the model holds, in the first process
+    leave_one_out: bool = False  # a word of the training text finds its own count in the model
 
     @property
     def pace(self) -> Pace:

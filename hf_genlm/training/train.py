@@ -165,7 +165,8 @@ def _prepare(run: RunFolder, recipe: Recipe, facts: Facts) -> Job:
     private = None
     if facts.private_documents is not None:
         private = begin_private(run, settings, facts.private_documents)
-    job = replace(_job_of(run, settings, corpus, private), counts=counts)
+    job = _job_of(run, settings, corpus, private)
+    job = replace(job, counts=counts, leave_one_out=facts.leave_one_out)
     if processes.is_first():
         corpus.tokenizer.model_max_length = settings.training.max_seq_length
         save_tokenizer(run, corpus.tokenizer)
@@ -185,12 +186,13 @@ def _count(
         return facts, None
     found: list[NgramCounts] = []
 
-    def count() -> list[int]:
+    def count() -> tuple[list[int], bool]:
         found.append(count_corpus(run, corpus, settings))
-        return found[0].sizes
+        return found[0].sizes, found[0].is_most
 
-    sizes = processes.from_first(count)
-    return replace(facts, ngram_sizes=tuple(sizes)), found[0] if found else None
+    sizes, is_most = processes.from_first(count)
+    facts = replace(facts, ngram_sizes=tuple(sizes), leave_one_out=is_most)
+    return facts, found[0] if found else None
 
 
 def _read(
@@ -299,7 +301,8 @@ def _resume(run: RunFolder, stated: Recipe, stop: StopRequest) -> RunFolder:
     private = None
     if settings.privacy.epsilon is not None and begin is not None:
         private = PrivateState.load(begin.path, begin.progress.steps)
-    job = replace(_job_of(run, settings, corpus, private), counts=counts)
+    job = _job_of(run, settings, corpus, private)
+    job = replace(job, counts=counts, leave_one_out=facts.leave_one_out)
     if has_model:
         with tracking(run, settings.to_recipe(), is_resuming=True):
             return _evaluate(run, job)
