@@ -9,6 +9,7 @@ from support.runs import small_recipe
 
 from hf_genlm.card import write_card
 from hf_genlm.config.recipe import load_recipe
+from hf_genlm.config.settings import Facts
 from hf_genlm.config.settle import settle
 from hf_genlm.decoding import FastGenerator
 from hf_genlm.errors import UserError
@@ -153,6 +154,8 @@ def test_a_network_has_counts_unless_the_recipe_speaks_against_them(stated, orde
     settings = settle(load_recipe(None, [stated]))
     assert settings.architecture.ngram_order == order
     assert settings.model.ngram_order == (order or 0)
+    sharded = settle(load_recipe(None, [stated]), Facts(is_sharded=True))
+    assert sharded.model.ngram_order == (3 if order == 3 else 0)  # check() refuses what is stated
 
 
 @pytest.mark.parametrize(

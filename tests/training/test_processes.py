@@ -179,6 +179,7 @@ def jobs_of(text, decoders, more, sharded):
             "assignments": [
                 *SMALL, f"corpus.sources={text}", f"model.decoder={decoder}", "training.num_samples=1",
                 *more.get(decoder, []), *more.get("all", []),
+                *(["model.ngram_order=0"] if sharded else []),  # as processes that share the weights decide
             ],
         }
         for decoder in decoders
