@@ -121,6 +121,7 @@ class GenLMPreTrainedModel(PreTrainedModel):
     _supports_context_parallel = False  # accelerate removes masks only from modules named self_attn
     _can_compile_fullgraph = True
     _keys_to_ignore_on_load_unexpected = [r"^mixture\."]  # a classifier has no counts
+    _keep_in_fp32_modules_strict = ["backoffs", "discounts"]  # of counts
     _can_record_outputs = {"hidden_states": GradientCheckpointingLayer, "attentions": GenLMAttention}
 
     def save_pretrained(self, save_directory, **kwargs):

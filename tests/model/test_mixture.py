@@ -184,3 +184,13 @@ def test_counts_help_the_network_and_go_with_its_model(text_folder, tmp_path):
     assert "`n-gram counts`" in (run.model / "README.md").read_text()
     extended = extend(str(run.path), [str(text_folder)], n_new_tokens=5, out=tmp_path / "extended")
     assert GenLMForCausalLM.from_pretrained(extended.path).config.ngram_sizes == model.config.ngram_sizes
+
+
+def test_a_model_in_half_precision_keeps_its_tables(tokens, tmp_path):
+    model = build_model("counts")
+    model.save_pretrained(tmp_path)
+    loaded = GenLMForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, table in model.mixture.ngrams.named_parameters():
+        assert torch.equal(loaded.mixture.ngrams.get_parameter(name), table), name
+    assert loaded(tokens).logits.dtype == torch.bfloat16
+    assert (loaded(tokens).logits - model(tokens).logits).abs().max() < 0.3
