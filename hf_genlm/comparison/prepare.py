@@ -88,7 +88,7 @@ def _choose_fields(
         )
     return {
         "fields": fields,
-        "parameters": cost.n_parameters,
+        "parameters": cost.n_trained or cost.n_parameters,
         "training_flops_per_token": cost.training_flops_per_token,
         "hidden_size": cost.hidden_size,
         "layers": cost.layer_runs * len(cost.mixer_types),
@@ -132,7 +132,7 @@ def _shape_for_parameters(recipe: Recipe, plan: Plan, name: str) -> Fields:
         recipe.model.size, recipe.model.hidden_size = None, width
         recipe.model.num_hidden_layers = n_layers
         try:
-            return describe_model(recipe).n_parameters
+            return describe_model(recipe).n_trained  # counts take none away from the network
         except UserError:  # a width that the heads do not divide
             return math.inf
 

@@ -245,7 +245,15 @@ def _read_run(folder: RunFolder, run: Run, table: np.ndarray) -> RunResult:
         passes=trained.get("epochs"),
         seconds=trained["seconds"],
         tokens_per_s=trained["tokens_per_s"],
-        parameters=next((event["parameters"] for event in events if event["event"] == "model"), None),
+        # of the network, beside which counts take none away
+        parameters=next(
+            (
+                event["parameters"] - (event.get("of_counts") or 0)
+                for event in events
+                if event["event"] == "model"
+            ),
+            None,
+        ),
         validation_curve=[
             (max((s for at, s in elapsed.items() if at <= step), default=0.0), event["bits_per_byte"])
             for step, event in sorted(validations.items())

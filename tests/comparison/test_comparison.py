@@ -183,7 +183,7 @@ def test_equal_parameters_and_equal_flops(text, tmp_path):
     for name, found in settled.items():
         recipe = plan.recipe(name, {**found["fields"], "tokenizer.path": str(tmp_path / "tokenizer")})
         cost = describe_model(recipe)
-        assert cost.n_parameters == found["parameters"]
+        assert cost.n_trained == found["parameters"]
         assert (
             0 <= 1e11 - recipe.training.tokens * cost.training_flops_per_token < cost.training_flops_per_token
         )

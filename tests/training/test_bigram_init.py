@@ -217,9 +217,9 @@ def test_warm_up_by_steps_follows_the_start_and_can_be_stated(text_folder):
 
 
 def test_a_run_starts_below_its_random_twin(text_folder, tmp_path):
-    first = {}
+    first, stated = {}, ("training.steps=2", "model.ngram_order=0")
     for start in ("bigrams", "random"):
-        run = train(small_recipe(text_folder, f"training.init={start}", "training.steps=2"), tmp_path / start)
+        run = train(small_recipe(text_folder, f"training.init={start}", *stated), tmp_path / start)
         log = run.read_log()
         first[start] = next(event["loss"] for event in log if event["event"] == "step")
         assert any(event["event"] == "bigrams" for event in log) == (start == "bigrams")

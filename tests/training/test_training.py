@@ -444,6 +444,7 @@ def test_the_loss_of_training_is_that_of_the_plain_path(text_folder, tmp_path, m
         "training.z_loss=0.001",
         "training.label_smoothing_factor=0.1",
         "model.final_logit_softcapping=20",
+        "model.ngram_order=0",
     )
     recipe = small_recipe(text_folder, "training.steps=6", "training.num_validations=0", *terms)
     without = losses(train(recipe, tmp_path / "a"))
