@@ -293,7 +293,19 @@ class GenLMMixture(nn.Module):
         return self.mix(logits, self.of_state(states), contexts)
 
     def mix(self, logits: torch.Tensor, units: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
-        """`forward`, where the state's part of the gate's units (..., U) is known."""
+        """`forward`, where the state's part of the gate's units (..., U) is known.
+
+        Without gradients, many logits are overwritten, a few rows at a time: they are large.
+        """
+        n_rows = max(1, _MAX_PROBABILITIES // logits.shape[-1])
+        flat = [each.flatten(0, -2) for each in (logits, units, contexts)]
+        if len(flat[0]) <= n_rows or torch.is_grad_enabled():
+            return self._mix(*flat).view_as(logits)
+        for some in zip(*(each.split(n_rows) for each in flat), strict=True):
+            some[0].copy_(self._mix(*some))
+        return flat[0].view_as(logits)
+
+    def _mix(self, logits: torch.Tensor, units: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
         counted, features = self.ngrams.of_contexts(contexts)
         gate = torch.sigmoid(self.open(units, features))[..., None]
         counted = counted.to(gate.dtype)

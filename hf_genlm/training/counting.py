@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MAX_ORDER = 6
 MAX_COUNTED_TOKENS = 1 << 23  # bounds memory: recipes/LOG.md has the measured peak
-MAX_BESIDE_NETWORK = 1 << 22  # counted tokens, which take about half a gigabyte
+MAX_BESIDE_NETWORK = 1 << 21  # counted tokens, which take about a quarter of a gigabyte
 FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)  # where counts of counts give none; KenLM's
 _BLOCK = 1 << 16  # tokens taken together from a text longer than what is counted
 _HELD_OUT_SHARE, _MAX_HELD_OUT, _MIN_DOCUMENTS = 0.05, 100_000, 8  # tokens that choose the order, and of what
@@ -72,11 +72,12 @@ class NgramCounts:
 
     @torch.no_grad()
     def fill(self, model: "GenLMForCausalLM") -> None:
-        """Copy the tables into a model with a config of these sizes."""
+        """Give the tables to a model with a config of these sizes; the memory is the same, not a copy."""
         head = model.lm_head if model.mixture is None else model.mixture.ngrams
         for name in ("keys", "counts", "totals", "backoffs"):
             for table, values in zip(getattr(head, name), getattr(self, name), strict=True):
-                table[: len(values)].copy_(torch.from_numpy(values))
+                if len(values):
+                    table.data = torch.from_numpy(values)
         head.discounts.copy_(torch.from_numpy(self.discounts))
 
     @property

@@ -16,7 +16,7 @@ from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.exporting.targets import network_of
 from hf_genlm.extension import extend
-from hf_genlm.model import GenLMConfig, GenLMForCausalLM, GenLMForSequenceClassification
+from hf_genlm.model import GenLMConfig, GenLMForCausalLM, GenLMForSequenceClassification, ngram_genlm
 from hf_genlm.model.loss_genlm import cap_logits
 from hf_genlm.training.check import check
 from hf_genlm.training.train import train
@@ -194,3 +194,11 @@ def test_a_model_in_half_precision_keeps_its_tables(tokens, tmp_path):
         assert torch.equal(loaded.mixture.ngrams.get_parameter(name), table), name
     assert loaded(tokens).logits.dtype == torch.bfloat16
     assert (loaded(tokens).logits - model(tokens).logits).abs().max() < 0.3
+
+
+def test_many_logits_are_mixed_a_few_rows_at_a_time(model, tokens, monkeypatch):
+    with torch.no_grad():
+        whole = model(tokens).logits
+        monkeypatch.setattr(ngram_genlm, "_MAX_PROBABILITIES", 5 * VOCAB)
+        torch.testing.assert_close(model(tokens).logits, whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(tokens).logits, whole, rtol=1e-5, atol=1e-5)
