@@ -51,9 +51,9 @@ from hf_genlm.evaluation.aggregation import (
 from hf_genlm.evaluation.measurement import Measurement
 from hf_genlm.text.encoding import TokenizedDocuments
 
-# Default bound on B * T * V of one forward pass: 128 MiB of float32 logits, and about as much again while
-# they are scored. A single window that is larger is read alone.
-MAX_LOGITS = 2**25
+# Default bound on B * T * V of one forward pass: 64 MiB of float32 logits, and up to three times as much
+# again while they are scored. A single window that is larger is read alone.
+MAX_LOGITS = 2**24
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
