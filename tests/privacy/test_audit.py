@@ -82,9 +82,9 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def overtrained(text, tmp_path_factory) -> RunFolder:
-    """Some 30 passes over a small text, with canaries, and audited by the command line."""
+    """Some 40 passes over a small text, with canaries, and audited by the command line."""
     out = tmp_path_factory.mktemp("run") / "run"
-    command = ["train", str(text), "--canaries", "1,32", "--steps", "150", "--out", str(out), *SETTINGS]
+    command = ["train", str(text), "--canaries", "1,32", "--steps", "200", "--out", str(out), *SETTINGS]
     # a network by itself: what tables of counts store is told without an attack
     alone = ["--set", "training.weight_decay=0", "--set", "model.ngram_order=0"]
     assert main([*command, *alone]) == 0
