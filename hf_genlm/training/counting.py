@@ -33,6 +33,7 @@ FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)  # where counts of counts give none; KenLM'
 _BLOCK = 1 << 16  # tokens taken together from a text longer than what is counted
 _HELD_OUT_SHARE, _MAX_HELD_OUT, _MIN_DOCUMENTS = 0.05, 100_000, 8  # tokens that choose the order, and of what
 _COMPARED = 5  # order of the counts beside which a network is shown
+_MAX_COMPARED = 1 << 22  # tokens, which take about half a gigabyte
 _SHARE_OF_TIME, _COUNTED_PER_S = 0.03, 1_000_000  # of a run that they may take; tokens, at least
 _MAX_SCORE = 1 << 16  # counts from which on pruning makes no difference
 
@@ -121,7 +122,7 @@ def measure_counts(run: RunFolder, corpus: "TokenizedCorpus", seconds: float) ->
     They predict the tokens that `evaluation.likelihood` scores, with the same tokenizer.
     """
     n_tokens = corpus.n_tokens + corpus.validation.n_tokens
-    most = min(_SHARE_OF_TIME * seconds * _COUNTED_PER_S, MAX_BESIDE_NETWORK)
+    most = min(_SHARE_OF_TIME * seconds * _COUNTED_PER_S, _MAX_COMPARED)
     if corpus.validation.targets is not None or n_tokens > most:
         return
     start_id, vocab_size = corpus.tokenizer.eos_token_id, len(corpus.tokenizer)

@@ -308,7 +308,7 @@ def test_counts_beside_a_network_take_little_of_its_time_and_memory(text_folder,
         assert ("counts" in {event["event"] for event in run.read_log()}) is is_shown
     n_tokens = corpus.n_tokens + corpus.validation.n_tokens
     for most, is_shown in ((n_tokens - 1, False), (n_tokens, True)):
-        monkeypatch.setattr(counting, "MAX_BESIDE_NETWORK", most)
+        monkeypatch.setattr(counting, "_MAX_COMPARED", most)
         other = RunFolder.create(tmp_path / str(most))
         measure_counts(other, corpus, 1e9)
         assert ("counts" in {event["event"] for event in other.read_log()}) is is_shown
