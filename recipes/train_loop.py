@@ -67,7 +67,9 @@ def main(recipe_file: str, out: str) -> None:
     is_bfloat16 = uses_bfloat16(training, settings.architecture.hidden_size)
     accelerator = Accelerator(mixed_precision="bf16" if is_bfloat16 else "no")
     with keeping_memory():
-        train(accelerator, model, rows, training, run, leave_one_out=counts is not None and counts.is_most)
+        train(
+            accelerator, model, rows, training, run, leave_one_out=counts is not None and counts.leave_one_out
+        )
     weights = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         model.config.use_cache = True

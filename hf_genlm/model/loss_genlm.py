@@ -127,7 +127,7 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, states, weight, bias, targets, terms, gate=None, counted=None):
+    def forward(ctx, states, weight, bias, targets, terms, gate=None, log_q=None):
         dtype = torch.promote_types(states.dtype, torch.float32)
         inputs = (states, weight, bias, gate)
         are_needed = (*ctx.needs_input_grad[:3], gate is not None and ctx.needs_input_grad[5])
@@ -146,7 +146,7 @@ class _HeadLoss(torch.autograd.Function):
                 logits.copy_(states[rows] @ weight.t())
             if bias is not None:
                 logits.add_(bias)
-            beside = None if gate is None else (gate[rows], counted[rows])
+            beside = None if gate is None else (gate[rows], log_q[rows])
             losses, of_gate = _rows_loss(logits, targets[rows], terms, gradient=any(needed), beside=beside)
             total += losses
             grad = logits.to(weight.dtype)  # `_rows_loss` has overwritten them

@@ -307,7 +307,7 @@ class GenLMMixture(nn.Module):
 
     def _mix(self, logits: torch.Tensor, units: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
         counted, features = self.ngrams.of_contexts(contexts)
-        gate = torch.sigmoid(self.open(units, features))[..., None]
+        gate = torch.sigmoid(self.gate_logit(units, features))[..., None]
         counted = counted.to(gate.dtype)
         n_new = logits.shape[-1] - counted.shape[-1]  # words that came into the vocabulary later
         if n_new:
@@ -315,7 +315,7 @@ class GenLMMixture(nn.Module):
         mixed = torch.lerp(counted, torch.softmax(logits.to(gate.dtype), dim=-1), gate)
         return mixed.clamp(min=_LEAST).log().to(logits.dtype)
 
-    def open(self, units: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    def gate_logit(self, units: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """The logit (...) of g, in float32 at least, from units (..., U) and features (..., F)."""
         units = units + self.of_counts(features.to(units.dtype))
         gate = _GATE_SCALE * self.gate(torch.tanh(units)).squeeze(-1)
@@ -326,7 +326,7 @@ class GenLMMixture(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The logit of g and log P_n, (B, T) each, for the loss of `words` (B, T)."""
         log_p, features = self.ngrams.of_words(contexts, words, leave_one_out)
-        return self.open(self.of_state(states), features), log_p
+        return self.gate_logit(self.of_state(states), features), log_p
 
 
 def _features(totals, backoffs, like: torch.Tensor) -> torch.Tensor:

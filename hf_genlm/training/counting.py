@@ -64,7 +64,7 @@ class NgramCounts:
     discounts: np.ndarray  # (order, 3) float32: D of the counts 1, 2, and 3 or more, of each level
     n_tokens: int = 0  # that were counted
     seconds: float = 0.0  # that it took, the choice of the order included
-    is_most: bool = True  # of the training text: a word of it finds its own count
+    leave_one_out: bool = True  # most of the training text was counted: a word of it finds its own count
 
     @property
     def sizes(self) -> list[int]:
@@ -111,8 +111,8 @@ def count_corpus(
     seconds = time.monotonic() - began
     entries = sum(map(len, counts.keys))
     run.log("counted", order=order, entries=entries, tokens=len(stream), seconds=round(seconds, 3))
-    is_most = n_tokens is not None and 2 * len(stream) > n_tokens
-    return replace(counts, n_tokens=len(stream), seconds=seconds, is_most=is_most)
+    leave_one_out = n_tokens is not None and 2 * len(stream) > n_tokens
+    return replace(counts, n_tokens=len(stream), seconds=seconds, leave_one_out=leave_one_out)
 
 
 def measure_counts(run: RunFolder, corpus: "TokenizedCorpus", seconds: float) -> None:

@@ -188,10 +188,10 @@ def _count(
 
     def count() -> tuple[list[int], bool]:
         found.append(count_corpus(run, corpus, settings))
-        return found[0].sizes, found[0].is_most
+        return found[0].sizes, found[0].leave_one_out
 
-    sizes, is_most = processes.from_first(count)
-    facts = replace(facts, ngram_sizes=tuple(sizes), leave_one_out=is_most)
+    sizes, leave_one_out = processes.from_first(count)
+    facts = replace(facts, ngram_sizes=tuple(sizes), leave_one_out=leave_one_out)
     return facts, found[0] if found else None
 
 
@@ -296,7 +296,9 @@ def _resume(run: RunFolder, stated: Recipe, stop: StopRequest) -> RunFolder:
     if any(attrgetter(name)(recipe) != attrgetter(name)(begun) for name in PLACES):
         processes.from_first(lambda: _write_places(run, recipe))
     facts = _with_corpus(facts, recipe, corpus)
-    facts, counts = _count(run, corpus, settle(recipe, facts), facts)
+    counts = None
+    if not has_model:
+        facts, counts = _count(run, corpus, settle(recipe, facts), facts)
     settings = settle(recipe, facts)
     private = None
     if settings.privacy.epsilon is not None and begin is not None:

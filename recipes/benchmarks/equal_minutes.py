@@ -11,17 +11,13 @@ import argparse
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from peers import build_gpt2, train_peer
-from torch.utils.data import DataLoader
+from peers import build_gpt2, packed_batches, train_peer
 
 from hf_genlm.config.recipe import load_recipe
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.evaluation.measurement import read_measurements
-from hf_genlm.text.packing import PackedRows, collate
 from hf_genlm.training.corpus import TokenizedCorpus, prepare_corpus
 from hf_genlm.training.train import train
 
@@ -72,16 +68,8 @@ def run_peer(
 ) -> float:
     """Bits per byte of one shape at one rate."""
     tokenizer = corpus.tokenizer
-    rows = PackedRows(corpus.train, CONTEXT, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    loader = DataLoader(rows, batch_size=ROWS, shuffle=True, collate_fn=collate)
-
-    def batches() -> Iterator[dict[str, torch.Tensor]]:
-        while True:
-            for batch in loader:
-                yield {name: batch[name] for name in ("input_ids", "labels")}
-
     model = build_gpt2(len(tokenizer), CONTEXT, layers, width, heads)
-    train_peer(model, batches(), rate, lambda _, elapsed_s: elapsed_s / seconds)
+    train_peer(model, packed_batches(corpus, CONTEXT, ROWS), rate, lambda _, elapsed_s: elapsed_s / seconds)
     found = measure_likelihood(
         model,
         corpus.validation,

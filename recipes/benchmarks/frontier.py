@@ -12,21 +12,17 @@ is not done again. The machine must be idle: the minutes are its own.
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from peers import build_gpt2, build_llama, train_peer
-from torch.utils.data import DataLoader
+from peers import build_gpt2, build_llama, packed_batches, train_peer
 
 from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.evaluation.likelihood import measure_likelihood
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.model import GenLMForCausalLM
 from hf_genlm.run_folder import RunFolder
-from hf_genlm.text.packing import PackedRows, collate
 from hf_genlm.training.corpus import TokenizedCorpus, prepare_corpus
 from hf_genlm.training.counting import MAX_ORDER, log_probabilities, stream_of
 from hf_genlm.training.train import train
@@ -125,20 +121,18 @@ def _train_peers(run: RunFolder, minutes: float) -> dict[str, float]:
     """Bits per byte of the best GPT-2 and the best Llama after as many minutes."""
     corpus = _corpus_of(run, load_recipe(run.recipe))
     tokenizer, found = corpus.tokenizer, {}
-    rows = PackedRows(corpus.train, CONTEXT, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    loader = DataLoader(rows, batch_size=ROWS, shuffle=True, collate_fn=collate)
-
-    def batches() -> Iterator[dict[str, torch.Tensor]]:
-        while True:
-            for batch in loader:
-                yield {name: batch[name] for name in ("input_ids", "labels")}
-
     for kind, build in (("gpt2", build_gpt2), ("llama", build_llama)):
         bits = []
         for shape in SHAPES:
             for rate in RATES[kind]:
                 model = build(len(tokenizer), CONTEXT, *shape)
-                train_peer(model, batches(), rate, lambda _, s: s / (60 * minutes), uses_muon=kind == "llama")
+                train_peer(
+                    model,
+                    packed_batches(corpus, CONTEXT, ROWS),
+                    rate,
+                    lambda _, s: s / (60 * minutes),
+                    uses_muon=kind == "llama",
+                )
                 measured = measure_likelihood(
                     model, corpus.validation, start_id=tokenizer.bos_token_id, context=CONTEXT, batch_size=32
                 )

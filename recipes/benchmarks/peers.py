@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from hf_genlm.text.packing import PackedRows, collate
+from hf_genlm.training.corpus import TokenizedCorpus
 
 WARMUP = 0.05
 FLOOR = 0.1  # of the peak rate, where the cosine ends
@@ -44,6 +48,16 @@ def build_llama(vocab_size: int, context: int, layers: int, width: int, heads: i
         tie_word_embeddings=True,
     )
     return LlamaForCausalLM(config)
+
+
+def packed_batches(corpus: TokenizedCorpus, context: int, n_rows: int) -> Batches:
+    """Shuffled batches of packed rows of a tokenized text, without end."""
+    tokenizer = corpus.tokenizer
+    rows = PackedRows(corpus.train, context, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    loader = DataLoader(rows, batch_size=n_rows, shuffle=True, collate_fn=collate)
+    while True:
+        for batch in loader:
+            yield {name: batch[name] for name in ("input_ids", "labels")}
 
 
 def train_peer(

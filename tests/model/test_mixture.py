@@ -43,7 +43,7 @@ def test_it_predicts_the_gated_sum_of_both(model, tokens):
     out = model.model(tokens)
     mixture = model.mixture
     counted, features = mixture.ngrams.of_contexts(out.contexts)
-    gate = torch.sigmoid(mixture.open(mixture.of_state(out.last_hidden_state), features))[..., None]
+    gate = torch.sigmoid(mixture.gate_logit(mixture.of_state(out.last_hidden_state), features))[..., None]
     expected = gate * network(tokens).logits.softmax(-1) + (1 - gate) * counted
     torch.testing.assert_close(logits.exp().float(), expected, rtol=1e-4, atol=1e-8)
     assert gate.std() > 0.01
