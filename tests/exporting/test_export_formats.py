@@ -427,6 +427,13 @@ def test_the_recipe_trains_what_every_runtime_takes(tmp_path, monkeypatch, capsy
         assert main(["export", "run", "--to", word, "--out", f"as-{word}"]) == 0
         out = capsys.readouterr().out
         assert re.search(r"largest difference of a logit from the model's own: \S+, on \d+ tokens of 5", out)
+        assert "left out" not in out
     assert Path("as-gguf", "model-F32.gguf").is_file()
     assert Path("as-llama", "model_card.md").read_bytes() == Path("run", "model", "README.md").read_bytes()
     assert isinstance(LlamaForCausalLM.from_pretrained("as-llama").config, LlamaConfig)
+    counted = ["--set", "model.ngram_order=2", "--out", "counted"]
+    with torch.enable_grad():
+        assert main(["train", "text.txt", "--recipe", str(recipe), *small, *steps, *counted]) == 0
+    assert main(["export", "counted", "--to", "llama", "--out", "alone"]) == 0
+    assert "left out: the n-gram counts of this model" in capsys.readouterr().out
+    assert "It is the network of that model alone" in Path("alone", "README.md").read_text()

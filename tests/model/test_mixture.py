@@ -1,5 +1,7 @@
 """Promise: counts inside a network are mixed with what it predicts, exactly, and leave one out."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,10 @@ from hf_genlm.exporting.targets import network_of
 from hf_genlm.extension import extend
 from hf_genlm.model import GenLMConfig, GenLMForCausalLM, GenLMForSequenceClassification, ngram_genlm
 from hf_genlm.model.loss_genlm import cap_logits
+from hf_genlm.run_folder import RunFolder
+from hf_genlm.training import counting
 from hf_genlm.training.check import check
+from hf_genlm.training.corpus import prepare_corpus
 from hf_genlm.training.train import train
 
 WITH_COUNTS = [name for name, stack in STACKS.items() if "ngram_order" in stack]
@@ -202,3 +207,30 @@ def test_many_logits_are_mixed_a_few_rows_at_a_time(model, tokens, monkeypatch):
         monkeypatch.setattr(ngram_genlm, "_MAX_PROBABILITIES", 5 * VOCAB)
         torch.testing.assert_close(model(tokens).logits, whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model(tokens).logits, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_static_cache_passes_over_padding(model, tokens):
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    mask[2, :7] = 0
+    asked = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "eos_token_id": None,
+             "output_logits": True, "return_dict_in_generate": True}  # fmt: skip
+    static = model.generate(tokens, cache_implementation="static", disable_compile=True, **asked)
+    dynamic = model.generate(tokens, **asked)
+    for found, expected in zip(static.logits, dynamic.logits, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("share", "leave_one_out"), [(2.0, True), (0.75, True), (0.25, False)])
+def test_one_is_left_out_where_most_of_the_text_was_counted(
+    share, leave_one_out, text_folder, tmp_path, monkeypatch
+):
+    run = RunFolder.create(tmp_path / "run")
+    recipe = small_recipe(text_folder)
+    corpus = prepare_corpus(run, recipe)
+    most = int(share * corpus.n_tokens)
+    monkeypatch.setattr(counting, "MAX_BESIDE_NETWORK", most)
+    monkeypatch.setattr(counting, "stream_of", functools.partial(counting.stream_of, block=256))
+    counts = counting.count_corpus(run, corpus, settle(recipe, Facts(vocab_size=len(corpus.tokenizer))))
+    assert counts.leave_one_out is leave_one_out
+    assert 0.9 * min(share, 1) * corpus.n_tokens < counts.n_tokens < min(most, corpus.n_tokens) * 1.02 + 256
