@@ -209,10 +209,11 @@ def test_many_logits_are_mixed_a_few_rows_at_a_time(model, tokens, monkeypatch):
     torch.testing.assert_close(model(tokens).logits, whole, rtol=1e-5, atol=1e-5)
 
 
-def test_a_static_cache_passes_over_padding(model, tokens):
+def test_a_static_cache_passes_over_padding(model):
+    tokens = counted_rows(3, 12)  # what padding hides has been counted
     mask = torch.ones_like(tokens)
     mask[0, :4] = 0
-    mask[2, :7] = 0
+    mask[2, :11] = 0  # fewer words than a context has
     asked = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "eos_token_id": None,
              "output_logits": True, "return_dict_in_generate": True}  # fmt: skip
     static = model.generate(tokens, cache_implementation="static", disable_compile=True, **asked)
