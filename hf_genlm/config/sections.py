@@ -247,7 +247,7 @@ class TrainingRecipe(Section):
         at_least=0, less_than=1, synonyms="label_smoothing smoothing")
     z_loss: Number = setting(0.0, "Weight of the squared log of the softmax normaliser.", at_least=0)
     network_share: Number = setting(0.25,
-        "Beside n-gram counts: share of the network's own loss in the loss; the rest is that of both.",
+        "Beside n-gram counts: share of the network's own loss in the gradients; the rest is that of both.",
         at_least=0, at_most=1)
     warmup_ratio: Number = setting(0.02, "Share of the run in which the learning rate rises.", at_least=0,
         at_most=1, synonyms="warmup")

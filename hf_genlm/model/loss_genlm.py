@@ -11,8 +11,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .recurrence_genlm import is_plain_linear
+
 # logits stored at once by the loss without logits; chosen by recipes/benchmarks/loss_memory.py
 MAX_LOGITS_AT_ONCE = 1 << 24
+# of the network's own loss in the gradients beside counts, if training does not say another
+NETWORK_SHARE = 0.25
 
 
 class Counted(NamedTuple):
@@ -20,7 +24,7 @@ class Counted(NamedTuple):
 
     gate: torch.Tensor  # (B, T) logit of g
     log_p: torch.Tensor  # (B, T) log q of the next token
-    network_share: float = 0.0  # of the network's own loss in the loss; the rest is the mixture's
+    network_share: float = 0.0  # of the network's own loss in the gradients; the rest is the mixture's
 
 
 def cap_logits(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
@@ -108,7 +112,7 @@ class _Terms(NamedTuple):
     z_loss: float
     ignore_index: int
     needs_grad: bool
-    network_share: float = 1.0  # of the network's own loss, beside that of its mixture with counts
+    network_share: float = 1.0  # of the network's own loss in the gradients, beside that of its mixture
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -120,8 +124,9 @@ class _HeadLoss(torch.autograd.Function):
         dloss/dl  = (1 + 2 k z) p - (1 - s) [y] - s / V
         dl/du     = 1 - (l / c)^2
 
-    With counts, q their probability of y, a gate g = sigmoid(a) and a share n of this loss, the rest is the
-    mixture's, -log(g p_y + (1 - g) q), of which the network has the part r = g p_y / (g p_y + (1 - g) q):
+    With counts, q their probability of y, and a gate g = sigmoid(a), the loss is the mixture's,
+    -log(g p_y + (1 - g) q), of which the network has the part r = g p_y / (g p_y + (1 - g) q). The gradients
+    are those above by a share n, and by the share 1 - n those of the mixture:
 
         dmixture/dl = r (p - [y]),   dmixture/da = g - r
     """
@@ -243,7 +248,7 @@ def _rows_loss(
         of_network = F.logsigmoid(gate) + hits - normalizer
         mixed = torch.logaddexp(of_network, F.logsigmoid(-gate) + log_q)
         part = (1 - share) * (of_network - mixed).exp()  # of the network, r
-        losses = share * losses - (1 - share) * mixed
+        losses = -mixed
         of_p, of_target = share * of_p + part, share * of_target + part
         of_gate = ((1 - share) * torch.sigmoid(gate) - part).masked_fill(~counted, 0.0)
     if gradient:
@@ -254,6 +259,22 @@ def _rows_loss(
         if slope is not None:
             logits.mul_(slope)
     return losses.masked_fill(~counted, 0.0).sum(), of_gate
+
+
+def is_plain_head(head: torch.nn.Module) -> bool:
+    """True if a loss may read the weight of a head instead of calling it.
+
+    FSDP gathers that weight with the embedding's, so its own two hooks on the head change nothing.
+    """
+    if type(head).__name__ == "FSDPLinear":
+        n_hooks = len(head._forward_hooks), len(head._forward_pre_hooks)
+        return n_hooks == (1, 1) and type(head.weight) is torch.nn.Parameter
+    return is_plain_linear(head)
+
+
+def with_gradient(value: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    """`value`, to which the gradients of `added` are added."""
+    return value + (added - added.detach())
 
 
 def shift(labels, shift_labels=None, ignore_index=-100, **kwargs) -> torch.Tensor:

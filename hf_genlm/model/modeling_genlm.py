@@ -55,12 +55,15 @@ from .configuration_genlm import GenLMConfig
 from .initialization_genlm import start_isometric
 from .layout_genlm import TimeLayout, check_shapes, number_documents
 from .loss_genlm import (
+    NETWORK_SHARE,
     Counted,
     cap_logits,
     causal_loss,
     causal_loss_without_logits,
     divide_by_num_items,
+    is_plain_head,
     shift,
+    with_gradient,
 )
 from .mlp_genlm import GenLMMLP, GenLMRMSNorm
 from .ngram_genlm import GenLMMixture, GenLMNgramHead, GenLMNgramLayer, GenLMWordNumbers, NgramContext
@@ -121,7 +124,6 @@ class GenLMPreTrainedModel(PreTrainedModel):
     _supports_context_parallel = False  # accelerate removes masks only from modules named self_attn
     _can_compile_fullgraph = True
     _keys_to_ignore_on_load_unexpected = [r"^mixture\."]  # a classifier has no counts
-    _keep_in_fp32_modules_strict = ["backoffs", "discounts"]  # of counts
     _can_record_outputs = {"hidden_states": GradientCheckpointingLayer, "attentions": GenLMAttention}
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -341,17 +343,6 @@ class GenLMModel(GenLMPreTrainedModel):
         return {*self.config.layer_types, *behind}
 
 
-def is_plain_head(head: nn.Module) -> bool:
-    """True if a loss may read the weight of a head instead of calling it.
-
-    FSDP gathers that weight with the embedding's, so its own two hooks on the head change nothing.
-    """
-    if type(head).__name__ == "FSDPLinear":
-        n_hooks = len(head._forward_hooks), len(head._forward_pre_hooks)
-        return n_hooks == (1, 1) and type(head.weight) is nn.Parameter
-    return is_plain_linear(head)
-
-
 class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
     """The language model: L = - sum_t log P(w_t | w_<t)."""
 
@@ -393,13 +384,15 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
             skip_logits: with `labels`, return the loss without logits; in a fraction of the memory if the
                 head is a plain linear map, without adapter, hook or quantiser, and `loss_function` is ours.
             label_smoothing, z_loss: terms of the loss, as in loss_genlm.causal_loss.
-            network_share, leave_one_out: beside counts, with `skip_logits`, to train on the text that was
-                counted: the share of the network's own loss, and that no word finds its own count.
+            network_share: beside counts, share of the network's own loss in the gradients, else it does not
+                learn what they know; not in the value of the loss. In training mode 0.25, if not given.
+            leave_one_out: beside counts, with `skip_logits`: no word finds its own count.
             others: as in GenLMModel.forward.
         """
         # not in the signature: Trainer takes every parameter with "label" in its name for labels
         terms = {name: kwargs.pop(name, 0.0) for name in ("label_smoothing", "z_loss")}
-        network_share, leave_one_out = kwargs.pop("network_share", 0.0), kwargs.pop("leave_one_out", False)
+        share, leave_one_out = kwargs.pop("network_share", None), kwargs.pop("leave_one_out", False)
+        share = NETWORK_SHARE * self.training if share is None else share
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -415,10 +408,9 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
         if labels is not None and skip_logits and is_own_loss and is_plain_head(self.lm_head):
             if self.mixture is not None:
                 words = shift(labels, **kwargs)
-                found = self.mixture.of_words(
-                    outputs.last_hidden_state, outputs.contexts, words, leave_one_out
-                )
-                kwargs |= {"shift_labels": words, "counted": Counted(*found, network_share)}
+                states = outputs.last_hidden_state
+                found = self.mixture.of_words(states, outputs.contexts, words, leave_one_out)
+                kwargs |= {"shift_labels": words, "counted": Counted(*found, share)}
             loss = causal_loss_without_logits(
                 outputs.last_hidden_state,
                 self.lm_head.weight,
@@ -429,11 +421,13 @@ class GenLMForCausalLM(GenLMPreTrainedModel, GenerationMixin):
             )
         else:
             kept = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-            logits = cap_logits(self.lm_head(kept), self.config.final_logit_softcapping)
+            own = logits = cap_logits(self.lm_head(kept), self.config.final_logit_softcapping)
             if self.mixture is not None:
                 logits = self.mixture(logits, kept, slice_logits_to_keep(outputs.contexts, logits_to_keep))
             if labels is not None:
                 loss = self._loss(logits, labels, **kwargs)
+                if self.mixture is not None and share and torch.is_grad_enabled():
+                    loss = with_gradient(loss, share * (self._loss(own, labels, **kwargs) - loss))
                 logits = None if skip_logits else logits
         return CausalLMOutputWithPast(
             loss=loss,

@@ -120,6 +120,8 @@ class GenLMNgramHead(nn.Module):
     All are parameters that have no gradient, so that tools count, move and save them.
     """
 
+    _keep_in_fp32_modules_strict = ["backoffs", "discounts"]  # a model takes these names from its children
+
     def __init__(self, config: GenLMConfig):
         super().__init__()
         self.vocab_size = config.ngram_sizes[0]
@@ -278,6 +280,8 @@ class GenLMMixture(nn.Module):
 
     The gate is g = sigmoid(8 (v tanh(U [network's state, features of the counts] + c) + b)).
     """
+
+    _keep_in_fp32_modules_strict = GenLMNgramHead._keep_in_fp32_modules_strict
 
     def __init__(self, config: GenLMConfig, width: int):
         super().__init__()

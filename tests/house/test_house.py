@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "hf_genlm"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_MODULES = 149
-MAX_LINES = 35_310
+MAX_LINES = 35_330
 
 # room -> the rooms of hf_genlm that it may import; a room may always import itself
 BASE = {"errors", "memory", "files", "run_schemas", "run_folder", "config"}

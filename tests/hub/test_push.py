@@ -670,7 +670,11 @@ def test_without_a_token_or_offline_nothing_is_sent(run, hub, monkeypatch):
 
 def test_trainer_pushes_a_complete_model_at_every_save(hub, saved, tmp_path, monkeypatch, caplog):
     """Each commit has config, weights, tokenizer and code, and no pickle; the last one equals our push."""
-    from transformers import AutoTokenizer, Trainer, TrainingArguments
+    from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+    class Wait(TrainerCallback):
+        def on_save(self, *args, **kwargs):
+            trainer._finish_current_push()  # a push that comes later finds the files of the next save
 
     caplog.set_level(logging.ERROR)
     model, tokenizer = build_model("gru"), AutoTokenizer.from_pretrained(saved)
@@ -683,8 +687,9 @@ def test_trainer_pushes_a_complete_model_at_every_save(hub, saved, tmp_path, mon
     )  # fmt: skip
     rows = [{"input_ids": [2, 3, 4], "labels": [2, 3, 4]}] * 6
     trainer = Trainer(
-        model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[hf_genlm.PushWithCode()]
-    )
+        model, arguments, train_dataset=rows, processing_class=tokenizer,
+        callbacks=[hf_genlm.PushWithCode(), Wait()],
+    )  # fmt: skip
     trainer.train()
     trainer.push_to_hub()
     repo = hub.repos["me/tuned"]

@@ -109,10 +109,27 @@ def test_its_loss_and_gradients_are_those_of_the_definition(share, smoothing, so
     own = F.cross_entropy(network, targets, label_smoothing=smoothing)
     own = own + 0.01 * network.logsumexp(-1).square().mean()
     together = F.cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), targets)
-    expected = share * own + (1 - share) * together
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)
-    for found, wanted in zip(gradients(loss), gradients(expected), strict=True):
+    torch.testing.assert_close(loss, together, rtol=1e-6, atol=1e-7)
+    for found, wanted in zip(gradients(loss), gradients(share * own + (1 - share) * together), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("skip_logits", [True, False])
+def test_any_training_loop_trains_the_network_itself_too(model, tokens, skip_logits):
+    """In training mode a quarter of the gradients are the network's own, not its value."""
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        loss = model(tokens, labels=tokens, skip_logits=skip_logits).loss
+        return loss.detach(), torch.autograd.grad(loss, model.model.embed_tokens.weight)[0]
+
+    value, together = run()
+    states = model.model(tokens).last_hidden_state
+    own = F.cross_entropy(model.lm_head(states)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    own = torch.autograd.grad(own, model.model.embed_tokens.weight)[0]
+    model.train()
+    assert run()[0] == value
+    torch.testing.assert_close(run()[1], 0.25 * own + 0.75 * together, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(run()[1], together, rtol=1e-2, atol=1e-4)
 
 
 def test_words_before_a_chunk_a_beam_or_a_fast_step_are_remembered(model, tokens):
