@@ -699,7 +699,7 @@ def count_colors(png: bytes) -> int:
 STOP_SOON = """() => {
   const stop = document.querySelector('#stop');
   const watch = setInterval(() => {
-    if (stop.disabled || document.querySelectorAll('#written-0 .token').length < 5) return;
+    if (stop.disabled || document.querySelectorAll('#written-0 .token').length < 6) return;
     clearInterval(watch);
     stop.click();
   }, 5);
