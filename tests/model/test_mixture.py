@@ -10,7 +10,7 @@ from support.models import EOS, STACKS, VOCAB, build_model, count_random_text, r
 from support.runs import small_recipe
 
 from hf_genlm.card import write_card
-from hf_genlm.config.recipe import load_recipe
+from hf_genlm.config.recipe import Recipe, load_recipe
 from hf_genlm.config.settings import Facts
 from hf_genlm.config.settle import settle
 from hf_genlm.decoding import FastGenerator
@@ -116,7 +116,8 @@ def test_its_loss_and_gradients_are_those_of_the_definition(share, smoothing, so
 
 @pytest.mark.parametrize("skip_logits", [True, False])
 def test_any_training_loop_trains_the_network_itself_too(model, tokens, skip_logits):
-    """In training mode a quarter of the gradients are the network's own, not its value."""
+    """In training mode a share of the gradients comes from the network's own loss; the value does not."""
+    share = Recipe().training.network_share  # the default of `train`
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
         loss = model(tokens, labels=tokens, skip_logits=skip_logits).loss
@@ -128,7 +129,7 @@ def test_any_training_loop_trains_the_network_itself_too(model, tokens, skip_log
     own = torch.autograd.grad(own, model.model.embed_tokens.weight)[0]
     model.train()
     assert run()[0] == value
-    torch.testing.assert_close(run()[1], 0.25 * own + 0.75 * together, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(run()[1], share * own + (1 - share) * together, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(run()[1], together, rtol=1e-2, atol=1e-4)
 
 
