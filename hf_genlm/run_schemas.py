@@ -215,6 +215,7 @@ class ModelConfigFile:
     max_position_embeddings: Count
     shared_layers: Count = 1
     ngram_order: Count | None = None
+    ngram_history: Count | None = None
     ngram_sizes: list[Count] | None = None
 
 

@@ -129,6 +129,7 @@ class ModelSettings(ModelRecipe):
     num_key_value_heads: int
     intermediate_size: int
     bigram_size: int
+    ngram_history: int
     tie_word_embeddings: bool
     output_bias: bool
 

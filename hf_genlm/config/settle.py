@@ -40,6 +40,7 @@ MAX_STEPS = 10**9
 MAX_PARAMETERS = 1e12
 _BIGRAM_SIZE = 16_384  # rows; a gated linear recurrence gains by the pairs, a cell does not
 _NGRAM_ORDER = 5  # of counts beside a network
+_NGRAM_HISTORY = 1024  # tokens that are read beside them
 _NGRAM_ENTRIES = {True: 20_000_000, False: 4_000_000}  # of counts alone, and beside a network
 _MIN_RECURRENT_CONTEXT = 256  # tokens; a state reaches beyond the rows of its training, attention does not
 _LEARNING_RATE_AT_256 = 3e-3  # AdamW's best peak for a width of 256; it falls with the root of the width
@@ -175,6 +176,7 @@ def _with_base(recipe: Recipe, facts: Facts) -> Recipe:
             "mixers": list(base.mixer_types or ()),
             "bigram_size": base.bigram_size or 0,
             "ngram_order": base.ngram_order or 0,
+            "ngram_history": base.ngram_history or 0,
         },
         "tokenizer": {"path": facts.base_source, "pattern": "own", "vocab_size": base.vocab_size},
         "vectors": {"path": None},
@@ -260,10 +262,17 @@ def _settle_architecture(recipe: Recipe, facts: Facts, shape: Shape, init: str, 
     if order is None:
         is_bounded = recipe.corpus.stream or facts.is_sharded or recipe.privacy.epsilon is not None
         order = 0 if is_bounded or embedding_size is not None else _NGRAM_ORDER
-    for name in ("init_from", "decoder", "mixers", "size", "ngram_order", "ngram_entries"):
+    history = stated["ngram_history"]
+    for name in ("init_from", "decoder", "mixers", "size", "ngram_order", "ngram_entries", "ngram_history"):
         del stated[name]
     if order:
         stated |= _counts_of(order, facts)
+        stated["ngram_history"] = _or(history, _NGRAM_HISTORY) or None
+    elif history:
+        raise UserError(
+            f"model.ngram_history = {history} stands beside the counts of n-grams, and the model has none: "
+            "set model.ngram_order, or model.ngram_history=0"
+        )
     try:
         return GenLMConfig(
             **stated,
@@ -288,6 +297,7 @@ def _model_settings(stated: ModelRecipe, config: GenLMConfig) -> ModelSettings:
     from_config = {name: getattr(config, name) for name in ModelRecipe.model_fields if hasattr(config, name)}
     own = {"mixers": list(config.mixer_types or ()), "bigram_size": config.bigram_size or 0}
     own["ngram_entries"] = stated.ngram_entries or _NGRAM_ENTRIES[config.is_ngram]
+    own["ngram_history"] = config.ngram_history or 0
     if not config.is_ngram:
         own["ngram_order"] = config.ngram_order or 0
     return ModelSettings(**{**stated.model_dump(), **from_config, **own})
@@ -383,7 +393,7 @@ def _settle_evaluation(
             f"evaluation.carry_state = true: {bounded} do not reach back to the start of a document of any "
             "length; choose a decoder of recurrent layers alone, or set it to false"
         )
-    least = 0 if bounded else _MIN_RECURRENT_CONTEXT
+    least = 0 if bounded else max(_MIN_RECURRENT_CONTEXT, model.ngram_history)
     context = evaluation.context_length or max(max_seq_length, least)
     if model.position_type == "learned" and context > n_positions:
         raise UserError(

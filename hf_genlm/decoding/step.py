@@ -44,7 +44,7 @@ Inputs = Sequence[torch.Tensor]
 _NOT_SHAPE = {
     "architectures", "auto_map", "transformers_version", "dtype", "use_cache", "initializer_range",
     "dropout", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id", "id2label", "label2id",
-    "ngram_sizes",
+    "ngram_sizes", "ngram_history",
 }  # fmt: skip
 
 

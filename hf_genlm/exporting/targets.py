@@ -122,7 +122,7 @@ def export_model(
 def network_of(model: GenLMForCausalLM) -> GenLMForCausalLM:
     """The network of a model with n-gram counts, alone; it shares the weights."""
     config = copy.deepcopy(model.config)
-    config.ngram_order = config.ngram_sizes = None
+    config.ngram_order = config.ngram_sizes = config.ngram_history = None
     network = GenLMForCausalLM(config)
     kept = network.state_dict().keys()
     weights = {name: weight for name, weight in model.state_dict().items() if name in kept}

@@ -32,6 +32,7 @@ _RANGES = {
     "embedding_size": _WIDTH,
     "bigram_size": (1, 2**31 - 1),
     "ngram_order": (1, 6),
+    "ngram_history": (2, 2**20),
     "num_hidden_layers": (1, 1000),
     "recurrent_size": _WIDTH,
     "intermediate_size": _WIDTH,
@@ -98,6 +99,8 @@ class GenLMConfig(PreTrainedConfig):
             cache keeps the last token.
         ngram_order: n of n-grams, whose counts predict beside the network, or alone (mixer ngram, whose
             `hidden_size`, the words of its state, follows from it); None: no counts.
+        ngram_history: tokens of this text, up to the present one, in which the words before it are looked
+            for again, beside a network and its counts; None: none are.
         ngram_sizes: tokens that were in the vocabulary when they were counted, and numbers of stored n-grams
             of 2, 3, ... n tokens.
         mixer_types: per layer one of elman, gru, lstm, gated_linear, full_attention, sliding_attention; or
@@ -142,6 +145,7 @@ class GenLMConfig(PreTrainedConfig):
     embedding_projection: bool | None = None
     bigram_size: int | None = None
     ngram_order: int | None = None
+    ngram_history: int | None = None
     ngram_sizes: list[int] | None = None
     mixer_types: list[str] | None = None
     num_hidden_layers: int | None = None
@@ -355,6 +359,8 @@ class GenLMConfig(PreTrainedConfig):
         """Check that an n-gram layer is the only one, and that its tables and word numbers can exist."""
         if NGRAM in self.mixer_types and len(self.mixer_types) > 1:
             raise ValueError("an ngram layer is a decoder of its own: mixer_types must name no other layer")
+        if self.ngram_history is not None and (self.is_ngram or not self.holds_counts):
+            raise ValueError("ngram_history stands beside a network and its counts: give ngram_order")
         if not self.holds_counts:
             return
         sizes = self.ngram_sizes

@@ -20,10 +20,10 @@ NETWORK_SHARE = 0.25
 
 
 class Counted(NamedTuple):
-    """Predictions of counts, and the gate of their mixture g p + (1 - g) q with a network's p."""
+    """Predictions beside a network, and the gate of their mixture g p + (1 - g) q with its p."""
 
     gate: torch.Tensor  # (B, T) logit of g
-    log_p: torch.Tensor  # (B, T) log q of the next token
+    log_q: torch.Tensor  # (B, T) log q of the next token
     network_share: float = 0.0  # of the network's own loss in the gradients; the rest is the mixture's
 
 
@@ -96,9 +96,9 @@ def causal_loss_without_logits(
     terms = _Terms(softcap, label_smoothing, z_loss, ignore_index, torch.is_grad_enabled())
     is_for_liger = states.is_cuda and states.dtype != torch.float64 and not torch.compiler.is_compiling()
     if counted is not None:
-        gate, log_p = counted.gate.flatten(), counted.log_p.flatten()
+        gate, log_q = counted.gate.flatten(), counted.log_q.flatten()
         terms = terms._replace(network_share=counted.network_share)
-        total = _HeadLoss.apply(states.flatten(0, -2), weight, bias, targets, terms, gate, log_p)
+        total = _HeadLoss.apply(states.flatten(0, -2), weight, bias, targets, terms, gate, log_q)
     elif is_for_liger and _liger_kernel():
         total = liger_loss(states.flatten(0, -2), weight, bias, targets, terms)
     else:
@@ -128,14 +128,14 @@ class _HeadLoss(torch.autograd.Function):
     -log(g p_y + (1 - g) q), of which the network has the part r = g p_y / (g p_y + (1 - g) q). The gradients
     are those above by a share n, and by the share 1 - n those of the mixture:
 
-        dmixture/dl = r (p - [y]),   dmixture/da = g - r
+        dmixture/dl = r (p - [y]),   dmixture/da = g - r,   dmixture/dlog q = r - 1
     """
 
     @staticmethod
     def forward(ctx, states, weight, bias, targets, terms, gate=None, log_q=None):
         dtype = torch.promote_types(states.dtype, torch.float32)
-        inputs = (states, weight, bias, gate)
-        are_needed = (*ctx.needs_input_grad[:3], gate is not None and ctx.needs_input_grad[5])
+        inputs = (states, weight, bias, gate, log_q)
+        are_needed = (*ctx.needs_input_grad[:3], *(ctx.needs_input_grad[5:] or (False, False)))
         needed = [terms.needs_grad and needs for needs in are_needed]
         grads = [torch.zeros_like(t, dtype=dtype) if n else None for t, n in zip(inputs, needed, strict=True)]
         total = torch.zeros((), dtype=dtype, device=states.device)
@@ -152,7 +152,7 @@ class _HeadLoss(torch.autograd.Function):
             if bias is not None:
                 logits.add_(bias)
             beside = None if gate is None else (gate[rows], log_q[rows])
-            losses, of_gate = _rows_loss(logits, targets[rows], terms, gradient=any(needed), beside=beside)
+            losses, of_beside = _rows_loss(logits, targets[rows], terms, gradient=any(needed), beside=beside)
             total += losses
             grad = logits.to(weight.dtype)  # `_rows_loss` has overwritten them
             if needed[0]:
@@ -163,8 +163,9 @@ class _HeadLoss(torch.autograd.Function):
                 grads[1] += grad.t() @ states[rows]
             if needed[2]:
                 grads[2] += logits.sum(0)
-            if needed[3]:
-                grads[3][rows] = of_gate
+            for index in (3, 4):
+                if needed[index]:
+                    grads[index][rows] = of_beside[index - 3]
         grads = [None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)]
         ctx.save_for_backward(*grads)
         return total
@@ -173,7 +174,7 @@ class _HeadLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_total):
         grads = [None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors]
-        return (*grads[:3], None, None, grads[3], None)[: len(ctx.needs_input_grad)]
+        return (*grads[:3], None, None, *grads[3:])[: len(ctx.needs_input_grad)]
 
 
 def liger_loss(states, weight, bias, targets, terms: _Terms) -> torch.Tensor:
@@ -222,8 +223,8 @@ def _rows_loss(
     terms: _Terms,
     gradient: bool,
     beside: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Sum the loss of these rows; (N,) its gradient by the gate, if `beside` holds (gate, log q) of counts.
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """Sum the loss of these rows; if `beside` holds a gate (N,) and log q (N,), its gradients by these.
 
     `logits` (N, V) are overwritten, with `gradient` by their gradient.
     """
@@ -242,7 +243,7 @@ def _rows_loss(
     normalizer = largest - logits.amax(-1).log()  # logsumexp without computing the exponentials again
     losses = normalizer - (1 - label_smoothing) * hits - label_smoothing * mean + z_loss * normalizer.square()
     # the gradient by the logits is of_p p - of_target [y] - label_smoothing * share / V
-    of_p, of_target, of_gate = 1 + 2 * z_loss * normalizer, torch.full_like(hits, 1 - label_smoothing), None
+    of_p, of_target, of_beside = 1 + 2 * z_loss * normalizer, torch.full_like(hits, 1 - label_smoothing), None
     if beside is not None:
         gate, log_q = beside
         of_network = F.logsigmoid(gate) + hits - normalizer
@@ -250,7 +251,8 @@ def _rows_loss(
         part = (1 - share) * (of_network - mixed).exp()  # of the network, r
         losses = -mixed
         of_p, of_target = share * of_p + part, share * of_target + part
-        of_gate = ((1 - share) * torch.sigmoid(gate) - part).masked_fill(~counted, 0.0)
+        of_gate = (1 - share) * torch.sigmoid(gate) - part
+        of_beside = of_gate.masked_fill(~counted, 0.0), (part - (1 - share)).masked_fill(~counted, 0.0)
     if gradient:
         logits.mul_((of_p * counted)[:, None])
         if label_smoothing:
@@ -258,7 +260,7 @@ def _rows_loss(
         logits.scatter_add_(1, index, -(of_target * counted)[:, None])
         if slope is not None:
             logits.mul_(slope)
-    return losses.masked_fill(~counted, 0.0).sum(), of_gate
+    return losses.masked_fill(~counted, 0.0).sum(), of_beside
 
 
 def is_plain_head(head: torch.nn.Module) -> bool:

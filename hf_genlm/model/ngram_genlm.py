@@ -10,11 +10,14 @@ for language modeling, section 4.1): c counts occurrences at the longest n-grams
 the n-gram below; D_k takes D1, D2 or D3+ from a count of 1, 2 or more; gamma(h) is the mass that they take,
 and that of n-grams that are not stored. A context that does not occur leaves P_{k-1} as it is.
 
-In a network, P(w) = g P_network(w) + (1 - g) P_n(w), with a gate g that sees the network's state and how
-often the contexts of each length occur. On the text that was counted, a word must not find its own count:
-training leaves one out of the longest n-gram that ends in it, and of the next shorter where none is left.
+In a network, P(w) = g P_network(w) + (1 - g) ((1 - s) P_n(w) + s P_history(w)), the last of which counts the
+text that is being read: history_genlm.py. The gates g and s see the network's state, how often the contexts
+of each length occur, and what the history holds. On the text that was counted, a word must not find its own
+count: training leaves one out of the longest n-gram that ends in it, and of the next shorter where none is
+left.
 
-Shapes: B batch, T tokens, N contexts, C = max(1, n - 1) words of a context, V vocabulary, F features.
+Shapes: B batch, T tokens, N contexts, C words of a context, n - 1 and those of the history at least, V
+vocabulary, F features.
 """
 
 import torch
@@ -26,13 +29,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .cache_genlm import read_states
 from .configuration_genlm import GenLMConfig
-from .initialization_genlm import start_at_zero
+from .history_genlm import GATE_SCALE, HISTORY_FEATURES, GenLMHistory
 from .layout_genlm import TimeLayout
 
 _MAX_PROBABILITIES = 1 << 22  # computed at once
 _LEAST = 1e-30  # probability of a word
 _GATE_UNITS, _N_FEATURES = 16, 3  # of a gate; of each length of a context
-_GATE_SCALE = 8.0  # of its logit, which is to learn faster than the network does at the same rate
+_FIRST_SHARE = -0.3  # bias of the logit of s, before it is scaled: a history is less known than counts
 
 
 class GenLMWordNumbers(nn.Module):
@@ -59,7 +62,8 @@ class NgramContext(nn.Module):
     def __init__(self, config: GenLMConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.width = max(1, config.ngram_order - 1)
+        self.least = max(1, config.ngram_order - 1)
+        self.width = max(self.least, config.ngram_history or 0)
 
     def forward(
         self,
@@ -73,22 +77,24 @@ class NgramContext(nn.Module):
         n_rows, n_tokens, _ = hidden_states.shape
         at = self.layer_idx if layer_idx is None else layer_idx
         layout = layout or TimeLayout()
-        states, recording = None, False
+        states, recording, width = None, False, self.width
         if past_key_values is not None:
-            states = read_states(past_key_values, at, (0,), (n_rows, self.width))
+            states = read_states(past_key_values, at, (0,), (n_rows, width))
             recording = past_key_values.is_recording_past(at)
-        state = hidden_states.new_zeros(n_rows, self.width) if states is None else states[0].float()
+        else:  # no context is longer than the rows
+            width = max(self.least, min(width, n_tokens + 1))
+        state = hidden_states.new_zeros(n_rows, width) if states is None else states[0].float()
         words = torch.cat([state, hidden_states.squeeze(-1)], dim=1)  # (B, C + T)
         ends = torch.arange(1, n_tokens + 1, device=words.device).expand(n_rows, -1)
         if layout.valid is not None:  # tokens move to the left, over the padding
             order = torch.sort(layout.valid.logical_not().int(), dim=1, stable=True).indices
-            words = torch.cat([state, words[:, self.width :].gather(1, order)], dim=1)
+            words = torch.cat([state, words[:, width:].gather(1, order)], dim=1)
             ends = layout.valid.cumsum(dim=1)
-        places = (ends[..., None] + torch.arange(self.width, device=words.device)).flatten(1)
-        contexts = words.gather(1, places).view(n_rows, n_tokens, self.width)
+        places = (ends[..., None] + torch.arange(width, device=words.device)).flatten(1)
+        contexts = words.gather(1, places).view(n_rows, n_tokens, width)
         if layout.document is not None:
             document = layout.document if layout.valid is None else layout.document.gather(1, order)
-            document = torch.cat([torch.zeros_like(document[:, :1]).expand(-1, self.width), document], dim=1)
+            document = torch.cat([torch.zeros_like(document[:, :1]).expand(-1, width), document], dim=1)
             is_other = document.gather(1, places).view_as(contexts) != layout.document[..., None]
             contexts = contexts.masked_fill(is_other, 0)
         if past_key_values is not None:
@@ -151,6 +157,7 @@ class GenLMNgramHead(nn.Module):
     @torch.no_grad()
     def of_contexts(self, contexts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """P_n (..., V) after contexts (..., C), and features (..., F) of these, in float32."""
+        contexts = contexts[..., -max(1, self.order - 1) :]
         words = contexts.reshape(-1, contexts.shape[-1]).long() - 1
         found = []  # of contexts of 1 to n - 1 words: rows, c(h) and gamma(h)
         for length in range(1, self.order):
@@ -179,7 +186,8 @@ class GenLMNgramHead(nn.Module):
         """
         is_word = (words >= 0) & (words < self.vocab_size)
         words = words.masked_fill(~is_word, 0)
-        ngrams = self._rows_of(contexts.long() - 1)  # contexts of 0 to n - 1 words
+        nearest = contexts[..., -max(1, self.order - 1) :]
+        ngrams = self._rows_of(nearest.long() - 1)  # contexts of 0 to n - 1 words
         ended = [(words, is_word)]  # the n-grams of 1 to n words that end in the word
         for level, before in enumerate(ngrams[1:], start=2):
             ended += [self._extend(level, *before, words, is_word)]
@@ -276,28 +284,31 @@ def _tables(sizes: list[int], dtype: torch.dtype) -> nn.ParameterList:
 
 
 class GenLMMixture(nn.Module):
-    """A network's and the counts' predictions: P(w) = g P_network(w) + (1 - g) P_n(w).
+    """A network's, the counts' and the history's predictions: g P_network + (1 - g) Q, where
+    Q = (1 - s) P_n + s P_history, or P_n without a history.
 
-    The gate is g = sigmoid(8 (v tanh(U [network's state, features of the counts] + c) + b)).
+    The gates g and s are sigmoid(8 (v tanh(U [network's state, features of both] + c) + b)).
     """
 
-    _keep_in_fp32_modules_strict = GenLMNgramHead._keep_in_fp32_modules_strict
+    _keep_in_fp32_modules_strict = [*GenLMNgramHead._keep_in_fp32_modules_strict, "theta"]
 
     def __init__(self, config: GenLMConfig, width: int):
         super().__init__()
         self.ngrams = GenLMNgramHead(config)
+        self.history = None if config.ngram_history is None else GenLMHistory(config.ngram_history)
         n_features = _N_FEATURES * (config.ngram_order - 1)
+        n_features += 0 if self.history is None else HISTORY_FEATURES
         self.of_state = nn.Linear(width, _GATE_UNITS)
         self.of_counts = nn.Linear(n_features, _GATE_UNITS, bias=False)
-        self.gate = nn.Linear(_GATE_UNITS, 1)
-        self.gate.start = start_at_zero  # both count alike
+        self.gate = nn.Linear(_GATE_UNITS, 1 if self.history is None else 2)
+        self.gate.start = _start_gates
 
     def forward(self, logits: torch.Tensor, states: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
         """Map the network's logits (..., V) and states (..., D), and contexts (..., C), to log P (..., V)."""
         return self.mix(logits, self.of_state(states), contexts)
 
     def mix(self, logits: torch.Tensor, units: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
-        """`forward`, where the state's part of the gate's units (..., U) is known.
+        """`forward`, where the state's part of the gates' units (..., U) is known.
 
         Without gradients, many logits are overwritten, a few rows at a time: they are large.
         """
@@ -310,27 +321,52 @@ class GenLMMixture(nn.Module):
         return flat[0].view_as(logits)
 
     def _mix(self, logits: torch.Tensor, units: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
-        counted, features = self.ngrams.of_contexts(contexts)
-        gate = torch.sigmoid(self.gate_logit(units, features))[..., None]
-        counted = counted.to(gate.dtype)
-        n_new = logits.shape[-1] - counted.shape[-1]  # words that came into the vocabulary later
+        beside, features = self.ngrams.of_contexts(contexts)
+        n_new = logits.shape[-1] - beside.shape[-1]  # words that came into the vocabulary later
         if n_new:
-            counted = F.pad(counted, (0, n_new))
-        mixed = torch.lerp(counted, torch.softmax(logits.to(gate.dtype), dim=-1), gate)
+            beside = F.pad(beside, (0, n_new))
+        if self.history is None:
+            gate = self.gates(units, features)[0]
+        else:
+            repeated, more = self.history.of_contexts(contexts, logits.shape[-1])
+            gate, share = self.gates(units, torch.cat([features, more], dim=-1), contexts)
+            beside = torch.lerp(beside.to(share.dtype), repeated.to(share.dtype), share[..., None])
+        gate = torch.sigmoid(gate)[..., None]
+        mixed = torch.lerp(beside.to(gate.dtype), torch.softmax(logits.to(gate.dtype), dim=-1), gate)
         return mixed.clamp(min=_LEAST).log().to(logits.dtype)
 
-    def gate_logit(self, units: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """The logit (...) of g, in float32 at least, from units (..., U) and features (..., F)."""
+    def gates(
+        self, units: torch.Tensor, features: torch.Tensor, contexts: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The logit (...) of g, and s (...) of a history after `contexts`, in float32 at least, from units
+        (..., U) and features (..., F)."""
         units = units + self.of_counts(features.to(units.dtype))
-        gate = _GATE_SCALE * self.gate(torch.tanh(units)).squeeze(-1)
-        return gate.to(torch.promote_types(gate.dtype, torch.float32))
+        logits = GATE_SCALE * self.gate(torch.tanh(units))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if contexts is None:
+            return logits.squeeze(-1), None
+        is_first = contexts[..., -1] == 0  # a history without words has no share
+        return logits[..., 0], torch.sigmoid(logits[..., 1]).masked_fill(is_first, 0)
 
     def of_words(
         self, states: torch.Tensor, contexts: torch.Tensor, words: torch.Tensor, leave_one_out: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logit of g and log P_n, (B, T) each, for the loss of `words` (B, T)."""
+        """The logit of g and log Q, (B, T) each, for the loss of `words` (B, T)."""
         log_p, features = self.ngrams.of_words(contexts, words, leave_one_out)
-        return self.gate_logit(self.of_state(states), features), log_p
+        units = self.of_state(states)
+        if self.history is None:
+            return self.gates(units, features)[0], log_p
+        repeated, more = self.history.of_words(contexts.flatten(0, 1), words.flatten())
+        features = torch.cat([features, more.view(*words.shape, -1)], dim=-1)
+        gate, share = self.gates(units, features, contexts)
+        beside = torch.lerp(log_p.exp().to(share.dtype), repeated.view(words.shape).to(share.dtype), share)
+        return gate, beside.clamp(min=_LEAST).log()
+
+
+def _start_gates(linear: nn.Linear) -> None:
+    """Network and counts count alike, and a history less than counts."""
+    init.zeros_(linear.weight)
+    init.copy_(linear.bias, torch.tensor([0.0, _FIRST_SHARE])[: len(linear.bias)])
 
 
 def _features(totals, backoffs, like: torch.Tensor) -> torch.Tensor:

@@ -314,6 +314,7 @@ ACTS = {
     "model.bigram_size": ((), "32", logits),
     "model.ngram_order": ((), "0", logits),
     "model.ngram_entries": (("model.ngram_order=3",), "50", weights),
+    "model.ngram_history": ((), "0", logits),
     "model.position_type": (ATTENTION, "none", logits),
     "model.sliding_window": (SLIDING, "2", logits),
     "model.tie_word_embeddings": (("training.init=random",), "true", logits),

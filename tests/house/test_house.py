@@ -10,8 +10,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "hf_genlm"
 FILES = sorted(PACKAGE.rglob("*.py"))
-MAX_MODULES = 149
-MAX_LINES = 35_330
+MAX_MODULES = 150
+MAX_LINES = 35_620
 
 # room -> the rooms of hf_genlm that it may import; a room may always import itself
 BASE = {"errors", "memory", "files", "run_schemas", "run_folder", "config"}

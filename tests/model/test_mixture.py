@@ -48,7 +48,16 @@ def test_it_predicts_the_gated_sum_of_both(model, tokens):
     out = model.model(tokens)
     mixture = model.mixture
     counted, features = mixture.ngrams.of_contexts(out.contexts)
-    gate = torch.sigmoid(mixture.gate_logit(mixture.of_state(out.last_hidden_state), features))[..., None]
+    units = mixture.of_state(out.last_hidden_state)
+    if mixture.history is None:
+        gate = mixture.gates(units, features)[0]
+    else:
+        repeated, more = mixture.history.of_contexts(out.contexts.flatten(0, 1), VOCAB)
+        more = more.view(*tokens.shape, -1)
+        gate, share = mixture.gates(units, torch.cat([features, more], dim=-1), out.contexts)
+        counted = (1 - share[..., None]) * counted + share[..., None] * repeated.view_as(counted)
+        assert share.std() > 0.01
+    gate = torch.sigmoid(gate)[..., None]
     expected = gate * network(tokens).logits.softmax(-1) + (1 - gate) * counted
     torch.testing.assert_close(logits.exp().float(), expected, rtol=1e-4, atol=1e-8)
     assert gate.std() > 0.01
@@ -216,7 +225,7 @@ def test_a_model_in_half_precision_keeps_its_tables(tokens, tmp_path):
     for name, table in model.mixture.ngrams.named_parameters():
         assert torch.equal(loaded.mixture.ngrams.get_parameter(name), table), name
     assert loaded(tokens).logits.dtype == torch.bfloat16
-    assert (loaded(tokens).logits - model(tokens).logits).abs().max() < 0.3
+    assert (loaded(tokens).logits - model(tokens).logits).abs().mean() < 0.05
 
 
 def test_many_logits_are_mixed_a_few_rows_at_a_time(model, tokens, monkeypatch):

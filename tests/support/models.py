@@ -35,7 +35,7 @@ STACKS["llama"] = {
 }
 STACKS["gated_factorised"] = {"mixer_types": ["full_attention"], "gated_mlp": True, "mlp_rank": 12}
 STACKS["bigram"] = {"mixer_types": ["gated_linear", "full_attention"], "bigram_size": 32}
-STACKS["counts"] = {"mixer_types": ["full_attention", "gated_linear"], "ngram_order": 3}
+STACKS["counts"] = {"mixer_types": ["full_attention", "gated_linear"], "ngram_order": 3, "ngram_history": 16}
 STACKS["counts_attention"] = {"mixer_types": ["full_attention"], "ngram_order": 4}
 READS_WORDS = {"bigram_size", "ngram_order"}  # fields with which a model needs `input_ids`
 
