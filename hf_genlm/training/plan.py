@@ -27,11 +27,11 @@ from hf_genlm.training.processes import rows_per_process
 from hf_genlm.training.trainer import precision_of
 
 LADDER = (
-    Shape(hidden_size=32, num_hidden_layers=1, max_seq_length=64, batch_size=16),
-    Shape(hidden_size=48, num_hidden_layers=1, max_seq_length=64, batch_size=16),
-    Shape(hidden_size=64, num_hidden_layers=1, max_seq_length=64, batch_size=16),
-    Shape(hidden_size=96, num_hidden_layers=1, max_seq_length=64, batch_size=16),
-    Shape(hidden_size=128, num_hidden_layers=1, max_seq_length=64, batch_size=16),
+    Shape(hidden_size=32, num_hidden_layers=1, max_seq_length=128, batch_size=8),
+    Shape(hidden_size=48, num_hidden_layers=1, max_seq_length=128, batch_size=8),
+    Shape(hidden_size=64, num_hidden_layers=1, max_seq_length=128, batch_size=8),
+    Shape(hidden_size=96, num_hidden_layers=1, max_seq_length=128, batch_size=8),
+    Shape(hidden_size=128, num_hidden_layers=1, max_seq_length=128, batch_size=8),
     Shape(hidden_size=128, num_hidden_layers=2, max_seq_length=128, batch_size=8),
     Shape(hidden_size=128, num_hidden_layers=3, max_seq_length=128, batch_size=8),
     Shape(hidden_size=192, num_hidden_layers=2, max_seq_length=128, batch_size=16),

@@ -440,7 +440,7 @@ def check_report(out: Path, printed: str):
     assert results["verdict"].startswith(f"{best['name']} ")
     page = (out / "report.html").read_text()
     markdown = (out / "report.md").read_text()
-    for words in ("10 optimizer steps", f"{best['parameters'] / 1000:.1f}k", "Satterthwaite", "2 of 2"):
+    for words in ("10 optimizer steps", f"{best['parameters'] / 1000:.3g}k", "Satterthwaite", "2 of 2"):
         assert words in page
         assert words in markdown
     assert page.count("data:image/png;base64,") == 2
