@@ -17,9 +17,8 @@ from transformers import initialization as init
 
 MATCHED = 3  # words of a context that are compared, at most
 HISTORY_FEATURES = MATCHED + 1  # of a gate
-GATE_SCALE = (
-    8.0  # of theta, and of a gate's logit, which are to learn faster than a network does at the same rate
-)
+GATE_SCALE = 8.0  # of theta and of a gate, which are to learn faster than a network at the same rate
+_MAX_ENTRIES = 1 << 22  # of contexts, compared at once
 _LEAST_WEIGHT = 1e-9  # weight of a history; one without words has none
 
 
@@ -39,12 +38,19 @@ class GenLMHistory(nn.Module):
 
     def of_words(self, contexts: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """P of `words` (N,), 0 for one that does not occur, and features."""
+        n_rows = max(1, _MAX_ENTRIES // contexts.shape[1])
+        parts = zip(contexts.split(n_rows), words.split(n_rows), strict=True)
+        counted = [self._count(*part) for part in parts]
+        n_all, n_hits = (torch.cat(each) for each in zip(*counted, strict=True))
+        total = (n_all * self._weights()).sum(1).clamp(min=_LEAST_WEIGHT)
+        return (n_hits * self._weights()).sum(1) / total, _history_features(n_all, total)
+
+    def _count(self, contexts: torch.Tensor, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """n_k and n_k(`words`), (N, K) each."""
         earlier, are_after = self._find(contexts)
         is_hit = (earlier == (words + 1)[:, None]).to(self._dtype)
         n_all = torch.stack([is_after.sum(1) for is_after in are_after], dim=1)
-        n_hits = torch.stack([(is_after * is_hit).sum(1) for is_after in are_after], dim=1)
-        total = (n_all * self._weights()).sum(1).clamp(min=_LEAST_WEIGHT)
-        return (n_hits * self._weights()).sum(1) / total, _history_features(n_all, total)
+        return n_all, torch.stack([(is_after * is_hit).sum(1) for is_after in are_after], dim=1)
 
     def of_contexts(self, contexts: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """P (N, V), all 0 where there is no earlier word, and features."""

@@ -312,7 +312,7 @@ class GenLMMixture(nn.Module):
 
         Without gradients, many logits are overwritten, a few rows at a time: they are large.
         """
-        n_rows = max(1, _MAX_PROBABILITIES // logits.shape[-1])
+        n_rows = max(1, _MAX_PROBABILITIES // max(logits.shape[-1], contexts.shape[-1]))
         flat = [each.flatten(0, -2) for each in (logits, units, contexts)]
         if len(flat[0]) <= n_rows or torch.is_grad_enabled():
             return self._mix(*flat).view_as(logits)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from hf_genlm.config.settings import Settings
 from hf_genlm.evaluation.measurement import Measurement
+from hf_genlm.model import GenLMConfig
 from hf_genlm.run_folder import RunFolder
 from hf_genlm.training.plan import TOKENS_PER_WEIGHT, count_weights
 
@@ -34,8 +35,12 @@ class Curve(NamedTuple):
     rate: float
 
 
-# of networks without and with counts inside
-CURVES = {False: Curve(0.85, 0.36, 0.22), True: Curve(0.7, 0.29, 0.055)}
+# of a network alone, with counts inside, and with a history beside them
+CURVES = {
+    "network": Curve(0.85, 0.36, 0.22),
+    "counts": Curve(0.7, 0.29, 0.055),
+    "history": Curve(0.7, 0.29, 0.1),
+}
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,18 @@ class Training:
         return floor + (bits - floor) * math.exp(-self.curve.rate * path) if bits > floor else bits
 
 
+def kind_of(config: GenLMConfig) -> str:
+    """The curve of `CURVES` for a model."""
+    if config.ngram_history is not None:
+        return "history"
+    return "counts" if config.holds_counts else "network"
+
+
 def log_forecast(run: RunFolder, settings: Settings, measured: Sequence[Measurement] = ()) -> None:
     """Log what the run will reach, before it is `measured`, and what four times its time would.
 
-    Nothing without a time limit. Before the run, nothing without counts of its text in the network: the level
-    of a network alone depends on more than on them.
+    Nothing without a time limit. Before the run, only for a network with counts and without a history: the
+    level of others depends on more than on counts, such as on how much a text repeats itself.
     """
     length, last = settings.length, {event["event"]: event for event in run.read_log()}
     if length.seconds is None:
@@ -90,10 +102,12 @@ def log_forecast(run: RunFolder, settings: Settings, measured: Sequence[Measurem
     model, vocab_size = settings.model, settings.tokenizer.vocab_size
     weights = count_weights(model.hidden_size, model.num_hidden_layers, vocab_size)
     max_tokens = None if length.epochs is None else length.pace.tokens(length.max_steps)
-    curve = CURVES[settings.architecture.holds_counts]
-    training = Training(max(1, tokens), weights, curve, epochs, max_tokens)
+    kind = kind_of(settings.architecture)
+    if kind == "history":
+        counts = None
+    training = Training(max(1, tokens), weights, CURVES[kind], epochs, max_tokens)
     now, expected = next((m.value for m in measured if m.name == "bits_per_byte"), None), None
-    if now is None and counts is not None and settings.architecture.holds_counts:
+    if now is None and counts is not None and kind == "counts":
         now = expected = training.level * counts
     if now is None or not math.isfinite(now):
         return

@@ -21,7 +21,7 @@ from hf_genlm.config.recipe import load_recipe
 from hf_genlm.evaluation.measurement import read_measurements
 from hf_genlm.model import GenLMConfig
 from hf_genlm.run_folder import RunFolder
-from hf_genlm.training.forecast import CURVES, LONGER, Curve, Training
+from hf_genlm.training.forecast import CURVES, LONGER, Curve, Training, kind_of
 from hf_genlm.training.plan import count_weights
 
 CLOSE = 0.05  # bits per byte
@@ -86,15 +86,16 @@ def read(run: RunFolder) -> dict:
     events, recipe = run.read_log(), load_recipe(run.recipe).training
     last = {event["event"]: event for event in events}
     config = GenLMConfig.from_pretrained(run.model)
+    kind = kind_of(config)
     tokens, epochs = last["trained"]["tokens"], last["trained"].get("epochs")
     weights = count_weights(config.hidden_size, config.num_hidden_layers, config.vocab_size)
     expected = [event.get("expected") for event in events if event["event"] == "forecast"]
     return {
         "bits": next(m.value for m in read_measurements(run.evaluation) if m.name == "bits_per_byte"),
-        "counts": last["counts"]["bits_per_byte"] if "counts" in last else None,
+        "counts": last["counts"]["bits_per_byte"] if "counts" in last and kind != "history" else None,
         "expected": next((each for each in expected if each is not None), None),
         "training": Training(
-            tokens, weights, CURVES[config.holds_counts], epochs,
+            tokens, weights, CURVES[kind], epochs,
             None if not epochs else recipe.max_epochs * tokens / epochs,
         ),
     }  # fmt: skip

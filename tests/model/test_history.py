@@ -13,7 +13,7 @@ from hf_genlm.config.recipe import load_recipe
 from hf_genlm.config.settle import settle
 from hf_genlm.errors import UserError
 from hf_genlm.evaluation.measurement import read_measurements
-from hf_genlm.model import GenLMConfig
+from hf_genlm.model import GenLMConfig, history_genlm
 from hf_genlm.model.history_genlm import MATCHED, GenLMHistory
 from hf_genlm.training.train import train
 
@@ -39,7 +39,7 @@ def defined(history: GenLMHistory, words: list[int]) -> list[float]:
 
 
 @pytest.mark.parametrize("n_words", [2, 3, 5, 20, 64])
-def test_it_is_what_the_definition_says(n_words):
+def test_it_is_what_the_definition_says(n_words, monkeypatch):
     history, draw = history_of(n_words), random.Random(0)
     texts = [[draw.randrange(4) for _ in range(n_read)] for n_read in (1, 2, 3, 8, 40)]
     contexts = torch.zeros(len(texts), 40)
@@ -50,6 +50,7 @@ def test_it_is_what_the_definition_says(n_words):
     torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-7)
     assert torch.allclose(p.sum(1)[1:], torch.ones(4), atol=1e-6)
     for word in range(5):
+        monkeypatch.setattr(history_genlm, "_MAX_ENTRIES", (1, 100, 1 << 22)[word % 3])
         of_word, same = history.of_words(contexts, torch.full((5,), word))
         torch.testing.assert_close(of_word, p[:, word])
         torch.testing.assert_close(same, features)

@@ -78,18 +78,29 @@ def forecasts_of(run: RunFolder) -> list[dict]:
 
 
 def test_what_a_log_says_before_and_after_a_run(run):
-    settings = settings_of("training.minutes=1")
+    settings = settings_of("training.minutes=1", "model.ngram_history=0")
     log_forecast(run, settings)
     run.log("trained", steps=600, tokens=150_000, epochs=0.001, seconds=60.0, tokens_per_s=2500)
     log_forecast(run, settings, bits(1.7))
     before, after = forecasts_of(run)
     weights = 32 * (400 + 12 * 32 * 2)
-    planned = Training(settings.length.pace.tokens(600), weights, CURVES[True], 0.001)
+    planned = Training(settings.length.pace.tokens(600), weights, CURVES["counts"], 0.001)
     assert before["expected"] == pytest.approx(2 * planned.level, abs=1e-3)
     assert before["bits_per_byte"] < before["expected"]
     assert (after["expected"], after["times"]) == (None, 4)
     trained = replace(planned, tokens=150_000)
     assert after["bits_per_byte"] == pytest.approx(trained.continued(1.7, 2.0, 4), abs=1e-3)
+
+
+def test_what_a_history_reaches_goes_on_from_its_own_result(run):
+    settings = settings_of("training.minutes=1")
+    run.log("trained", steps=600, tokens=150_000, epochs=0.001, seconds=60.0, tokens_per_s=2500)
+    log_forecast(run, settings, bits(1.1))
+    weights = 32 * (400 + 12 * 32 * 2)
+    trained = Training(150_000, weights, CURVES["history"], 0.001)
+    said = forecasts_of(run)[0]["bits_per_byte"]
+    assert said == pytest.approx(trained.continued(1.1, None, 4), abs=1e-3)
+    assert 1.0 < said < 1.09  # though the counts need 2 bits
 
 
 @pytest.mark.parametrize(("share", "times"), [(1, None), (0.9, None), (0.5, 2), (0.01, 4)])
@@ -105,6 +116,7 @@ def test_a_small_text_bounds_the_time_by_what_was_trained(share, times, run):
     ("stated", "measured"),
     [
         (["training.minutes=1", "model.ngram_order=0"], []),  # the level of a network alone is not known
+        (["training.minutes=1"], []),  # nor that of a history
         (["training.steps=9"], bits(1.7)),
         (["training.minutes=1"], bits(math.nan)),
     ],
