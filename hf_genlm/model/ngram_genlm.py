@@ -329,24 +329,20 @@ class GenLMMixture(nn.Module):
             gate = self.gates(units, features)[0]
         else:
             repeated, more = self.history.of_contexts(contexts, logits.shape[-1])
-            gate, share = self.gates(units, torch.cat([features, more], dim=-1), contexts)
+            gate, share = self.gates(units, torch.cat([features, more], dim=-1))
             beside = torch.lerp(beside.to(share.dtype), repeated.to(share.dtype), share[..., None])
         gate = torch.sigmoid(gate)[..., None]
         mixed = torch.lerp(beside.to(gate.dtype), torch.softmax(logits.to(gate.dtype), dim=-1), gate)
         return mixed.clamp(min=_LEAST).log().to(logits.dtype)
 
-    def gates(
-        self, units: torch.Tensor, features: torch.Tensor, contexts: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The logit (...) of g, and s (...) of a history after `contexts`, in float32 at least, from units
-        (..., U) and features (..., F)."""
+    def gates(self, units: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The logit (...) of g, and s (...) if there is a history, in float32 at least, from units (..., U)
+        and features (..., F)."""
         units = units + self.of_counts(features.to(units.dtype))
         logits = GATE_SCALE * self.gate(torch.tanh(units))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if contexts is None:
-            return logits.squeeze(-1), None
-        is_first = contexts[..., -1] == 0  # a history without words has no share
-        return logits[..., 0], torch.sigmoid(logits[..., 1]).masked_fill(is_first, 0)
+        share = None if self.history is None else torch.sigmoid(logits[..., 1])
+        return logits[..., 0], share
 
     def of_words(
         self, states: torch.Tensor, contexts: torch.Tensor, words: torch.Tensor, leave_one_out: bool
@@ -358,7 +354,7 @@ class GenLMMixture(nn.Module):
             return self.gates(units, features)[0], log_p
         repeated, more = self.history.of_words(contexts.flatten(0, 1), words.flatten())
         features = torch.cat([features, more.view(*words.shape, -1)], dim=-1)
-        gate, share = self.gates(units, features, contexts)
+        gate, share = self.gates(units, features)
         beside = torch.lerp(log_p.exp().to(share.dtype), repeated.view(words.shape).to(share.dtype), share)
         return gate, beside.clamp(min=_LEAST).log()
 

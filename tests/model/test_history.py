@@ -27,6 +27,18 @@ def history_of(n_words: int) -> GenLMHistory:
     return history
 
 
+def told(history: GenLMHistory, text: list[int]) -> list[float]:
+    """Features by the definition."""
+    words = ([NONE] * (40 - len(text)) + text)[-history.n_words :]
+    context, n_after = words[::-1], [0] * (MATCHED + 1)
+    for place in range(1, len(words)):
+        before = words[:place][::-1]
+        for k in range(MATCHED + 1):
+            n_after[k] += words[place] != NONE and k <= place and before[:k] == context[:k]
+    total = sum(n * math.exp(8 * theta) for n, theta in zip(n_after, history.theta.tolist(), strict=True))
+    return [math.log(total) / 4, *(math.log1p(n) for n in n_after[1:])]
+
+
 def defined(history: GenLMHistory, words: list[int]) -> list[float]:
     """P by the definition, of the words of one text so far, NONE before its first."""
     weight, words = [0.0] * VOCAB, words[-history.n_words :]
@@ -48,7 +60,8 @@ def test_it_is_what_the_definition_says(n_words, monkeypatch):
     p, features = history.of_contexts(contexts, VOCAB)
     expected = torch.tensor([defined(history, [NONE] * (40 - len(text)) + text) for text in texts])
     torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-7)
-    assert torch.allclose(p.sum(1)[1:], torch.ones(4), atol=1e-6)
+    torch.testing.assert_close(p.sum(1), torch.ones(5))
+    torch.testing.assert_close(features, torch.tensor([told(history, text) for text in texts]))
     for word in range(5):
         monkeypatch.setattr(history_genlm, "_MAX_ENTRIES", (1, 100, 1 << 22)[word % 3])
         of_word, same = history.of_words(contexts, torch.full((5,), word))

@@ -54,7 +54,7 @@ def test_it_predicts_the_gated_sum_of_both(model, tokens):
     else:
         repeated, more = mixture.history.of_contexts(out.contexts.flatten(0, 1), VOCAB)
         more = more.view(*tokens.shape, -1)
-        gate, share = mixture.gates(units, torch.cat([features, more], dim=-1), out.contexts)
+        gate, share = mixture.gates(units, torch.cat([features, more], dim=-1))
         counted = (1 - share[..., None]) * counted + share[..., None] * repeated.view_as(counted)
         assert share.std() > 0.01
     gate = torch.sigmoid(gate)[..., None]
@@ -149,6 +149,7 @@ def test_words_before_a_chunk_a_beam_or_a_fast_step_are_remembered(model, tokens
         out = model(chunk, past_key_values=cache, use_cache=True)
         cache, parts = out.past_key_values, [*parts, out.logits]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(tokens, use_cache=False).logits, whole, rtol=1e-4, atol=1e-4)
     fast = FastGenerator(model, program="traced")
     for ids in (tokens, tokens[:1]):
         made = fast.generate(ids, do_sample=False, max_new_tokens=20, eos_token_id=None)
@@ -222,8 +223,9 @@ def test_a_model_in_half_precision_keeps_its_tables(tokens, tmp_path):
     model = build_model("counts")
     model.save_pretrained(tmp_path)
     loaded = GenLMForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    for name, table in model.mixture.ngrams.named_parameters():
-        assert torch.equal(loaded.mixture.ngrams.get_parameter(name), table), name
+    for name, table in [*model.mixture.ngrams.named_parameters(), ("theta", model.mixture.history.theta)]:
+        kept = loaded.mixture.history if name == "theta" else loaded.mixture.ngrams
+        assert torch.equal(kept.get_parameter(name), table), name
     assert loaded(tokens).logits.dtype == torch.bfloat16
     assert (loaded(tokens).logits - model(tokens).logits).abs().mean() < 0.05
 
