@@ -214,7 +214,9 @@ def test_counts_help_the_network_and_go_with_its_model(text_folder, tmp_path):
     assert heard["model"]["parameters"] == model.num_parameters()
     assert heard["model"]["of_counts"] == sum(table.numel() for table in model.mixture.ngrams.parameters())
     write_card(run)
-    assert "`n-gram counts`" in (run.model / "README.md").read_text()
+    card = (run.model / "README.md").read_text()
+    assert "`n-gram counts`" in card
+    assert "| looks for repeated words in | the last 1,024 tokens |" in card
     extended = extend(str(run.path), [str(text_folder)], n_new_tokens=5, out=tmp_path / "extended")
     assert GenLMForCausalLM.from_pretrained(extended.path).config.ngram_sizes == model.config.ngram_sizes
 
