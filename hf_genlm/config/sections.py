@@ -153,8 +153,8 @@ class ModelRecipe(Section):
         "held-out training text, beside a network 5, and 0 with `embedding_size`, a stream or `epsilon`.",
         at_least=0, at_most=6, synonyms="ngram n_gram kneser_ney order counts")
     ngram_history: Whole | None = setting(None,
-        "Tokens of the text being read in which a network with counts looks for the words before the present "
-        "one again. 0: none. null: 1,024 beside counts.", at_least=0, at_most=2**20,
+        "Last tokens of the text being read that a network with counts searches for what followed the same "
+        "words. 0: none. null: 1,024 beside counts.", at_least=0, at_most=2**20,
         synonyms="cache pointer copy repetition")
     ngram_entries: Whole | None = setting(None,
         "N-grams of two tokens and more that the model holds at most, of about 20 bytes each; the rarest are "

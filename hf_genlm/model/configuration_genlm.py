@@ -99,8 +99,8 @@ class GenLMConfig(PreTrainedConfig):
             cache keeps the last token.
         ngram_order: n of n-grams, whose counts predict beside the network, or alone (mixer ngram, whose
             `hidden_size`, the words of its state, follows from it); None: no counts.
-        ngram_history: tokens of this text, up to the present one, in which the words before it are looked
-            for again, beside a network and its counts; None: none are.
+        ngram_history: last tokens of the text being read that are searched for what followed the same words,
+            beside a network and its counts; None: no search.
         ngram_sizes: tokens that were in the vocabulary when they were counted, and numbers of stored n-grams
             of 2, 3, ... n tokens.
         mixer_types: per layer one of elman, gru, lstm, gated_linear, full_attention, sliding_attention; or

@@ -229,7 +229,9 @@ def test_a_model_in_half_precision_keeps_its_tables(tokens, tmp_path):
         kept = loaded.mixture.history if name == "theta" else loaded.mixture.ngrams
         assert torch.equal(kept.get_parameter(name), table), name
     assert loaded(tokens).logits.dtype == torch.bfloat16
-    assert (loaded(tokens).logits - model(tokens).logits).abs().mean() < 0.05
+    difference = (loaded(tokens).logits - model(tokens).logits).abs()
+    assert difference.mean() < 0.05
+    assert difference.max() < 0.6  # beside a history; 0.3 without one, whose gate this random one exaggerates
 
 
 def test_many_logits_are_mixed_a_few_rows_at_a_time(model, tokens, monkeypatch):
